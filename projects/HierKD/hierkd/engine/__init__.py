@@ -1,0 +1,1 @@
+"""Beyond detectron2's DefaultTrainer: what the entry scripts need."""

@@ -1,0 +1,120 @@
+"""The keys HierKD adds to detectron2's config.
+
+Each key says its meaning, its unit and where its default comes from: ``[paper §x]``, ``[Table x]``,
+``[ATSS]``, ``[release]`` (the authors' code, where the paper is silent), ``[detectron2]``,
+``[ours]``.
+"""
+
+from __future__ import annotations
+
+from detectron2.config import CfgNode as CN  # noqa: N817 (detectron2's own abbreviation)
+
+__all__ = ["add_hierkd_config"]
+
+
+def add_hierkd_config(cfg: CN) -> None:
+    """Add HierKD's keys, with the paper's values, to a config made by ``get_cfg()``.
+
+    Args:
+        cfg: the config to extend in place.
+    """
+    cfg.MODEL.ATSS = CN()
+    # Feature maps the head looks at, finest first. [paper §3.1: P3-P7]
+    cfg.MODEL.ATSS.IN_FEATURES = ["p3", "p4", "p5", "p6", "p7"]
+    # 3x3 convolutions in each of the two towers. [ATSS]
+    cfg.MODEL.ATSS.NUM_CONVS = 4
+    # Norm of the towers, a detectron2 norm name; "GN" has 32 groups. [ATSS]
+    cfg.MODEL.ATSS.NORM = "GN"
+    # Candidates per level and box of the assigner. [ATSS]
+    cfg.MODEL.ATSS.TOPK = 9
+    # Weights of (dx, dy, dw, dh) in the box transform. [ATSS]
+    cfg.MODEL.ATSS.BBOX_REG_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
+    # What the quality branch predicts: "iou" [paper §3.1], "centerness" (the paper's baseline,
+    # Table 4) or "none" (no branch: score = class probability).
+    cfg.MODEL.ATSS.QUALITY = "iou"
+    # Focal loss: focusing exponent and the constant factor on all points. [release]
+    cfg.MODEL.ATSS.FOCAL_GAMMA = 2.0
+    cfg.MODEL.ATSS.FOCAL_ALPHA = 0.25
+    # Weight of the classification loss. If LEARN_CLS_LOSS_WEIGHT, the start of a learned w with
+    # loss exp(-w) * L + |w|; otherwise a constant factor. [release: learned, from 1]
+    cfg.MODEL.ATSS.CLS_LOSS_WEIGHT = 1.0
+    cfg.MODEL.ATSS.LEARN_CLS_LOSS_WEIGHT = True
+    # Weights of the GIoU loss and of the quality branch's loss. [release]
+    cfg.MODEL.ATSS.BOX_REG_LOSS_WEIGHT = 2.0
+    cfg.MODEL.ATSS.QUALITY_LOSS_WEIGHT = 1.0
+    # Negatives of the classification loss: "fraction" keeps NEGATIVE_AMOUNT of all negatives of the
+    # batch, drawn anew each step; "per_positive" keeps NEGATIVE_AMOUNT per positive.
+    # [paper §3.4, Table 5: 10 %]
+    cfg.MODEL.ATSS.NEGATIVE_SAMPLING = "fraction"
+    cfg.MODEL.ATSS.NEGATIVE_AMOUNT = 0.1
+    # Inference: class probabilities at or below the threshold are dropped (before the product with
+    # the IoU); then the best anchors of each level, then the best (anchor, class) pairs of the
+    # image go to NMS. [release: 0.0, 1000; pairs: ours, the release sends all]
+    cfg.MODEL.ATSS.SCORE_THRESH_TEST = 0.0
+    cfg.MODEL.ATSS.TOPK_ANCHORS_TEST = 1000
+    cfg.MODEL.ATSS.TOPK_PAIRS_TEST = 3000
+    # IoU of class-wise NMS. [paper §4.2]
+    cfg.MODEL.ATSS.NMS_THRESH_TEST = 0.4
+
+    cfg.MODEL.TEXT_CLASSIFIER = CN()
+    # D, width of the CLIP space the detector learns; 512 for ViT-B/32. Must equal the teacher's.
+    cfg.MODEL.TEXT_CLASSIFIER.EMBED_DIM = 512
+    # Start of tau_c, which multiplies the cosines. [release]
+    cfg.MODEL.TEXT_CLASSIFIER.LOGIT_SCALE = 100.0
+    # Prompt of a class; {} is the name. [release]
+    cfg.MODEL.TEXT_CLASSIFIER.TEMPLATE = "a photo of a {}."
+    # Text whose embedding the learned background starts from. [paper §3.1]
+    cfg.MODEL.TEXT_CLASSIFIER.BACKGROUND_PROMPT = "a photo of background."
+
+    cfg.MODEL.IKD = CN()
+    # lambda_ins; 0 turns instance-level distillation off. [paper Eq. 6; value ours, see Table 2]
+    cfg.MODEL.IKD.LOSS_WEIGHT = 1.0
+    # "l1" [paper Eq. 2] or "l2" (Table 2; the norm is not squared).
+    cfg.MODEL.IKD.LOSS_TYPE = "l1"
+    # Which boxes the teacher looks at: "predicted" [paper §3.2] or "gt" (Table 2).
+    cfg.MODEL.IKD.BOXES = "predicted"
+    # Side of the crop over side of the box. [Table 2: 1.5 better than 1.0]
+    cfg.MODEL.IKD.CROP_SCALE = 1.5
+    # A positive is distilled if its predicted box has at least this IoU with its object.
+    # [paper §3.2]
+    cfg.MODEL.IKD.IOU_THRESH = 0.5
+    # At most this many crops per image on average, drawn at random over the batch; 0 = no limit.
+    # [ours: bounds the cost of the teacher]
+    cfg.MODEL.IKD.MAX_CROPS_PER_IMAGE = 0
+
+    cfg.MODEL.GKD = CN()
+    # lambda_Glo; 0 turns global-level distillation off. [release]
+    cfg.MODEL.GKD.LOSS_WEIGHT = 1.0
+    # "contrastive" [paper Eq. 5] or "positive_only" (Table 3, "PL").
+    cfg.MODEL.GKD.LOSS_TYPE = "contrastive"
+    # G, the patch grid per level is G x G. [Table 3: 3]
+    cfg.MODEL.GKD.GRID_SIZE = 3
+    # "max" [Table 3] or "avg".
+    cfg.MODEL.GKD.POOLING = "max"
+    # Start of tau_m, which multiplies the match scores. [release]
+    cfg.MODEL.GKD.LOGIT_SCALE = 10.0
+
+    cfg.MODEL.TEACHER = CN()
+    # OpenAI CLIP: a name ("ViT-B/32", "RN50", ...) that is downloaded once, or the path of a file
+    # in OpenAI's format (TorchScript archive or state dict). [paper §4.2]
+    cfg.MODEL.TEACHER.WEIGHTS = "ViT-B/32"
+    # Folder of downloaded CLIP weights; "" = CLIP's own ~/.cache/clip.
+    cfg.MODEL.TEACHER.DOWNLOAD_ROOT = ""
+    # Folder of the text embedding cache; "" = $HIERKD_CACHE or ~/.cache/hierkd/text_embeddings.
+    cfg.MODEL.TEACHER.TEXT_CACHE_DIR = ""
+
+    # The narrow ResNet of the miniature: channels and basic blocks of res2..res5. [ours]
+    cfg.MODEL.SLIM_RESNET = CN()
+    cfg.MODEL.SLIM_RESNET.WIDTHS = [32, 64, 128, 160]
+    cfg.MODEL.SLIM_RESNET.BLOCKS = [1, 1, 1, 1]
+    # Keep feature maps in channels-last memory order: the same numbers, faster on a CPU and with
+    # AMP on recent GPUs. [ours]
+    cfg.MODEL.CHANNELS_LAST = False
+
+    # "SGD" [paper §4.2] or "ADAMW" (the miniature).
+    cfg.SOLVER.OPTIMIZER = "SGD"
+    # CLIP_GRADIENTS.CLIP_TYPE "full_model" clips the norm of all gradients together, as the release
+    # does; detectron2's own types clip each parameter by itself.
+
+    # What to do with a training image that cannot be decoded: stop (False) or skip it and say so.
+    cfg.DATALOADER.SKIP_BROKEN_IMAGES = False

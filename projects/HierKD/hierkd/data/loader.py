@@ -1,0 +1,142 @@
+"""The training loader: an endless stream of batches that can start at any iteration.
+
+detectron2's own loader restarts its stream when training resumes. Here the order of the images, the
+grouping by aspect ratio and the augmentation of each sample are functions of the seed and of the
+sample's position in the stream alone, so a resumed run sees exactly what an uninterrupted one would
+have seen, with any number of worker processes.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.data import DatasetFromList, MapDataset
+from detectron2.data.build import trivial_batch_collator
+from detectron2.data.samplers import TrainingSampler
+from detectron2.utils import comm
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+__all__ = ["TrainingBatchSampler", "build_resumable_train_loader", "seeded_rng"]
+
+_SampleKey = tuple[int, int]  # (position in the stream of all processes, index of the image)
+
+
+@contextmanager
+def seeded_rng(*seed: int) -> Iterator[None]:
+    """Seed Python's, NumPy's and torch's CPU generators inside the block; restore them after it.
+
+    Args:
+        seed: non-negative integers that together name the state.
+    """
+    words = np.random.SeedSequence(seed).generate_state(3)
+    states = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
+    random.seed(int(words[0]))
+    np.random.seed(int(words[1]))
+    torch.default_generator.manual_seed(int(words[2]))
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.random.set_rng_state(states[2])
+
+
+class TrainingBatchSampler(Sampler[list[_SampleKey]]):
+    """Endless batches of one process, each of landscape or of portrait images only.
+
+    Attributes:
+        start_iter: number of batches to leave out at the start of the stream; set it before the
+            first batch is drawn. Leaving out costs no image.
+    """
+
+    def __init__(self, is_landscape: Sequence[bool], batch_size: int, seed: int) -> None:
+        """Describe the stream.
+
+        Args:
+            is_landscape: per image, whether it is wider than high.
+            batch_size: images per batch of this process.
+            seed: the same on every process.
+        """
+        self._is_landscape = is_landscape
+        self._batch_size = batch_size
+        self._indices = TrainingSampler(len(is_landscape), shuffle=True, seed=seed)
+        self.start_iter = 0
+
+    def __iter__(self) -> Iterator[list[_SampleKey]]:
+        """Yield batches of (position, index), from ``start_iter`` on."""
+        rank, world_size = comm.get_rank(), comm.get_world_size()
+        pending: dict[bool, list[_SampleKey]] = {False: [], True: []}
+        complete = 0
+        for step, index in enumerate(self._indices):
+            batch = pending[self._is_landscape[index]]
+            batch.append((rank + step * world_size, index))
+            if len(batch) == self._batch_size:
+                pending[self._is_landscape[index]] = []
+                complete += 1
+                if complete > self.start_iter:
+                    yield batch
+
+
+class _SeededSamples(Dataset[dict[str, Any]]):
+    """Maps each sample under a random state of its own."""
+
+    def __init__(self, mapped: MapDataset, seed: int) -> None:
+        self._mapped = mapped
+        self._seed = seed
+
+    def __getitem__(self, key: _SampleKey) -> dict[str, Any]:
+        position, index = key
+        with seeded_rng(self._seed, position):
+            sample: dict[str, Any] = self._mapped[index]
+            return sample
+
+
+def build_resumable_train_loader(
+    dataset_dicts: list[dict[str, Any]],
+    mapper: Callable[[dict[str, Any]], dict[str, Any] | None],
+    *,
+    total_batch_size: int,
+    num_workers: int,
+    seed: int,
+) -> DataLoader[dict[str, Any]]:
+    """Build the training loader.
+
+    Args:
+        dataset_dicts: detectron2 dataset dicts with ``width`` and ``height``.
+        mapper: dict -> training sample; may return None to skip an image, then another is taken.
+        total_batch_size: images per step over all processes.
+        num_workers: loader processes per training process.
+        seed: of the stream; negative = drawn at random, then a resumed run differs.
+
+    Returns:
+        A loader of lists of samples; its ``batch_sampler`` is a :class:`TrainingBatchSampler`.
+
+    Raises:
+        ValueError: if there is no image, or the batch does not divide among the processes.
+    """
+    world_size = comm.get_world_size()
+    if not dataset_dicts:
+        raise ValueError("DATASETS.TRAIN holds no image with a usable annotation")
+    if total_batch_size < world_size or total_batch_size % world_size:
+        raise ValueError(
+            f"SOLVER.IMS_PER_BATCH ({total_batch_size}) must be a positive multiple of the number "
+            f"of processes ({world_size})"
+        )
+    if seed < 0:
+        seed = comm.shared_random_seed()
+    mapped = MapDataset(DatasetFromList(dataset_dicts, copy=False), mapper)
+    sampler = TrainingBatchSampler(
+        [d["width"] > d["height"] for d in dataset_dicts], total_batch_size // world_size, seed
+    )
+    return DataLoader(
+        _SeededSamples(mapped, seed),
+        batch_sampler=sampler,
+        num_workers=num_workers,
+        collate_fn=trivial_batch_collator,
+        persistent_workers=num_workers > 0,
+    )

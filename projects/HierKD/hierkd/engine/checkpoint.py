@@ -1,0 +1,59 @@
+"""Checkpoints: detectron2's checkpointer, with errors that say what to do."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+from urllib.error import URLError
+
+from detectron2.checkpoint import DetectionCheckpointer
+
+__all__ = ["HierKDCheckpointer"]
+
+_BACKGROUND = "text_classifier.background_embedding"
+
+
+class HierKDCheckpointer(DetectionCheckpointer):  # type: ignore[misc]  # detectron2 is untyped
+    """Loads and saves detectors; a checkpoint holds the detector alone, never the teacher."""
+
+    def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Load weights from a file or a URL that detectron2 knows.
+
+        Args:
+            path: ``MODEL.WEIGHTS`` or a checkpoint; "" loads nothing.
+            *args: as in detectron2.
+            **kwargs: as in detectron2.
+
+        Returns:
+            What the checkpoint holds besides the model.
+
+        Raises:
+            FileNotFoundError: if a local file does not exist.
+            ConnectionError: if weights have to be downloaded and cannot be.
+            ValueError: if the file holds another embedding size than this detector's.
+        """
+        if path and "://" not in path and not os.path.isfile(path):
+            raise FileNotFoundError(
+                f"MODEL.WEIGHTS: no file {path!r} (looked from {os.getcwd()!r}); "
+                'give a checkpoint, a URL, or "" to start from random weights'
+            )
+        try:
+            loaded: dict[str, Any] = super().load(path, *args, **kwargs)
+        except (URLError, ConnectionError, TimeoutError) as error:
+            raise ConnectionError(
+                f"MODEL.WEIGHTS: could not download {path!r} ({error}). Fetch the file where there "
+                "is a network and pass its path as MODEL.WEIGHTS, or put it into "
+                "detectron2's cache ($FVCORE_CACHE, by default ~/.torch/iopath_cache)"
+            ) from error
+        return loaded
+
+    def _load_model(self, checkpoint: Any) -> Any:
+        found = checkpoint["model"].get(_BACKGROUND)
+        expected = self.model.state_dict().get(_BACKGROUND)
+        if found is not None and expected is not None and len(found) != len(expected):
+            raise ValueError(
+                f"the checkpoint's embeddings have {len(found)} dimensions, this detector's "
+                f"{len(expected)}: MODEL.TEXT_CLASSIFIER.EMBED_DIM and MODEL.TEACHER.WEIGHTS must "
+                "name the CLIP the checkpoint was trained with"
+            )
+        return super()._load_model(checkpoint)

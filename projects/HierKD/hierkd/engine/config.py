@@ -1,0 +1,57 @@
+"""Reading a config: defaults, then the YAML file, then KEY VALUE pairs."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import yaml
+from detectron2.config import get_cfg
+
+from hierkd.config import add_hierkd_config
+
+__all__ = ["load_config"]
+
+logger = logging.getLogger(__name__)
+
+
+def load_config(config_file: str, overrides: Sequence[str] = ()) -> Any:
+    """Build the frozen config of a run.
+
+    ``MODEL.DEVICE`` falls back to the CPU, with a note, where there is no CUDA device.
+
+    Args:
+        config_file: path of a YAML; "" takes the defaults.
+        overrides: KEY VALUE KEY VALUE ..., as given on the command line.
+
+    Raises:
+        FileNotFoundError: if the file, or its ``_BASE_``, does not exist.
+        ValueError: if the file is not YAML, a key is unknown or a value has the wrong type; names
+            the file or the command line, and the key.
+    """
+    cfg = get_cfg()
+    add_hierkd_config(cfg)
+    if config_file:
+        if not os.path.isfile(config_file):
+            raise FileNotFoundError(f"--config-file: no file {config_file!r}")
+        try:
+            cfg.merge_from_file(config_file)
+        except (KeyError, ValueError, AttributeError, AssertionError, yaml.YAMLError) as error:
+            raise ValueError(f"{config_file}: {_message(error)}") from error
+    try:
+        cfg.merge_from_list(list(overrides))
+    except (KeyError, ValueError, AttributeError, AssertionError) as error:
+        raise ValueError(f"KEY VALUE pairs {list(overrides)}: {_message(error)}") from error
+    if torch.device(cfg.MODEL.DEVICE).type == "cuda" and not torch.cuda.is_available():
+        logger.warning("MODEL.DEVICE is %s, but there is no CUDA device: using the CPU", "cuda")
+        cfg.MODEL.DEVICE = "cpu"
+    cfg.freeze()
+    return cfg
+
+
+def _message(error: Exception) -> str:
+    # str() of a KeyError is the repr of its message
+    return str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)

@@ -1,0 +1,64 @@
+"""The optimizer: detectron2's, plus AdamW and clipping of the whole gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from detectron2.solver import build_optimizer as build_detectron2_optimizer
+from detectron2.solver import get_default_optimizer_params
+from torch import nn
+
+__all__ = ["FULL_MODEL_CLIP", "build_optimizer"]
+
+FULL_MODEL_CLIP = "full_model"
+
+
+def build_optimizer(cfg: Any, model: nn.Module) -> torch.optim.Optimizer:
+    """Build the optimizer of ``cfg.SOLVER``.
+
+    ``CLIP_GRADIENTS.CLIP_TYPE = "full_model"`` clips the norm of all gradients together, as the
+    release does (norm 10); detectron2's own clip types look at each parameter by itself. With AMP
+    the gradients are already unscaled when they are clipped.
+
+    Args:
+        cfg: the frozen or unfrozen config; not changed.
+        model: whose parameters to optimise.
+
+    Raises:
+        ValueError: for an unknown ``SOLVER.OPTIMIZER``.
+    """
+    clip = cfg.SOLVER.CLIP_GRADIENTS
+    clip_full_model = clip.ENABLED and clip.CLIP_TYPE == FULL_MODEL_CLIP
+    if cfg.SOLVER.OPTIMIZER == "SGD":
+        sgd_cfg = cfg.clone()
+        sgd_cfg.defrost()
+        sgd_cfg.SOLVER.CLIP_GRADIENTS.ENABLED = clip.ENABLED and not clip_full_model
+        optimizer: torch.optim.Optimizer = build_detectron2_optimizer(sgd_cfg, model)
+    elif cfg.SOLVER.OPTIMIZER == "ADAMW":
+        if clip.ENABLED and not clip_full_model:
+            raise ValueError(
+                f"SOLVER.OPTIMIZER ADAMW clips with CLIP_TYPE {FULL_MODEL_CLIP!r} only, "
+                f"got {clip.CLIP_TYPE!r}"
+            )
+        parameters = get_default_optimizer_params(
+            model,
+            weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM,
+            bias_lr_factor=cfg.SOLVER.BIAS_LR_FACTOR,
+            weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
+            base_lr=cfg.SOLVER.BASE_LR,
+        )
+        optimizer = torch.optim.AdamW(
+            parameters, lr=cfg.SOLVER.BASE_LR, weight_decay=cfg.SOLVER.WEIGHT_DECAY
+        )
+    else:
+        raise ValueError(f"SOLVER.OPTIMIZER must be SGD or ADAMW, got {cfg.SOLVER.OPTIMIZER!r}")
+
+    if clip_full_model:
+
+        def clip_gradients(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grad_norm_(parameters, clip.CLIP_VALUE, clip.NORM_TYPE)
+
+        optimizer.register_step_pre_hook(clip_gradients)
+    return optimizer

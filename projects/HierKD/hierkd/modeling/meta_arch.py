@@ -1,0 +1,656 @@
+"""HierKD: the ATSS detector of §3.1 with its two distillations, §3.2 (IKD) and §3.3 (GKD).
+
+Shape letters, used in this file and nowhere redefined:
+
+    N   images in the batch             L   feature levels, finest first
+    R   anchors per image, one a point  D   embedding size (512 for CLIP ViT-B/32)
+    K   classes of the vocabulary, index K is the background
+    M   ground-truth boxes of an image  n   points of the classification loss
+    p   positive points of the batch    P   distilled points of the batch
+    C   captions of the batch (= N)
+
+Names: ``pred_embeddings`` (f in the paper, L2-normalised) is the one value used several times:
+classified, distilled per point, distilled globally. ``pred_anchor_deltas``, ``gt_labels`` and
+``matched_gt_boxes`` are detectron2's. Boxes are XYXY in absolute pixels of the network input until
+``detector_postprocess``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from detectron2.config import configurable
+from detectron2.data import MetadataCatalog
+from detectron2.layers import batched_nms
+from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
+from detectron2.modeling.anchor_generator import DefaultAnchorGenerator, build_anchor_generator
+from detectron2.modeling.box_regression import Box2BoxTransform
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector, permute_to_N_HWA_K
+from detectron2.structures import Boxes, ImageList, Instances
+from detectron2.utils import comm
+from detectron2.utils.events import get_event_storage
+from torch import Tensor, nn
+
+from hierkd.modeling.atss import ATSSMatcher
+from hierkd.modeling.head import ATSSHead
+from hierkd.modeling.losses import (
+    box_iou_targets,
+    centerness_targets,
+    embedding_l1_loss,
+    embedding_l2_loss,
+    image_caption_contrastive_loss,
+    positive_pairs_loss,
+    quality_loss,
+    softmax_focal_loss,
+    weighted_giou_loss,
+)
+from hierkd.modeling.mlca import MLCA
+from hierkd.modeling.sampling import subsample_negatives
+from hierkd.modeling.teacher import Teacher, build_teacher, check_embed_dim
+from hierkd.modeling.text_classifier import TextClassifier
+
+__all__ = ["IKD", "DetectionSettings", "HierKD", "InferenceSettings"]
+
+_EMBEDDING_LOSSES = {"l1": embedding_l1_loss, "l2": embedding_l2_loss}
+
+
+@dataclass(frozen=True)
+class DetectionSettings:
+    """Numbers of the §3.1 losses; see the keys of the same names in ``config.py``."""
+
+    quality: str = "iou"
+    focal_gamma: float = 2.0
+    focal_alpha: float = 0.25
+    cls_loss_weight: float = 1.0
+    learn_cls_loss_weight: bool = True
+    box_reg_loss_weight: float = 2.0
+    quality_loss_weight: float = 1.0
+    negative_sampling: str = "fraction"
+    negative_amount: float = 0.1
+
+    def __post_init__(self) -> None:
+        _check_choice("MODEL.ATSS.QUALITY", self.quality, ("iou", "centerness", "none"))
+
+
+@dataclass(frozen=True)
+class IKD:
+    """Numbers of instance-level distillation (§3.2)."""
+
+    loss_weight: float = 1.0
+    loss_type: str = "l1"
+    boxes: str = "predicted"
+    crop_scale: float = 1.5
+    iou_thresh: float = 0.5
+    max_crops_per_image: int = 0
+
+    def __post_init__(self) -> None:
+        _check_choice("MODEL.IKD.LOSS_TYPE", self.loss_type, tuple(_EMBEDDING_LOSSES))
+        _check_choice("MODEL.IKD.BOXES", self.boxes, ("predicted", "gt"))
+
+
+@dataclass(frozen=True)
+class InferenceSettings:
+    """Numbers of inference; see the ``*_TEST`` keys of ``MODEL.ATSS``."""
+
+    score_thresh: float = 0.0
+    topk_anchors: int = 1000
+    topk_pairs: int = 3000
+    nms_thresh: float = 0.4
+    max_detections: int = 100
+
+
+class DensePredictions(NamedTuple):
+    """The head's outputs with the levels and the map dimensions flattened to R points."""
+
+    embeddings: Tensor  # (N, R, D), L2-normalised
+    anchor_deltas: Tensor  # (N, R, 4)
+    qualities: Tensor | None  # (N, R) logits
+
+    def of_image(self, index: int) -> DensePredictions:
+        """The same of one image, without N."""
+        return DensePredictions(
+            self.embeddings[index],
+            self.anchor_deltas[index],
+            None if self.qualities is None else self.qualities[index],
+        )
+
+
+class PositivePoints(NamedTuple):
+    """The p positive points of the batch, image by image."""
+
+    image_idxs: Tensor  # (p,)
+    point_idxs: Tensor  # (p,) in [0, R)
+    pred_boxes: Tensor  # (p, 4), decoded, with gradient
+    gt_boxes: Tensor  # (p, 4)
+    ious: Tensor  # (p,) IoU of the two, no gradient
+
+
+def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{key} must be one of {choices}, got {value!r}")
+
+
+def _average_over_processes(values: Tensor) -> Tensor:
+    """Mean over the processes of a vector of normalisers."""
+    world_size = comm.get_world_size()
+    if world_size > 1:
+        torch.distributed.all_reduce(values)
+    return values.div_(world_size)
+
+
+@META_ARCH_REGISTRY.register()
+class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
+    """Open-vocabulary one-stage detector.
+
+    Training reads the dataset dicts of :class:`hierkd.data.dataset_mapper.HierKDDatasetMapper`:
+    ``image`` (3, H, W) raw, ``instances`` with ``gt_boxes`` and ``gt_classes`` (base classes only),
+    and ``caption`` (str) when GKD is on. It returns true losses only, already weighted.
+    Inference returns detectron2's standard output; ``pred_classes`` index
+    :attr:`vocabulary_names`.
+
+    The teacher is a guest, a plain object: it is in no ``state_dict`` and inference does not
+    touch it, except to embed a new vocabulary.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        backbone: Backbone,
+        head: ATSSHead,
+        head_in_features: Sequence[str],
+        text_classifier: TextClassifier,
+        anchor_generator: DefaultAnchorGenerator,
+        box2box_transform: Box2BoxTransform,
+        anchor_matcher: ATSSMatcher,
+        teacher: Teacher | None,
+        detection: DetectionSettings,
+        inference: InferenceSettings,
+        ikd: IKD | None,
+        mlca: MLCA | None,
+        gkd_loss_weight: float,
+        vocabulary: Sequence[str],
+        pixel_mean: Sequence[float],
+        pixel_std: Sequence[float],
+        channels_last: bool = False,
+    ) -> None:
+        """Assemble the detector from its parts.
+
+        Args:
+            backbone: a detectron2 backbone.
+            head: the dense head.
+            head_in_features: names of the backbone's maps, finest first.
+            text_classifier: the cosine classifier.
+            anchor_generator: one square anchor per point.
+            box2box_transform: detectron2's delta transform.
+            anchor_matcher: the ATSS assigner.
+            teacher: CLIP behind the ``Teacher`` protocol; None if neither distillation nor a new
+                vocabulary by name is wanted.
+            detection: numbers of the §3.1 losses.
+            inference: numbers of inference.
+            ikd: instance-level distillation, None = off.
+            mlca: the matcher of global-level distillation, None = off.
+            gkd_loss_weight: lambda_Glo.
+            vocabulary: class names of the training set, in contiguous-id order; may be empty, then
+                :meth:`set_vocabulary` comes before the first batch.
+            pixel_mean: per channel, in the order of the input image.
+            pixel_std: likewise.
+            channels_last: keep maps in channels-last memory order.
+        """
+        super().__init__(
+            backbone, head, list(head_in_features), pixel_mean=pixel_mean, pixel_std=pixel_std
+        )
+        self.text_classifier = text_classifier
+        self.anchor_generator = anchor_generator
+        if any(n != 1 for n in anchor_generator.num_anchors):
+            raise ValueError(
+                "MODEL.ANCHOR_GENERATOR must give one anchor per point, got "
+                f"{anchor_generator.num_anchors} per level"
+            )
+        self.box2box_transform = box2box_transform
+        self.anchor_matcher = anchor_matcher
+        self.teacher = teacher
+        self.detection = detection
+        self.inference_settings = inference
+        self.ikd = ikd
+        self.mlca = mlca
+        self.gkd_loss_weight = gkd_loss_weight
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        # w of the learned classification weight: loss exp(-w) * L + |w|
+        self.cls_loss_log_weight = (
+            nn.Parameter(torch.tensor(detection.cls_loss_weight))
+            if detection.learn_cls_loss_weight
+            else None
+        )
+        self.vocabulary_names: tuple[str, ...] = ()
+        if vocabulary:
+            self.set_vocabulary(vocabulary)
+        self.to(memory_format=self.memory_format)
+
+    @classmethod
+    def from_config(cls, cfg: Any) -> dict[str, Any]:
+        """Read the config: the only place in this file that knows ``cfg``."""
+        backbone = build_backbone(cfg)
+        shapes = [backbone.output_shape()[f] for f in cfg.MODEL.ATSS.IN_FEATURES]
+        teacher = build_teacher(cfg)
+        text = cfg.MODEL.TEXT_CLASSIFIER
+        check_embed_dim(teacher, text.EMBED_DIM)
+        atss, ikd, gkd = cfg.MODEL.ATSS, cfg.MODEL.IKD, cfg.MODEL.GKD
+        _check_choice("MODEL.GKD.LOSS_TYPE", gkd.LOSS_TYPE, ("contrastive", "positive_only"))
+        contrastive = gkd.LOSS_TYPE == "contrastive"
+        return {
+            "backbone": backbone,
+            "head": ATSSHead(
+                in_channels=shapes[0].channels,
+                embed_dim=text.EMBED_DIM,
+                num_levels=len(shapes),
+                num_convs=atss.NUM_CONVS,
+                norm=atss.NORM,
+                with_quality=atss.QUALITY != "none",
+            ),
+            "head_in_features": atss.IN_FEATURES,
+            "text_classifier": TextClassifier(
+                teacher.encode_captions([text.BACKGROUND_PROMPT])[0], logit_scale=text.LOGIT_SCALE
+            ),
+            "anchor_generator": build_anchor_generator(cfg, shapes),
+            "box2box_transform": Box2BoxTransform(weights=atss.BBOX_REG_WEIGHTS),
+            "anchor_matcher": ATSSMatcher(atss.TOPK),
+            "teacher": teacher,
+            "detection": DetectionSettings(
+                quality=atss.QUALITY,
+                focal_gamma=atss.FOCAL_GAMMA,
+                focal_alpha=atss.FOCAL_ALPHA,
+                cls_loss_weight=atss.CLS_LOSS_WEIGHT,
+                learn_cls_loss_weight=atss.LEARN_CLS_LOSS_WEIGHT,
+                box_reg_loss_weight=atss.BOX_REG_LOSS_WEIGHT,
+                quality_loss_weight=atss.QUALITY_LOSS_WEIGHT,
+                negative_sampling=atss.NEGATIVE_SAMPLING,
+                negative_amount=atss.NEGATIVE_AMOUNT,
+            ),
+            "inference": InferenceSettings(
+                score_thresh=atss.SCORE_THRESH_TEST,
+                topk_anchors=atss.TOPK_ANCHORS_TEST,
+                topk_pairs=atss.TOPK_PAIRS_TEST,
+                nms_thresh=atss.NMS_THRESH_TEST,
+                max_detections=cfg.TEST.DETECTIONS_PER_IMAGE,
+            ),
+            "ikd": IKD(
+                loss_weight=ikd.LOSS_WEIGHT,
+                loss_type=ikd.LOSS_TYPE,
+                boxes=ikd.BOXES,
+                crop_scale=ikd.CROP_SCALE,
+                iou_thresh=ikd.IOU_THRESH,
+                max_crops_per_image=ikd.MAX_CROPS_PER_IMAGE,
+            )
+            if ikd.LOSS_WEIGHT > 0
+            else None,
+            "mlca": MLCA(
+                grid_size=gkd.GRID_SIZE,
+                pooling=gkd.POOLING,
+                logit_scale=gkd.LOGIT_SCALE if contrastive else None,
+            )
+            if gkd.LOSS_WEIGHT > 0
+            else None,
+            "gkd_loss_weight": gkd.LOSS_WEIGHT,
+            "vocabulary": MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).get("thing_classes", [])
+            if cfg.DATASETS.TRAIN
+            else [],
+            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+            "pixel_std": cfg.MODEL.PIXEL_STD,
+            "channels_last": cfg.MODEL.CHANNELS_LAST,
+        }
+
+    # ------------------------------------------------------------------ vocabulary
+
+    def set_vocabulary(self, names: Sequence[str], text_embeddings: Tensor | None = None) -> None:
+        """Choose the classes to classify against.
+
+        Args:
+            names: K class names, unique and not empty.
+            text_embeddings: (K, D) their embeddings; by default the teacher embeds the names.
+
+        Raises:
+            ValueError: if the vocabulary is empty, has a blank or a repeated name, or the
+                embeddings do not fit.
+        """
+        names = tuple(names)
+        if not names:
+            raise ValueError("the vocabulary is empty: it needs at least one class name")
+        blank = [i for i, name in enumerate(names) if not name.strip()]
+        if blank:
+            raise ValueError(f"the vocabulary has blank names at positions {blank}")
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise ValueError(f"the vocabulary names these classes more than once: {repeated}")
+        if text_embeddings is None:
+            text_embeddings = self._teacher_or_raise().encode_classes(names)
+        if len(text_embeddings) != len(names):
+            raise ValueError(f"{len(names)} class names, but {len(text_embeddings)} embeddings")
+        self.text_classifier.set_vocabulary(text_embeddings)
+        self.vocabulary_names = names
+
+    @contextmanager
+    def vocabulary(self, names: Sequence[str]) -> Iterator[None]:
+        """Use another vocabulary inside a ``with`` block; the previous one comes back after it."""
+        previous = self.vocabulary_names, self.text_classifier.text_embeddings
+        self.set_vocabulary(names)
+        try:
+            yield
+        finally:
+            self.vocabulary_names, self.text_classifier.text_embeddings = previous
+
+    def _teacher_or_raise(self) -> Teacher:
+        if self.teacher is None:
+            raise RuntimeError("this detector was built without a teacher, and this needs one")
+        return self.teacher
+
+    # ------------------------------------------------------------------ training
+
+    def preprocess_image(self, batched_inputs: list[dict[str, Any]]) -> ImageList:
+        """Normalise, pad and batch; detectron2's, in this model's memory order."""
+        images = super().preprocess_image(batched_inputs)
+        images.tensor = images.tensor.contiguous(memory_format=self.memory_format)
+        return images
+
+    def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
+        """Losses in training, detections in inference; see the class for inputs and outputs."""
+        if not self.training:
+            return super().forward(batched_inputs)
+        images = self.preprocess_image(batched_inputs)
+        gt_instances = [x["instances"].to(self.device) for x in batched_inputs]
+        features = self.backbone(images.tensor)
+        features = [features[f] for f in self.head_in_features]
+        pred_maps = self.head(features)
+
+        with torch.autocast(self.device.type, enabled=False):  # all that follows is float32
+            # §3.1: classify and localise the base classes
+            predictions = self._flatten(pred_maps)
+            anchors = self.anchor_generator(features)
+            gt_labels, matched_gt_boxes = self.label_anchors(anchors, gt_instances)
+            positives = self.positive_points(predictions, anchors, gt_labels, matched_gt_boxes)
+            gt_labels = subsample_negatives(  # §3.4
+                gt_labels,
+                self.text_classifier.num_classes,
+                mode=self.detection.negative_sampling,
+                amount=self.detection.negative_amount,
+            )
+            # §3.2: what CLIP sees in the regions of the positive points
+            region_pairs = self.distill_regions(batched_inputs, predictions, positives)
+            # §3.3: how well each image matches each caption
+            match_scores = self.match_captions(batched_inputs, pred_maps[0])
+            return self.losses(
+                predictions, Boxes.cat(anchors), gt_labels, positives, region_pairs, match_scores
+            )
+
+    @torch.no_grad()
+    def label_anchors(
+        self, anchors: list[Boxes], gt_instances: list[Instances]
+    ) -> tuple[Tensor, Tensor]:
+        """Assign each anchor a class and a box.
+
+        Args:
+            anchors: per level; R in all.
+            gt_instances: N instances with ``gt_boxes`` and ``gt_classes``.
+
+        Returns:
+            gt_labels (N, R): class in [0, K), K = background; matched_gt_boxes (N, R, 4): of the
+            positives, zero elsewhere.
+        """
+        background = self.text_classifier.num_classes
+        all_labels, all_boxes = [], []
+        for gt in gt_instances:
+            matches, match_labels = self.anchor_matcher(gt.gt_boxes, anchors)
+            labels = torch.full_like(matches, background)
+            boxes = gt.gt_boxes.tensor.new_zeros(len(matches), 4)
+            positive = match_labels == 1
+            labels[positive] = gt.gt_classes[matches[positive]]
+            boxes[positive] = gt.gt_boxes.tensor[matches[positive]]
+            all_labels.append(labels)
+            all_boxes.append(boxes)
+        return torch.stack(all_labels), torch.stack(all_boxes)
+
+    def positive_points(
+        self,
+        predictions: DensePredictions,
+        anchors: list[Boxes],
+        gt_labels: Tensor,
+        matched_gt_boxes: Tensor,
+    ) -> PositivePoints:
+        """Decode the boxes of the positive points and compare them with their objects."""
+        is_positive = (gt_labels >= 0) & (gt_labels != self.text_classifier.num_classes)
+        image_idxs, point_idxs = is_positive.nonzero(as_tuple=True)
+        pred_boxes = self.box2box_transform.apply_deltas(
+            predictions.anchor_deltas[image_idxs, point_idxs], Boxes.cat(anchors).tensor[point_idxs]
+        )
+        gt_boxes = matched_gt_boxes[image_idxs, point_idxs]
+        return PositivePoints(
+            image_idxs, point_idxs, pred_boxes, gt_boxes, box_iou_targets(pred_boxes, gt_boxes)
+        )
+
+    def distill_regions(
+        self,
+        batched_inputs: list[dict[str, Any]],
+        predictions: DensePredictions,
+        positives: PositivePoints,
+    ) -> tuple[Tensor, Tensor] | None:
+        """Pair the embeddings of well-localised positives with CLIP's of their regions (§3.2).
+
+        Returns:
+            (student (P, D) with gradient, teacher (P, D) without), both L2-normalised, or None if
+            IKD is off.
+        """
+        if self.ikd is None:
+            return None
+        keep = (positives.ious >= self.ikd.iou_thresh).nonzero().squeeze(1)
+        limit = self.ikd.max_crops_per_image * len(batched_inputs)
+        if 0 < limit < len(keep):
+            keep = keep[torch.randperm(len(keep), device=keep.device)[:limit].sort().values]
+        image_idxs = positives.image_idxs[keep]
+        boxes = positives.pred_boxes if self.ikd.boxes == "predicted" else positives.gt_boxes
+        boxes = boxes[keep].detach()
+        per_image = image_idxs.bincount(minlength=len(batched_inputs)).tolist()
+        teacher = self._teacher_or_raise().encode_regions(
+            [x["image"].to(self.device) for x in batched_inputs],
+            boxes.split(per_image),
+            self.ikd.crop_scale,
+        )
+        return predictions.embeddings[image_idxs, positives.point_idxs[keep]], teacher
+
+    def match_captions(
+        self, batched_inputs: list[dict[str, Any]], embedding_maps: list[Tensor]
+    ) -> Tensor | None:
+        """Score every image against every caption of the batch (§3.3).
+
+        Returns:
+            (N, C) match scores, or None if GKD is off.
+        """
+        if self.mlca is None:
+            return None
+        captions = self._teacher_or_raise().encode_captions([x["caption"] for x in batched_inputs])
+        scores: Tensor = self.mlca(embedding_maps, captions.to(self.device))
+        return scores
+
+    def losses(
+        self,
+        predictions: DensePredictions,
+        anchors: Boxes,
+        gt_labels: Tensor,
+        positives: PositivePoints,
+        region_pairs: tuple[Tensor, Tensor] | None,
+        match_scores: Tensor | None,
+    ) -> dict[str, Tensor]:
+        """All losses, normalised and weighted (Eq. 6).
+
+        The normalisers are means over the processes, so that the gradients that DDP averages are
+        those of one process with the whole batch.
+        """
+        settings = self.detection
+        sampled = gt_labels >= 0
+        logits = self.text_classifier(predictions.embeddings[sampled])  # (n, K+1)
+        quality_targets = self._quality_targets(anchors, positives)
+        num_distilled = 0 if region_pairs is None else len(region_pairs[0])
+        num_positive, quality_sum, num_regions = (
+            _average_over_processes(
+                torch.stack(
+                    [
+                        quality_targets.new_tensor(float(len(quality_targets))),
+                        quality_targets.sum(),
+                        quality_targets.new_tensor(float(num_distilled)),
+                    ]
+                )
+            )
+            .clamp(min=1.0)
+            .unbind()
+        )
+
+        loss_cls = (
+            softmax_focal_loss(
+                logits, gt_labels[sampled], gamma=settings.focal_gamma, alpha=settings.focal_alpha
+            )
+            / num_positive
+        )
+        loss_box_reg = (
+            weighted_giou_loss(positives.pred_boxes, positives.gt_boxes, quality_targets)
+            / quality_sum
+        )
+        losses = {
+            "loss_cls": self._weigh_cls_loss(loss_cls),
+            "loss_box_reg": settings.box_reg_loss_weight * loss_box_reg,
+        }
+        if predictions.qualities is not None:
+            pred_quality = predictions.qualities[positives.image_idxs, positives.point_idxs]
+            loss_quality = quality_loss(pred_quality, quality_targets) / num_positive
+            losses["loss_iou" if settings.quality == "iou" else "loss_centerness"] = (
+                settings.quality_loss_weight * loss_quality
+            )
+        if self.ikd is not None and region_pairs is not None:
+            loss_ikd = _EMBEDDING_LOSSES[self.ikd.loss_type](*region_pairs) / num_regions
+            losses["loss_ikd"] = self.ikd.loss_weight * loss_ikd
+        if match_scores is not None and self.mlca is not None:
+            if self.mlca.logit_scale is None:
+                losses["loss_gkd"] = self.gkd_loss_weight * positive_pairs_loss(match_scores)
+            else:
+                by_image, by_caption = image_caption_contrastive_loss(match_scores)
+                losses["loss_gkd_image"] = self.gkd_loss_weight * by_image
+                losses["loss_gkd_caption"] = self.gkd_loss_weight * by_caption
+        self._record_statistics(len(gt_labels), len(quality_targets), num_distilled)
+        return losses
+
+    def _quality_targets(self, anchors: Boxes, positives: PositivePoints) -> Tensor:
+        """(p,) targets of the quality branch, which also weigh the box loss; ones without one."""
+        if self.detection.quality == "iou":
+            return positives.ious
+        if self.detection.quality == "centerness":
+            centers = anchors.get_centers()[positives.point_idxs]
+            return centerness_targets(centers, positives.gt_boxes)
+        return torch.ones_like(positives.ious)
+
+    def _weigh_cls_loss(self, loss: Tensor) -> Tensor:
+        if self.cls_loss_log_weight is None:
+            return self.detection.cls_loss_weight * loss
+        return (-self.cls_loss_log_weight).exp() * loss + self.cls_loss_log_weight.abs()
+
+    def _record_statistics(self, num_images: int, num_positive: int, num_distilled: int) -> None:
+        storage = get_event_storage()
+        storage.put_scalar("num_pos_anchors", num_positive / num_images)
+        storage.put_scalar("tau_c", self.text_classifier.logit_scale.item())
+        if self.ikd is not None:
+            storage.put_scalar("num_distilled_regions", num_distilled / num_images)
+        if self.mlca is not None and self.mlca.logit_scale is not None:
+            storage.put_scalar("tau_m", self.mlca.logit_scale.item())
+
+    # ------------------------------------------------------------------ inference
+
+    @staticmethod
+    def _flatten(
+        pred_maps: tuple[list[Tensor], list[Tensor], list[Tensor] | None],
+    ) -> DensePredictions:
+        """Lay the L maps of each output end to end as R points."""
+        embeddings, deltas, qualities = pred_maps
+        return DensePredictions(
+            torch.cat([permute_to_N_HWA_K(x, x.shape[1]) for x in embeddings], dim=1),
+            torch.cat([permute_to_N_HWA_K(x, 4) for x in deltas], dim=1),
+            None
+            if qualities is None
+            else torch.cat([permute_to_N_HWA_K(x, 1) for x in qualities], dim=1).squeeze(2),
+        )
+
+    def _class_probabilities(self, embeddings: Tensor) -> Tensor:
+        """(..., D) -> (..., K) probabilities of the classes, the background left out."""
+        logits: Tensor = self.text_classifier(embeddings)
+        return logits.softmax(dim=-1)[..., :-1]
+
+    def forward_inference(
+        self, images: ImageList, features: list[Tensor], predictions: Any
+    ) -> list[Instances]:
+        """Detections of each image: best anchors per level, best pairs, class-wise NMS."""
+        anchors = self.anchor_generator(features)
+        with torch.autocast(self.device.type, enabled=False):
+            flat = self._flatten(predictions)
+            return [
+                self._inference_single_image(
+                    flat.of_image(i), anchors, size
+                )
+                for i, size in enumerate(images.image_sizes)
+            ]
+
+    def _inference_single_image(
+        self, predictions: DensePredictions, anchors: list[Boxes], image_size: tuple[int, int]
+    ) -> Instances:
+        settings = self.inference_settings
+        probs = self._class_probabilities(predictions.embeddings)  # (R, K)
+        scores = probs
+        if predictions.qualities is not None:
+            scores = probs * predictions.qualities.sigmoid()[:, None]
+        anchor_scores = scores.amax(dim=1)
+        kept, start = [], 0
+        for level in anchors:
+            of_level = anchor_scores[start : start + len(level)]
+            top = of_level.topk(min(settings.topk_anchors, len(level))).indices
+            kept.append(top + start)
+            start += len(level)
+        anchor_idxs = torch.cat(kept)
+
+        scores = scores[anchor_idxs]
+        scores = scores.masked_fill(probs[anchor_idxs] <= settings.score_thresh, -1.0)
+        pair_scores, pairs = scores.flatten().topk(min(settings.topk_pairs, scores.numel()))
+        pairs, pair_scores = pairs[pair_scores >= 0], pair_scores[pair_scores >= 0]
+        rows, classes = pairs // scores.shape[1], pairs % scores.shape[1]
+        anchor_idxs = anchor_idxs[rows]
+
+        boxes = Boxes(
+            self.box2box_transform.apply_deltas(
+                predictions.anchor_deltas[anchor_idxs], Boxes.cat(anchors).tensor[anchor_idxs]
+            )
+        )
+        boxes.clip(image_size)
+        keep = batched_nms(boxes.tensor, pair_scores, classes, settings.nms_thresh)
+        keep = keep[: settings.max_detections]
+        return Instances(
+            image_size, pred_boxes=boxes[keep], scores=pair_scores[keep], pred_classes=classes[keep]
+        )
+
+    @torch.no_grad()
+    def score_maps(self, batched_inputs: list[dict[str, Any]]) -> list[Tensor]:
+        """Scores of every point, for heat maps in the manner of the paper's Fig. 4.
+
+        Args:
+            batched_inputs: as in inference.
+
+        Returns:
+            L maps (N, K, H_l, W_l): class probability times sigmoid(quality). Point (y, x) of level
+            l lies at pixel ((x + o) s, (y + o) s) of the network input, with stride s and the
+            anchor generator's offset o. Padding of the batch is included.
+        """
+        images = self.preprocess_image(batched_inputs)
+        features = self.backbone(images.tensor)
+        embeddings, _, qualities = self.head([features[f] for f in self.head_in_features])
+        maps = []
+        for level, embedding in enumerate(embeddings):
+            probs = self._class_probabilities(embedding.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+            maps.append(probs if qualities is None else probs * qualities[level].sigmoid())
+        return maps

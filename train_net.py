@@ -1,0 +1,156 @@
+#!/usr/bin/env python
+"""Train and evaluate HierKD.
+
+    python train_net.py --config-file configs/hierkd_R50.yaml --num-gpus 4
+    python train_net.py --config-file configs/hierkd_R50.yaml --num-gpus 4 --resume
+    python train_net.py --config-file configs/hierkd_R50.yaml --eval-only MODEL.WEIGHTS model.pth
+
+Trailing KEY VALUE pairs override the config. Several machines: ``--num-machines``,
+``--machine-rank`` and ``--dist-url``, as in detectron2.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from argparse import Namespace
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from detectron2.data import MetadataCatalog, get_detection_dataset_dicts
+from detectron2.engine import DefaultTrainer, default_argument_parser, default_setup, launch
+from detectron2.evaluation import verify_results
+from detectron2.utils import comm
+from torch import nn
+
+from hierkd.data.dataset_mapper import HierKDDatasetMapper, check_captions
+from hierkd.data.loader import build_resumable_train_loader
+from hierkd.engine.checkpoint import HierKDCheckpointer
+from hierkd.engine.config import load_config
+from hierkd.engine.optimizer import build_optimizer
+from hierkd.evaluation.split_coco_evaluation import SplitCOCOEvaluator
+
+logger = logging.getLogger("hierkd")
+
+
+class Trainer(DefaultTrainer):  # type: ignore[misc]  # detectron2 is untyped
+    """detectron2's trainer with HierKD's data, checkpoints and vocabularies."""
+
+    def build_hooks(self) -> list[Any]:
+        """detectron2's hooks, which save with HierKD's checkpointer."""
+        # DefaultTrainer has no method that builds the checkpointer; its hooks take it from here.
+        self.checkpointer = HierKDCheckpointer(
+            self.model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
+        )
+        hooks: list[Any] = super().build_hooks()
+        return hooks
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """Load weights, or the last checkpoint together with the place in the data stream."""
+        super().resume_or_load(resume=resume)
+        self.data_loader.batch_sampler.start_iter = self.start_iter
+
+    def run_step(self) -> None:
+        """One step; its random draws depend on the seed and the iteration, not on the history."""
+        if self.cfg.SEED >= 0:
+            torch.manual_seed(self.cfg.SEED + self.iter * comm.get_world_size() + comm.get_rank())
+        super().run_step()
+
+    @classmethod
+    def build_optimizer(cls, cfg: Any, model: nn.Module) -> torch.optim.Optimizer:
+        """SGD or AdamW with the clipping of the whole gradient."""
+        return build_optimizer(cfg, model)
+
+    @classmethod
+    def build_train_loader(cls, cfg: Any) -> Any:
+        """Endless batches; checks the captions before the first step."""
+        dataset_dicts = get_detection_dataset_dicts(
+            cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+        )
+        if cfg.MODEL.GKD.LOSS_WEIGHT > 0:
+            names = ", ".join(MetadataCatalog.get(n).json_file for n in cfg.DATASETS.TRAIN)
+            check_captions(dataset_dicts, names)
+        return build_resumable_train_loader(
+            dataset_dicts,
+            HierKDDatasetMapper(cfg, is_train=True),
+            total_batch_size=cfg.SOLVER.IMS_PER_BATCH,
+            num_workers=cfg.DATALOADER.NUM_WORKERS,
+            seed=cfg.SEED,
+        )
+
+    @classmethod
+    def build_evaluator(cls, cfg: Any, dataset_name: str) -> SplitCOCOEvaluator:
+        """AP and AR of base, novel and all classes."""
+        return SplitCOCOEvaluator(
+            dataset_name,
+            output_dir=f"{cfg.OUTPUT_DIR}/inference/{dataset_name}",
+            max_dets_per_image=cfg.TEST.DETECTIONS_PER_IMAGE,
+        )
+
+    @classmethod
+    def test(cls, cfg: Any, model: nn.Module, evaluators: Any = None) -> dict[str, Any]:
+        """Evaluate each dataset with its own vocabulary; the training one comes back after it.
+
+        Returns:
+            Results per dataset name, also when there is only one dataset.
+        """
+        detector: Any = model.module if hasattr(model, "module") else model
+        results: OrderedDict[str, Any] = OrderedDict()
+        for index, name in enumerate(cfg.DATASETS.TEST):
+            one = cfg.clone()
+            one.defrost()
+            one.DATASETS.TEST = (name,)
+            with detector.vocabulary(MetadataCatalog.get(name).thing_classes):
+                results[name] = super().test(
+                    one, model, None if evaluators is None else [evaluators[index]]
+                )
+        return results
+
+
+def main(args: Namespace) -> dict[str, Any] | None:
+    """Run one process of a training or of an evaluation."""
+    cfg = load_config(args.config_file, args.opts)
+    default_setup(cfg, args)
+    if not args.eval_only:
+        trainer = Trainer(cfg)
+        trainer.resume_or_load(resume=args.resume)
+        results: dict[str, Any] | None = trainer.train()
+        return results
+    model = Trainer.build_model(cfg)
+    HierKDCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(
+        cfg.MODEL.WEIGHTS, resume=args.resume
+    )
+    results = Trainer.test(cfg, model)
+    if comm.is_main_process():
+        verify_results(cfg, results)
+    return results
+
+
+def check_num_gpus(num_gpus: int) -> None:
+    """Refuse more GPUs than there are; ``--num-gpus 1`` on a machine without one uses the CPU.
+
+    Raises:
+        SystemExit: with a message that names both numbers.
+    """
+    available = torch.cuda.device_count()
+    if num_gpus > max(available, 1):
+        raise SystemExit(
+            f"--num-gpus {num_gpus}: this machine has {available} CUDA devices; "
+            "leave --num-gpus out to train on the CPU"
+            if available == 0
+            else f"--num-gpus {num_gpus}: this machine has {available} CUDA devices"
+        )
+
+
+if __name__ == "__main__":
+    arguments = default_argument_parser(epilog=__doc__).parse_args()
+    check_num_gpus(arguments.num_gpus)
+    launch(
+        main,
+        arguments.num_gpus,
+        num_machines=arguments.num_machines,
+        machine_rank=arguments.machine_rank,
+        dist_url=arguments.dist_url,
+        args=(arguments,),
+    )
