@@ -1,0 +1,5 @@
+"""Datasets, category splits and the dataset mapper. Importing it registers the datasets."""
+
+from hierkd.data.datasets import register_coco_ovd
+
+register_coco_ovd()

@@ -1,0 +1,176 @@
+"""Which COCO categories are base, novel or unused: the only category lists of the project.
+
+Two splits of the 80 COCO detection categories are in use (§4.1 of the paper):
+
+- ``48_17``: 48 base and 17 novel categories; the other 15 are neither labelled in training nor
+  scored. Drawn by Bansal et al., "Zero-Shot Object Detection" (ECCV 2018), and taken over by
+  Zareian et al., "Open-Vocabulary Object Detection Using Captions" (OVR-CNN, CVPR 2021).
+- ``65_15``: 65 base and 15 novel categories, nothing unused. Drawn by Rahman et al., "Improved
+  Visual-Semantic Alignment for Zero-Shot Object Detection" (PL-ZSD, AAAI 2020).
+
+"65" alone is ambiguous: it is 48 + 17 in the first split and the base count of the second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+__all__ = ["COCO_CATEGORIES", "SPLITS", "Category", "Split"]
+
+
+class Category(NamedTuple):
+    """A COCO category: its official ``id`` (1 to 90, with gaps) and its official ``name``."""
+
+    id: int
+    name: str
+
+
+COCO_CATEGORIES: tuple[Category, ...] = (
+    Category(1, "person"),
+    Category(2, "bicycle"),
+    Category(3, "car"),
+    Category(4, "motorcycle"),
+    Category(5, "airplane"),
+    Category(6, "bus"),
+    Category(7, "train"),
+    Category(8, "truck"),
+    Category(9, "boat"),
+    Category(10, "traffic light"),
+    Category(11, "fire hydrant"),
+    Category(13, "stop sign"),
+    Category(14, "parking meter"),
+    Category(15, "bench"),
+    Category(16, "bird"),
+    Category(17, "cat"),
+    Category(18, "dog"),
+    Category(19, "horse"),
+    Category(20, "sheep"),
+    Category(21, "cow"),
+    Category(22, "elephant"),
+    Category(23, "bear"),
+    Category(24, "zebra"),
+    Category(25, "giraffe"),
+    Category(27, "backpack"),
+    Category(28, "umbrella"),
+    Category(31, "handbag"),
+    Category(32, "tie"),
+    Category(33, "suitcase"),
+    Category(34, "frisbee"),
+    Category(35, "skis"),
+    Category(36, "snowboard"),
+    Category(37, "sports ball"),
+    Category(38, "kite"),
+    Category(39, "baseball bat"),
+    Category(40, "baseball glove"),
+    Category(41, "skateboard"),
+    Category(42, "surfboard"),
+    Category(43, "tennis racket"),
+    Category(44, "bottle"),
+    Category(46, "wine glass"),
+    Category(47, "cup"),
+    Category(48, "fork"),
+    Category(49, "knife"),
+    Category(50, "spoon"),
+    Category(51, "bowl"),
+    Category(52, "banana"),
+    Category(53, "apple"),
+    Category(54, "sandwich"),
+    Category(55, "orange"),
+    Category(56, "broccoli"),
+    Category(57, "carrot"),
+    Category(58, "hot dog"),
+    Category(59, "pizza"),
+    Category(60, "donut"),
+    Category(61, "cake"),
+    Category(62, "chair"),
+    Category(63, "couch"),
+    Category(64, "potted plant"),
+    Category(65, "bed"),
+    Category(67, "dining table"),
+    Category(70, "toilet"),
+    Category(72, "tv"),
+    Category(73, "laptop"),
+    Category(74, "mouse"),
+    Category(75, "remote"),
+    Category(76, "keyboard"),
+    Category(77, "cell phone"),
+    Category(78, "microwave"),
+    Category(79, "oven"),
+    Category(80, "toaster"),
+    Category(81, "sink"),
+    Category(82, "refrigerator"),
+    Category(84, "book"),
+    Category(85, "clock"),
+    Category(86, "vase"),
+    Category(87, "scissors"),
+    Category(88, "teddy bear"),
+    Category(89, "hair drier"),
+    Category(90, "toothbrush"),
+)
+"""The 80 detection categories of COCO in id order (``instances_*2017.json``, ``categories``)."""
+
+# The 17 novel categories of Bansal et al. and the 15 that neither side of that split contains.
+_NOVEL_17 = (
+    "airplane", "bus", "cat", "dog", "cow", "elephant", "umbrella", "tie", "snowboard",
+    "skateboard", "cup", "knife", "cake", "couch", "keyboard", "sink", "scissors",
+)  # fmt: skip
+_UNUSED_15 = (
+    "traffic light", "fire hydrant", "stop sign", "parking meter", "sports ball", "baseball bat",
+    "baseball glove", "tennis racket", "wine glass", "hot dog", "potted plant", "dining table",
+    "cell phone", "teddy bear", "hair drier",
+)  # fmt: skip
+
+# The 15 novel ("unseen") categories of Rahman et al.
+_NOVEL_15 = (
+    "airplane", "train", "parking meter", "cat", "bear", "suitcase", "frisbee", "snowboard",
+    "fork", "sandwich", "hot dog", "toilet", "mouse", "toaster", "hair drier",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Split:
+    """A split of the COCO categories into base and novel ones.
+
+    Attributes:
+        name: Key in :data:`SPLITS`, also part of file and dataset names (``"48_17"``).
+        base: Categories with boxes in training, in id order.
+        novel: Categories without boxes in training, in id order.
+    """
+
+    name: str
+    base: tuple[Category, ...]
+    novel: tuple[Category, ...]
+
+    @property
+    def all(self) -> tuple[Category, ...]:
+        """Base and novel categories together, in id order (so *not* base before novel)."""
+        return tuple(sorted(self.base + self.novel))
+
+    @property
+    def unused(self) -> tuple[Category, ...]:
+        """The COCO categories that are neither base nor novel, in id order."""
+        used = set(self.all)
+        return tuple(category for category in COCO_CATEGORIES if category not in used)
+
+
+def _select(names: Iterable[str]) -> tuple[Category, ...]:
+    """Return the COCO categories called ``names``, in id order."""
+    id_of = {category.name: category.id for category in COCO_CATEGORIES}
+    return tuple(sorted(Category(id_of[name], name) for name in names))
+
+
+def _make_split(name: str, novel: Iterable[str], unused: Iterable[str] = ()) -> Split:
+    """Return the split whose base categories are all but the ``novel`` and ``unused`` ones."""
+    novel_categories = _select(novel)
+    not_base = {*novel_categories, *_select(unused)}
+    base = tuple(category for category in COCO_CATEGORIES if category not in not_base)
+    return Split(name=name, base=base, novel=novel_categories)
+
+
+SPLITS: dict[str, Split] = {
+    "48_17": _make_split("48_17", _NOVEL_17, _UNUSED_15),
+    "65_15": _make_split("65_15", _NOVEL_15),
+}
+"""The splits by name."""
