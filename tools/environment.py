@@ -1,0 +1,135 @@
+"""Check, or complete, the Python environment that this script runs in.
+
+``environment.py check`` lists what HierKD needs and the environment lacks, and changes nothing.
+``environment.py install`` installs exactly that. Something that is importable and new enough is
+always kept, whatever it was installed from: an official detectron2, OpenAI's own ``clip``, an
+OpenCV with a GUI. The requirements are those of pyproject.toml, plus detectron2, which is not on
+PyPI under its own name (requirements/detectron2.txt).
+"""
+
+import importlib.metadata
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+MINIMUM_PYTHON = (3, 11)
+
+# Where the import name is not the distribution's name. Stubs have nothing to import.
+IMPORT_NAMES = {
+    "clip-anytorch": "clip",
+    "hydra-core": "hydra",
+    "opencv-python-headless": "cv2",
+    "pillow": "PIL",
+    "pyyaml": "yaml",
+    "setuptools": "pkg_resources",
+    "types-pyyaml": None,
+}
+
+
+def pip(*arguments: str) -> None:
+    """Run this environment's pip, and end the script with pip's status if it fails."""
+    status = subprocess.call([sys.executable, "-m", "pip", *arguments], cwd=ROOT)
+    if status != 0:
+        sys.exit(status)
+
+
+def is_importable(name: str) -> bool:
+    """Return whether a top-level module of this name can be found, without importing it."""
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def missing_requirements() -> "list[str]":
+    """Return the requirements of pyproject.toml (with its extras) that are not met here.
+
+    A module that is importable although its distribution is not installed under the name that
+    pyproject.toml gives counts as met: it came from elsewhere, and its version is unknown.
+    """
+    import tomllib
+
+    from packaging.requirements import Requirement
+
+    with open(ROOT / "pyproject.toml", "rb") as file:
+        project = tomllib.load(file)["project"]
+    missing = []
+    for text in sum(project["optional-dependencies"].values(), project["dependencies"]):
+        requirement = Requirement(text)
+        name = re.sub(r"[-_.]+", "-", requirement.name).lower()
+        module = IMPORT_NAMES.get(name, name.replace("-", "_"))
+        try:
+            version = importlib.metadata.version(name)
+            met = requirement.specifier.contains(version, prereleases=True)
+        except importlib.metadata.PackageNotFoundError:
+            met = module is not None
+        if not met or (module is not None and not is_importable(module)):
+            missing.append(text)
+    return missing
+
+
+def install_detectron2() -> None:
+    """Install the pinned detectron2 archive into this environment, without its ``tools``.
+
+    The archive also holds a top-level package ``tools`` (detectron2's scripts), which would hide
+    this project's directory of that name, so only the rest is moved into site-packages. It is
+    marked as built for Python 3.10; see requirements/detectron2.txt for why that is harmless.
+    """
+    site_packages = Path(sysconfig.get_path("purelib"))
+    with tempfile.TemporaryDirectory(prefix=".detectron2-", dir=site_packages) as folder:
+        options = ["--no-deps", "--only-binary=:all:", "--python-version", "3.10", "--no-compile"]
+        pin = str(ROOT / "requirements" / "detectron2.txt")
+        pip("install", "-q", *options, "--target", folder, "--require-hashes", "-r", pin)
+        for item in Path(folder).iterdir():
+            if item.name == "detectron2" or item.name.endswith(".dist-info"):
+                shutil.rmtree(site_packages / item.name, ignore_errors=True)
+                item.rename(site_packages / item.name)
+
+
+def install() -> None:
+    """Install what is missing, then the package itself, and import the parts that may clash."""
+    if not is_importable("packaging"):
+        pip("install", "-q", "packaging")
+    missing = missing_requirements()
+    if missing:
+        pip("install", *missing)
+    if not is_importable("detectron2"):
+        install_detectron2()
+    pip("install", "-q", "--no-deps", "-e", ".")
+    modules = "torchvision, detectron2.model_zoo, clip, cv2, pycocotools.mask"
+    if subprocess.call([sys.executable, "-W", "ignore", "-c", f"import {modules}"], cwd=ROOT):
+        sys.exit(f"error: {sys.executable} has everything installed, but cannot import it.")
+
+
+def check() -> None:
+    """End with a message that says what is missing and how to get it, if anything is."""
+    missing = missing_requirements() if is_importable("packaging") else ["packaging"]
+    if not is_importable("detectron2"):
+        missing.append("detectron2")
+    if missing:
+        sys.exit(
+            f"error: {sys.executable} lacks {', '.join(missing)}.\n"
+            f"To install what it lacks there: make install PYTHON={sys.executable}\n"
+            "Or leave PYTHON out, and an environment of its own is made in .venv."
+        )
+
+
+def main() -> None:
+    """Run the command named on the command line."""
+    if sys.version_info < MINIMUM_PYTHON:
+        found = ".".join(map(str, sys.version_info[:3]))
+        sys.exit(f"error: HierKD needs Python >= 3.11, but {sys.executable} is Python {found}.")
+    commands = {"check": check, "install": install}
+    if len(sys.argv) != 2 or sys.argv[1] not in commands:
+        sys.exit("usage: environment.py check|install")
+    commands[sys.argv[1]]()
+
+
+if __name__ == "__main__":
+    main()
