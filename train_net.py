@@ -24,7 +24,8 @@ from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from torch import nn
 
-from hierkd.data.dataset_mapper import HierKDDatasetMapper, check_captions
+from hierkd.data.dataset_mapper import HierKDDatasetMapper, check_images
+from hierkd.data.datasets import check_captions, check_datasets
 from hierkd.data.loader import build_resumable_train_loader
 from hierkd.engine.checkpoint import HierKDCheckpointer
 from hierkd.engine.config import load_config
@@ -64,13 +65,17 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # detectron2 is untyped
 
     @classmethod
     def build_train_loader(cls, cfg: Any) -> Any:
-        """Endless batches; checks the captions before the first step."""
+        """Endless batches; captions and images are checked before the first step."""
         dataset_dicts = get_detection_dataset_dicts(
             cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
         )
         if cfg.MODEL.GKD.LOSS_WEIGHT > 0:
             names = ", ".join(MetadataCatalog.get(n).json_file for n in cfg.DATASETS.TRAIN)
             check_captions(dataset_dicts, names)
+        if cfg.DATALOADER.CHECK_IMAGES:
+            dataset_dicts = check_images(
+                dataset_dicts, skip_broken=cfg.DATALOADER.SKIP_BROKEN_IMAGES
+            )
         return build_resumable_train_loader(
             dataset_dicts,
             HierKDDatasetMapper(cfg, is_train=True),
@@ -112,6 +117,7 @@ def main(args: Namespace) -> dict[str, Any] | None:
     """Run one process of a training or of an evaluation."""
     cfg = load_config(args.config_file, args.opts)
     default_setup(cfg, args)
+    check_datasets(cfg.DATASETS.TEST)
     if not args.eval_only:
         trainer = Trainer(cfg)
         trainer.resume_or_load(resume=args.resume)

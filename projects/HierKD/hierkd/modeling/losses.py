@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from detectron2.structures import Boxes, matched_pairwise_iou
+from detectron2.structures import Boxes
+from detectron2.structures.boxes import matched_pairwise_iou
 from fvcore.nn import giou_loss
 from torch import Tensor
 

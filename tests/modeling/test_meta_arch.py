@@ -1,0 +1,379 @@
+"""The detector as a whole: losses in training, detections in inference, vocabularies."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances, pairwise_iou
+from detectron2.utils.events import EventStorage
+
+import hierkd.modeling.meta_arch as meta_arch
+from fake_teacher import FakeTeacher
+from hierkd.engine.config import load_config
+from hierkd.modeling.meta_arch import HierKD
+
+SIZE = 128
+CLASSES = [f"thing {i}" for i in range(5)]
+CONFIG = "configs/miniature/hierkd.yaml"
+
+
+@pytest.fixture
+def build(monkeypatch):
+    """Builder of small detectors with a fake teacher; arguments are KEY, VALUE, ..."""
+
+    def _build(*overrides: Any) -> HierKD:
+        cfg = load_config(CONFIG, ["MODEL.DEVICE", "cpu", "DATASETS.TRAIN", "()", *overrides])
+        teacher = FakeTeacher(cfg.MODEL.TEXT_CLASSIFIER.EMBED_DIM)
+        monkeypatch.setattr(meta_arch, "build_teacher", lambda cfg: teacher)
+        torch.manual_seed(0)
+        model = build_model(cfg)
+        model.set_vocabulary(CLASSES)
+        return model
+
+    return _build
+
+
+def sample(boxes: list[list[float]], classes: list[int] | None = None, seed: int = 0) -> dict:
+    generator = torch.Generator().manual_seed(seed)
+    instances = Instances((SIZE, SIZE))
+    instances.gt_boxes = Boxes(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4))
+    labels = list(range(len(boxes))) if classes is None else classes
+    instances.gt_classes = torch.tensor(labels, dtype=torch.int64)
+    image = torch.randint(0, 256, (3, SIZE, SIZE), dtype=torch.uint8, generator=generator)
+    caption = f"a picture number {seed}"
+    return {"image": image, "instances": instances, "caption": caption}
+
+
+def batch() -> list[dict]:
+    return [
+        sample([[10, 12, 70, 80], [60, 20, 120, 70]], seed=1),
+        sample([[30, 30, 90, 95]], [3], seed=2),
+        sample([], seed=3),
+    ]
+
+
+def train_losses(model: HierKD, inputs: list[dict], seed: int = 0) -> dict[str, torch.Tensor]:
+    model.train()
+    torch.manual_seed(seed)
+    with EventStorage():
+        return model(inputs)
+
+
+@pytest.mark.parametrize(
+    ("ikd", "gkd", "quality", "extra"),
+    [
+        (0.0, 0.0, "iou", {"loss_iou"}),
+        (0.1, 0.0, "iou", {"loss_iou", "loss_ikd"}),
+        (0.0, 1.0, "centerness", {"loss_centerness", "loss_gkd_image", "loss_gkd_caption"}),
+        (0.1, 1.0, "none", {"loss_ikd", "loss_gkd_image", "loss_gkd_caption"}),
+    ],
+)
+def test_each_row_of_table_4_has_its_losses_and_trains_every_parameter(
+    build, ikd, gkd, quality, extra
+):
+    model = build(
+        *("MODEL.IKD.LOSS_WEIGHT", ikd, "MODEL.GKD.LOSS_WEIGHT", gkd),
+        *("MODEL.ATSS.QUALITY", quality),
+    )
+    losses = train_losses(model, batch())
+    assert set(losses) == {"loss_cls", "loss_box_reg"} | extra
+    assert all(loss.isfinite() and loss > 0 for k, loss in losses.items() if k != "loss_ikd")
+    sum(losses.values()).backward()
+    without = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert without == []
+
+
+def test_a_branch_that_is_off_builds_nothing_and_never_asks_the_teacher(build):
+    model = build("MODEL.IKD.LOSS_WEIGHT", 0.0, "MODEL.GKD.LOSS_WEIGHT", 0.0)
+    model.teacher.captions.clear()
+    train_losses(model, batch())
+    assert model.mlca is None
+    assert model.ikd is None
+    assert model.teacher.regions == []
+    assert model.teacher.captions == []
+
+
+def test_a_batch_without_any_box_still_gives_every_parameter_a_gradient(build):
+    model = build()
+    losses = train_losses(model, [sample([], seed=1), sample([], seed=2)])
+    assert losses["loss_box_reg"] == 0
+    assert losses["loss_iou"] == 0
+    assert losses["loss_ikd"] == 0
+    assert losses["loss_cls"] > 0
+    sum(losses.values()).backward()
+    missing = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert missing == []
+
+
+def test_the_weights_of_eq_6_scale_their_losses_and_nothing_else(build):
+    # IoU >= 0 makes every positive a distilled point, so that an untrained model has some
+    one = build("MODEL.IKD.IOU_THRESH", 0.0)
+    two = build(
+        *("MODEL.IKD.IOU_THRESH", 0.0, "MODEL.IKD.LOSS_WEIGHT", 0.1),
+        *("MODEL.GKD.LOSS_WEIGHT", 1.5, "MODEL.ATSS.BOX_REG_LOSS_WEIGHT", 6.0),
+    )
+    a, b = train_losses(one, batch()), train_losses(two, batch())
+    factors = {"loss_ikd": 2.0, "loss_gkd_image": 3.0, "loss_gkd_caption": 3.0, "loss_box_reg": 3.0}
+    assert a["loss_ikd"] > 0
+    for name, loss in a.items():
+        torch.testing.assert_close(b[name], loss * factors.get(name, 1.0))
+
+
+def test_the_learned_classification_weight(build):
+    learned = build()
+    fixed = build("MODEL.ATSS.LEARN_CLS_LOSS_WEIGHT", False)
+    a, b = train_losses(learned, batch())["loss_cls"], train_losses(fixed, batch())["loss_cls"]
+    torch.testing.assert_close(a, b * torch.tensor(-1.0).exp() + 1.0)
+    assert fixed.cls_loss_log_weight is None
+
+
+def test_the_teacher_sees_raw_images_and_detached_predicted_boxes(build):
+    model = build("MODEL.IKD.IOU_THRESH", 0.0, "MODEL.IKD.MAX_CROPS_PER_IMAGE", 0)
+    inputs = batch()
+    train_losses(model, inputs)
+    images, boxes, scale = model.teacher.regions[-1]
+    assert scale == 1.5
+    assert [len(b) for b in boxes][2] == 0
+    assert len(boxes[0]) > len(boxes[1]) > 0
+    assert not any(b.requires_grad for b in boxes)
+    for image, given in zip(images, inputs, strict=True):
+        assert torch.equal(image, given["image"])
+
+
+def test_distilled_regions_are_ground_truth_boxes_by_key(build):
+    model = build("MODEL.IKD.IOU_THRESH", 0.0, "MODEL.IKD.BOXES", "gt")
+    inputs = batch()
+    train_losses(model, inputs)
+    _, boxes, _ = model.teacher.regions[-1]
+    for given, seen in zip(inputs, boxes, strict=True):
+        truth = given["instances"].gt_boxes.tensor
+        assert all((truth == box).all(dim=1).any() for box in seen)
+
+
+def test_only_well_localised_positives_are_distilled_and_crops_are_limited(build):
+    never = build("MODEL.IKD.IOU_THRESH", 1.1)
+    assert train_losses(never, batch())["loss_ikd"] == 0
+    limited = build("MODEL.IKD.IOU_THRESH", 0.0, "MODEL.IKD.MAX_CROPS_PER_IMAGE", 2)
+    train_losses(limited, batch())
+    assert sum(len(b) for b in limited.teacher.regions[-1][1]) == 2 * 3
+
+
+def test_distillation_does_not_move_the_box_branch(build):
+    model = build("MODEL.IKD.IOU_THRESH", 0.0)
+    losses = train_losses(model, batch())
+    distillation = losses["loss_ikd"] + losses["loss_gkd_image"] + losses["loss_gkd_caption"]
+    distillation.backward()
+    assert all(p.grad is None or not p.grad.any() for p in model.head.box_tower.parameters())
+    assert (
+        model.head.anchor_deltas.weight.grad is None
+        or not model.head.anchor_deltas.weight.grad.any()
+    )
+    assert model.head.embedding.weight.grad.abs().sum() > 0
+
+
+def test_all_positives_take_part_in_classification_whatever_the_negatives(build):
+    """With no negative left, the loss depends on the positives alone."""
+    few = build("MODEL.ATSS.NEGATIVE_AMOUNT", 1e-9)
+    losses = train_losses(few, batch())["loss_cls"], train_losses(few, batch(), seed=1)["loss_cls"]
+    assert losses[0] == losses[1]
+    some = build("MODEL.ATSS.NEGATIVE_AMOUNT", 0.1)
+    losses = (
+        train_losses(some, batch())["loss_cls"],
+        train_losses(some, batch(), seed=1)["loss_cls"],
+    )
+    assert losses[0] != losses[1]
+
+
+def test_half_precision_keeps_the_losses_close(build):
+    model = build("MODEL.IKD.IOU_THRESH", 0.0)
+    full = train_losses(model, batch())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = train_losses(model, batch())
+    for name, loss in full.items():
+        assert half[name].dtype == torch.float32
+        torch.testing.assert_close(half[name], loss, rtol=0.05, atol=0.02)
+
+
+def test_the_teacher_and_the_vocabulary_are_in_no_checkpoint(build):
+    model = build()
+    keys = set(model.state_dict())
+    assert not [k for k in keys if "teacher" in k or "text_embeddings" in k]
+    assert {"text_classifier.logit_scale", "text_classifier.background_embedding"} <= keys
+    other = build()
+    other.set_vocabulary([f"other {i}" for i in range(1203)])
+    assert not any(other.load_state_dict(copy.deepcopy(model.state_dict())))
+
+
+def test_the_vocabulary_comes_back_after_the_block_even_after_an_error(build):
+    model = build()
+    before = model.text_classifier.text_embeddings.clone()
+    inside = []
+
+    def use_another_and_fail() -> None:
+        with model.vocabulary(["cat", "dog"]):
+            inside.extend([model.vocabulary_names, model.text_classifier.num_classes])
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        use_another_and_fail()
+    assert inside == [("cat", "dog"), 2]
+    assert model.vocabulary_names == tuple(CLASSES)
+    assert torch.equal(model.text_classifier.text_embeddings, before)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ([], "empty"),
+        (["cat", " "], r"blank names at positions \[1\]"),
+        (["cat", "dog", "cat"], r"more than once: \['cat'\]"),
+    ],
+)
+def test_bad_vocabularies_are_refused_and_change_nothing(build, names, message):
+    model = build()
+    with pytest.raises(ValueError, match=message):
+        model.set_vocabulary(names)
+    assert model.vocabulary_names == tuple(CLASSES)
+
+
+def test_wrong_embeddings_are_refused(build):
+    model = build()
+    with pytest.raises(ValueError, match="2 class names, but 3 embeddings"):
+        model.set_vocabulary(["a", "b"], torch.ones(3, 64))
+    with pytest.raises(ValueError, match=r"\(K, 64\).*\(2, 32\)"):
+        model.set_vocabulary(["a", "b"], torch.ones(2, 32))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("MODEL.ATSS.QUALITY", "ctr"),
+        ("MODEL.IKD.LOSS_TYPE", "l3"),
+        ("MODEL.IKD.BOXES", "proposals"),
+        ("MODEL.GKD.LOSS_TYPE", "triplet"),
+    ],
+)
+def test_wrong_choices_name_the_key_and_the_value(build, key, value):
+    with pytest.raises(ValueError, match=f"{key}.*{value}"):
+        build(key, value)
+
+
+# ---------------------------------------------------------------------------- inference
+
+
+def reference_detections(model: HierKD, inputs: list[dict]) -> list[list[tuple]]:
+    """Slow inference from the definition: score = p x IoU, every pair, greedy NMS per class."""
+    images = model.preprocess_image(inputs)
+    features = [model.backbone(images.tensor)[f] for f in model.head_in_features]
+    embeddings, deltas, qualities = model.head(features)
+    anchors = model.anchor_generator(features)
+    weight = torch.cat(
+        [
+            model.text_classifier.text_embeddings,
+            torch.nn.functional.normalize(model.text_classifier.background_embedding, dim=0)[None],
+        ]
+    )
+    detections: list[list[tuple]] = []
+    for i in range(len(inputs)):
+        pairs = []
+        for level, of_level in enumerate(anchors):
+            height, width = embeddings[level].shape[2:]
+            for y in range(height):
+                for x in range(width):
+                    cosines = weight @ embeddings[level][i, :, y, x]
+                    probs = (model.text_classifier.logit_scale * cosines).softmax(0)[:-1]
+                    box = model.box2box_transform.apply_deltas(
+                        deltas[level][i, :, y, x][None], of_level.tensor[y * width + x][None]
+                    )
+                    box = box.clamp(0, SIZE)
+                    iou = qualities[level][i, 0, y, x].sigmoid()
+                    pairs += [(float(p * iou), k, box) for k, p in enumerate(probs)]
+        pairs.sort(key=lambda pair: -pair[0])
+        kept: list[tuple] = []
+        for score, k, box in pairs:
+            others = [b for _, c, b in kept if c == k]
+            if not others or pairwise_iou(Boxes(torch.cat(others)), Boxes(box)).max() <= 0.4:
+                kept.append((score, k, box))
+            if len(kept) == 100:
+                break
+        detections.append(kept)
+    return detections
+
+
+@torch.no_grad()
+def test_inference_equals_a_slow_reference(build):
+    model = build("MODEL.ATSS.TOPK_PAIRS_TEST", 100000)
+    # spread the boxes and scores of the untrained head, so that ranking and NMS have work
+    torch.manual_seed(3)
+    for conv in (model.head.embedding, model.head.anchor_deltas, model.head.quality):
+        conv.weight.normal_(std=0.2)
+    model.eval()
+    inputs = [sample([], seed=1), sample([], seed=2)]
+    outputs = model(inputs)
+    for output, expected in zip(outputs, reference_detections(model, inputs), strict=True):
+        instances = output["instances"]
+        assert len(instances) == len(expected) == 100
+        scores = torch.tensor([score for score, _, _ in expected])
+        torch.testing.assert_close(instances.scores, scores, rtol=1e-4, atol=1e-6)
+        assert (instances.pred_classes == torch.tensor([k for _, k, _ in expected])).all()
+        boxes = torch.cat([box for _, _, box in expected])
+        torch.testing.assert_close(instances.pred_boxes.tensor, boxes, rtol=1e-4, atol=1e-2)
+
+
+@torch.no_grad()
+def test_inference_with_another_vocabulary_and_output_size(build):
+    model = build()
+    model.eval()
+    inputs = [{"image": sample([])["image"], "height": 256, "width": 64}]
+    with model.vocabulary([f"name {i}" for i in range(300)]):
+        instances = model(inputs)[0]["instances"]
+    assert instances.image_size == (256, 64)
+    assert len(instances) == 100
+    assert int(instances.pred_classes.max()) < 300
+    boxes = instances.pred_boxes.tensor
+    assert boxes[:, 2].max() <= 64
+    assert boxes[:, 3].max() <= 256
+    assert (instances.scores.diff() <= 0).all()
+
+
+@torch.no_grad()
+def test_the_score_threshold_applies_to_the_class_probability(build):
+    model = build()
+    model.eval()
+    maps = torch.cat([m.flatten() for m in model.score_maps([sample([])])])
+    assert len(model([sample([])])[0]["instances"]) > 0
+    strict = build("MODEL.ATSS.SCORE_THRESH_TEST", 0.999)
+    strict.eval()
+    assert maps.max() < 0.999
+    assert len(strict([sample([])])[0]["instances"]) == 0
+
+
+@torch.no_grad()
+def test_a_batch_gives_what_single_images_give(build):
+    model = build()
+    model.eval()
+    inputs = [sample([], seed=s) for s in (1, 2, 3)]
+    together = model(inputs)
+    for given, output in zip(inputs, together, strict=True):
+        alone = model([given])[0]["instances"]
+        torch.testing.assert_close(alone.scores, output["instances"].scores, rtol=1e-4, atol=1e-6)
+
+
+@torch.no_grad()
+def test_score_maps_hold_the_best_score_of_inference(build):
+    model = build("MODEL.ATSS.SCORE_THRESH_TEST", 0.0)
+    model.eval()
+    maps = model.score_maps([sample([])])
+    assert [tuple(m.shape) for m in maps] == [(1, 5, 16, 16), (1, 5, 8, 8), (1, 5, 4, 4)]
+    best = max(float(m.max()) for m in maps)
+    assert model([sample([])])[0]["instances"].scores[0] == pytest.approx(best, rel=1e-5)
+
+
+def test_inference_without_a_vocabulary_says_what_to_do(monkeypatch):
+    cfg = load_config(CONFIG, ["MODEL.DEVICE", "cpu", "DATASETS.TRAIN", "()"])
+    monkeypatch.setattr(meta_arch, "build_teacher", lambda cfg: FakeTeacher(64))
+    model = build_model(cfg).eval()
+    with pytest.raises(RuntimeError, match="set_vocabulary"):
+        model([sample([])])
