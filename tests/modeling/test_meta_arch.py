@@ -314,7 +314,7 @@ def test_inference_equals_a_slow_reference(build):
     outputs = model(inputs)
     for output, expected in zip(outputs, reference_detections(model, inputs), strict=True):
         instances = output["instances"]
-        assert len(instances) == len(expected) == 100
+        assert len(instances) == len(expected) > 50
         scores = torch.tensor([score for score, _, _ in expected])
         torch.testing.assert_close(instances.scores, scores, rtol=1e-4, atol=1e-6)
         assert (instances.pred_classes == torch.tensor([k for _, k, _ in expected])).all()
