@@ -4,6 +4,7 @@ import json
 import os
 
 import pytest
+
 from hierkd.data.coco_json import get_entries, index_by_id, read_coco_json, write_json_atomically
 
 

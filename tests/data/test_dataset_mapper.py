@@ -11,8 +11,9 @@ import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import MapDataset
 from detectron2.structures import BoxMode
-from hierkd.data.dataset_mapper import HierKDDatasetMapper, check_images
 from PIL import Image
+
+from hierkd.data.dataset_mapper import HierKDDatasetMapper, check_images
 
 CAPTIONS = ["a cat", "two cats", "a cat on a mat"]
 

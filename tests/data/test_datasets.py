@@ -5,10 +5,11 @@ import json
 import logging
 import os
 
-import hierkd
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
 from detectron2.structures import BoxMode
+
+import hierkd
 from hierkd.data.datasets import (
     check_captions,
     check_datasets,
@@ -173,7 +174,7 @@ def _change(path, value):
         (_change(("annotations", 1, "image_id"), 77), "annotation 2 refers to image 77"),
         (_change(("annotations", 1, "category_id"), 3), "annotation 2 refers to category 3"),
         (_change(("annotations", 1, "bbox"), None), r"annotations\[1\] has no 'bbox'"),
-        (_change(("annotations", 1, "bbox"), [1, 2, 3]), r"annotation 2 must be four .* \[1, 2, 3\]"),
+        (_change(("annotations", 1, "bbox"), [1, 2, 3]), r"must be four .* \[1, 2, 3\]"),
         (_change(("annotations", 1, "bbox"), [1, 2, 3, "4"]), "must be four numbers"),
         (_change(("categories", 2), None), "vocabulary has 'tie', but 'categories' does not"),
         (_change(("categories", 2, "name"), "cravat"), "vocabulary has 'tie', but"),

@@ -6,6 +6,7 @@ import runpy
 from pathlib import Path
 
 import pytest
+
 from hierkd.data import prepare
 from hierkd.data.datasets import load_ovd_json
 from hierkd.data.prepare import build_part, join_captions, prepare_coco

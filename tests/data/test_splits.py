@@ -2,6 +2,7 @@
 
 import pytest
 from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES as DETECTRON2_CATEGORIES
+
 from hierkd.data.splits import COCO_CATEGORIES, SPLITS, Category
 
 # Ids as published with OVR-CNN's annotation files (48/17) and PL-ZSD's class lists (65/15).

@@ -205,13 +205,13 @@ def _some(values: Iterable[object]) -> str:
 
 
 def _match_categories(
-    categories: Sequence[Mapping[str, Any]],
+    categories: Sequence[dict[str, Any]],
     vocabulary: Sequence[str],
     category_ids: Sequence[int] | None,
     json_file: str,
 ) -> dict[int, int]:
     """Return category id -> index into ``vocabulary``; ValueError unless the two agree."""
-    index_by_id((dict(category) for category in categories), "categories", json_file)
+    index_by_id(categories, "categories", json_file)
     found = sorted(Category(category["id"], category["name"]) for category in categories)
     names = [category.name for category in found]
     missing = [name for name in vocabulary if name not in set(names)]
