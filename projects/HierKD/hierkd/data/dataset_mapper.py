@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 from detectron2.config import CfgNode, configurable
 from detectron2.data import DatasetMapper, detection_utils
+from detectron2.utils import comm
 from PIL import Image
 from tqdm import tqdm  # type: ignore[import-untyped]
 
@@ -116,7 +118,7 @@ def check_images(
     dataset_dicts: Sequence[dict[str, Any]],
     *,
     skip_broken: bool = False,
-    num_threads: int = 4,
+    num_threads: int | None = None,
 ) -> list[dict[str, Any]]:
     """Decode every image once, so that a broken one is noticed before training.
 
@@ -125,7 +127,8 @@ def check_images(
     Args:
         dataset_dicts: Images in detectron2's dataset format.
         skip_broken: Leave out images that cannot be decoded, and log them, instead of raising.
-        num_threads: Images decoded at the same time (Pillow releases the interpreter's lock).
+        num_threads: Images decoded at the same time (Pillow releases the interpreter's lock);
+            by default this process's share of the machine's cores.
 
     Returns:
         The dicts whose image can be decoded, in order.
@@ -134,6 +137,8 @@ def check_images(
         ValueError: An image cannot be decoded, or its size is not what its dict says. The first
             few are named.
     """
+    if num_threads is None:
+        num_threads = max(1, (os.cpu_count() or 1) // comm.get_local_size())
     with ThreadPoolExecutor(num_threads) as pool:
         problems = list(
             tqdm(
