@@ -13,9 +13,10 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import launch
 from detectron2.structures import Boxes, Instances
-from hierkd.evaluation.split_coco_evaluation import SplitCOCOEvaluator, nan_mean
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+
+from hierkd.evaluation.split_coco_evaluation import SplitCOCOEvaluator, nan_mean
 
 SIZE = 256
 BASE, NOVEL = ("car", "dog"), ("cat", "umbrella")

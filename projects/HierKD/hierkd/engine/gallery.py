@@ -1,0 +1,232 @@
+"""Which test pictures a report shows, and how ground truth and detections are drawn on them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.data.detection_utils import read_image
+from detectron2.structures import Boxes, BoxMode, Instances, pairwise_iou
+from detectron2.utils.logger import log_every_n_seconds
+from numpy.typing import NDArray
+
+from hierkd.engine.visualization import Color, Image, draw_boxes
+
+__all__ = [
+    "CORRECT",
+    "CORRECT_COLOR",
+    "UNCOUNTED_COLOR",
+    "WRONG_COLOR",
+    "Box",
+    "Sample",
+    "best_sample_per_class",
+    "build_samples",
+    "choose_by_ground_truth",
+    "draw_sample",
+    "judge_detections",
+]
+
+# Told apart with every common colour-blindness (Okabe and Ito's blue and vermilion). [ours]
+CORRECT_COLOR: Color = (0.337, 0.706, 0.914)
+WRONG_COLOR: Color = (0.835, 0.369, 0.0)
+UNCOUNTED_COLOR: Color = (0.62, 0.62, 0.62)
+
+CORRECT, WRONG, UNCOUNTED = "correct", "wrong", "uncounted"
+_COLORS = {CORRECT: CORRECT_COLOR, WRONG: WRONG_COLOR, UNCOUNTED: UNCOUNTED_COLOR}
+
+_MATCH_IOU = 0.5  # that of AP50
+
+
+@dataclass(frozen=True)
+class Box:
+    """A box of the ground truth or of a detection.
+
+    Attributes:
+        xyxy: Corners in pixels of the stored picture.
+        class_name: What it holds.
+        verdict: "correct", "wrong", or "uncounted" for classes that are not judged.
+        score: Of a detection; None for ground truth.
+    """
+
+    xyxy: tuple[float, float, float, float]
+    class_name: str
+    verdict: str
+    score: float | None = None
+
+    @property
+    def label(self) -> str:
+        """Text drawn at the box."""
+        return self.class_name if self.score is None else f"{self.class_name} {self.score:.0%}"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A test picture with its objects and what was detected.
+
+    Attributes:
+        image: (H, W, 3), BGR, 0..255.
+        file_name: Where it was read from.
+        truth: Its objects, crowd regions left out.
+        detections: Best first.
+    """
+
+    image: Image
+    file_name: str
+    truth: tuple[Box, ...]
+    detections: tuple[Box, ...]
+
+
+def build_samples(
+    records: Sequence[dict[str, Any]],
+    detect: Callable[[Image], Instances],
+    vocabulary: Sequence[str],
+    judged_classes: Iterable[str],
+    score_threshold: float,
+) -> list[Sample]:
+    """Run a detector over a dataset and judge what it finds.
+
+    Args:
+        records: detectron2 dataset dicts; ``category_id`` indexes ``vocabulary``.
+        detect: Takes a BGR picture, gives detections whose ``pred_classes`` index ``vocabulary``.
+        vocabulary: Class names.
+        judged_classes: Classes whose detections are correct or wrong; the others are uncounted.
+        score_threshold: Detections below it are left out.
+
+    Returns:
+        One sample per record, in order.
+    """
+    judged = set(judged_classes)
+    samples = []
+    for record in records:
+        image = np.asarray(read_image(record["file_name"], format="BGR"), np.uint8)
+        truth = tuple(_truth_of(record, vocabulary, judged))
+        found = detect(image)
+        found = found[found.scores >= score_threshold]
+        detections = judge_detections(found, truth, vocabulary, judged)
+        samples.append(Sample(image, record["file_name"], truth, tuple(detections)))
+        log_every_n_seconds(
+            logging.INFO, f"Pictures of the report: {len(samples)} of {len(records)}", n=5
+        )
+    return samples
+
+
+def _truth_of(record: dict[str, Any], vocabulary: Sequence[str], judged: set[str]) -> Iterable[Box]:
+    for annotation in record["annotations"]:
+        if annotation.get("iscrowd", 0):
+            continue
+        x0, y0, x1, y1 = BoxMode.convert(
+            list(annotation["bbox"]), annotation["bbox_mode"], BoxMode.XYXY_ABS
+        )
+        name = vocabulary[annotation["category_id"]]
+        yield Box((x0, y0, x1, y1), name, CORRECT if name in judged else UNCOUNTED)
+
+
+def judge_detections(
+    found: Instances, truth: Sequence[Box], vocabulary: Sequence[str], judged: set[str]
+) -> list[Box]:
+    """Call detections right or wrong as AP50 does: best score first, each object found once.
+
+    Args:
+        found: ``pred_boxes``, ``scores``, ``pred_classes``.
+        truth: The objects.
+        vocabulary: Names that ``pred_classes`` index.
+        judged: Classes to judge.
+
+    Returns:
+        The detections, best first.
+    """
+    ious = pairwise_iou(
+        found.pred_boxes,
+        Boxes(torch.tensor([t.xyxy for t in truth], dtype=torch.float32).reshape(-1, 4)),
+    ).numpy()
+    free = np.ones(len(truth), dtype=bool)
+    judgements = []
+    for row in found.scores.argsort(descending=True, stable=True).tolist():
+        name = vocabulary[int(found.pred_classes[row])]
+        verdict = UNCOUNTED
+        if name in judged:
+            same = free & np.array([t.class_name == name for t in truth], dtype=bool)
+            overlaps: NDArray[np.float32] = np.where(same, ious[row], -1.0)
+            verdict = WRONG
+            if len(truth) and overlaps.max() >= _MATCH_IOU:
+                free[overlaps.argmax()] = False
+                verdict = CORRECT
+        x0, y0, x1, y1 = found.pred_boxes.tensor[row].tolist()
+        judgements.append(Box((x0, y0, x1, y1), name, verdict, float(found.scores[row])))
+    return judgements
+
+
+def choose_by_ground_truth(
+    samples: Sequence[Sample], class_names: Sequence[str], count: int
+) -> list[Sample]:
+    """Choose pictures that show the classes in turn, without looking at any detection.
+
+    Goes round the classes; each takes the first picture, in order, that holds it and has not been
+    taken.
+
+    Args:
+        samples: To choose from.
+        class_names: Classes to show.
+        count: How many pictures; fewer if there are no more.
+
+    Returns:
+        The chosen samples.
+    """
+    queues = [
+        iter([i for i, s in enumerate(samples) if any(t.class_name == name for t in s.truth)])
+        for name in class_names
+    ]
+    chosen: dict[int, None] = {}
+    while queues and len(chosen) < count:
+        for queue in list(queues):
+            index = next((i for i in queue if i not in chosen), None)
+            if index is None:
+                queues.remove(queue)
+            elif len(chosen) < count:
+                chosen[index] = None
+    return [samples[i] for i in chosen]
+
+
+def best_sample_per_class(
+    samples: Sequence[Sample], class_names: Sequence[str]
+) -> list[tuple[str, Sample]]:
+    """Find for each class the picture with its most confident correct detection.
+
+    Returns:
+        (class, sample) in the order of ``class_names``; classes never found are left out.
+    """
+    best: dict[str, tuple[float, Sample]] = {}
+    for sample in samples:
+        for box in sample.detections:
+            if box.verdict == CORRECT and (box.score or 0.0) > best.get(box.class_name, (0.0,))[0]:
+                best[box.class_name] = (box.score or 0.0, sample)
+    return [(name, best[name][1]) for name in class_names if name in best]
+
+
+def draw_sample(
+    sample: Sample, boxes: Sequence[Box], *, min_long_side: int = 400, font_px: float = 21
+) -> Image:
+    """Draw boxes in the colours of their verdicts, the uncounted ones beneath and without label.
+
+    Args:
+        sample: The picture.
+        boxes: Its ``truth`` or ``detections``.
+        min_long_side: Pixels the picture is enlarged to.
+        font_px: Height of the labels, in pixels of the enlarged picture.
+
+    Returns:
+        (H', W', 3) RGB.
+    """
+    boxes = sorted(boxes, key=lambda box: box.verdict != UNCOUNTED)
+    return draw_boxes(
+        sample.image[:, :, ::-1],
+        [box.xyxy for box in boxes],
+        ["" if box.verdict == UNCOUNTED else box.label for box in boxes],
+        [_COLORS[box.verdict] for box in boxes],
+        min_long_side=min_long_side,
+        font_px=font_px,
+    )

@@ -1,0 +1,419 @@
+"""The miniature's ``report.html``: one file that needs no other.
+
+The report is the first thing a visitor of the project sees. Pictures are embedded, nothing is
+fetched, and every text that comes from data is escaped.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from matplotlib.figure import Figure
+from PIL import Image as PILImage
+
+from hierkd.engine.gallery import (
+    CORRECT_COLOR,
+    UNCOUNTED_COLOR,
+    WRONG_COLOR,
+    Sample,
+    best_sample_per_class,
+    build_samples,
+    choose_by_ground_truth,
+    draw_sample,
+)
+from hierkd.engine.predictor import OpenVocabularyPredictor
+from hierkd.engine.results import Results, summary_rows
+from hierkd.engine.visualization import Color, Image, enlarge
+from hierkd.evaluation.heat_maps import overlay_heat_map, score_heat_maps
+
+__all__ = ["read_metrics", "write_report"]
+
+Curve = tuple[list[int], list[float]]
+
+_HEAT_MAP_PICTURES = 3
+# Bright end of a heat map's colours where every score is tiny, so that noise stays dark. [ours]
+_MIN_HEAT_RANGE = 0.05
+
+_LOSS_NAMES = {
+    "total_loss": "all losses together",
+    "loss_cls": "classification (Eq. 1)",
+    "loss_box_reg": "boxes (GIoU)",
+    "loss_iou": "box quality (IoU branch)",
+    "loss_centerness": "box quality (centre-ness)",
+    "loss_ikd": "instance-level distillation (Eq. 2)",
+    "loss_gkd": "global-level distillation",
+    "loss_gkd_image": "global-level distillation, by image (Eq. 5)",
+    "loss_gkd_caption": "global-level distillation, by caption (Eq. 5)",
+}
+
+
+def write_report(
+    path: str | os.PathLike[str],
+    results: Results,
+    *,
+    run_dir: str | os.PathLike[str],
+    predictor: OpenVocabularyPredictor,
+    dataset_name: str,
+    num_examples: int = 12,
+    score_threshold: float = 0.3,
+) -> None:
+    """Write the self-contained report of a run.
+
+    Args:
+        path: The HTML file.
+        results: As from :func:`hierkd.engine.results.collect_results`.
+        run_dir: The training's folder, with detectron2's ``metrics.json``.
+        predictor: The trained detector; its vocabulary is put back afterwards.
+        dataset_name: Test pictures: a registered dataset with base and novel classes.
+        num_examples: How many pictures show ground truth beside detections.
+        score_threshold: Detections below it are not drawn.
+
+    Raises:
+        FileNotFoundError: There is no ``metrics.json`` in ``run_dir``.
+    """
+    metadata = MetadataCatalog.get(dataset_name)
+    vocabulary = list(metadata.thing_classes)
+    novel = [name for name in vocabulary if name in set(metadata.novel_classes)]
+    curves = read_metrics(run_dir)
+    with predictor.model.vocabulary(vocabulary):
+        samples = build_samples(
+            DatasetCatalog.get(dataset_name), predictor, vocabulary, novel, score_threshold
+        )
+        examples = choose_by_ground_truth(samples, novel, num_examples)
+        heat_maps = [
+            _heat_map_rows(predictor, sample, novel) for sample in examples[:_HEAT_MAP_PICTURES]
+        ]
+    num_base = len(vocabulary) - len(novel)
+    content = [
+        _hero(best_sample_per_class(samples, novel), novel, num_base),
+        _figures_section(results),
+        _examples_section(examples, score_threshold),
+        _heat_map_section(heat_maps),
+        _curves_section(curves),
+        _provenance_section(results),
+    ]
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(_page("HierKD: the miniature", "\n".join(content)), encoding="utf-8")
+
+
+def read_metrics(run_dir: str | os.PathLike[str]) -> dict[str, Curve]:
+    """Read the losses that detectron2 wrote during training.
+
+    Args:
+        run_dir: Folder with ``metrics.json``, one JSON object a line.
+
+    Returns:
+        Loss name to (iterations, values), ``total_loss`` first. Where a resumed run wrote an
+        iteration again, the last value counts.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: A line is not JSON; the line is named.
+    """
+    path = Path(run_dir) / "metrics.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no metrics of a training run")
+    values: dict[str, dict[int, float]] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
+        for name in entry:
+            if name == "total_loss" or name.startswith("loss_"):
+                values.setdefault(name, {})[int(entry["iteration"])] = float(entry[name])
+    order = sorted(values, key=lambda name: (name != "total_loss", name))
+    return {
+        name: (sorted(values[name]), [values[name][i] for i in sorted(values[name])])
+        for name in order
+    }
+
+
+# -------------------------------------------------------------------------------------- sections
+
+
+def _hero(best: Sequence[tuple[str, Sample]], novel: Sequence[str], num_base: int) -> str:
+    figures = [
+        _figure(_jpeg(draw_sample(sample, sample.detections)), f"<b>{_text(name)}</b>", name)
+        for name, sample in best
+    ]
+    missed = [name for name in novel if name not in dict(best)]
+    note = f" Not found at all: {_text(', '.join(missed))}." if missed else ""
+    return f"""<header>
+<h1>Objects it never saw a box of</h1>
+<p class="lead">This detector was trained with boxes of {num_base} classes. The {len(novel)} classes
+below were never boxed in training: it finds them by name, with what it learned from a
+vision-language model.</p>
+<div class="grid four">{"".join(figures)}</div>
+<p class="caption">For each novel class, the most confident correct detection on the test pictures.
+{_legend()} These are the best ones; the pictures further down are chosen without looking at
+the detections.{note}</p>
+</header>"""
+
+
+def _legend() -> str:
+    entries = (
+        (CORRECT_COLOR, "novel class, correct"),
+        (WRONG_COLOR, "novel class, wrong"),
+        (UNCOUNTED_COLOR, "base class"),
+    )
+    return " ".join(
+        f'<span class="key"><i style="background:{_css(color)}"></i>{name}</span>'
+        for color, name in entries
+    )
+
+
+def _figures_section(results: Results) -> str:
+    cards = (
+        ("Novel classes, AP50", results["zsd"]["novel"]["AP50"], "novel names only (ZSD)"),
+        ("Novel classes, AP50", results["gzsd"]["novel"]["AP50"], "all names compete (GZSD)"),
+        ("Base classes, AP50", results["gzsd"]["base"]["AP50"], "all names compete (GZSD)"),
+        (
+            "Upper bound, novel AP50",
+            results["upper_bound"]["zsd"]["novel"]["AP50"],
+            "CLIP on the true boxes",
+        ),
+    )
+    card_html = "".join(
+        f'<div class="card"><span>{_text(title)}</span><strong>{_number(value)}</strong>'
+        f"<small>{_text(note)}</small></div>"
+        for title, value, note in cards
+    )
+    rows = "".join(
+        f"<tr><td>{_text(protocol)}</td><td>{_text(group)}</td>"
+        f"<td>{_number(ap)}</td><td>{_number(ar)}</td></tr>"
+        for protocol, group, ap, ar in summary_rows(results)
+    )
+    return f"""<section>
+<h2>The figures</h2>
+<div class="cards">{card_html}</div>
+<table><thead><tr><th>Test</th><th>Classes</th><th>AP50</th><th>AR50</th></tr></thead>
+<tbody>{rows}</tbody></table>
+<p class="caption">Percent, on the untouched test split. AP50: average precision at an overlap (IoU)
+of 0.5. AR50: share of the objects found at that overlap by at most 100 detections a
+picture. ZSD: only the novel names are asked for, on pictures with novel objects. GZSD: all names
+are asked for at once.</p>
+<p><b>What this is, and is not.</b> This is a miniature: rendered icons on small pictures, a tiny
+CLIP trained on the same world (novel classes included, as for the real CLIP) and a short training
+on a CPU. It shows the method at work; its figures say nothing about COCO. It is one run with one
+seed: runs that differ in nothing but the seed differ by several points.</p>
+</section>"""
+
+
+def _examples_section(examples: Sequence[Sample], score_threshold: float) -> str:
+    pairs = []
+    for sample in examples:
+        truth = _img(_jpeg(draw_sample(sample, sample.truth)), "ground truth")
+        found = _img(_jpeg(draw_sample(sample, sample.detections)), "detections")
+        names = sorted({box.class_name for box in sample.truth if box.verdict == "correct"})
+        pairs.append(
+            f'<figure class="pair"><div>{truth}<span>ground truth</span></div>'
+            f"<div>{found}<span>detected</span></div>"
+            f"<figcaption>{_text(Path(sample.file_name).name)}: {_text(', '.join(names))}"
+            f"</figcaption></figure>"
+        )
+    return f"""<section>
+<h2>Ground truth beside detections</h2>
+<p>{len(examples)} test pictures that show the novel classes in turn, chosen by their ground truth
+alone. All names, base and novel, compete. {_legend()}</p>
+<div class="grid two">{"".join(pairs)}</div>
+<p class="caption">Drawn are detections with a score of at least {score_threshold:.0%}. A detection
+is correct if its class is right and its overlap with an object not yet found is at least 0.5.
+Base classes, which were boxed in training, are left unlabelled.</p>
+</section>"""
+
+
+def _heat_map_rows(
+    predictor: OpenVocabularyPredictor, sample: Sample, novel: Sequence[str]
+) -> list[tuple[str, Image, list[tuple[str, Image]]]]:
+    """One row per novel class in the picture: (class, picture, [(level and best score, map)])."""
+    batched_input = predictor.prepare(sample.image)
+    present = [name for name in novel if any(t.class_name == name for t in sample.truth)]
+    picture, _ = enlarge(np.ascontiguousarray(sample.image[:, :, ::-1]), 400)
+    rows = []
+    for maps in score_heat_maps(predictor.model, batched_input, present):
+        top = max(_MIN_HEAT_RANGE, *(float(m.scores.max()) for m in maps))
+        of_class = [t for t in sample.truth if t.class_name == maps[0].class_name]
+        panels = [
+            (
+                f"{m.level.upper()}, stride {m.stride}: best {m.scores.max():.2f}",
+                overlay_heat_map(picture, m.scores, top),
+            )
+            for m in maps
+        ]
+        rows.append((maps[0].class_name, draw_sample(sample, of_class), panels))
+    return rows
+
+
+def _heat_map_section(
+    pictures: Sequence[Sequence[tuple[str, Image, Sequence[tuple[str, Image]]]]],
+) -> str:
+    rows = []
+    for name, picture, panels in (row for picture_rows in pictures for row in picture_rows):
+        cells = [_figure(_jpeg(picture), f"<b>{_text(name)}</b>", name)]
+        cells += [_figure(_jpeg(panel), _text(note), f"{name}, {note}") for note, panel in panels]
+        rows.append(f'<div class="grid four heat">{"".join(cells)}</div>')
+    return f"""<section>
+<h2>Where each level sees a class</h2>
+<p>The score of one novel class at every point, class probability times predicted overlap, for each
+level of the feature pyramid; all names compete. Fine levels answer for small objects, coarse ones
+for large.</p>
+{"".join(rows)}
+<p class="caption">Left: the picture with the objects of the class. The colours of a row run from 0
+<i class="ramp"></i> to its best score. After Fig. 4 of the paper.</p>
+</section>"""
+
+
+def _curves_section(curves: Mapping[str, Curve]) -> str:
+    figures = [
+        _figure(_svg_curve(*curve), _text(_LOSS_NAMES.get(name, name)), name)
+        for name, curve in curves.items()
+    ]
+    return f"""<section>
+<h2>Training losses</h2>
+<div class="grid three">{"".join(figures)}</div>
+<p class="caption">Weighted as in Eq. 6, against the iteration; medians over 20 iterations.</p>
+</section>"""
+
+
+def _provenance_section(results: Results) -> str:
+    entries = {
+        "Config": results["config"],
+        "Seed": results["seed"],
+        "Commit": results["commit"],
+        **{f"Seconds, {stage}": value for stage, value in results["seconds"].items()},
+    }
+    rows = "".join(
+        f"<tr><th>{_text(key)}</th><td>{_text(value)}</td></tr>" for key, value in entries.items()
+    )
+    return f"""<section>
+<h2>How it was made</h2>
+<table class="facts"><tbody>{rows}</tbody></table>
+</section>"""
+
+
+# ---------------------------------------------------------------------------------- HTML helpers
+
+
+def _text(value: Any) -> str:
+    return html.escape(str(value))
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1f}"
+
+
+def _css(color: Color) -> str:
+    return "#" + "".join(f"{round(255 * channel):02x}" for channel in color)
+
+
+def _img(source: str, alternative: str) -> str:
+    return f'<img src="{source}" alt="{_text(alternative)}" loading="lazy">'
+
+
+def _figure(source: str, caption: str, alternative: str) -> str:
+    """Assemble a figure; ``caption`` is HTML."""
+    return f"<figure>{_img(source, alternative)}<figcaption>{caption}</figcaption></figure>"
+
+
+def _data_uri(kind: str, content: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
+
+
+def _jpeg(image: Image) -> str:
+    buffer = io.BytesIO()
+    PILImage.fromarray(image).save(buffer, format="JPEG", quality=88)
+    return _data_uri("image/jpeg", buffer.getvalue())
+
+
+def _svg_curve(iterations: Sequence[int], values: Sequence[float]) -> str:
+    figure = Figure(figsize=(3.6, 2.2), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(iterations, values, color="#0b5cad", linewidth=1.6)
+    axes.set_ylim(bottom=0)
+    axes.margins(x=0)
+    axes.grid(axis="y", color="#e3e6ea", linewidth=0.8)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(colors="#444", labelsize=8, length=0)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", transparent=True)
+    return _data_uri("image/svg+xml", buffer.getvalue())
+
+
+_STYLE = """
+:root { color-scheme: light; }
+* { box-sizing: border-box; }
+body { margin: 0; background: #fff; color: #1b1f24;
+  font: 17px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
+main { max-width: 1080px; margin: 0 auto; padding: 2.2rem 1.2rem 4rem; }
+h1 { font-size: clamp(1.9rem, 5vw, 2.9rem); line-height: 1.12; margin: 0 0 .6rem;
+  letter-spacing: -.02em; }
+h2 { font-size: 1.45rem; margin: 3.2rem 0 .8rem; letter-spacing: -.01em; }
+p { max-width: 46rem; margin: .6rem 0 1rem; }
+.lead { font-size: 1.16rem; color: #3a424c; margin-bottom: 1.4rem; }
+.caption, figcaption { font-size: .86rem; line-height: 1.45; color: #56606b; }
+figure { margin: 0; min-width: 0; }
+figcaption { margin-top: .3rem; }
+figcaption b { color: #1b1f24; font-size: .98rem; }
+img { display: block; width: 100%; height: auto; border-radius: 6px; }
+.grid { display: grid; gap: 1rem; }
+.four { grid-template-columns: repeat(4, minmax(0, 1fr)); }
+.three { grid-template-columns: repeat(3, minmax(0, 1fr)); }
+.two { grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 1.6rem 2rem; }
+.heat { margin: 0 0 1.3rem; }
+.pair { display: grid; grid-template-columns: 1fr 1fr; gap: .3rem .5rem; }
+.pair figcaption { grid-column: 1 / -1; margin: 0; }
+.pair span { font-size: .78rem; color: #56606b; }
+.key { white-space: nowrap; margin-right: .5rem; }
+.key i { display: inline-block; width: .8em; height: .8em; border-radius: 2px; margin-right: .3em;
+  vertical-align: -.05em; }
+.ramp { display: inline-block; width: 5.5em; height: .75em; border-radius: 2px;
+  vertical-align: -.05em;
+  background: linear-gradient(90deg, #000004, #420a68, #932667, #dd513a, #fca50a, #fcffa4); }
+.cards { display: grid; grid-template-columns: repeat(4, minmax(0, 1fr)); gap: 1rem;
+  margin: 1rem 0 1.4rem; }
+.card { border: 1px solid #dfe3e8; border-radius: 10px; padding: .8rem 1rem; }
+.card span, .card small { display: block; font-size: .84rem; color: #56606b; line-height: 1.35; }
+.card strong { display: block; font-size: 2.1rem; line-height: 1.25; letter-spacing: -.02em; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; width: 100%;
+  max-width: 46rem; margin: 1rem 0; font-size: .95rem; }
+th, td { text-align: left; padding: .42rem .9rem .42rem 0; border-bottom: 1px solid #e6e9ed;
+  overflow-wrap: anywhere; }
+thead th { border-bottom: 2px solid #1b1f24; }
+td:nth-child(n+3), th:nth-child(n+3) { text-align: right; }
+.facts th { font-weight: 500; color: #56606b; width: 13rem; }
+@media (max-width: 760px) {
+  body { font-size: 16px; }
+  main { padding-top: 1.4rem; }
+  .four, .cards, .three { grid-template-columns: repeat(2, minmax(0, 1fr)); gap: .7rem; }
+  .two { grid-template-columns: minmax(0, 1fr); }
+  .facts th { width: 9rem; }
+}
+"""
+
+
+def _page(title: str, body: str) -> str:
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{_text(title)}</title>
+<style>{_STYLE}</style>
+</head>
+<body>
+<main>
+{body}
+</main>
+</body>
+</html>
+"""

@@ -1,0 +1,123 @@
+"""Which pictures a report shows, and which detections it calls correct."""
+
+import numpy as np
+import torch
+from detectron2.data import DatasetCatalog
+from detectron2.structures import Boxes, Instances
+from toy_world import NOVEL, PICTURES, VOCABULARY, register_toy_world
+
+from hierkd.engine.gallery import (
+    Box,
+    Sample,
+    best_sample_per_class,
+    build_samples,
+    choose_by_ground_truth,
+    draw_sample,
+    judge_detections,
+)
+
+
+def instances(*found):
+    """Detections from (class, box, score)."""
+    boxes = torch.tensor([box for _, box, _ in found], dtype=torch.float32).reshape(-1, 4)
+    return Instances(
+        (128, 128),
+        pred_boxes=Boxes(boxes),
+        scores=torch.tensor([score for *_, score in found]),
+        pred_classes=torch.tensor([VOCABULARY.index(c) for c, _, _ in found], dtype=torch.int64),
+    )
+
+
+def truth(name, box):
+    return Box(box, name, "correct")
+
+
+def verdicts(found, objects):
+    judged = judge_detections(found, objects, VOCABULARY, set(NOVEL))
+    return [(box.class_name, box.verdict) for box in judged]
+
+
+def test_an_object_is_found_once_by_the_best_score():
+    objects = [truth("bee", (0, 0, 10, 10))]
+    found = instances(
+        ("bee", [0, 0, 10, 9], 0.6), ("bee", [0, 0, 10, 10], 0.5), ("bee", [0, 0, 10, 8], 0.9)
+    )
+    judged = judge_detections(found, objects, VOCABULARY, set(NOVEL))
+    assert [round(box.score, 2) for box in judged] == [0.9, 0.6, 0.5]
+    assert [box.verdict for box in judged] == ["correct", "wrong", "wrong"]
+
+
+def test_class_and_overlap_must_both_be_right():
+    objects = [truth("bee", (0, 0, 10, 10)), truth("ant", (50, 50, 60, 60))]
+    assert verdicts(instances(("dog", [0, 0, 10, 10], 0.9)), objects) == [("dog", "wrong")]
+    assert verdicts(instances(("bee", [0, 0, 10, 4.9], 0.9)), objects) == [("bee", "wrong")]
+    assert verdicts(instances(("bee", [0, 0, 10, 5.1], 0.9)), objects) == [("bee", "correct")]
+
+
+def test_base_classes_are_not_judged():
+    found = instances(("ant", [0, 0, 10, 10], 0.9))
+    assert verdicts(found, []) == [("ant", "uncounted")]
+    assert verdicts(found, [Box((0, 0, 10, 10), "ant", "uncounted")]) == [("ant", "uncounted")]
+
+
+def test_a_picture_without_objects_has_only_wrong_detections():
+    assert verdicts(instances(("bee", [0, 0, 9, 9], 0.9)), []) == [("bee", "wrong")]
+    assert verdicts(instances(), []) == []
+
+
+def test_samples_of_a_dataset(tmp_path):
+    records = DatasetCatalog.get(register_toy_world(tmp_path))
+    found = instances(("bee", [0, 0, 10, 10], 0.8), ("dog", [0, 0, 10, 10], 0.2))
+    samples = build_samples(records, lambda image: found, VOCABULARY, NOVEL, 0.3)
+    assert len(samples) == len(PICTURES)
+    assert [[t.class_name for t in s.truth] for s in samples] == [
+        [name for name, _ in objects] for objects in PICTURES
+    ]
+    assert samples[2].truth[0].xyxy == (20, 60, 70, 120)
+    assert samples[2].image[90, 45].tolist() == [60, 150, 30]  # BGR of a dog
+    assert [box.label for box in samples[0].detections] == ["bee 80%"]
+
+
+def picture(*names, detections=()):
+    objects = tuple(truth(name, (0, 0, 9, 9)) for name in names)
+    return Sample(np.zeros((16, 16, 3), np.uint8), f"{'-'.join(names)}.png", objects, detections)
+
+
+def test_choice_goes_round_the_classes():
+    samples = [
+        picture("bee"), picture("bee", "ant"), picture("ant"), picture("dog"), picture("dog", "bee")
+    ]  # fmt: skip
+    chosen = choose_by_ground_truth(samples, ["bee", "dog"], 3)
+    assert [s.file_name for s in chosen] == ["bee.png", "dog.png", "bee-ant.png"]
+
+
+def test_choice_ends_when_no_picture_is_left():
+    samples = [picture("bee"), picture("ant"), picture("bee", "dog")]
+    chosen = choose_by_ground_truth(samples, ["bee", "dog"], 12)
+    assert [s.file_name for s in chosen] == ["bee.png", "bee-dog.png"]
+    assert choose_by_ground_truth([], ["bee"], 12) == []
+
+
+def test_choice_ignores_detections():
+    seen = [picture("bee"), picture("bee")]
+    blind = [picture("bee", detections=(Box((0, 0, 1, 1), "bee", "wrong", 0.9),)), picture("bee")]
+    assert choose_by_ground_truth(seen, ["bee"], 1)[0].file_name == (
+        choose_by_ground_truth(blind, ["bee"], 1)[0].file_name
+    )
+
+
+def test_best_sample_is_the_most_confident_correct_one():
+    low = picture("bee", detections=(Box((0, 0, 9, 9), "bee", "correct", 0.4),))
+    high = picture("bee", detections=(Box((0, 0, 9, 9), "bee", "correct", 0.7),))
+    wrong = picture("bee", detections=(Box((0, 0, 9, 9), "bee", "wrong", 0.9),))
+    assert best_sample_per_class([low, high, wrong], ["dog", "bee"]) == [("bee", high)]
+
+
+def test_drawing_tells_verdicts_apart():
+    def colours(verdict):
+        drawn = draw_sample(picture(), [Box((2, 2, 14, 14), "bee", verdict, 0.9)])
+        return {tuple(pixel) for pixel in drawn.reshape(-1, 3).tolist()}
+
+    edge_colours = [colours(v) - {(0, 0, 0)} for v in ("correct", "wrong", "uncounted")]
+    assert not set.intersection(*edge_colours)
+    assert all(edge_colours)
