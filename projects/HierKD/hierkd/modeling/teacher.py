@@ -1,0 +1,576 @@
+"""The teacher: a frozen CLIP that embeds image regions and texts (paper §3.2, §3.3).
+
+The detector sees the `Teacher` protocol; this module alone imports ``clip`` and knows CLIP's colour
+order, pixel range, normalisation, input size and tokeniser.  A teacher is a plain object, not an
+``nn.Module``: ``state_dict``, ``model.train()``, the optimiser and DDP cannot see it.
+
+CLIP is loaded on the first call that really needs it.  Text embeddings are kept on disk, so that
+evaluation and inference with known texts never load it.
+"""
+
+import contextlib
+import hashlib
+import logging
+import os
+import sqlite3
+import urllib.parse
+import warnings
+import zipfile
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from iopath.common.file_io import file_lock
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from hierkd.modeling.region_crops import crop_regions
+
+__all__ = ["CLIPTeacher", "Teacher", "build_teacher", "check_embed_dim"]
+
+logger = logging.getLogger(__name__)
+
+# Mean and standard deviation of RGB pixels in [0, 1] that every released CLIP was trained with
+# (the CLIP repository's `_transform`).
+_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+# Regions and texts encoded per call. [ours] 512 crops of 224 x 224 are 0.3 GB in float32 before the
+# first layer; 256 texts keep the text encoder of ViT-B/32 below 0.5 GB.
+_REGIONS_PER_CALL = 512
+_TEXTS_PER_CALL = 256
+# A progress bar is shown when more texts than this have to be encoded. [ours] A smaller number is
+# not worth a line of output.
+_TEXTS_WITHOUT_PROGRESS = 2000
+# Text embeddings held in memory; the least recently used goes first. [ours] 128 MB at D = 512.
+_TEXTS_IN_MEMORY = 65_536
+# Seconds to wait while another process writes to the text cache. [ours]
+_CACHE_TIMEOUT = 30.0
+# Texts looked up in one SQL statement; SQLite before 3.32 allows 999 parameters.
+_CACHE_LOOKUP = 900
+
+# Entries of OpenAI's state dict from which `clip.model.build_model` reads the shape of the model.
+_CLIP_ENTRIES = (
+    "visual.conv1.weight",
+    "text_projection",
+    "positional_embedding",
+    "token_embedding.weight",
+    "ln_final.weight",
+    "logit_scale",
+)
+
+_Vector = npt.NDArray[np.float32]
+
+
+class Teacher(Protocol):
+    """What the detector needs of a vision-language model with D-dim embeddings.
+
+    All embeddings are float32, L2-normalised, without gradient, and may be used in losses.
+    """
+
+    @property
+    def embed_dim(self) -> int:
+        """D, the size of an embedding."""
+
+    @property
+    def logit_scale(self) -> float:
+        """The model's own factor on cosines, for classifying with it directly."""
+
+    def encode_regions(
+        self, images: Sequence[Tensor], boxes: Sequence[Tensor], crop_scale: float
+    ) -> Tensor:
+        """Embed regions: N raw images (3, H_i, W_i) and N x (P_i, 4) XYXY pixels -> (P, D)."""
+
+    def encode_captions(self, captions: Sequence[str]) -> Tensor:
+        """Embed C texts as they are -> (C, D)."""
+
+    def encode_classes(self, names: Sequence[str]) -> Tensor:
+        """Embed K class names, each put into the prompt template -> (K, D)."""
+
+
+class CLIPTeacher:
+    """A frozen CLIP in OpenAI's formats; implements `Teacher`.
+
+    Args:
+        weights: a name that ``clip.available_models()`` lists (downloaded and hash-checked by
+            ``clip``), or the path of a TorchScript archive or a plain state dict.
+        device: where CLIP runs and where embeddings are returned.
+        image_format: order of the channels of the images, "RGB" or "BGR".
+        template: prompt with one "{}" for the class name.
+        text_cache_dir: folder of the text cache; None or "" means
+            ``$HIERKD_CACHE/text_embeddings``, where that variable defaults to ``~/.cache/hierkd``.
+        download_root: folder of downloaded models; None or "" means clip's own ``~/.cache/clip``.
+        precision: "fp16", "fp32", or "auto": half precision on a GPU, single on a CPU.
+
+    Raises:
+        ValueError: unknown `image_format` or `precision`, or a template without exactly one "{}".
+        FileNotFoundError: `weights` is neither a known name nor an existing file.
+    """
+
+    def __init__(
+        self,
+        weights: str,
+        *,
+        device: str | torch.device,
+        image_format: str = "RGB",
+        template: str = "a photo of a {}.",
+        text_cache_dir: str | None = None,
+        download_root: str | None = None,
+        precision: str = "auto",
+    ) -> None:
+        if image_format not in ("RGB", "BGR"):
+            raise ValueError(f"INPUT.FORMAT: expected 'RGB' or 'BGR', found {image_format!r}")
+        if precision not in ("auto", "fp16", "fp32"):
+            raise ValueError(f"precision: expected 'auto', 'fp16' or 'fp32', found {precision!r}")
+        _check_template(template)
+        self.weights = weights
+        self.device = torch.device(device)
+        self.image_format = image_format
+        self.template = template
+        self.half = self.device.type == "cuda" if precision == "auto" else precision == "fp16"
+        self._download_root = Path(download_root or "~/.cache/clip").expanduser()
+        self._model: Any = None  # clip.model.CLIP, once loaded
+        self._memory: OrderedDict[str, _Vector] = OrderedDict()
+        digest = _weights_digest(weights)
+        folder = Path(text_cache_dir).expanduser() if text_cache_dir else _default_text_cache_dir()
+        self._disk = _TextCache(folder / f"clip-{digest[:32]}.sqlite")
+
+    def __repr__(self) -> str:
+        return f"CLIPTeacher(weights={self.weights!r}, device={str(self.device)!r})"
+
+    @property
+    def embed_dim(self) -> int:
+        """D; from the text cache when it knows these weights, else from the loaded model."""
+        if self._model is None and (cached := self._disk.properties()) is not None:
+            return cached[0]
+        return int(self._clip().text_projection.shape[1])
+
+    @property
+    def logit_scale(self) -> float:
+        """CLIP's exp(logit_scale), 100 for the released models; found like `embed_dim`."""
+        if self._model is None and (cached := self._disk.properties()) is not None:
+            return cached[1]
+        return float(self._clip().logit_scale.detach().float().exp())
+
+    @property
+    def loaded(self) -> bool:
+        """Whether CLIP itself has been loaded."""
+        return self._model is not None
+
+    @torch.no_grad()
+    def encode_regions(
+        self, images: Sequence[Tensor], boxes: Sequence[Tensor], crop_scale: float
+    ) -> Tensor:
+        """Embed image regions, cut out as `region_crops.crop_regions` describes (§3.2).
+
+        Args:
+            images: N raw images (3, H_i, W_i), unpadded, values 0..255, channels in `image_format`.
+            boxes: N tensors (P_i, 4), XYXY in absolute pixels of those images.
+            crop_scale: factor on width and height of the boxes; 1.5 in the paper.
+
+        Returns:
+            (P, D) float32 on the teacher's device, L2-normalised, without gradient, in the order of
+            the images, then of the boxes.
+        """
+        if len(images) != len(boxes):
+            raise ValueError(f"found {len(images)} images but {len(boxes)} tensors of boxes")
+        embeddings = [
+            self._encode_crops(*chunk, crop_scale)
+            for chunk in _chunks(images, boxes, _REGIONS_PER_CALL)
+        ]
+        if not embeddings:
+            return torch.zeros((0, self.embed_dim), device=self.device)
+        return torch.cat(embeddings)
+
+    def encode_captions(self, captions: Sequence[str]) -> Tensor:
+        """Embed texts; each distinct one is encoded once and then comes from the cache.
+
+        A text longer than CLIP's context is cut off at its end.
+
+        Args:
+            captions: C texts.
+
+        Returns:
+            (C, D) float32 on the teacher's device, L2-normalised, without gradient.
+        """
+        if isinstance(captions, str):
+            raise ValueError(f"expected a sequence of texts, found the single text {captions!r}")
+        if len(captions) == 0:
+            return torch.zeros((0, self.embed_dim), device=self.device)
+        rows = self._lookup(list(dict.fromkeys(captions)))
+        return torch.from_numpy(np.stack([rows[text] for text in captions])).to(self.device)
+
+    def encode_classes(self, names: Sequence[str]) -> Tensor:
+        """Embed class names, each put into the prompt template -> (K, D), as `encode_captions`."""
+        if isinstance(names, str):
+            raise ValueError(f"expected a sequence of class names, found the single name {names!r}")
+        return self.encode_captions([self.template.format(name) for name in names])
+
+    def _encode_crops(
+        self, images: Sequence[Tensor], boxes: Sequence[Tensor], crop_scale: float
+    ) -> Tensor:
+        model = self._clip()
+        rgb = [image.to(self.device) for image in images]
+        if self.image_format == "BGR":
+            rgb = [image.flip(0) for image in rgb]
+        crops = crop_regions(
+            rgb,
+            boxes,
+            size=model.visual.input_resolution,
+            scale=crop_scale,
+            mean=[255 * value for value in _CLIP_MEAN],
+            std=[255 * value for value in _CLIP_STD],
+        )
+        # The student's mixed precision must not reach into the teacher.
+        with torch.autocast(self.device.type, enabled=False):
+            embeddings: Tensor = model.encode_image(crops)
+        return F.normalize(embeddings.float(), dim=-1)
+
+    def _lookup(self, texts: Sequence[str]) -> dict[str, _Vector]:
+        """Embeddings of distinct texts, from memory, from disk, else from CLIP."""
+        rows = {text: self._memory[text] for text in texts if text in self._memory}
+        if missing := [text for text in texts if text not in rows]:
+            rows |= self._disk.read(missing)
+        if missing := [text for text in texts if text not in rows]:
+            rows |= self._encode_texts(missing)
+        for text in texts:
+            self._memory[text] = rows[text]
+            self._memory.move_to_end(text)
+        while len(self._memory) > _TEXTS_IN_MEMORY:
+            self._memory.popitem(last=False)
+        return rows
+
+    @torch.no_grad()
+    def _encode_texts(self, texts: Sequence[str]) -> dict[str, _Vector]:
+        model, clip = self._clip(), _import_clip()
+        rows: dict[str, _Vector] = {}
+        with tqdm(
+            total=len(texts),
+            desc="Encoding texts with CLIP",
+            unit="text",
+            disable=len(texts) <= _TEXTS_WITHOUT_PROGRESS,
+        ) as progress:
+            for start in range(0, len(texts), _TEXTS_PER_CALL):
+                chunk = list(texts[start : start + _TEXTS_PER_CALL])
+                tokens = clip.tokenize(chunk, context_length=model.context_length, truncate=True)
+                with torch.autocast(self.device.type, enabled=False):
+                    embeddings = model.encode_text(tokens.to(self.device))
+                normalised = F.normalize(embeddings.float(), dim=-1).cpu().numpy()
+                new = dict(zip(chunk, normalised, strict=True))
+                # Written per chunk: what was encoded before an interruption is not lost.
+                self._disk.write(new, self.embed_dim, self.logit_scale)
+                rows |= new
+                progress.update(len(chunk))
+        return rows
+
+    def _clip(self) -> Any:
+        """The CLIP model, loaded on the first call: evaluation mode, no parameter trainable."""
+        if self._model is None:
+            path = _find_weights(self.weights, self._download_root)
+            logger.info("Loading CLIP from %s", path)
+            clip = _import_clip()
+            state_dict = _read_state_dict(path)
+            vocabulary = len(clip.clip._tokenizer.encoder)
+            _check_state_dict(path, state_dict, vocabulary)
+            # Building draws initial values that are then overwritten: the run's random numbers must
+            # not depend on whether the cache had the answer.  Parameters made inside inference mode
+            # could not be used outside of it.
+            with torch.random.fork_rng(devices=[]), torch.inference_mode(False):
+                model: nn.Module = _build(clip, path, state_dict)
+                model = model.float().to(self.device)
+                if self.half:
+                    clip.model.convert_weights(model)
+            self._model = model.eval().requires_grad_(False)
+        return self._model
+
+
+def build_teacher(cfg: Any) -> Teacher:
+    """Build the teacher that a config describes.
+
+    Reads MODEL.TEACHER.{WEIGHTS, TEXT_CACHE_DIR, DOWNLOAD_ROOT}, MODEL.TEXT_CLASSIFIER.TEMPLATE,
+    MODEL.DEVICE and INPUT.FORMAT.
+    """
+    return CLIPTeacher(
+        cfg.MODEL.TEACHER.WEIGHTS,
+        device=cfg.MODEL.DEVICE,
+        image_format=cfg.INPUT.FORMAT,
+        template=cfg.MODEL.TEXT_CLASSIFIER.TEMPLATE,
+        text_cache_dir=cfg.MODEL.TEACHER.TEXT_CACHE_DIR,
+        download_root=cfg.MODEL.TEACHER.DOWNLOAD_ROOT,
+    )
+
+
+def check_embed_dim(
+    teacher: Teacher, expected: int, key: str = "MODEL.TEXT_CLASSIFIER.EMBED_DIM"
+) -> None:
+    """Raise ValueError unless the teacher's embeddings have the size that `key` promises."""
+    if teacher.embed_dim != expected:
+        raise ValueError(
+            f"{key} is {expected}, but {teacher!r} gives embeddings of size {teacher.embed_dim}: "
+            f"set {key} to {teacher.embed_dim}, or MODEL.TEACHER.WEIGHTS to a CLIP of size "
+            f"{expected}"
+        )
+
+
+def _check_template(template: str) -> None:
+    around = template.split("{}")
+    if len(around) != 2 or any(brace in part for part in around for brace in "{}"):
+        raise ValueError(
+            f"MODEL.TEXT_CLASSIFIER.TEMPLATE: expected one {{}} for the class name, found "
+            f"{template!r}"
+        )
+
+
+def _default_text_cache_dir() -> Path:
+    root = os.environ.get("HIERKD_CACHE") or "~/.cache/hierkd"
+    return Path(root).expanduser() / "text_embeddings"
+
+
+def _chunks(
+    images: Sequence[Tensor], boxes: Sequence[Tensor], limit: int
+) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """Split into parts of at most `limit` boxes, in order; images without boxes are left out."""
+    part_images: list[Tensor] = []
+    part_boxes: list[Tensor] = []
+    room = limit
+    for image, image_boxes in zip(images, boxes, strict=True):
+        start = 0
+        while start < len(image_boxes):
+            piece = image_boxes[start : start + room]
+            part_images.append(image)
+            part_boxes.append(piece)
+            start += len(piece)
+            room -= len(piece)
+            if room == 0:
+                yield part_images, part_boxes
+                part_images, part_boxes, room = [], [], limit
+    if part_images:
+        yield part_images, part_boxes
+
+
+# --- CLIP's files ---------------------------------------------------------------------------------
+
+
+def _import_clip() -> ModuleType:
+    """Import ``clip`` without the deprecation warning of the `pkg_resources` that it imports."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="pkg_resources is deprecated")
+        warnings.filterwarnings("ignore", message="Deprecated call to `pkg_resources")
+        import clip
+    module: ModuleType = clip
+    return module
+
+
+def _model_urls() -> dict[str, str]:
+    urls: dict[str, str] = _import_clip().clip._MODELS
+    return urls
+
+
+def _weights_digest(weights: str) -> str:
+    """SHA-256 (hex) of the weights; for a named model it is part of the URL, nothing is read."""
+    if os.path.isfile(weights):
+        with open(weights, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    urls = _model_urls()
+    if weights not in urls:
+        raise FileNotFoundError(
+            f"MODEL.TEACHER.WEIGHTS: {weights!r} is neither an existing file nor one of the CLIP "
+            f"models {', '.join(urls)}"
+        )
+    return urls[weights].split("/")[-2]
+
+
+def _find_weights(weights: str, download_root: Path) -> Path:
+    """Path of the weights; a named model is downloaded and hash-checked by ``clip``."""
+    if os.path.isfile(weights):
+        return Path(weights)
+    url = _model_urls()[weights]
+    target = download_root / os.path.basename(urllib.parse.urlparse(url).path)
+    put = f"download {url} to {target}, or set MODEL.TEACHER.WEIGHTS to the path of the file"
+    try:
+        download_root.mkdir(parents=True, exist_ok=True)
+        with file_lock(str(target)):  # several processes of one machine start at the same time
+            return Path(_import_clip().clip._download(url, str(download_root)))
+    except OSError as error:  # includes URLError: no network, no space, no permission
+        wrong = " (the file is there, but is not the published one)" if target.exists() else ""
+        raise FileNotFoundError(
+            f"the weights of CLIP {weights!r} are not at {target}{wrong} and could not be "
+            f"downloaded ({error}); {put}"
+        ) from error
+    except RuntimeError as error:  # how clip reports a hash mismatch or a folder in the way
+        raise ValueError(f"{target} is not the published CLIP {weights!r} ({error}); {put}") from (
+            error
+        )
+
+
+def _read_state_dict(path: Path) -> dict[str, Tensor]:
+    """Read a TorchScript archive or a plain state dict; no pickled code is run."""
+    try:
+        if _is_torchscript(path):
+            with warnings.catch_warnings():
+                # OpenAI's archives are TorchScript; only their tensors are used here.
+                warnings.filterwarnings("ignore", message=r"`torch\.jit\.load` is deprecated")
+                load: Any = torch.jit.load  # has no annotations
+                loaded = load(str(path), map_location="cpu").state_dict()
+        else:
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, KeyError...
+        raise ValueError(
+            f"{path} cannot be read as a CLIP, neither as a TorchScript archive nor as a state "
+            f"dict: {type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(loaded, dict):
+        raise ValueError(f"{path}: expected a state dict, found a {type(loaded).__name__}")
+    return dict(loaded)
+
+
+def _is_torchscript(path: Path) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+
+
+def _check_state_dict(path: Path, state_dict: dict[str, Tensor], vocabulary: int) -> None:
+    missing = [key for key in _CLIP_ENTRIES if not isinstance(state_dict.get(key), Tensor)]
+    if missing:
+        raise ValueError(
+            f"{path} is not a CLIP in OpenAI's format: it has no {', '.join(missing)}; it has "
+            f"{', '.join(list(map(str, state_dict))[:5])}{', ...' if len(state_dict) > 5 else ''}"
+        )
+    rows = len(state_dict["token_embedding.weight"])
+    if rows != vocabulary:
+        raise ValueError(
+            f"{path}: token_embedding.weight has {rows} rows, CLIP's tokeniser knows {vocabulary} "
+            f"tokens"
+        )
+
+
+def _build(clip: ModuleType, path: Path, state_dict: dict[str, Tensor]) -> nn.Module:
+    try:
+        model: nn.Module = clip.model.build_model(dict(state_dict))
+    except (AssertionError, KeyError, RuntimeError, ZeroDivisionError) as error:
+        raise ValueError(f"{path} is not a CLIP in OpenAI's format: {error}") from error
+    return model
+
+
+# --- Text embeddings on disk ----------------------------------------------------------------------
+
+
+class _TextCache:
+    """Normalised text embeddings of one set of CLIP weights in an SQLite file.
+
+    Rows hold the SHA-256 of the exact text, the text itself for inspection, and D float32 values
+    (little-endian, L2-normalised, in the precision of the process that wrote them first).  A second
+    table holds the model's D and exp(logit_scale).
+
+    Any number of processes may share the file.  It keeps SQLite's rollback journal, which unlike
+    the write-ahead log works on network file systems, and is opened anew for each operation, so
+    that nothing is carried through a fork.  A cache is never worth a crash: a corrupted file is set
+    aside and begun anew, one that cannot be used is passed over, each with a warning.
+
+    Args:
+        path: the file; it and its folder are created by the first write.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._properties: tuple[int, float] | None = None
+        self._warned = False
+
+    def properties(self) -> tuple[int, float] | None:
+        """(D, exp(logit_scale)) of the model, or None when nothing is stored yet."""
+        if self._properties is None and self.path.exists():
+            with self._guard(), self._connect() as connection:
+                # The other process may not have got further than creating the file.
+                query = "SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'model'"
+                if connection.execute(query).fetchone() is not None:
+                    query = "SELECT embed_dim, logit_scale FROM model"
+                    embed_dim, logit_scale = connection.execute(query).fetchone()
+                    self._properties = (int(embed_dim), float(logit_scale))
+        return self._properties
+
+    def read(self, texts: Sequence[str]) -> dict[str, _Vector]:
+        """Embeddings of those texts that are stored."""
+        found: dict[str, _Vector] = {}
+        properties = self.properties()
+        if properties is None:
+            return found
+        by_key = {_text_key(text): text for text in texts}
+        keys = list(by_key)
+        with self._guard(), self._connect() as connection:
+            for start in range(0, len(keys), _CACHE_LOOKUP):
+                part = keys[start : start + _CACHE_LOOKUP]
+                marks = ",".join("?" * len(part))
+                query = f"SELECT key, embedding FROM texts WHERE key IN ({marks})"
+                for key, blob in connection.execute(query, part):
+                    vector = np.frombuffer(blob, dtype="<f4").astype(np.float32)
+                    if vector.shape == (properties[0],) and np.isfinite(vector).all():
+                        found[by_key[key]] = vector
+        return found
+
+    def write(self, embeddings: dict[str, _Vector], embed_dim: int, logit_scale: float) -> None:
+        """Store embeddings; texts that are there already are replaced."""
+        rows = [
+            (_text_key(text), _encodable(text), vector.astype("<f4").tobytes())
+            for text, vector in embeddings.items()
+        ]
+        with self._guard():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self._connect() as connection, connection:  # one transaction
+                connection.execute("BEGIN IMMEDIATE")
+                connection.execute(
+                    "CREATE TABLE IF NOT EXISTS model "
+                    "(id INTEGER PRIMARY KEY CHECK (id = 0), embed_dim INTEGER, logit_scale REAL)"
+                )
+                connection.execute(
+                    "CREATE TABLE IF NOT EXISTS texts "
+                    "(key TEXT PRIMARY KEY, text TEXT, embedding BLOB) WITHOUT ROWID"
+                )
+                connection.execute(
+                    "INSERT OR REPLACE INTO model VALUES (0, ?, ?)", (embed_dim, logit_scale)
+                )
+                connection.executemany("INSERT OR REPLACE INTO texts VALUES (?, ?, ?)", rows)
+
+    @contextlib.contextmanager
+    def _connect(self) -> Iterator[sqlite3.Connection]:
+        connection = sqlite3.connect(self.path, timeout=_CACHE_TIMEOUT, isolation_level=None)
+        try:
+            # Without waiting for the disk: what a power cut may corrupt can be computed again.
+            connection.execute("PRAGMA synchronous = OFF")
+            yield connection
+        finally:
+            connection.close()
+
+    @contextlib.contextmanager
+    def _guard(self) -> Iterator[None]:
+        """Turn trouble with the file into warnings."""
+        try:
+            yield
+        except (sqlite3.OperationalError, OSError) as error:
+            if not self._warned:
+                logger.warning("Text cache %s cannot be used: %s", self.path, error)
+                self._warned = True
+        except (sqlite3.DatabaseError, TypeError, ValueError) as error:
+            aside = self.path.with_name(f"{self.path.name}.corrupt")
+            logger.warning(
+                "Text cache %s is corrupted (%s); it is moved to %s and begun anew",
+                *(self.path, error, aside),
+            )
+            with contextlib.suppress(OSError):
+                os.replace(self.path, aside)
+                self.path.with_name(f"{self.path.name}-journal").unlink(missing_ok=True)
+
+
+def _text_key(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _encodable(text: str) -> str:
+    return text.encode("utf-8", "replace").decode("utf-8")

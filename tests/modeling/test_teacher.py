@@ -1,0 +1,510 @@
+import hashlib
+import logging
+import multiprocessing
+import sqlite3
+import urllib.error
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from torch.nn import functional as F
+
+import clip_files
+from hierkd.modeling import teacher as teacher_module
+from hierkd.modeling.teacher import CLIPTeacher, build_teacher, check_embed_dim
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    path = tmp_path_factory.mktemp("clip") / "tiny.pt"
+    return clip_files.write_state_dict(path, clip_files.random_clip())
+
+
+@pytest.fixture
+def make_teacher(weights, tmp_path):
+    def make(path=weights, **arguments):
+        arguments = {"device": "cpu", "text_cache_dir": str(tmp_path / "cache"), **arguments}
+        return CLIPTeacher(str(path), **arguments)
+
+    return make
+
+
+@pytest.fixture
+def no_clip(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("CLIP was loaded")
+
+    return lambda: monkeypatch.setattr(teacher_module, "_read_state_dict", refuse)
+
+
+def smooth_image(height, width, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(1, 3, 6, 6, generator=generator) * 255
+    return F.interpolate(coarse, (height, width), mode="bilinear")[0].round().to(torch.uint8)
+
+
+def released_clip(path):
+    """The model as clip itself loads it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return clip_files.import_clip().load(str(path), device="cpu")
+
+
+BOXES = torch.tensor([[5.0, 5.0, 40.0, 60.0], [10.0, 0.0, 80.0, 30.0], [0.0, 0.0, 90.0, 70.0]])
+
+
+# --- regions --------------------------------------------------------------------------------------
+
+
+def test_whole_square_image_equals_clips_own_preprocessing(make_teacher, weights):
+    image = smooth_image(96, 96)
+    model, preprocess = released_clip(weights)
+    picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+    with torch.no_grad():
+        expected = F.normalize(model.encode_image(preprocess(picture)[None]), dim=-1)
+    box = torch.tensor([[0.0, 0.0, 96.0, 96.0]])
+    found = make_teacher().encode_regions([image], [box], 1.0)
+    torch.testing.assert_close(found, expected, atol=3e-3, rtol=0)
+    other = make_teacher().encode_regions([image.flip(0)], [box], 1.0)
+    assert (other - expected).abs().max() > 3e-2  # so that the tolerance above means something
+
+
+def test_regions_are_normalised_float32_without_gradient(make_teacher):
+    image = smooth_image(70, 90).float().requires_grad_()
+    found = make_teacher().encode_regions([image], [BOXES.clone().requires_grad_()], 1.5)
+    assert found.shape == (3, 16)
+    assert found.dtype == torch.float32
+    assert not found.requires_grad
+    torch.testing.assert_close(found.norm(dim=-1), torch.ones(3))
+
+
+def test_no_parameter_can_be_trained(make_teacher):
+    teacher = make_teacher()
+    teacher.encode_captions(["a"])
+    assert not any(p.requires_grad for p in teacher._clip().parameters())
+    assert not teacher._clip().training
+    assert not isinstance(teacher, nn.Module)
+
+
+def test_embeddings_made_in_inference_mode_serve_in_a_loss(make_teacher):
+    teacher = make_teacher()
+    with torch.inference_mode():  # the model and the cache are filled here
+        teacher.encode_captions(["a dog"])
+        teacher.encode_regions([smooth_image(70, 90)], [BOXES], 1.5)
+    regions = teacher.encode_regions([smooth_image(70, 90)], [BOXES], 1.5)
+    texts = teacher.encode_captions(["a dog"])
+    student = torch.ones(3, 16, requires_grad=True)
+    ((student * regions).sum() + (student @ texts.T).sum()).backward()
+    torch.testing.assert_close(student.grad, regions + texts)
+
+
+def test_bgr_is_rgb_with_the_channels_turned_round(make_teacher):
+    image = smooth_image(70, 90)
+    rgb = make_teacher().encode_regions([image], [BOXES], 1.5)
+    bgr = make_teacher(image_format="BGR").encode_regions([image.flip(0)], [BOXES], 1.5)
+    torch.testing.assert_close(rgb, bgr)
+    assert (make_teacher().encode_regions([image.flip(0)], [BOXES], 1.5) - rgb).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("limit", [1, 2, 4, 512])
+def test_order_and_batch_size_change_nothing(make_teacher, monkeypatch, limit):
+    monkeypatch.setattr(teacher_module, "_REGIONS_PER_CALL", limit)
+    teacher = make_teacher()
+    images = [smooth_image(70, 90, 1), smooth_image(50, 50, 2), smooth_image(80, 95, 3)]
+    boxes = [BOXES, BOXES[:0], BOXES[:2]]
+    together = teacher.encode_regions(images, boxes, 1.5)
+    alone = [
+        teacher.encode_regions([image], [box[None]], 1.5)
+        for image, image_boxes in zip(images, boxes, strict=True)
+        for box in image_boxes
+    ]
+    torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=0)
+    assert (together[0] - together[3]).abs().max() > 1e-3
+
+
+def test_no_regions(make_teacher):
+    teacher = make_teacher()
+    assert teacher.encode_regions([smooth_image(9, 9)], [BOXES[:0]], 1.5).shape == (0, 16)
+    assert teacher.encode_regions([], [], 1.5).shape == (0, 16)
+
+
+def test_autocast_does_not_reach_the_teacher(make_teacher):
+    expected = make_teacher().encode_regions([smooth_image(70, 90)], [BOXES], 1.5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = make_teacher().encode_regions([smooth_image(70, 90)], [BOXES], 1.5)
+    assert torch.equal(found, expected)
+
+
+def test_number_of_images_and_boxes_must_agree(make_teacher):
+    with pytest.raises(ValueError, match="1 images but 2 tensors"):
+        make_teacher().encode_regions([smooth_image(9, 9)], [BOXES, BOXES], 1.5)
+
+
+# --- texts ----------------------------------------------------------------------------------------
+
+
+def test_texts_equal_clips_own_encoding(make_teacher, weights):
+    texts = ["a dog", "two cats on a sofa", "a dog"]
+    model, _ = released_clip(weights)
+    with torch.no_grad():
+        tokens = clip_files.import_clip().tokenize(texts)
+        expected = F.normalize(model.encode_text(tokens), dim=-1)
+    found = make_teacher().encode_captions(texts)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    assert found.dtype == torch.float32
+    assert not found.requires_grad
+    assert (found[0] - found[1]).abs().max() > 1e-3
+
+
+def test_each_text_is_encoded_once(make_teacher, monkeypatch):
+    teacher = make_teacher()
+    encoded = []
+    tokenize = clip_files.import_clip().tokenize
+    monkeypatch.setattr(
+        clip_files.import_clip(),
+        "tokenize",
+        lambda texts, **options: encoded.extend(texts) or tokenize(texts, **options),
+    )
+    teacher.encode_captions(["a", "b", "a"])
+    teacher.encode_captions(["b", "c"])
+    assert encoded == ["a", "b", "c"]
+
+
+def test_classes_go_into_the_template(make_teacher):
+    teacher = make_teacher(template="the {} there")
+    expected = teacher.encode_captions(["the cat there", "the {dog} there"])
+    assert torch.equal(teacher.encode_classes(["cat", "{dog}"]), expected)
+
+
+def test_long_text_is_cut_off(make_teacher):
+    found = make_teacher().encode_captions(["word " * 300])
+    assert found.isfinite().all()
+
+
+def test_odd_texts(make_teacher):
+    texts = ["", "naïve café 猫", "it's; DROP TABLE texts", "\ud800"]
+    first = make_teacher().encode_captions(texts)
+    assert first.isfinite().all()
+    assert torch.equal(make_teacher().encode_captions(texts), first)
+
+
+def test_no_texts_and_one_bare_text(make_teacher):
+    assert make_teacher().encode_captions([]).shape == (0, 16)
+    assert make_teacher().encode_classes([]).shape == (0, 16)
+    with pytest.raises(ValueError, match="single text 'dog'"):
+        make_teacher().encode_captions("dog")
+    with pytest.raises(ValueError, match="single name 'dog'"):
+        make_teacher().encode_classes("dog")
+
+
+def test_memory_is_bounded(make_teacher, monkeypatch):
+    monkeypatch.setattr(teacher_module, "_TEXTS_IN_MEMORY", 3)
+    teacher = make_teacher()
+    texts = ["a", "b", "c", "d", "e"]
+    assert teacher.encode_captions(texts).shape == (5, 16)
+    assert list(teacher._memory) == ["c", "d", "e"]
+
+
+def test_progress_is_shown_for_many_texts(make_teacher, monkeypatch, capsys):
+    monkeypatch.setattr(teacher_module, "_TEXTS_WITHOUT_PROGRESS", 2)
+    teacher = make_teacher()
+    teacher.encode_captions(["a", "b"])
+    assert "Encoding texts" not in capsys.readouterr().err
+    teacher.encode_captions(["c", "d", "e"])
+    assert "Encoding texts" in capsys.readouterr().err
+
+
+# --- text cache -----------------------------------------------------------------------------------
+
+
+def test_cache_answers_without_clip(make_teacher, no_clip):
+    first = make_teacher()
+    expected = first.encode_classes(["cat", "dog"])
+    scale = first.logit_scale
+    no_clip()
+    second = make_teacher()
+    assert torch.equal(second.encode_classes(["dog", "cat"]), expected.flip(0))
+    assert second.embed_dim == 16
+    assert second.logit_scale == pytest.approx(scale)
+    assert scale == pytest.approx(1 / 0.07, rel=1e-3)
+    assert not second.loaded
+    with pytest.raises(AssertionError, match="CLIP was loaded"):
+        second.encode_classes(["bird"])
+
+
+def test_named_model_is_not_needed_when_the_cache_has_the_answer(
+    make_teacher, weights, tmp_path, monkeypatch, no_clip
+):
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    urls = {"Tiny": f"https://example.invalid/{digest}/tiny.pt"}
+    monkeypatch.setattr(clip_files.import_clip().clip, "_MODELS", urls)
+    root = tmp_path / "models"
+    root.mkdir()
+    model_file = root / "tiny.pt"
+    model_file.write_bytes(weights.read_bytes())
+    named = make_teacher("Tiny", download_root=str(root))
+    expected = named.encode_captions(["a cat"])  # hash-checked by clip, no network needed
+    assert named.loaded
+    model_file.unlink()
+    no_clip()
+    assert torch.equal(
+        make_teacher("Tiny", download_root=str(root)).encode_captions(["a cat"]), expected
+    )
+    assert torch.equal(make_teacher(weights).encode_captions(["a cat"]), expected)  # same weights
+
+
+def test_other_weights_have_another_cache(make_teacher, tmp_path):
+    other = clip_files.write_state_dict(tmp_path / "other.pt", clip_files.random_clip(seed=1))
+    first = make_teacher().encode_captions(["a cat"])
+    second = make_teacher(other).encode_captions(["a cat"])
+    assert (first - second).abs().max() > 1e-3
+    assert len(list((tmp_path / "cache").glob("*.sqlite"))) == 2
+
+
+def test_cache_can_be_inspected(make_teacher):
+    teacher = make_teacher()
+    found = teacher.encode_captions(["a cat"])
+    with sqlite3.connect(teacher._disk.path) as connection:
+        text, blob = connection.execute("SELECT text, embedding FROM texts").fetchone()
+    assert text == "a cat"
+    assert np.frombuffer(blob, "<f4").tolist() == found[0].tolist()
+
+
+@pytest.mark.parametrize("damage", [b"no database at all " * 300, None])
+def test_corrupted_cache_is_rebuilt(make_teacher, caplog, damage):
+    first = make_teacher()
+    expected = first.encode_captions(["a cat", "a dog"])
+    path = first._disk.path
+    content = path.read_bytes()
+    path.write_bytes(damage or content[:4096] + b"\xff" * (len(content) - 4096))
+    with caplog.at_level(logging.WARNING):
+        assert torch.equal(make_teacher().encode_captions(["a cat", "a dog"]), expected)
+    assert any("is corrupted" in r.message and str(path) in r.message for r in caplog.records)
+    caplog.clear()
+    again = make_teacher()
+    assert torch.equal(again.encode_captions(["a cat", "a dog"]), expected)
+    assert not again.loaded
+    assert not caplog.records
+
+
+def test_row_of_wrong_size_is_encoded_anew(make_teacher):
+    first = make_teacher()
+    expected = first.encode_captions(["a cat"])
+    connection = sqlite3.connect(first._disk.path)
+    connection.execute("UPDATE texts SET embedding = ?", (b"\0" * 8,))
+    connection.commit()
+    connection.close()
+    assert torch.equal(make_teacher().encode_captions(["a cat"]), expected)
+
+
+def test_unusable_cache_folder_is_a_warning(make_teacher, tmp_path, caplog):
+    (tmp_path / "file").write_text("not a folder")
+    with caplog.at_level(logging.WARNING):
+        teacher = make_teacher(text_cache_dir=str(tmp_path / "file" / "cache"))
+        teacher.encode_captions(["a cat"])
+        teacher.encode_captions(["a dog"])
+    assert [r.message for r in caplog.records if "cannot be used" in r.message].__len__() == 1
+
+
+def test_default_cache_folder(weights, tmp_path, monkeypatch):
+    monkeypatch.setenv("HIERKD_CACHE", str(tmp_path / "here"))
+    for folder in ("", None):
+        teacher = CLIPTeacher(str(weights), device="cpu", text_cache_dir=folder)
+        assert teacher._disk.path.parent == tmp_path / "here" / "text_embeddings"
+    monkeypatch.delenv("HIERKD_CACHE")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    teacher = CLIPTeacher(str(weights), device="cpu")
+    assert teacher._disk.path.parent == tmp_path / ".cache" / "hierkd" / "text_embeddings"
+
+
+def _write_many(path, start, barrier):
+    cache = teacher_module._TextCache(Path(path))
+    barrier.wait()
+    for index in range(start, start + 60):
+        cache.write({f"text {index}": np.full(4, index, np.float32)}, 4, 100.0)
+        assert cache.read([f"text {index}"])
+
+
+def test_two_processes_share_a_cache(tmp_path, caplog):
+    path = tmp_path / "cache.sqlite"
+    context = multiprocessing.get_context("fork")
+    barrier = context.Barrier(2)
+    # Half of the texts are written by both.
+    workers = [
+        context.Process(target=_write_many, args=(path, start, barrier)) for start in (0, 30)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+    assert [worker.exitcode for worker in workers] == [0, 0]
+    texts = [f"text {index}" for index in range(90)]
+    found = teacher_module._TextCache(path).read(texts)
+    assert [found[text][0] for text in texts] == list(range(90))
+    assert not list(tmp_path.glob("*.corrupt"))
+
+
+# --- CLIP's files ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", ["tiny_vit", "tiny_resnet"])
+@pytest.mark.parametrize("write", [clip_files.write_state_dict, clip_files.write_torchscript])
+def test_every_format_and_kind_loads_without_warning(make_teacher, tmp_path, shape, write):
+    model = clip_files.random_clip(shape)
+    image = smooth_image(model.visual.input_resolution, model.visual.input_resolution)
+    path = write(tmp_path / "clip.pt", model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        teacher = make_teacher(path)
+        box = torch.tensor([[0.0, 0.0, *image.shape[1:]]])
+        regions = teacher.encode_regions([image], [box], 1.0)
+        texts = teacher.encode_captions(["a cat"])
+    assert teacher.embed_dim == clip_files.SHAPES[shape]["embed_dim"] == regions.shape[1]
+    released, _ = released_clip(path)
+    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
+    std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
+    with torch.no_grad():
+        expected = released.encode_image(((image / 255 - mean) / std)[None])
+        tokens = clip_files.import_clip().tokenize(["a cat"], released.context_length)
+        expected_text = released.encode_text(tokens)
+    torch.testing.assert_close(regions, F.normalize(expected, dim=-1), atol=1e-4, rtol=0)
+    torch.testing.assert_close(texts, F.normalize(expected_text, dim=-1), atol=1e-5, rtol=0)
+
+
+def test_loading_leaves_the_random_numbers_alone(make_teacher):
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    make_teacher().encode_captions(["a cat"])
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_unknown_name(make_teacher):
+    with pytest.raises(FileNotFoundError, match=r"'ViT-Z/9' is neither .* ViT-B/32, "):
+        make_teacher("ViT-Z/9")
+
+
+def test_no_network(make_teacher, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise urllib.error.URLError("Name or service not known")
+
+    monkeypatch.setattr("urllib.request.urlopen", refuse)
+    teacher = make_teacher("ViT-B/32", download_root=str(tmp_path))
+    with pytest.raises(FileNotFoundError) as error:
+        teacher.encode_captions(["a cat"])
+    message = str(error.value)
+    assert str(tmp_path / "ViT-B-32.pt") in message
+    assert "https://openaipublic" in message
+    assert "MODEL.TEACHER.WEIGHTS" in message
+    assert "Name or service not known" in message
+
+
+def test_hash_mismatch(make_teacher, tmp_path, monkeypatch):
+    class Source:
+        def __enter__(self):
+            self.rest = [b"", b"something else"]
+            return self
+
+        def __exit__(self, *_):
+            return None
+
+        def info(self):
+            return {"Content-Length": "14"}
+
+        def read(self, _):
+            return self.rest.pop()
+
+    monkeypatch.setattr("urllib.request.urlopen", lambda _: Source())
+    teacher = make_teacher("ViT-B/32", download_root=str(tmp_path))
+    with pytest.raises(ValueError, match=r"ViT-B-32.pt is not the published CLIP 'ViT-B/32'"):
+        teacher.encode_captions(["a cat"])
+
+
+@pytest.mark.parametrize("content", ["text", "tensor", "other_model", "small_vocabulary", "module"])
+def test_file_that_is_not_a_clip(make_teacher, tmp_path, content):
+    path = tmp_path / "wrong.pt"
+    if content == "text":
+        path.write_text("hello")
+    elif content == "tensor":
+        torch.save(torch.zeros(3), path)
+    elif content == "other_model":
+        torch.save(nn.Linear(2, 3).state_dict(), path)
+    elif content == "small_vocabulary":
+        clip_files.write_state_dict(path, clip_files.random_clip(vocab_size=100))
+    else:
+        torch.save(nn.Linear(2, 3), path)  # a pickled object: must not be executed
+    with pytest.raises(ValueError, match=r"wrong\.pt"):
+        make_teacher(path).encode_captions(["a cat"])
+
+
+def test_truncated_state_dict(make_teacher, tmp_path):
+    state_dict = clip_files.random_clip().state_dict()
+    del state_dict["visual.positional_embedding"]
+    torch.save(state_dict, tmp_path / "wrong.pt")
+    with pytest.raises(ValueError, match=r"wrong\.pt is not a CLIP.*visual.positional_embedding"):
+        make_teacher(tmp_path / "wrong.pt").encode_captions(["a cat"])
+
+
+# --- construction ---------------------------------------------------------------------------------
+
+
+def test_check_embed_dim(make_teacher):
+    check_embed_dim(make_teacher(), 16)
+    with pytest.raises(ValueError, match=r"MODEL\.X is 512, but .* size 16: set MODEL\.X to 16"):
+        check_embed_dim(make_teacher(), 512, key="MODEL.X")
+
+
+@pytest.mark.parametrize("template", ["a photo", "{} and {}", "{} {name}", "{0}", "{} }"])
+def test_wrong_template(make_teacher, template):
+    with pytest.raises(ValueError, match=r"MODEL\.TEXT_CLASSIFIER\.TEMPLATE"):
+        make_teacher(template=template)
+
+
+def test_wrong_image_format_and_precision(make_teacher):
+    with pytest.raises(ValueError, match="'RGB' or 'BGR', found 'L'"):
+        make_teacher(image_format="L")
+    with pytest.raises(ValueError, match="found 'int8'"):
+        make_teacher(precision="int8")
+
+
+def test_build_teacher_reads_the_config(weights, tmp_path):
+    cfg = SimpleNamespace(
+        MODEL=SimpleNamespace(
+            DEVICE="cpu",
+            TEACHER=SimpleNamespace(
+                WEIGHTS=str(weights), TEXT_CACHE_DIR=str(tmp_path), DOWNLOAD_ROOT=""
+            ),
+            TEXT_CLASSIFIER=SimpleNamespace(TEMPLATE="one {}"),
+        ),
+        INPUT=SimpleNamespace(FORMAT="BGR"),
+    )
+    teacher = build_teacher(cfg)
+    assert torch.equal(teacher.encode_classes(["cat"]), teacher.encode_captions(["one cat"]))
+    assert isinstance(teacher, CLIPTeacher)
+    assert teacher.image_format == "BGR"
+    assert teacher._disk.path.parent == tmp_path
+
+
+@pytest.mark.gpu
+def test_half_precision_on_a_gpu(make_teacher, weights):
+    image = smooth_image(70, 90)
+    expected = make_teacher().encode_regions([image], [BOXES], 1.5)
+    teacher = make_teacher(device="cuda")
+    found = teacher.encode_regions([image.cuda()], [BOXES.cuda()], 1.5)
+    assert teacher._clip().dtype == torch.float16
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.cpu(), expected, atol=5e-3, rtol=0)
+
+
+@pytest.mark.clip
+def test_released_vit_b_32(tmp_path):
+    teacher = CLIPTeacher("ViT-B/32", device="cpu", text_cache_dir=str(tmp_path))
+    assert teacher.embed_dim == 512
+    assert teacher.logit_scale == pytest.approx(100, abs=0.1)
+    cat, kitten, train = teacher.encode_classes(["cat", "kitten", "train"])
+    assert cat @ kitten > cat @ train
