@@ -91,10 +91,11 @@ def box_iou_targets(pred_boxes: Tensor, gt_boxes: Tensor) -> Tensor:
         gt_boxes: (n, 4) XYXY, row i belongs to prediction i.
 
     Returns:
-        (n,) in [0, 1], without gradient.
+        (n,) in [0, 1], without gradient; 0 where neither box has an area.
     """
-    iou: Tensor = matched_pairwise_iou(Boxes(pred_boxes), Boxes(gt_boxes))
-    return iou
+    pred, gt = Boxes(pred_boxes), Boxes(gt_boxes)
+    iou: Tensor = matched_pairwise_iou(pred, gt)
+    return iou.masked_fill(pred.area() + gt.area() == 0, 0.0)  # detectron2 gives 0 / 0
 
 
 @torch.no_grad()

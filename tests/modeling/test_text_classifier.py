@@ -1,0 +1,177 @@
+"""The cosine classifier: by hand, by loop, and that the vocabulary is data, not weights."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.autograd import gradcheck
+
+from hierkd.modeling.text_classifier import TextClassifier
+
+D = 6
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def classifier(num_classes=4, **kwargs):
+    module = TextClassifier(random(D, seed=99), **kwargs)
+    module.set_vocabulary(random(num_classes, D, seed=num_classes))
+    return module
+
+
+def test_logits_by_hand():
+    module = TextClassifier(torch.tensor([0.0, -5.0]), logit_scale=10.0)
+    module.set_vocabulary(torch.tensor([[2.0, 0.0], [3.0, 4.0]]))
+    # directions (1, 0), (0.6, 0.8) and, last, the background (0, -1)
+    logits = module(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+    torch.testing.assert_close(logits, torch.tensor([[10.0, 6.0, 0.0], [0.0, 8.0, -10.0]]))
+
+
+def test_logits_equal_a_slow_loop():
+    module, points = classifier(logit_scale=100.0), F.normalize(random(3, D), dim=1)
+    texts = [*random(4, D, seed=4).tolist(), module.background_embedding.tolist()]
+    expected = [
+        [100.0 * sum(a * b for a, b in zip(f, t, strict=True)) / math.hypot(*t) for t in texts]
+        for f in points.tolist()
+    ]
+    torch.testing.assert_close(module(points), torch.tensor(expected), rtol=1e-4, atol=1e-4)
+
+
+def test_a_point_at_a_class_has_the_highest_possible_logit():
+    module = classifier(logit_scale=100.0)
+    logits = module(module.text_embeddings)
+    torch.testing.assert_close(logits[:, :4].diagonal(), torch.full((4,), 100.0))
+    assert torch.equal(logits.argmax(dim=1), torch.arange(4))
+    background = F.normalize(module.background_embedding.detach(), dim=0)
+    assert module(background).argmax() == 4
+
+
+def test_length_of_text_embeddings_carries_no_meaning():
+    module, points = classifier(), F.normalize(random(3, D), dim=1)
+    logits = module(points)
+    module.set_vocabulary(7 * random(4, D, seed=4))
+    torch.testing.assert_close(module(points), logits)
+    with torch.no_grad():
+        module.background_embedding.mul_(3)
+    torch.testing.assert_close(module(points), logits)
+
+
+def test_permuting_the_vocabulary_permutes_the_logits():
+    module, points = classifier(), F.normalize(random(3, D), dim=1)
+    logits, order = module(points), torch.tensor([2, 0, 3, 1])
+    module.set_vocabulary(module.text_embeddings[order])
+    torch.testing.assert_close(module(points), logits[:, [2, 0, 3, 1, 4]])
+
+
+def test_any_leading_shape():
+    module, points = classifier(), F.normalize(random(2, 3, D), dim=2)
+    logits = module(points)
+    assert logits.shape == (2, 3, 5)
+    torch.testing.assert_close(module(points[1, 2]), logits[1, 2])
+    assert module(torch.zeros(0, D)).shape == (0, 5)
+
+
+def test_gradient_flows_to_everything_but_the_vocabulary():
+    texts = random(4, D, seed=4).requires_grad_()
+    module = TextClassifier(random(D))
+    module.set_vocabulary(texts)
+    points = F.normalize(random(3, D, seed=5), dim=1).requires_grad_()
+    module(points).pow(2).sum().backward()
+    assert texts.grad is None
+    assert not module.text_embeddings.requires_grad
+    for leaf in (points, module.background_embedding, module.logit_scale):
+        assert leaf.grad.abs().sum() > 0
+    # only the direction of the background is learned
+    along = module.background_embedding.grad @ module.background_embedding
+    assert along.abs() < 1e-3 * module.background_embedding.grad.norm()
+
+
+def test_gradcheck():
+    module = classifier(logit_scale=3.0).double()
+    points = F.normalize(random(3, D).double(), dim=1).requires_grad_()
+    parameters = (points, module.background_embedding, module.logit_scale)
+    assert gradcheck(lambda *_: module(points), parameters)
+
+
+def test_the_checkpoint_knows_no_vocabulary():
+    small, large = classifier(2), classifier(9, logit_scale=50.0)
+    assert set(small.state_dict()) == {"background_embedding", "logit_scale"}
+    assert {name for name, _ in small.named_parameters()} == set(small.state_dict())
+    before = large.text_embeddings.clone()
+    large.load_state_dict(small.state_dict())  # 2 classes into 9, strictly
+    assert torch.equal(large.text_embeddings, before)
+    assert torch.equal(large.background_embedding, small.background_embedding)
+    assert large.logit_scale.item() == 100.0
+    assert (large.num_classes, large.embed_dim) == (9, D)
+
+
+def test_the_initial_background_is_a_copy_of_unit_length():
+    given = (3 * random(D)).requires_grad_()
+    module = TextClassifier(given)
+    torch.testing.assert_close(module.background_embedding.norm(), torch.tensor(1.0))
+    with torch.no_grad():
+        module.background_embedding.zero_()
+    assert given.abs().sum() > 0
+
+
+def test_the_vocabulary_is_a_copy():
+    unit = F.normalize(random(4, D), dim=1)
+    module = TextClassifier(random(D))
+    module.set_vocabulary(unit)
+    before = module.text_embeddings.clone()
+    unit.zero_()
+    assert torch.equal(module.text_embeddings, before)
+
+
+def test_one_class():
+    module = classifier(1)
+    assert module(F.normalize(random(2, D), dim=1)).shape == (2, 2)
+    assert module.num_classes == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_vocabulary_of_another_precision(dtype):
+    module = classifier()
+    exact = module.text_embeddings.clone()
+    module.set_vocabulary(random(4, D, seed=4).to(dtype))
+    assert module.text_embeddings.dtype == torch.float32
+    torch.testing.assert_close(module.text_embeddings, exact, atol=5e-3, rtol=0)
+
+
+def test_huge_scale_is_finite():
+    module = classifier(logit_scale=1e6)
+    points = F.normalize(random(5, D), dim=1).requires_grad_()
+    loss = F.cross_entropy(module(points), torch.tensor([0, 1, 2, 3, 4]))
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert torch.isfinite(points.grad).all()
+    assert torch.isfinite(module.background_embedding.grad).all()
+
+
+def test_autocast_gives_logits_close_to_float32():
+    module, points = classifier(logit_scale=10.0), F.normalize(random(5, D), dim=1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = module(points)
+    torch.testing.assert_close(half.float(), module(points), atol=0.2, rtol=0)
+
+
+def test_errors_name_both_sides():
+    module = TextClassifier(random(D))
+    with pytest.raises(RuntimeError, match="set_vocabulary"):
+        module(random(2, D))
+    with pytest.raises(ValueError, match=r"\(K, 6\).*got \(3, 5\)"):
+        module.set_vocabulary(torch.ones(3, 5))
+    with pytest.raises(ValueError, match=r"\(K, 6\).*got \(6,\)"):
+        module.set_vocabulary(torch.ones(6))
+    with pytest.raises(ValueError, match="at least one class"):
+        module.set_vocabulary(torch.zeros(0, D))
+    with pytest.raises(ValueError, match=r"one vector \(D,\), got shape \(1, 6\)"):
+        TextClassifier(random(1, D))
+    bad = random(4, D)
+    bad[1], bad[3, 2] = 0.0, float("nan")
+    with pytest.raises(ValueError, match=r"rows \[1, 3\]"):
+        module.set_vocabulary(bad)
+    assert module.num_classes == 0  # a refused vocabulary leaves no trace
