@@ -20,7 +20,7 @@ LAYERS = [
     "config data.splits data.coco_json data.loader"
     " modeling.losses modeling.sampling modeling.region_crops modeling.mlca"
     " modeling.text_classifier modeling.head modeling.atss modeling.backbone"
-    " engine.checkpoint engine.optimizer engine.visualization",
+    " engine.checkpoint engine.optimizer engine.results engine.visualization",
     "data.datasets data.dataset_mapper data.prepare modeling.teacher engine.config",
     "data.miniature modeling.meta_arch evaluation.split_coco_evaluation engine.predictor",
     "evaluation.direct_inference evaluation.upper_bound evaluation.heat_maps engine.gallery",
