@@ -88,7 +88,7 @@ install:  ## with PYTHON=...: install into that environment what it lacks
 # ----------------------------------------------------------------------------------------- use
 
 demo: $(SETUP)  ## train and evaluate HierKD on the miniature world; writes output/demo/report.html
-	@$(PY) tools/run_miniature.py --output output/demo
+	@$(PY) tools/run_demo.py --output output/demo
 
 # ---------------------------------------------------------------------------------------- checks
 
