@@ -159,7 +159,11 @@ def test_group_size_changes_nothing(monkeypatch):
     image = torch.rand(3, 120, 150, generator=generator)
     boxes = [random_boxes(40, 120, 150, generator)]
     expected = crop_regions([image], boxes, 33)
-    for name, value in [("_GROUP_SIZE_CPU", 64), ("_GROUP_SIZE_CPU", 1), ("_ROWS_PER_BLOCK", 5)]:
+    for name, value in [
+        ("_GROUP_PIXELS_CPU", 7 * 33**2),
+        ("_GROUP_PIXELS_CPU", 1),
+        ("_ROWS_PER_BLOCK", 5),
+    ]:
         monkeypatch.setattr(region_crops, name, value)
         torch.testing.assert_close(crop_regions([image], boxes, 33), expected, atol=1e-6, rtol=0)
 
