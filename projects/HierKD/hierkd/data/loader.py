@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from detectron2.data import DatasetFromList, MapDataset
+from detectron2.data import DatasetFromList
 from detectron2.data.build import trivial_batch_collator
 from detectron2.data.samplers import TrainingSampler
 from detectron2.utils import comm
@@ -24,6 +24,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 __all__ = ["TrainingBatchSampler", "build_resumable_train_loader", "seeded_rng"]
 
 _SampleKey = tuple[int, int]  # (position in the stream of all processes, index of the image)
+_Mapper = Callable[[dict[str, Any]], dict[str, Any] | None]
+
+# How many other images stand in for one that the mapper refuses before giving up. [ours]
+_MAX_STAND_INS = 100
 
 
 @contextmanager
@@ -83,22 +87,37 @@ class TrainingBatchSampler(Sampler[list[_SampleKey]]):
 
 
 class _SeededSamples(Dataset[dict[str, Any]]):
-    """Maps each sample under a random state of its own."""
+    """Maps each sample under a random state of its own.
 
-    def __init__(self, mapped: MapDataset, seed: int) -> None:
-        self._mapped = mapped
+    That state also draws the stand-in for an image that the mapper refuses; detectron2's MapDataset
+    draws it from one that depends on what the same worker has read before.
+    """
+
+    def __init__(self, records: Sequence[dict[str, Any]], mapper: _Mapper, seed: int) -> None:
+        self._records = records
+        self._mapper = mapper
         self._seed = seed
 
     def __getitem__(self, key: _SampleKey) -> dict[str, Any]:
         position, index = key
+        total = len(self._records)
         with seeded_rng(self._seed, position):
-            sample: dict[str, Any] = self._mapped[index]
-            return sample
+            sample = self._mapper(self._records[index])
+            if sample is not None:
+                return sample
+            for stand_in in random.sample(range(total), min(total, _MAX_STAND_INS)):
+                sample = self._mapper(self._records[stand_in])
+                if sample is not None:
+                    return sample
+        raise ValueError(
+            f"DATASETS.TRAIN: image {index} of {total} cannot be used, nor can "
+            f"{min(total, _MAX_STAND_INS)} others drawn in its place"
+        )
 
 
 def build_resumable_train_loader(
     dataset_dicts: list[dict[str, Any]],
-    mapper: Callable[[dict[str, Any]], dict[str, Any] | None],
+    mapper: _Mapper,
     *,
     total_batch_size: int,
     num_workers: int,
@@ -108,7 +127,8 @@ def build_resumable_train_loader(
 
     Args:
         dataset_dicts: detectron2 dataset dicts with ``width`` and ``height``.
-        mapper: dict -> training sample; may return None to skip an image, then another is taken.
+        mapper: dict -> training sample; may return None to skip an image, then another, of any
+            aspect ratio, is taken.
         total_batch_size: images per step over all processes.
         num_workers: loader processes per training process.
         seed: of the stream; negative = drawn at random, then a resumed run differs.
@@ -129,12 +149,12 @@ def build_resumable_train_loader(
         )
     if seed < 0:
         seed = comm.shared_random_seed()
-    mapped = MapDataset(DatasetFromList(dataset_dicts, copy=False), mapper)
+    records = DatasetFromList(dataset_dicts, copy=False)  # serialised: workers share the memory
     sampler = TrainingBatchSampler(
         [d["width"] > d["height"] for d in dataset_dicts], total_batch_size // world_size, seed
     )
     return DataLoader(
-        _SeededSamples(mapped, seed),
+        _SeededSamples(records, mapper, seed),
         batch_sampler=sampler,
         num_workers=num_workers,
         collate_fn=trivial_batch_collator,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from typing import Any
 from urllib.error import URLError
 
@@ -20,7 +21,8 @@ class HierKDCheckpointer(DetectionCheckpointer):  # type: ignore[misc]  # detect
         """Load weights from a file or a URL that detectron2 knows.
 
         Args:
-            path: ``MODEL.WEIGHTS`` or a checkpoint; "" loads nothing.
+            path: ``MODEL.WEIGHTS`` or a checkpoint; "" loads nothing. May end in detectron2's
+                ``?matching_heuristics=True``.
             *args: as in detectron2.
             **kwargs: as in detectron2.
 
@@ -30,9 +32,10 @@ class HierKDCheckpointer(DetectionCheckpointer):  # type: ignore[misc]  # detect
         Raises:
             FileNotFoundError: if a local file does not exist.
             ConnectionError: if weights have to be downloaded and cannot be.
-            ValueError: if the file holds another embedding size than this detector's.
+            ValueError: if the file cannot be read as a checkpoint, or holds another embedding size
+                than this detector's.
         """
-        if path and "://" not in path and not os.path.isfile(path):
+        if path and "://" not in path and not os.path.isfile(path.partition("?")[0]):
             raise FileNotFoundError(
                 f"MODEL.WEIGHTS: no file {path!r} (looked from {os.getcwd()!r}); "
                 'give a checkpoint, a URL, or "" to start from random weights'
@@ -45,7 +48,17 @@ class HierKDCheckpointer(DetectionCheckpointer):  # type: ignore[misc]  # detect
                 "is a network and pass its path as MODEL.WEIGHTS, or put it into "
                 "detectron2's cache ($FVCORE_CACHE, by default ~/.torch/iopath_cache)"
             ) from error
+        finally:
+            self._parsed_url_during_load = None  # detectron2 keeps it when loading fails
         return loaded
+
+    def _load_file(self, filename: str) -> Any:
+        try:
+            return super()._load_file(filename)
+        except (pickle.UnpicklingError, EOFError, OSError, RuntimeError) as error:
+            raise ValueError(
+                f"MODEL.WEIGHTS: {filename!r} cannot be read as a checkpoint: {error}"
+            ) from error
 
     def _load_model(self, checkpoint: Any) -> Any:
         found = checkpoint["model"].get(_BACKGROUND)

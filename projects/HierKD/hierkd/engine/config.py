@@ -17,6 +17,9 @@ __all__ = ["load_config"]
 
 logger = logging.getLogger(__name__)
 
+# What yacs and fvcore raise; TypeError: an empty file, or a key below a value
+_MERGE_ERRORS = (KeyError, ValueError, AttributeError, AssertionError, TypeError)
+
 
 def load_config(config_file: str, overrides: Sequence[str] = ()) -> Any:
     """Build the frozen config of a run.
@@ -29,8 +32,8 @@ def load_config(config_file: str, overrides: Sequence[str] = ()) -> Any:
 
     Raises:
         FileNotFoundError: if the file, or its ``_BASE_``, does not exist.
-        ValueError: if the file is not YAML, a key is unknown or a value has the wrong type; names
-            the file or the command line, and the key.
+        ValueError: if the file is not YAML, a key is unknown or a value has the wrong type (names
+            the file or the command line, and the key), or MODEL.DEVICE is no kind of device.
     """
     cfg = get_cfg()
     add_hierkd_config(cfg)
@@ -39,14 +42,18 @@ def load_config(config_file: str, overrides: Sequence[str] = ()) -> Any:
             raise FileNotFoundError(f"--config-file: no file {config_file!r}")
         try:
             cfg.merge_from_file(config_file)
-        except (KeyError, ValueError, AttributeError, AssertionError, yaml.YAMLError) as error:
+        except (*_MERGE_ERRORS, yaml.YAMLError) as error:
             raise ValueError(f"{config_file}: {_message(error)}") from error
     try:
         cfg.merge_from_list(list(overrides))
-    except (KeyError, ValueError, AttributeError, AssertionError) as error:
+    except _MERGE_ERRORS as error:
         raise ValueError(f"KEY VALUE pairs {list(overrides)}: {_message(error)}") from error
-    if torch.device(cfg.MODEL.DEVICE).type == "cuda" and not torch.cuda.is_available():
-        logger.warning("MODEL.DEVICE is %s, but there is no CUDA device: using the CPU", "cuda")
+    try:
+        device = torch.device(cfg.MODEL.DEVICE)
+    except RuntimeError as error:
+        raise ValueError(f"MODEL.DEVICE: no device {cfg.MODEL.DEVICE!r}: {error}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        logger.warning("MODEL.DEVICE is %s, but there is no CUDA device: using the CPU", device)
         cfg.MODEL.DEVICE = "cpu"
     cfg.freeze()
     return cfg

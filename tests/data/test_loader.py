@@ -1,0 +1,284 @@
+"""The training stream: resumable, the same with any number of workers, grouped, and shared out."""
+
+import random
+from collections import Counter
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from detectron2.utils import comm
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hierkd.data.loader import TrainingBatchSampler, build_resumable_train_loader, seeded_rng
+
+
+def dataset(n=23):
+    """Every third image is a portrait, every fifth a square."""
+    sizes = [(30, 40) if i % 3 == 0 else (35, 35) if i % 5 == 0 else (40, 30) for i in range(n)]
+    return [{"image_id": i, "width": w, "height": h} for i, (w, h) in enumerate(sizes)]
+
+
+def draw(record):
+    """A mapper that augments with all three generators, as detectron2's and ours do."""
+    numbers = (random.random(), float(np.random.rand()), torch.rand(()).item())
+    return record | {"drawn": numbers}
+
+
+def draw_or_refuse(record):
+    """Every fourth image is broken."""
+    return None if record["image_id"] % 4 == 0 else draw(record)
+
+
+def loader(n=23, *, mapper=draw, batch=4, num_workers=0, seed=7, start_iter=0):
+    built = build_resumable_train_loader(
+        dataset(n), mapper, total_batch_size=batch, num_workers=num_workers, seed=seed
+    )
+    built.batch_sampler.start_iter = start_iter
+    return built
+
+
+def take(count, **kwargs):
+    return list(islice(loader(**kwargs), count))
+
+
+@pytest.fixture
+def as_process(monkeypatch):
+    """Pretend to be one of several processes."""
+
+    def become(rank, world_size):
+        monkeypatch.setattr(comm, "get_rank", lambda: rank)
+        monkeypatch.setattr(comm, "get_world_size", lambda: world_size)
+
+    return become
+
+
+# ---------------------------------------------------------------------- seeded_rng
+
+
+def draws():
+    return random.random(), float(np.random.rand()), torch.rand(()).item()
+
+
+def test_seeded_rng_names_the_state():
+    def inside(*seed):
+        with seeded_rng(*seed):
+            return draws()
+
+    assert inside(1, 2) == inside(1, 2)
+    different = {inside(1, 2), inside(2, 1), inside(1, 3), inside(1), inside(2**40, 1)}
+    assert len(different) == 5
+    assert len({x for numbers in different for x in numbers}) == 15
+
+
+def test_seeded_rng_leaves_the_global_state():
+    before = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
+    for _ in range(2):
+        with seeded_rng(3):
+            draws()
+            with seeded_rng(4):
+                draws()
+    with pytest.raises(ZeroDivisionError), seeded_rng(5):
+        random.seed(1 / 0 if draws() else 0)
+    assert random.getstate() == before[0]
+    assert np.random.get_state()[2:] == before[1][2:]
+    assert (np.random.get_state()[1] == before[1][1]).all()
+    assert torch.equal(torch.random.get_rng_state(), before[2])
+
+
+def test_nested_seeds_do_not_disturb_the_outer_one():
+    with seeded_rng(3):
+        plain = [draws(), draws()]
+    with seeded_rng(3):
+        first = draws()
+        with seeded_rng(4):
+            draws()
+        assert [first, draws()] == plain
+
+
+def test_the_stream_leaves_the_global_state():
+    before = random.getstate(), torch.random.get_rng_state()
+    stream = iter(loader())
+    next(stream)  # torch's loader takes one number for its workers when it starts
+    after_start = torch.random.get_rng_state()
+    for _ in range(5):
+        next(stream)
+    assert random.getstate() == before[0]
+    assert torch.equal(torch.random.get_rng_state(), after_start)
+
+
+# ---------------------------------------------------------------------- one process
+
+
+def test_batches_are_full_and_of_one_aspect():
+    batches = take(30)
+    assert all(len(batch) == 4 for batch in batches)
+    aspects = [{r["width"] > r["height"] for r in batch} for batch in batches]
+    assert all(len(kinds) == 1 for kinds in aspects)
+    assert {True, False} == set().union(*aspects)  # squares go with the portraits
+
+
+def test_every_image_appears_once_per_epoch():
+    # a batch of one holds nothing back, so the order of the batches is the stream
+    ids = [batch[0]["image_id"] for batch in take(4 * 23, batch=1)]
+    epochs = [ids[i : i + 23] for i in range(0, len(ids), 23)]
+    assert all(sorted(epoch) == list(range(23)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4  # shuffled anew
+    assert epochs[0] != list(range(23))
+
+
+def test_grouping_holds_back_less_than_a_batch_of_each_aspect():
+    seen = Counter(r["image_id"] for batch in take(60) for r in batch)  # 240 images: 10.4 epochs
+    assert set(seen) == set(range(23))
+    assert max(seen.values()) - min(seen.values()) <= 2
+
+
+def test_augmentation_is_drawn_anew_for_every_sample():
+    numbers = [r["drawn"] for batch in take(30) for r in batch]
+    assert len(set(numbers)) == len(numbers)
+
+
+@pytest.mark.parametrize("mapper", [draw, draw_or_refuse])
+def test_a_resumed_stream_is_the_uninterrupted_one(mapper):
+    whole = take(16, mapper=mapper)
+    for k in (0, 1, 5, 15):
+        assert take(16 - k, mapper=mapper, start_iter=k) == whole[k:]
+
+
+@pytest.mark.parametrize("mapper", [draw, draw_or_refuse])
+def test_workers_change_nothing(mapper):
+    assert take(14, mapper=mapper, num_workers=2) == take(14, mapper=mapper)
+
+
+def test_a_resumed_stream_with_workers():
+    assert take(4, num_workers=2, start_iter=9) == take(13)[9:]
+
+
+def test_the_seed_decides():
+    assert take(3) == take(3)
+    assert take(3) != take(3, seed=8)
+
+
+def test_the_global_state_decides_nothing():
+    with seeded_rng(1):
+        first = take(3)
+    with seeded_rng(2):
+        assert take(3) == first
+
+
+def test_without_a_seed_the_processes_agree_on_one(monkeypatch):
+    monkeypatch.setattr(comm, "shared_random_seed", lambda: 7)
+    assert take(3, seed=-1) == take(3)
+
+
+def test_a_mapper_that_changes_its_record_does_not_change_the_dataset():
+    def spoil(record):
+        record["image_id"] = -record.pop("image_id")
+        return record
+
+    ids = [batch[0]["image_id"] for batch in take(2 * 23, mapper=spoil, batch=1)]
+    assert sorted(ids[:23]) == sorted(ids[23:]) == list(range(-22, 1))
+
+
+def test_leaving_out_reads_no_image():
+    asked = []
+
+    def record_asked(record):
+        asked.append(record["image_id"])
+        return record
+
+    take(1, mapper=record_asked, start_iter=50)
+    assert len(asked) == 4
+
+
+def test_another_image_stands_in_for_a_broken_one():
+    batches = take(40, mapper=draw_or_refuse)
+    assert all(len(batch) == 4 for batch in batches)
+    ids = [r["image_id"] for batch in batches for r in batch]
+    assert {i for i in ids if i % 4 == 0} == set()
+    assert set(ids) == {i for i in range(23) if i % 4}
+    # the stand-in has its own augmentation and is not always the same image
+    good = [r for batch in take(40) for r in batch]
+    stand_ins = {
+        r["image_id"]
+        for r, planned in zip((r for b in batches for r in b), good, strict=True)
+        if planned["image_id"] % 4 == 0
+    }
+    assert len(stand_ins) > 5
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_fewer_images_than_a_batch(n):
+    batches = take(5, n=n, batch=4)
+    assert all(len(batch) == 4 for batch in batches)
+    assert {r["image_id"] for batch in batches for r in batch} == set(range(n))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    is_landscape=st.lists(st.booleans(), min_size=1, max_size=30),
+    batch_size=st.integers(1, 6),
+    seed=st.integers(0, 2**31),
+    start_iter=st.integers(0, 12),
+)
+def test_sampler_properties(is_landscape, batch_size, seed, start_iter):
+    sampler = TrainingBatchSampler(is_landscape, batch_size, seed)
+    batches = list(islice(sampler, 20))
+    positions = [position for batch in batches for position, _ in batch]
+    assert len(set(positions)) == len(positions)  # no sample twice, none with another's state
+    for batch in batches:
+        assert len(batch) == batch_size
+        assert len({is_landscape[index] for _, index in batch}) == 1
+        assert [p for p, _ in batch] == sorted(p for p, _ in batch)
+    # within an aspect the stream keeps its order: whatever is held back comes next
+    for aspect in (True, False):
+        of_aspect = [p for batch in batches for p, i in batch if is_landscape[i] == aspect]
+        assert of_aspect == sorted(of_aspect)
+    sampler.start_iter = start_iter
+    assert list(islice(sampler, 20 - start_iter)) == batches[start_iter:]
+
+
+# ---------------------------------------------------------------------- several processes
+
+
+def test_two_processes_share_the_stream_out(as_process):
+    alone = [batch[0] for batch in take(4 * 23, batch=1)]
+    halves = []
+    for rank in range(2):
+        as_process(rank, 2)
+        halves.append([batch[0] for batch in take(2 * 23, batch=2)])
+    # images in turn, and each with the augmentation it would have had in one process
+    assert [record for pair in zip(*halves, strict=True) for record in pair] == alone
+
+
+def test_two_processes_resume_and_group(as_process):
+    seen = []
+    for rank in range(2):
+        as_process(rank, 2)
+        whole = take(12, batch=8)
+        assert all(len(batch) == 4 for batch in whole)
+        assert all(len({r["width"] > r["height"] for r in batch}) == 1 for batch in whole)
+        assert take(5, batch=8, start_iter=7) == whole[7:]
+        seen.append([r["drawn"] for batch in whole for r in batch])
+    assert not set(seen[0]) & set(seen[1])
+
+
+# ---------------------------------------------------------------------- errors
+
+
+def test_no_image():
+    with pytest.raises(ValueError, match=r"DATASETS\.TRAIN holds no image"):
+        loader(0)
+
+
+@pytest.mark.parametrize("batch", [3, 1, 0])
+def test_a_batch_that_cannot_be_shared_out(as_process, batch):
+    as_process(0, 2)
+    with pytest.raises(ValueError, match=rf"IMS_PER_BATCH \({batch}\).*processes \(2\)"):
+        loader(batch=batch)
+
+
+def test_only_broken_images():
+    with pytest.raises(ValueError, match=r"DATASETS\.TRAIN: image \d+ of 23 cannot.*nor can 23"):
+        take(1, mapper=lambda record: None)

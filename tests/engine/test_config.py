@@ -1,0 +1,159 @@
+"""Reading configs: what wins, and that every mistake names its file and its key."""
+
+import logging
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from hierkd.engine.config import load_config
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+FILES = sorted(CONFIGS.rglob("*.yaml"))
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write_file(text, name="run.yaml"):
+        path = tmp_path / name
+        path.write_text(text)
+        return str(path)
+
+    return write_file
+
+
+def test_defaults_alone():
+    cfg = load_config("")
+    assert cfg.MODEL.ATSS.TOPK == 9
+    assert cfg.is_frozen()
+
+
+def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(write):
+    path = write("MODEL: {ATSS: {TOPK: 5, NUM_CONVS: 2}}\n")
+    cfg = load_config(path, ["MODEL.ATSS.TOPK", "7", "SOLVER.STEPS", "(1, 2)"])
+    assert (cfg.MODEL.ATSS.TOPK, cfg.MODEL.ATSS.NUM_CONVS) == (7, 2)
+    assert cfg.MODEL.ATSS.NMS_THRESH_TEST == 0.4
+    assert cfg.SOLVER.STEPS == (1, 2)
+    assert load_config("").MODEL.ATSS.TOPK == 9  # nothing is shared between calls
+
+
+def test_a_base_is_found_beside_the_file(write):
+    write("MODEL: {ATSS: {TOPK: 5, NUM_CONVS: 2}}\n", "base.yaml")
+    cfg = load_config(write("_BASE_: base.yaml\nMODEL: {ATSS: {TOPK: 6}}\n"))
+    assert (cfg.MODEL.ATSS.TOPK, cfg.MODEL.ATSS.NUM_CONVS) == (6, 2)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(CONFIGS)))
+def test_every_config_of_the_project_is_consistent(path):
+    cfg = load_config(str(path))
+    assert cfg.MODEL.META_ARCHITECTURE == "HierKD"
+    atss = cfg.MODEL.ATSS
+    # one square anchor per point and level
+    assert len(cfg.MODEL.ANCHOR_GENERATOR.SIZES) == len(atss.IN_FEATURES)
+    assert all(len(sizes) == 1 for sizes in cfg.MODEL.ANCHOR_GENERATOR.SIZES)
+    assert cfg.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS == [[1.0]]
+    assert list(cfg.SOLVER.STEPS) == sorted(cfg.SOLVER.STEPS)
+    if cfg.SOLVER.LR_SCHEDULER_NAME == "WarmupMultiStepLR":
+        assert max(cfg.SOLVER.STEPS) < cfg.SOLVER.MAX_ITER
+    assert cfg.SOLVER.WARMUP_ITERS < cfg.SOLVER.MAX_ITER
+    assert len(cfg.DATASETS.TRAIN) == 1
+    assert len(cfg.DATASETS.TEST) == 3
+    world = cfg.DATASETS.TRAIN[0].removesuffix("_train_base")
+    assert all(name.startswith(world) for name in cfg.DATASETS.TEST)
+
+
+ROWS = {"atss": (False, False), "ikd": (True, False), "gkd": (False, True), "hierkd": (True, True)}
+
+
+@pytest.mark.parametrize(
+    "path",
+    [p for p in FILES if p.stem.split("_")[0] in ROWS],
+    ids=lambda p: str(p.relative_to(CONFIGS)),
+)
+def test_the_file_name_is_the_row_of_the_table(path):
+    cfg = load_config(str(path))
+    on = (cfg.MODEL.IKD.LOSS_WEIGHT > 0, cfg.MODEL.GKD.LOSS_WEIGHT > 0)
+    assert on == ROWS[path.stem.split("_")[0]]
+    if "R50" in path.stem or "R101" in path.stem:
+        assert (101 if "R101" in path.stem else 50) == cfg.MODEL.RESNETS.DEPTH
+
+
+# ---------------------------------------------------------------------- mistakes
+
+
+def test_unknown_key_in_a_file(write):
+    path = write("MODEL: {ATSS: {TOPKK: 5}}\n")
+    with pytest.raises(ValueError, match=r"MODEL\.ATSS\.TOPKK") as error:
+        load_config(path)
+    assert path in str(error.value)
+
+
+def test_unknown_key_on_the_command_line():
+    with pytest.raises(ValueError, match=r"KEY VALUE.*MODEL\.ATSS\.TOPKK"):
+        load_config("", ["MODEL.ATSS.TOPKK", "5"])
+
+
+@pytest.mark.parametrize("key", ["MODEL.ATSS.TOPK.DEEPER", "SOLVER.BASE_LR.X", "MODEL.DEVICE.c"])
+def test_a_key_below_a_value(key):
+    with pytest.raises(ValueError, match=re.escape(key)):
+        load_config("", [key, "5"])
+
+
+def test_wrong_type(write):
+    path = write("MODEL: {ATSS: {TOPK: many}}\n")
+    with pytest.raises(ValueError, match=r"MODEL\.ATSS\.TOPK") as error:
+        load_config(path)
+    assert path in str(error.value)
+    with pytest.raises(ValueError, match=r"KEY VALUE.*MODEL\.ATSS\.TOPK"):
+        load_config("", ["MODEL.ATSS.TOPK", "many"])
+
+
+def test_a_value_where_a_section_is_expected(write):
+    path = write("MODEL: {ATSS: 5}\n")
+    with pytest.raises(ValueError, match="ATSS") as error:
+        load_config(path)
+    assert path in str(error.value)
+
+
+def test_a_key_without_a_value():
+    with pytest.raises(ValueError, match=r"KEY VALUE.*odd length"):
+        load_config("", ["MODEL.ATSS.TOPK"])
+
+
+@pytest.mark.parametrize("text", ["MODEL: [1, 2\n", "", "- a\n- b\n", "just words\n"])
+def test_a_file_that_is_not_a_config(write, text):
+    path = write(text)
+    with pytest.raises(ValueError, match=r"run\.yaml"):
+        load_config(path)
+
+
+def test_missing_files(write, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"--config-file.*nowhere\.yaml"):
+        load_config(str(tmp_path / "nowhere.yaml"))
+    with pytest.raises(FileNotFoundError, match=r"absent\.yaml"):
+        load_config(write("_BASE_: absent.yaml\n"))
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+def test_without_cuda_the_cpu_is_used_with_a_note(monkeypatch, caplog, device):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with caplog.at_level(logging.WARNING, logger="hierkd"):
+        cfg = load_config("", ["MODEL.DEVICE", device])
+    assert cfg.MODEL.DEVICE == "cpu"
+    assert [device in r.getMessage() for r in caplog.records if r.name.startswith("hierkd")] == [
+        True
+    ]
+
+
+def test_the_device_is_kept_where_it_exists(monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert load_config("", ["MODEL.DEVICE", "cuda:1"]).MODEL.DEVICE == "cuda:1"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert load_config("", ["MODEL.DEVICE", "cpu"]).MODEL.DEVICE == "cpu"
+    assert not [r for r in caplog.records if r.name.startswith("hierkd")]
+
+
+def test_an_unknown_device():
+    with pytest.raises(ValueError, match=r"MODEL\.DEVICE.*'gpu'"):
+        load_config("", ["MODEL.DEVICE", "gpu"])
