@@ -210,7 +210,7 @@ def best_sample_per_class(
 def draw_sample(
     sample: Sample, boxes: Sequence[Box], *, min_long_side: int = 400, font_px: float = 21
 ) -> Image:
-    """Draw boxes in the colours of their verdicts, the uncounted ones beneath and without label.
+    """Draw boxes in the colours of their verdicts: the best on top, the uncounted unlabelled.
 
     Args:
         sample: The picture.
@@ -221,7 +221,7 @@ def draw_sample(
     Returns:
         (H', W', 3) RGB.
     """
-    boxes = sorted(boxes, key=lambda box: box.verdict != UNCOUNTED)
+    boxes = sorted(boxes, key=lambda box: (box.verdict != UNCOUNTED, box.score or 0.0))
     return draw_boxes(
         sample.image[:, :, ::-1],
         [box.xyxy for box in boxes],

@@ -131,7 +131,8 @@ def read_metrics(run_dir: str | os.PathLike[str]) -> dict[str, Curve]:
         for name in entry:
             if name == "total_loss" or name.startswith("loss_"):
                 values.setdefault(name, {})[int(entry["iteration"])] = float(entry[name])
-    order = sorted(values, key=lambda name: (name != "total_loss", name))
+    order = [name for name in _LOSS_NAMES if name in values]
+    order += sorted(set(values) - set(order))
     return {
         name: (sorted(values[name]), [values[name][i] for i in sorted(values[name])])
         for name in order
@@ -149,10 +150,10 @@ def _hero(best: Sequence[tuple[str, Sample]], novel: Sequence[str], num_base: in
     missed = [name for name in novel if name not in dict(best)]
     note = f" Not found at all: {_text(', '.join(missed))}." if missed else ""
     return f"""<header>
-<h1>Objects it never saw a box of</h1>
+<h1>Found by name, never boxed in training</h1>
 <p class="lead">This detector was trained with boxes of {num_base} classes. The {len(novel)} classes
-below were never boxed in training: it finds them by name, with what it learned from a
-vision-language model.</p>
+below never had a box: in the training pictures they stand unlabelled, and captions mention them. It
+detects them by name, with what it learned from a vision-language model.</p>
 <div class="grid four">{"".join(figures)}</div>
 <p class="caption">For each novel class, the most confident correct detection on the test pictures.
 {_legend()} These are the best ones; the pictures further down are chosen without looking at
@@ -180,7 +181,7 @@ def _figures_section(results: Results) -> str:
         (
             "Upper bound, novel AP50",
             results["upper_bound"]["zsd"]["novel"]["AP50"],
-            "CLIP on the true boxes",
+            "CLIP names the true boxes",
         ),
     )
     card_html = "".join(
@@ -190,18 +191,19 @@ def _figures_section(results: Results) -> str:
     )
     rows = "".join(
         f"<tr><td>{_text(protocol)}</td><td>{_text(group)}</td>"
-        f"<td>{_number(ap)}</td><td>{_number(ar)}</td></tr>"
-        for protocol, group, ap, ar in summary_rows(results)
+        f"<td>{_number(ap)}</td><td>{_number(ar)}</td><td>{_number(bound)}</td></tr>"
+        for protocol, group, ap, ar, bound in summary_rows(results)
     )
     return f"""<section>
 <h2>The figures</h2>
 <div class="cards">{card_html}</div>
-<table><thead><tr><th>Test</th><th>Classes</th><th>AP50</th><th>AR50</th></tr></thead>
+<table><thead><tr><th>Test</th><th>Classes</th><th>AP50</th><th>AR50</th>
+<th>Upper bound AP50</th></tr></thead>
 <tbody>{rows}</tbody></table>
 <p class="caption">Percent, on the untouched test split. AP50: average precision at an overlap (IoU)
 of 0.5. AR50: share of the objects found at that overlap by at most 100 detections a
 picture. ZSD: only the novel names are asked for, on pictures with novel objects. GZSD: all names
-are asked for at once.</p>
+are asked for at once. Upper bound: the true boxes, named by the CLIP that taught the detector.</p>
 <p><b>What this is, and is not.</b> This is a miniature: rendered icons on small pictures, a tiny
 CLIP trained on the same world (novel classes included, as for the real CLIP) and a short training
 on a CPU. It shows the method at work; its figures say nothing about COCO. It is one run with one
@@ -341,6 +343,7 @@ def _svg_curve(iterations: Sequence[int], values: Sequence[float]) -> str:
     axes.plot(iterations, values, color="#0b5cad", linewidth=1.6)
     axes.set_ylim(bottom=0)
     axes.margins(x=0)
+    axes.locator_params(nbins=5)
     axes.grid(axis="y", color="#e3e6ea", linewidth=0.8)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(colors="#444", labelsize=8, length=0)

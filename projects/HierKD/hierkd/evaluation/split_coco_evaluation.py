@@ -104,11 +104,9 @@ class SplitCOCOEvaluator(COCOEvaluator):  # type: ignore[misc]
     def _eval_predictions(
         self, predictions: list[dict[str, Any]], img_ids: Iterable[int] | None = None
     ) -> None:
-        """Evaluate as the parent does, with COCOeval's own printing sent to the debug log."""
-        printed = io.StringIO()
-        with contextlib.redirect_stdout(printed):
+        """Evaluate as the parent does, without what COCOeval prints: the table says it better."""
+        with contextlib.redirect_stdout(io.StringIO()):
             super()._eval_predictions(predictions, img_ids=img_ids)
-        logger.debug("COCOeval:\n%s", printed.getvalue())
 
     def _derive_coco_results(
         self, coco_eval: COCOeval | None, iou_type: str, class_names: list[str] | None = None
