@@ -32,14 +32,22 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from hierkd.modeling.region_crops import crop_regions
 
-__all__ = ["CLIPTeacher", "Teacher", "build_teacher", "check_embed_dim"]
+__all__ = [
+    "CLIP_MEAN",
+    "CLIP_STD",
+    "CLIPTeacher",
+    "Teacher",
+    "build_teacher",
+    "check_embed_dim",
+    "import_clip",
+]
 
 logger = logging.getLogger(__name__)
 
 # Mean and standard deviation of RGB pixels in [0, 1] that every released CLIP was trained with
 # (the CLIP repository's `_transform`).
-_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 # Regions and texts encoded per call. [ours] 512 crops of 224 x 224 are 0.3 GB in float32 before the
 # first layer; 256 texts keep the text encoder of ViT-B/32 below 0.5 GB.
@@ -224,8 +232,8 @@ class CLIPTeacher:
             boxes,
             size=model.visual.input_resolution,
             scale=crop_scale,
-            mean=[255 * value for value in _CLIP_MEAN],
-            std=[255 * value for value in _CLIP_STD],
+            mean=[255 * value for value in CLIP_MEAN],
+            std=[255 * value for value in CLIP_STD],
         )
         # The student's mixed precision must not reach into the teacher.
         with torch.autocast(self.device.type, enabled=False):
@@ -248,7 +256,7 @@ class CLIPTeacher:
 
     @torch.no_grad()
     def _encode_texts(self, texts: Sequence[str]) -> dict[str, _Vector]:
-        model, clip = self._clip(), _import_clip()
+        model, clip = self._clip(), import_clip()
         rows: dict[str, _Vector] = {}
         with tqdm(
             total=len(texts),
@@ -274,7 +282,7 @@ class CLIPTeacher:
         if self._model is None:
             path = _find_weights(self.weights, self._download_root)
             logger.info("Loading CLIP from %s", path)
-            clip = _import_clip()
+            clip = import_clip()
             state_dict = _read_state_dict(path)
             vocabulary = len(clip.clip._tokenizer.encoder)
             _check_state_dict(path, state_dict, vocabulary)
@@ -357,7 +365,7 @@ def _chunks(
 # --- CLIP's files ---------------------------------------------------------------------------------
 
 
-def _import_clip() -> ModuleType:
+def import_clip() -> ModuleType:
     """Import ``clip`` without the deprecation warning of the `pkg_resources` that it imports."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="pkg_resources is deprecated")
@@ -368,7 +376,7 @@ def _import_clip() -> ModuleType:
 
 
 def _model_urls() -> dict[str, str]:
-    urls: dict[str, str] = _import_clip().clip._MODELS
+    urls: dict[str, str] = import_clip().clip._MODELS
     return urls
 
 
@@ -396,7 +404,7 @@ def _find_weights(weights: str, download_root: Path) -> Path:
     try:
         download_root.mkdir(parents=True, exist_ok=True)
         with file_lock(str(target)):  # several processes of one machine start at the same time
-            return Path(_import_clip().clip._download(url, str(download_root)))
+            return Path(import_clip().clip._download(url, str(download_root)))
     except OSError as error:  # includes URLError: no network, no space, no permission
         wrong = " (the file is there, but is not the published one)" if target.exists() else ""
         raise FileNotFoundError(
