@@ -19,7 +19,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -145,7 +145,7 @@ class Scene(NamedTuple):
 # ------------------------------------------------------------------------------ rendering
 
 
-@lru_cache(maxsize=None)
+@cache
 def _font(key: str) -> tuple[ImageFont.FreeTypeFont, dict[str, str]]:
     """The font file and its glyph name -> hexadecimal code point table."""
     spec = importlib.util.find_spec("qtawesome")
@@ -166,7 +166,7 @@ def _font(key: str) -> tuple[ImageFont.FreeTypeFont, dict[str, str]]:
     return font, json.loads(tables[-1].read_text())
 
 
-@lru_cache(maxsize=None)
+@cache
 def _glyph(design: str) -> _Mask:
     """A design as a mask in [0, 1], cropped to its ink."""
     key, name = design.split(".", 1)
@@ -177,7 +177,7 @@ def _glyph(design: str) -> _Mask:
     ink = canvas.getbbox()
     if ink is None:
         raise ValueError(f"glyph {design} is empty")
-    return np.asarray(canvas.crop(ink), dtype=np.float32) / 255
+    return np.asarray(canvas.crop(ink)).astype(np.float32) / np.float32(255)
 
 
 def _object_mask(name: str, longer_side: int, rng: np.random.Generator) -> _Mask:
@@ -212,7 +212,7 @@ def _background(size: int, rng: np.random.Generator) -> npt.NDArray[np.float32]:
             cv2.line(clutter, (x0, y0), (x1, y1), colour, int(rng.integers(1, 4)), cv2.LINE_AA)
         else:
             cv2.circle(clutter, (x0, y0), int(rng.integers(3, 16)), colour, -1, cv2.LINE_AA)
-    blended: npt.NDArray[np.float32] = 0.65 * picture + 0.35 * clutter
+    blended: npt.NDArray[np.float32] = np.float32(0.65) * picture + np.float32(0.35) * clutter
     return blended
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ __all__ = [
     "choose_by_ground_truth",
     "draw_sample",
     "judge_detections",
+    "keep_as_many_as_objects",
 ]
 
 # Told apart with every common colour-blindness (Okabe and Ito's blue and vermilion). [ours]
@@ -85,7 +86,6 @@ def build_samples(
     detect: Callable[[Image], Instances],
     vocabulary: Sequence[str],
     judged_classes: Iterable[str],
-    score_threshold: float,
 ) -> list[Sample]:
     """Run a detector over a dataset and judge what it finds.
 
@@ -94,7 +94,6 @@ def build_samples(
         detect: Takes a BGR picture, gives detections whose ``pred_classes`` index ``vocabulary``.
         vocabulary: Class names.
         judged_classes: Classes whose detections are correct or wrong; the others are uncounted.
-        score_threshold: Detections below it are left out.
 
     Returns:
         One sample per record, in order.
@@ -104,9 +103,7 @@ def build_samples(
     for record in records:
         image = np.asarray(read_image(record["file_name"], format="BGR"), np.uint8)
         truth = tuple(_truth_of(record, vocabulary, judged))
-        found = detect(image)
-        found = found[found.scores >= score_threshold]
-        detections = judge_detections(found, truth, vocabulary, judged)
+        detections = judge_detections(detect(image), truth, vocabulary, judged)
         samples.append(Sample(image, record["file_name"], truth, tuple(detections)))
         log_every_n_seconds(
             logging.INFO, f"Pictures of the report: {len(samples)} of {len(records)}", n=5
@@ -158,6 +155,40 @@ def judge_detections(
         x0, y0, x1, y1 = found.pred_boxes.tensor[row].tolist()
         judgements.append(Box((x0, y0, x1, y1), name, verdict, float(found.scores[row])))
     return judgements
+
+
+def keep_as_many_as_objects(samples: Sequence[Sample]) -> tuple[list[Sample], float, float]:
+    """Keep as many detections as there are objects, the best ones over all pictures.
+
+    Scores of different detectors, and of base and novel classes, are not on one scale; this rule
+    shows a detector at its balance of misses and false alarms without a number to choose. It is
+    applied to the judged and to the uncounted classes separately.
+
+    Args:
+        samples: All pictures of a test.
+
+    Returns:
+        The samples with fewer detections, and the lowest scores kept, judged and uncounted.
+    """
+    lowest = []
+    for judged in (True, False):
+        objects = [t for s in samples for t in s.truth if (t.verdict != UNCOUNTED) == judged]
+        scores = sorted(
+            box.score or 0.0
+            for sample in samples
+            for box in sample.detections
+            if (box.verdict != UNCOUNTED) == judged
+        )
+        kept = scores[max(0, len(scores) - len(objects)) :]
+        lowest.append(kept[0] if kept else 1.0)
+    judged_score, uncounted_score = lowest
+
+    def is_kept(box: Box) -> bool:
+        score = box.score or 0.0
+        return score >= (uncounted_score if box.verdict == UNCOUNTED else judged_score)
+
+    fewer = [replace(s, detections=tuple(filter(is_kept, s.detections))) for s in samples]
+    return fewer, judged_score, uncounted_score
 
 
 def choose_by_ground_truth(

@@ -29,6 +29,7 @@ from hierkd.engine.gallery import (
     build_samples,
     choose_by_ground_truth,
     draw_sample,
+    keep_as_many_as_objects,
 )
 from hierkd.engine.predictor import OpenVocabularyPredictor
 from hierkd.engine.results import Results, summary_rows
@@ -64,7 +65,6 @@ def write_report(
     predictor: OpenVocabularyPredictor,
     dataset_name: str,
     num_examples: int = 12,
-    score_threshold: float = 0.3,
 ) -> None:
     """Write the self-contained report of a run.
 
@@ -75,7 +75,6 @@ def write_report(
         predictor: The trained detector; its vocabulary is put back afterwards.
         dataset_name: Test pictures: a registered dataset with base and novel classes.
         num_examples: How many pictures show ground truth beside detections.
-        score_threshold: Detections below it are not drawn.
 
     Raises:
         FileNotFoundError: There is no ``metrics.json`` in ``run_dir``.
@@ -85,8 +84,8 @@ def write_report(
     novel = [name for name in vocabulary if name in set(metadata.novel_classes)]
     curves = read_metrics(run_dir)
     with predictor.model.vocabulary(vocabulary):
-        samples = build_samples(
-            DatasetCatalog.get(dataset_name), predictor, vocabulary, novel, score_threshold
+        samples, novel_score, base_score = keep_as_many_as_objects(
+            build_samples(DatasetCatalog.get(dataset_name), predictor, vocabulary, novel)
         )
         examples = choose_by_ground_truth(samples, novel, num_examples)
         heat_maps = [
@@ -96,7 +95,7 @@ def write_report(
     content = [
         _hero(best_sample_per_class(samples, novel), novel, num_base),
         _figures_section(results),
-        _examples_section(examples, score_threshold),
+        _examples_section(examples, novel_score, base_score),
         _heat_map_section(heat_maps),
         _curves_section(curves),
         _provenance_section(results),
@@ -211,7 +210,7 @@ seed: runs that differ in nothing but the seed differ by several points.</p>
 </section>"""
 
 
-def _examples_section(examples: Sequence[Sample], score_threshold: float) -> str:
+def _examples_section(examples: Sequence[Sample], novel_score: float, base_score: float) -> str:
     pairs = []
     for sample in examples:
         truth = _img(_jpeg(draw_sample(sample, sample.truth)), "ground truth")
@@ -228,7 +227,8 @@ def _examples_section(examples: Sequence[Sample], score_threshold: float) -> str
 <p>{len(examples)} test pictures that show the novel classes in turn, chosen by their ground truth
 alone. All names, base and novel, compete. {_legend()}</p>
 <div class="grid two">{"".join(pairs)}</div>
-<p class="caption">Drawn are detections with a score of at least {score_threshold:.0%}. A detection
+<p class="caption">Drawn are the best detections of all test pictures, as many as there are objects
+(scores from {novel_score:.0%} for novel, from {base_score:.0%} for base classes). A detection
 is correct if its class is right and its overlap with an object not yet found is at least 0.5.
 Base classes, which were boxed in training, are left unlabelled.</p>
 </section>"""

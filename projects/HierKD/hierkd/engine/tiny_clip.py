@@ -159,7 +159,9 @@ def _multi_positive_loss(logits: Tensor, same: Tensor) -> Tensor:
 
 
 def train_tiny_clip(
-    path: str | os.PathLike[str], spec: TinyCLIPSpec | None = None, world: MiniatureSpec | None = None
+    path: str | os.PathLike[str],
+    spec: TinyCLIPSpec | None = None,
+    world: MiniatureSpec | None = None,
 ) -> dict[str, float]:
     """Train the tiny CLIP and save it as a state dict that ``clip.load(path)`` reads.
 
@@ -200,9 +202,14 @@ def train_tiny_clip(
         logits = model.logit_scale.exp() * image @ text.T
         loss = _multi_positive_loss(logits, same)
         for embedding in (image, text):
-            loss = loss + F.binary_cross_entropy_with_logits(
-                10 * classifier(embedding) - 3, classes, reduction="none"
-            ).sum(dim=1).mean()
+            loss = (
+                loss
+                + F.binary_cross_entropy_with_logits(
+                    10 * classifier(embedding) - 3, classes, reduction="none"
+                )
+                .sum(dim=1)
+                .mean()
+            )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -214,7 +221,7 @@ def train_tiny_clip(
     return {
         "seconds": time.monotonic() - started,
         "accuracy": sum(last) / len(last),
-        "logit_scale": float(model.logit_scale.exp()),
+        "logit_scale": float(model.logit_scale.detach().exp()),
     }
 
 

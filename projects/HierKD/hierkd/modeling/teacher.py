@@ -28,7 +28,7 @@ import torch
 from iopath.common.file_io import file_lock
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 
 from hierkd.modeling.region_crops import crop_regions
 

@@ -1,0 +1,102 @@
+#!/usr/bin/env python
+"""Make the miniature: the rendered world, its tiny CLIP and the backbone's warm start.
+
+    python tools/prepare_miniature.py
+
+Everything goes to ``$DETECTRON2_DATASETS/miniature``; what is there and up to date is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from detectron2.layers import ShapeSpec
+from detectron2.modeling.backbone import build_backbone
+from detectron2.utils.logger import setup_logger
+
+from hierkd.data.coco_json import write_json_atomically
+from hierkd.data.miniature import MiniatureSpec, ensure_miniature, miniature_root
+from hierkd.engine.config import load_config
+from hierkd.engine.tiny_clip import TinyCLIPSpec, train_tiny_clip
+from hierkd.engine.warm_start import train_warm_start
+
+logger = logging.getLogger("hierkd.prepare_miniature")
+
+CONFIG = "configs/miniature/hierkd.yaml"
+
+
+def is_current(path: Path, recipe: dict[str, Any]) -> bool:
+    """Whether a file is there and was made by this recipe."""
+    stamp = path.with_suffix(".json")
+    return path.is_file() and stamp.is_file() and json.loads(stamp.read_text())["recipe"] == recipe
+
+
+def make_teacher(path: Path, spec: TinyCLIPSpec, world: MiniatureSpec) -> None:
+    """Train the tiny CLIP unless it is there."""
+    recipe = {"clip": json.loads(json.dumps(asdict(spec))), "world": asdict(world)}
+    if is_current(path, recipe):
+        logger.info("The tiny CLIP %s is up to date", path)
+        return
+    figures = train_tiny_clip(path, spec, world)
+    write_json_atomically(path.with_suffix(".json"), {"recipe": recipe, "figures": figures})
+
+
+def make_warm_start(path: Path, world: MiniatureSpec, config_file: str) -> None:
+    """Train the backbone's warm start unless it is there."""
+    cfg = load_config(config_file)
+    recipe = {
+        "backbone": cfg.MODEL.BACKBONE.NAME,
+        "widths": list(cfg.MODEL.SLIM_RESNET.WIDTHS),
+        "blocks": list(cfg.MODEL.SLIM_RESNET.BLOCKS),
+        "world": asdict(world),
+    }
+    if is_current(path, recipe):
+        logger.info("The warm start %s is up to date", path)
+        return
+    figures = train_warm_start(
+        build_backbone(cfg, ShapeSpec(channels=3)).bottom_up,
+        path,
+        cfg.DATASETS.TRAIN[0],
+        pixel_mean=cfg.MODEL.PIXEL_MEAN,
+        pixel_std=cfg.MODEL.PIXEL_STD,
+    )
+    write_json_atomically(path.with_suffix(".json"), {"recipe": recipe, "figures": figures})
+
+
+def prepare(seed: int = 0, config_file: str = CONFIG) -> dict[str, float]:
+    """Make whatever is missing; return the seconds of each stage."""
+    root, world = miniature_root(), MiniatureSpec(seed=seed)
+    seconds = {}
+    stages = {
+        "world": lambda: ensure_miniature(root, world),
+        "teacher": lambda: make_teacher(root / "teacher.pt", TinyCLIPSpec(), world),
+        "warm start": lambda: make_warm_start(root / "backbone.pth", world, config_file),
+    }
+    for name, stage in stages.items():
+        started = time.monotonic()
+        stage()
+        seconds[name] = round(time.monotonic() - started, 1)
+    return seconds
+
+
+def main() -> None:
+    """Run the stages and say how long they took."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the world")
+    parser.add_argument("--config-file", default=CONFIG, help="whose backbone is warmed up")
+    args = parser.parse_args()
+    setup_logger(name="hierkd", abbrev_name="hierkd")
+    seconds = prepare(args.seed, args.config_file)
+    print(f"{miniature_root()} is ready; seconds: {seconds}")
+
+
+if __name__ == "__main__":
+    main()
