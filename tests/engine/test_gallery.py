@@ -14,7 +14,10 @@ from hierkd.engine.gallery import (
     choose_by_ground_truth,
     draw_sample,
     judge_detections,
+    keep_as_many_as_objects,
 )
+
+BLANK = np.zeros((16, 16, 3), np.uint8)
 
 
 def instances(*found):
@@ -68,19 +71,50 @@ def test_a_picture_without_objects_has_only_wrong_detections():
 def test_samples_of_a_dataset(tmp_path):
     records = DatasetCatalog.get(register_toy_world(tmp_path))
     found = instances(("bee", [0, 0, 10, 10], 0.8), ("dog", [0, 0, 10, 10], 0.2))
-    samples = build_samples(records, lambda image: found, VOCABULARY, NOVEL, 0.3)
+    samples = build_samples(records, lambda image: found, VOCABULARY, NOVEL)
     assert len(samples) == len(PICTURES)
     assert [[t.class_name for t in s.truth] for s in samples] == [
         [name for name, _ in objects] for objects in PICTURES
     ]
     assert samples[2].truth[0].xyxy == (20, 60, 70, 120)
     assert samples[2].image[90, 45].tolist() == [60, 150, 30]  # BGR of a dog
-    assert [box.label for box in samples[0].detections] == ["bee 80%"]
+    assert [box.label for box in samples[0].detections] == ["bee 80%", "dog 20%"]
 
 
 def picture(*names, detections=()):
     objects = tuple(truth(name, (0, 0, 9, 9)) for name in names)
-    return Sample(np.zeros((16, 16, 3), np.uint8), f"{'-'.join(names)}.png", objects, detections)
+    return Sample(BLANK, f"{'-'.join(names)}.png", objects, detections)
+
+
+def test_as_many_detections_as_objects_are_kept():
+    def found(name, score, verdict="wrong"):
+        return Box((0, 0, 9, 9), name, verdict, score)
+
+    base = Box((0, 0, 9, 9), "ant", "uncounted")
+    samples = [
+        Sample(
+            BLANK, "1", (truth("bee", (0, 0, 9, 9)), base), (found("bee", 0.6), found("dog", 0.3))
+        ),
+        Sample(BLANK, "2", (truth("dog", (0, 0, 9, 9)),), (found("bee", 0.5), found("bee", 0.1))),
+        Sample(BLANK, "3", (), (found("ant", 0.05, "uncounted"), found("ant", 0.9, "uncounted"))),
+    ]
+    kept, novel_score, base_score = keep_as_many_as_objects(samples)
+    assert [[box.score for box in s.detections] for s in kept] == [[0.6], [0.5], [0.9]]
+    assert (novel_score, base_score) == (0.5, 0.9)
+    assert [s.truth for s in kept] == [s.truth for s in samples]
+
+
+def test_fewer_detections_than_objects_are_all_kept():
+    box = Box((0, 0, 9, 9), "bee", "wrong", 0.01)
+    kept, _, _ = keep_as_many_as_objects([picture("bee", "dog", detections=(box,))])
+    assert kept[0].detections == (box,)
+
+
+def test_no_objects_no_detections():
+    assert keep_as_many_as_objects([]) == ([], 1.0, 1.0)
+    wrong = Box((0, 0, 9, 9), "bee", "wrong", 0.4)
+    kept, _, _ = keep_as_many_as_objects([picture(detections=(wrong,))])
+    assert kept[0].detections == ()
 
 
 def test_choice_goes_round_the_classes():

@@ -160,7 +160,6 @@ def report(results, tmp_path, monkeypatch):
         predictor=predictor,
         dataset_name=dataset,
         num_examples=3,
-        score_threshold=0.05,
     )
     assert predictor.vocabulary == ("something else",)
     return path.read_text(encoding="utf-8")

@@ -1,0 +1,199 @@
+#!/usr/bin/env python
+"""The miniature from nothing to a report: what ``make demo`` runs.
+
+    python tools/run_demo.py --output output/demo
+
+Renders the world, trains the tiny CLIP and the warm start, trains HierKD with ``train_net.py``,
+evaluates it on the test split, measures CLIP's upper bound and writes ``results.json`` and
+``report.html``. Trailing KEY VALUE pairs override the config of the training. Run it in the
+repository's folder, where the paths in the configs start.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from subprocess import Popen
+from typing import Any
+
+from detectron2.utils.logger import setup_logger
+from tabulate import tabulate
+from tqdm import tqdm
+
+from hierkd.engine.config import load_config
+from hierkd.engine.predictor import OpenVocabularyPredictor
+from hierkd.engine.report import write_report
+from hierkd.engine.results import collect_results, summary_rows, write_results
+from hierkd.evaluation.upper_bound import clip_upper_bound
+
+ROOT = Path(__file__).resolve().parent.parent
+ZSD, GZSD = "miniature_ovd_test_novel", "miniature_ovd_test_all"
+STAGES = ("prepare", "train", "evaluate", "upper bound", "report")
+LINES_OF_A_FAILURE = 25
+
+
+class Stages:
+    """Announces the stages and keeps their wall times."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.started = time.monotonic()
+
+    @contextmanager
+    def __call__(self, name: str, announcement: str) -> Iterator[None]:
+        """Time a stage; its place in STAGES is its number."""
+        print(f"\n[{STAGES.index(name) + 1}/{len(STAGES)}] {announcement}", flush=True)
+        started = time.monotonic()
+        yield
+        self.seconds[name] = time.monotonic() - started
+        print(f"      done in {self.seconds[name]:.0f} s", flush=True)
+
+    @property
+    def total(self) -> float:
+        """Seconds since the beginning."""
+        return time.monotonic() - self.started
+
+
+def read_last_metrics(folder: Path) -> dict[str, Any]:
+    """Return the last complete line of ``metrics.json``; {} while there is none."""
+    path = folder / "metrics.json"
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
+    return dict(json.loads(lines[-1])) if lines else {}
+
+
+def prepare(config_file: str) -> None:
+    """Run ``prepare_miniature.py``, which shows its own progress.
+
+    Raises:
+        SystemExit: It failed.
+    """
+    script = str(ROOT / "tools" / "prepare_miniature.py")
+    status = subprocess.call([sys.executable, script, "--config-file", config_file])
+    if status != 0:
+        raise SystemExit(f"{script} failed with status {status}")
+
+
+def start_training(config_file: str, folder: Path, overrides: Sequence[str]) -> Popen[bytes]:
+    """Start ``train_net.py``, which also evaluates; what it says goes to ``stdout.txt``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.json").unlink(missing_ok=True)  # the writer would append to an earlier run's
+    script = str(ROOT / "train_net.py")
+    command = [sys.executable, script, "--config-file", config_file, *overrides]
+    with (folder / "stdout.txt").open("w") as output:
+        return Popen(command, stdout=output, stderr=subprocess.STDOUT)
+
+
+def follow_training(process: Popen[bytes], folder: Path, max_iter: int) -> None:
+    """Show a progress bar until the last iteration is logged or the process ends."""
+    with tqdm(total=max_iter, unit="it", smoothing=0.1) as bar:
+        while process.poll() is None and bar.n < max_iter:
+            time.sleep(0.5)
+            last = read_last_metrics(folder)
+            if "total_loss" in last:
+                bar.set_postfix(loss=f"{last['total_loss']:.2f}", refresh=False)
+                bar.update(min(last["iteration"] + 1, max_iter) - bar.n)
+
+
+def read_evaluation(process: Popen[bytes], folder: Path) -> dict[str, dict[str, float]]:
+    """Wait for the evaluation at the end of the training.
+
+    Returns:
+        SplitCOCOEvaluator's figures per dataset.
+
+    Raises:
+        SystemExit: The process failed; its last lines have been printed.
+    """
+    if process.wait() != 0:
+        log = folder / "stdout.txt"
+        print("\n".join(log.read_text(errors="replace").splitlines()[-LINES_OF_A_FAILURE:]))
+        raise SystemExit(f"The training failed with status {process.returncode}: see {log}")
+    last = read_last_metrics(folder)
+    return {
+        name: {
+            key.removeprefix(f"{name}/bbox/"): value
+            for key, value in last.items()
+            if key.startswith(f"{name}/bbox/")
+        }
+        for name in (ZSD, GZSD)
+    }
+
+
+def current_commit() -> str:
+    """Return the checkout's commit, with a plus if files differ from it; "unknown" without git."""
+    describe = ["git", "describe", "--always", "--abbrev=10", "--dirty=+", "--exclude=*"]
+    try:
+        answer = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return answer.stdout.strip()
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """Build the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", default="configs/miniature/hierkd.yaml")
+    parser.add_argument("--output", type=Path, default=Path("output/demo"))
+    parser.add_argument("--seed", type=int, default=0, help="of the training")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE config overrides")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run all stages."""
+    args = get_parser().parse_args(argv)
+    setup_logger(name="hierkd", abbrev_name="hierkd").setLevel(logging.WARNING)
+    folder = args.output / "hierkd"
+    overrides = ["SEED", str(args.seed), "OUTPUT_DIR", str(folder.resolve()), *args.opts]
+    cfg = load_config(args.config_file, overrides)
+    stages = Stages()
+
+    with stages("prepare", "The miniature world, its tiny CLIP and the detector's warm start"):
+        prepare(args.config_file)
+    process = start_training(args.config_file, folder, overrides)
+    with stages("train", f"Training HierKD, {cfg.SOLVER.MAX_ITER} iterations"):
+        follow_training(process, folder, cfg.SOLVER.MAX_ITER)
+    with stages("evaluate", "Evaluating on the test split: novel classes alone, and all classes"):
+        figures = read_evaluation(process, folder)
+    with stages("upper bound", "CLIP on the ground-truth boxes"):
+        trained = ["MODEL.WEIGHTS", str(folder / "model_final.pth")]
+        predictor = OpenVocabularyPredictor(load_config(args.config_file, [*overrides, *trained]))
+        bounds = {
+            name: clip_upper_bound(
+                predictor.model.teacher,
+                name,
+                cfg.MODEL.IKD.CROP_SCALE,
+                image_format=cfg.INPUT.FORMAT,
+            )
+            for name in (ZSD, GZSD)
+        }
+    with stages("report", "Writing the report"):
+        results = collect_results(
+            zsd=figures[ZSD],
+            gzsd=figures[GZSD],
+            upper_bound_zsd=bounds[ZSD],
+            upper_bound_gzsd=bounds[GZSD],
+            config=args.config_file,
+            seed=args.seed,
+            commit=current_commit(),
+            seconds={**stages.seconds, "total": stages.total},
+        )
+        write_results(args.output / "results.json", results)
+        report = args.output / "report.html"
+        write_report(report, results, run_dir=folder, predictor=predictor, dataset_name=GZSD)
+
+    headers = ("test", "classes", "AP50", "AR50", "AP50 upper bound")
+    print("\n" + tabulate(summary_rows(results), headers=headers, floatfmt=".1f"))
+    print(f"\n{stages.total:.0f} s in all. See {report} and {args.output / 'results.json'}")
+
+
+if __name__ == "__main__":
+    main()
