@@ -19,7 +19,7 @@ Color = tuple[float, float, float]
 # Below this a label of a small picture is unreadable. [ours]
 _MIN_LONG_SIDE_PX = 640
 # Labels on photographs: this many of their heights make up the picture's (mean) side. [ours]
-_LABELS_PER_SIDE = 35
+_LABELS_PER_SIDE = 45
 _POINTS_PER_PX = 0.72  # the Visualizer draws at 100 dots per inch
 
 
@@ -73,19 +73,18 @@ def draw_boxes(
     canvas, factor = enlarge(image, min_long_side)
     height, width = canvas.shape[:2]
     font_px = font_px or (height * width) ** 0.5 / _LABELS_PER_SIDE
+    label_px = 1.4 * font_px  # with its ground
     visualizer = Visualizer(canvas)
     scaled = np.asarray(boxes, dtype=np.float64).reshape(-1, 4) * factor
     for box, color in zip(scaled, colors, strict=True):
         visualizer.draw_box(box, alpha=1.0, edge_color=color)
     for (x0, y0, x1, _), label, color in zip(scaled, labels, colors, strict=True):
-        # Towards the middle and not below the edge, so that no label leaves the picture.
+        # Above the box where there is room, and towards the middle: no label leaves the picture.
         to_the_left = x0 + x1 > width
+        top = y0 - label_px if y0 >= label_px else min(max(y0, 0), height - label_px)
         visualizer.draw_text(
             label,
-            (
-                min(x1, width) if to_the_left else max(x0, 0),
-                min(max(y0, 0), height - 1.4 * font_px),
-            ),
+            (min(x1, width) if to_the_left else max(x0, 0), top),
             font_size=font_px * _POINTS_PER_PX,
             color=tuple((1 + channel) / 2 for channel in color),  # on a dark ground
             horizontal_alignment="right" if to_the_left else "left",
