@@ -320,8 +320,7 @@ def ensure_miniature(
     """
     root = miniature_root() if root is None else Path(root)
     spec = MiniatureSpec() if spec is None else spec
-    stamp = root / "annotations" / "spec.json"
-    if stamp.is_file() and json.loads(stamp.read_text()) == asdict(spec):
+    if _is_complete(root, spec):
         logger.info("The miniature world in %s is up to date", root)
         return root
     root.mkdir(parents=True, exist_ok=True)
@@ -340,6 +339,18 @@ def ensure_miniature(
     finally:
         shutil.rmtree(making, ignore_errors=True)
     return root
+
+
+def _is_complete(root: Path, spec: MiniatureSpec) -> bool:
+    """Whether ``root`` holds the world of ``spec`` with all its pictures."""
+    stamp = root / "annotations" / "spec.json"
+    if not stamp.is_file() or json.loads(stamp.read_text()) != asdict(spec):
+        return False
+    return all(
+        (root / split).is_dir()
+        and len(os.listdir(root / split)) == getattr(spec, f"{split}_images")
+        for split in _SPLITS
+    )
 
 
 def _write_split(folder: Path, split: str, spec: MiniatureSpec, progress: Any) -> None:
