@@ -86,35 +86,29 @@ def picture(*names, detections=()):
     return Sample(BLANK, f"{'-'.join(names)}.png", objects, detections)
 
 
-def test_as_many_detections_as_objects_are_kept():
-    def found(name, score, verdict="wrong"):
-        return Box((0, 0, 9, 9), name, verdict, score)
+def found(name, score):
+    return Box((0, 0, 9, 9), name, "wrong", score)
 
-    base = Box((0, 0, 9, 9), "ant", "uncounted")
-    samples = [
-        Sample(
-            BLANK, "1", (truth("bee", (0, 0, 9, 9)), base), (found("bee", 0.6), found("dog", 0.3))
-        ),
-        Sample(BLANK, "2", (truth("dog", (0, 0, 9, 9)),), (found("bee", 0.5), found("bee", 0.1))),
-        Sample(BLANK, "3", (), (found("ant", 0.05, "uncounted"), found("ant", 0.9, "uncounted"))),
-    ]
-    kept, novel_score, base_score = keep_as_many_as_objects(samples)
-    assert [[box.score for box in s.detections] for s in kept] == [[0.6], [0.5], [0.9]]
-    assert (novel_score, base_score) == (0.5, 0.9)
+
+def kept_scores(*samples):
+    kept = keep_as_many_as_objects(samples)
     assert [s.truth for s in kept] == [s.truth for s in samples]
+    return [[box.score for box in s.detections] for s in kept]
+
+
+def test_each_class_keeps_as_many_detections_as_it_has_objects():
+    """Two bees and one dog: the two best bees over all pictures, and the best dog, however low."""
+    assert kept_scores(
+        picture("bee", "dog", detections=(found("bee", 0.6), found("bee", 0.3))),
+        picture("bee", detections=(found("bee", 0.5), found("dog", 0.1), found("dog", 0.05))),
+        picture(detections=(found("bee", 0.4), found("ant", 0.9))),
+    ) == [[0.6], [0.5, 0.1], []]
 
 
 def test_fewer_detections_than_objects_are_all_kept():
-    box = Box((0, 0, 9, 9), "bee", "wrong", 0.01)
-    kept, _, _ = keep_as_many_as_objects([picture("bee", "dog", detections=(box,))])
-    assert kept[0].detections == (box,)
-
-
-def test_no_objects_no_detections():
-    assert keep_as_many_as_objects([]) == ([], 1.0, 1.0)
-    wrong = Box((0, 0, 9, 9), "bee", "wrong", 0.4)
-    kept, _, _ = keep_as_many_as_objects([picture(detections=(wrong,))])
-    assert kept[0].detections == ()
+    assert kept_scores(picture("bee", "bee", detections=(found("bee", 0.01),))) == [[0.01]]
+    assert kept_scores(picture("bee")) == [[]]
+    assert kept_scores() == []
 
 
 def test_choice_goes_round_the_classes():

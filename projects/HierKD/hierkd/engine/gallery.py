@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -157,38 +158,31 @@ def judge_detections(
     return judgements
 
 
-def keep_as_many_as_objects(samples: Sequence[Sample]) -> tuple[list[Sample], float, float]:
-    """Keep as many detections as there are objects, the best ones over all pictures.
+def keep_as_many_as_objects(samples: Sequence[Sample]) -> list[Sample]:
+    """Keep, of each class, as many detections as there are objects: the best over all pictures.
 
-    Scores of different detectors, and of base and novel classes, are not on one scale; this rule
-    shows a detector at its balance of misses and false alarms without a number to choose. It is
-    applied to the judged and to the uncounted classes separately.
+    Average precision ranks within a class, and the scores of two classes, all the more of a base
+    and a novel one, are not on one scale. This rule shows each class at its balance of misses and
+    false alarms, without a threshold to choose.
 
     Args:
         samples: All pictures of a test.
 
     Returns:
-        The samples with fewer detections, and the lowest scores kept, judged and uncounted.
+        The samples with fewer detections.
     """
-    lowest = []
-    for judged in (True, False):
-        objects = [t for s in samples for t in s.truth if (t.verdict != UNCOUNTED) == judged]
-        scores = sorted(
-            box.score or 0.0
-            for sample in samples
-            for box in sample.detections
-            if (box.verdict != UNCOUNTED) == judged
-        )
-        kept = scores[max(0, len(scores) - len(objects)) :]
-        lowest.append(kept[0] if kept else 1.0)
-    judged_score, uncounted_score = lowest
-
-    def is_kept(box: Box) -> bool:
-        score = box.score or 0.0
-        return score >= (uncounted_score if box.verdict == UNCOUNTED else judged_score)
-
-    fewer = [replace(s, detections=tuple(filter(is_kept, s.detections))) for s in samples]
-    return fewer, judged_score, uncounted_score
+    objects = Counter(box.class_name for sample in samples for box in sample.truth)
+    ranked = sorted(
+        ((box, number) for number, sample in enumerate(samples) for box in sample.detections),
+        key=lambda entry: entry[0].score or 0.0,
+        reverse=True,
+    )
+    kept: list[list[Box]] = [[] for _ in samples]
+    for box, number in ranked:
+        if objects[box.class_name] > 0:
+            objects[box.class_name] -= 1
+            kept[number].append(box)
+    return [replace(s, detections=tuple(boxes)) for s, boxes in zip(samples, kept, strict=True)]
 
 
 def choose_by_ground_truth(

@@ -11,7 +11,7 @@ import html
 import io
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,8 @@ Curve = tuple[list[int], list[float]]
 _HEAT_MAP_PICTURES = 3
 # Bright end of a heat map's colours where every score is tiny, so that noise stays dark. [ours]
 _MIN_HEAT_RANGE = 0.05
+
+_NOVEL_LEGEND = ((CORRECT_COLOR, "novel class, correct"), (WRONG_COLOR, "novel class, wrong"))
 
 _LOSS_NAMES = {
     "total_loss": "all losses together",
@@ -84,7 +86,7 @@ def write_report(
     novel = [name for name in vocabulary if name in set(metadata.novel_classes)]
     curves = read_metrics(run_dir)
     with predictor.model.vocabulary(vocabulary):
-        samples, novel_score, base_score = keep_as_many_as_objects(
+        samples = keep_as_many_as_objects(
             build_samples(DatasetCatalog.get(dataset_name), predictor, vocabulary, novel)
         )
         examples = choose_by_ground_truth(samples, novel, num_examples)
@@ -95,7 +97,7 @@ def write_report(
     content = [
         _hero(best_sample_per_class(samples, novel), novel, num_base),
         _figures_section(results),
-        _examples_section(examples, novel_score, base_score),
+        _examples_section(examples),
         _heat_map_section(heat_maps),
         _curves_section(curves),
         _provenance_section(results),
@@ -143,7 +145,11 @@ def read_metrics(run_dir: str | os.PathLike[str]) -> dict[str, Curve]:
 
 def _hero(best: Sequence[tuple[str, Sample]], novel: Sequence[str], num_base: int) -> str:
     figures = [
-        _figure(_jpeg(draw_sample(sample, sample.detections)), f"<b>{_text(name)}</b>", name)
+        _figure(
+            _jpeg(draw_sample(sample, [d for d in sample.detections if d.class_name == name])),
+            f"<b>{_text(name)}</b>",
+            name,
+        )
         for name, sample in best
     ]
     missed = [name for name in novel if name not in dict(best)]
@@ -154,18 +160,13 @@ def _hero(best: Sequence[tuple[str, Sample]], novel: Sequence[str], num_base: in
 below never had a box: in the training pictures they stand unlabelled, and captions mention them. It
 detects them by name, with what it learned from a vision-language model.</p>
 <div class="grid four">{"".join(figures)}</div>
-<p class="caption">For each novel class, the most confident correct detection on the test pictures.
-{_legend()} These are the best ones; the pictures further down are chosen without looking at
-the detections.{note}</p>
+<p class="caption">For each novel class, the test picture with its most confident correct detection,
+and the detections of this class alone. {_legend(_NOVEL_LEGEND)} These are the best ones; the
+pictures further down are chosen without looking at the detections.{note}</p>
 </header>"""
 
 
-def _legend() -> str:
-    entries = (
-        (CORRECT_COLOR, "novel class, correct"),
-        (WRONG_COLOR, "novel class, wrong"),
-        (UNCOUNTED_COLOR, "base class"),
-    )
+def _legend(entries: Iterable[tuple[Color, str]]) -> str:
     return " ".join(
         f'<span class="key"><i style="background:{_css(color)}"></i>{name}</span>'
         for color, name in entries
@@ -210,7 +211,7 @@ seed: runs that differ in nothing but the seed differ by several points.</p>
 </section>"""
 
 
-def _examples_section(examples: Sequence[Sample], novel_score: float, base_score: float) -> str:
+def _examples_section(examples: Sequence[Sample]) -> str:
     pairs = []
     for sample in examples:
         truth = _img(_jpeg(draw_sample(sample, sample.truth)), "ground truth")
@@ -225,10 +226,11 @@ def _examples_section(examples: Sequence[Sample], novel_score: float, base_score
     return f"""<section>
 <h2>Ground truth beside detections</h2>
 <p>{len(examples)} test pictures that show the novel classes in turn, chosen by their ground truth
-alone. All names, base and novel, compete. {_legend()}</p>
+alone. All names, base and novel, compete.</p>
+<p>{_legend((*_NOVEL_LEGEND, (UNCOUNTED_COLOR, "base class")))}</p>
 <div class="grid two">{"".join(pairs)}</div>
-<p class="caption">Drawn are the best detections of all test pictures, as many as there are objects
-(scores from {novel_score:.0%} for novel, from {base_score:.0%} for base classes). A detection
+<p class="caption">Drawn are, of each class, the best detections over all test pictures, as many
+as there are objects; with their scores, which differ in scale from class to class. A detection
 is correct if its class is right and its overlap with an object not yet found is at least 0.5.
 Base classes, which were boxed in training, are left unlabelled.</p>
 </section>"""
