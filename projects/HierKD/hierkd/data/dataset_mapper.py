@@ -122,7 +122,8 @@ def check_images(
 ) -> list[dict[str, Any]]:
     """Decode every image once, so that a broken one is noticed before training.
 
-    Takes about 7 ms of one core per COCO image; a progress bar shows after two seconds.
+    Takes about 7 ms of one core per COCO image, shared among the processes of a run; a progress
+    bar shows after two seconds.
 
     Args:
         dataset_dicts: Images in detectron2's dataset format.
@@ -139,15 +140,14 @@ def check_images(
     """
     if num_threads is None:
         num_threads = max(1, (os.cpu_count() or 1) // comm.get_local_size())
+    share = dataset_dicts[comm.get_rank() :: comm.get_world_size()]
     with ThreadPoolExecutor(num_threads) as pool:
-        problems = list(
-            tqdm(
-                pool.map(_find_problem, dataset_dicts),
-                total=len(dataset_dicts),
-                desc="checking images",
-                delay=2,
-            )
+        found = list(
+            tqdm(pool.map(_find_problem, share), total=len(share), desc="checking images", delay=2)
         )
+    problems = [""] * len(dataset_dicts)
+    for rank, of_process in enumerate(comm.all_gather(found)):
+        problems[rank :: comm.get_world_size()] = of_process
     broken = [problem for problem in problems if problem]
     if not broken:
         return list(dataset_dicts)

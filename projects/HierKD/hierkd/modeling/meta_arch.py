@@ -592,9 +592,7 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
         with torch.autocast(self.device.type, enabled=False):
             flat = self._flatten(predictions)
             return [
-                self._inference_single_image(
-                    flat.of_image(i), anchors, size
-                )
+                self._inference_single_image(flat.of_image(i), anchors, size)
                 for i, size in enumerate(images.image_sizes)
             ]
 
