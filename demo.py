@@ -55,7 +55,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--confidence-threshold",
         type=float,
-        default=0.2,
+        default=0.4,
         metavar="SCORE",
         help="detections below this score, 0 to 1, are left out; default: %(default)s",
     )
