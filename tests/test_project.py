@@ -21,9 +21,11 @@ LAYERS = [
     " modeling.losses modeling.sampling modeling.region_crops modeling.mlca"
     " modeling.text_classifier modeling.head modeling.atss modeling.backbone"
     " engine.checkpoint engine.optimizer engine.results engine.visualization",
-    "data.datasets data.dataset_mapper data.prepare modeling.teacher engine.config",
+    "data.datasets data.dataset_mapper data.prepare modeling.teacher engine.config"
+    " engine.warm_start",
     "data.miniature modeling.meta_arch evaluation.split_coco_evaluation engine.predictor",
-    "evaluation.direct_inference evaluation.upper_bound evaluation.heat_maps engine.gallery",
+    "evaluation.direct_inference evaluation.upper_bound evaluation.heat_maps engine.gallery"
+    " engine.tiny_clip",
     "engine.report",
 ]
 LAYER_OF = {module: number for number, line in enumerate(LAYERS) for module in line.split()}

@@ -3,7 +3,7 @@
 
     python tools/miniature_study.py --configs atss hierkd --seeds 0 1 2
     python tools/miniature_study.py --configs hierkd --seeds 0 1 --split val \\
-        --opts MODEL.GKD.LOSS_WEIGHT 0.3 --output output/study/gkd_0.3
+        --output output/study/gkd_0.3 --opts MODEL.GKD.LOSS_WEIGHT 0.3
 
 Tune on ``--split val``; report on ``--split test``, which nothing else looks at. Every run is a
 ``train_net.py`` of its own, of one thread, with ``--jobs`` at a time; a run that is complete is not
@@ -24,6 +24,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from hierkd.data.coco_json import write_json_atomically
+
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = {
     "ZSD novel AP50": ("{split}_novel", "novel/AP50"),
@@ -40,8 +42,15 @@ def run(config: str, seed: int, folder: Path, split: str, opts: list[str], threa
 
     Raises:
         RuntimeError: if the run failed; names its log.
+        ValueError: if the folder holds a complete run of another split or of other options.
     """
-    if (folder / "figures.json").is_file():
+    done = folder / "figures.json"
+    wanted = {"config": config, "seed": seed, "split": split, "opts": opts}
+    if done.is_file():
+        record = json.loads(done.read_text())
+        found = {key: record[key] for key in wanted}
+        if found != wanted:
+            raise ValueError(f"{done} holds {found}, not {wanted}: give another --output")
         return
     folder.mkdir(parents=True, exist_ok=True)
     names = tuple(f"miniature_ovd_{split}_{part}" for part in ("novel", "base", "all"))
@@ -66,15 +75,8 @@ def run(config: str, seed: int, folder: Path, split: str, opts: list[str], threa
         column: last[f"miniature_ovd_{dataset.format(split=split)}/bbox/{metric}"]
         for column, (dataset, metric) in COLUMNS.items()
     }
-    record = {
-        "config": config,
-        "seed": seed,
-        "split": split,
-        "opts": opts,
-        "figures": figures,
-        "seconds": round(time.time() - started, 1),
-    }
-    (folder / "figures.json").write_text(json.dumps(record, indent=1))
+    record = {**wanted, "figures": figures, "seconds": round(time.time() - started, 1)}
+    write_json_atomically(done, record)  # half a file would count as complete
 
 
 def table(configs: list[str], seeds: list[int], output: Path) -> str:

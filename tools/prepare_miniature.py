@@ -43,6 +43,7 @@ def make_teacher(path: Path, spec: TinyCLIPSpec, world: MiniatureSpec) -> None:
     if is_current(path, recipe):
         logger.info("The tiny CLIP %s is up to date", path)
         return
+    path.with_suffix(".json").unlink(missing_ok=True)  # it speaks of the old file
     figures = train_tiny_clip(path, spec, world)
     write_json_atomically(path.with_suffix(".json"), {"recipe": recipe, "figures": figures})
 
@@ -59,6 +60,7 @@ def make_warm_start(path: Path, world: MiniatureSpec, config_file: str) -> None:
     if is_current(path, recipe):
         logger.info("The warm start %s is up to date", path)
         return
+    path.with_suffix(".json").unlink(missing_ok=True)  # it speaks of the old file
     figures = train_warm_start(
         build_backbone(cfg, ShapeSpec(channels=3)).bottom_up,
         path,

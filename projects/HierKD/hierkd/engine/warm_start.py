@@ -58,10 +58,15 @@ def train_warm_start(
 
     Returns:
         ``seconds`` and ``accuracy`` over the last tenth of the steps.
+
+    Raises:
+        ValueError: if the dataset has no box.
     """
     started = time.monotonic()
     rng = np.random.default_rng(seed)
     images, regions = _load_regions(dataset_name)
+    if not regions:
+        raise ValueError(f"{dataset_name}: expected boxes to learn from, found no box")
     num_classes = len(MetadataCatalog.get(dataset_name).thing_classes)
     last = max(bottom_up.output_shape().items(), key=lambda item: item[1].stride)
     with torch.random.fork_rng(devices=[]):
