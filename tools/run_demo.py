@@ -27,6 +27,7 @@ from detectron2.utils.logger import setup_logger
 from tabulate import tabulate
 from tqdm import tqdm
 
+from hierkd.data.miniature import miniature_root
 from hierkd.engine.config import load_config
 from hierkd.engine.predictor import OpenVocabularyPredictor
 from hierkd.engine.report import write_report
@@ -152,7 +153,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
     setup_logger(name="hierkd", abbrev_name="hierkd").setLevel(logging.WARNING)
     folder = args.output / "hierkd"
-    overrides = ["SEED", str(args.seed), "OUTPUT_DIR", str(folder.resolve()), *args.opts]
+    world = miniature_root().resolve()
+    overrides = [
+        *("SEED", str(args.seed), "OUTPUT_DIR", str(folder.resolve())),
+        # The config's own paths are those of the default $DETECTRON2_DATASETS.
+        *("MODEL.WEIGHTS", str(world / "backbone.pth")),
+        *("MODEL.TEACHER.WEIGHTS", str(world / "teacher.pt")),
+        *args.opts,
+    ]
     cfg = load_config(args.config_file, overrides)
     stages = Stages()
 
