@@ -273,7 +273,8 @@ level of the feature pyramid; all names compete. Fine levels answer for small ob
 for large.</p>
 {"".join(rows)}
 <p class="caption">Left: the picture with the objects of the class. The colours of a row run from 0
-<i class="ramp"></i> to its best score. After Fig. 4 of the paper.</p>
+<i class="ramp"></i> to its best score, or to {_MIN_HEAT_RANGE} if that is higher. After Fig. 4 of
+the paper.</p>
 </section>"""
 
 
