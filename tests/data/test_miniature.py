@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import re
 import shutil
 import sys
@@ -104,6 +105,17 @@ def test_no_two_designs_look_the_same() -> None:
     owners = [name for name, glyphs in miniature._GLYPHS.items() for _ in glyphs]
     other_class = np.array([[a != b for b in owners] for a in owners])
     assert (iou * other_class).max() < 0.9
+
+
+def test_every_design_has_ink_and_belongs_to_one_class() -> None:
+    designs = [design for glyphs in miniature._GLYPHS.values() for design in glyphs]
+    assert len(set(designs)) == len(designs)
+    assert all(miniature._GLYPHS[name] for name in MINIATURE_CLASSES)
+    for design in designs:
+        mask = miniature._glyph(design)
+        assert mask.max() == 1
+        assert 0.05 < mask.mean() < 0.95, design
+        assert max(mask.shape) > miniature._GLYPH_PX / 2, "large enough to be scaled down"
 
 
 # ------------------------------------------------------------------------------ the pictures
@@ -258,6 +270,18 @@ def test_captions_at_the_limits_and_with_repeated_objects() -> None:
         assert len(words(caption) & {"cat", "dog", "apple"}) == 1
 
 
+def test_captions_are_grammatical_for_every_class() -> None:
+    rng = np.random.default_rng(0)
+    vowels = {"airplane", "apple", "elephant", "umbrella"}
+    for name in MINIATURE_CLASSES:
+        article = "an" if name in vowels else "a"
+        for caption in make_captions([name], 6, 1.0, rng):
+            assert re.search(rf"\b{article} {name}\b", caption), caption
+            assert not re.search(r"\ba [aeiou]|\ban [^aeiou]", caption), caption
+    for caption in make_captions(["dog", "cat", "apple"], 10, 1.0, rng):
+        assert re.search(r"an? \w+, an? \w+ and an? \w+\b", caption), caption
+
+
 # ------------------------------------------------------------------------------ making and keeping
 
 
@@ -320,6 +344,15 @@ def test_an_interrupted_call_leaves_the_old_world(
     with pytest.raises(KeyboardInterrupt):
         ensure_miniature(tmp_path, replace(spec, seed=9))
     assert files_of(tmp_path) == before
+
+
+def test_what_a_killed_process_left_is_no_obstacle(tmp_path: Path) -> None:
+    left = tmp_path / f".making-{os.getpid()}" / "train"
+    left.mkdir(parents=True)
+    (left / "00099.jpg").write_bytes(b"half")
+    small_world(tmp_path)
+    assert len(list((tmp_path / "train").iterdir())) == 3
+    assert not list(tmp_path.glob(".making-*"))
 
 
 def test_a_world_without_its_pictures_is_made_anew(tmp_path: Path) -> None:

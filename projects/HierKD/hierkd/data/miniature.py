@@ -325,6 +325,7 @@ def ensure_miniature(
         return root
     root.mkdir(parents=True, exist_ok=True)
     making = root / f".making-{os.getpid()}"
+    shutil.rmtree(making, ignore_errors=True)  # of a killed process that had this id
     try:
         total = spec.train_images + spec.val_images + spec.test_images
         with tqdm(total=total, desc="rendering the world", unit="picture") as progress:
