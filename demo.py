@@ -11,6 +11,9 @@ Writes an annotated copy of each picture and one ``detections.json`` to ``--outp
 
 from __future__ import annotations
 
+import hierkd  # noqa: F401  (first: it quiets two deprecation warnings inside libraries)
+
+# isort: split
 import argparse
 import glob
 import json

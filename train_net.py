@@ -11,6 +11,9 @@ Trailing KEY VALUE pairs override the config. Several machines: ``--num-machines
 
 from __future__ import annotations
 
+import hierkd  # noqa: F401  (first: it quiets two deprecation warnings inside libraries)
+
+# isort: split
 import logging
 import weakref
 from argparse import Namespace
@@ -22,6 +25,7 @@ from detectron2.data import MetadataCatalog, get_detection_dataset_dicts
 from detectron2.engine import DefaultTrainer, default_argument_parser, default_setup, launch
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from hierkd.data.dataset_mapper import HierKDDatasetMapper, check_images
@@ -117,6 +121,7 @@ def main(args: Namespace) -> dict[str, Any] | None:
     """Run one process of a training or of an evaluation."""
     cfg = load_config(args.config_file, args.opts)
     default_setup(cfg, args)
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="hierkd")
     check_datasets(cfg.DATASETS.TEST)
     if not args.eval_only:
         trainer = Trainer(cfg)

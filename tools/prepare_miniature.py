@@ -8,6 +8,9 @@ Everything goes to ``$DETECTRON2_DATASETS/miniature``; what is there and up to d
 
 from __future__ import annotations
 
+import hierkd  # noqa: F401  (first: it quiets two deprecation warnings inside libraries)
+
+# isort: split
 import argparse
 import json
 import logging

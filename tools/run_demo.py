@@ -11,6 +11,9 @@ repository's folder, where the paths in the configs start.
 
 from __future__ import annotations
 
+import hierkd  # noqa: F401  (first: it quiets two deprecation warnings inside libraries)
+
+# isort: split
 import argparse
 import json
 import logging

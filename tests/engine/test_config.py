@@ -157,3 +157,11 @@ def test_the_device_is_kept_where_it_exists(monkeypatch, caplog):
 def test_an_unknown_device():
     with pytest.raises(ValueError, match=r"MODEL\.DEVICE.*'gpu'"):
         load_config("", ["MODEL.DEVICE", "gpu"])
+
+
+def test_half_precision_without_cuda_is_left_out_with_a_note(monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with caplog.at_level(logging.WARNING):
+        cfg = load_config("", ["SOLVER.AMP.ENABLED", "True"])
+    assert cfg.SOLVER.AMP.ENABLED is False
+    assert "SOLVER.AMP.ENABLED" in caplog.text

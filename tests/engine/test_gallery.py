@@ -4,7 +4,6 @@ import numpy as np
 import torch
 from detectron2.data import DatasetCatalog
 from detectron2.structures import Boxes, Instances
-from toy_world import NOVEL, PICTURES, VOCABULARY, register_toy_world
 
 from hierkd.engine.gallery import (
     Box,
@@ -16,6 +15,7 @@ from hierkd.engine.gallery import (
     judge_detections,
     keep_as_many_as_objects,
 )
+from toy_world import NOVEL, PICTURES, VOCABULARY, register_toy_world
 
 BLANK = np.zeros((16, 16, 3), np.uint8)
 

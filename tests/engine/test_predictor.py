@@ -5,12 +5,12 @@ import pytest
 import torch
 from detectron2.data import MetadataCatalog
 from detectron2.structures import Boxes, Instances
-from toy_world import VOCABULARY, register_toy_world
 
 import hierkd.modeling.meta_arch as meta_arch
 from fake_teacher import FakeTeacher
 from hierkd.engine.config import load_config
 from hierkd.engine.predictor import OpenVocabularyPredictor, resolve_vocabulary
+from toy_world import VOCABULARY, register_toy_world
 
 CONFIG = "configs/miniature/hierkd.yaml"
 

@@ -24,7 +24,8 @@ _MERGE_ERRORS = (KeyError, ValueError, AttributeError, AssertionError, TypeError
 def load_config(config_file: str, overrides: Sequence[str] = ()) -> Any:
     """Build the frozen config of a run.
 
-    ``MODEL.DEVICE`` falls back to the CPU, with a note, where there is no CUDA device.
+    Where there is no CUDA device, ``MODEL.DEVICE`` falls back to the CPU and
+    ``SOLVER.AMP.ENABLED`` to float32, with a note.
 
     Args:
         config_file: path of a YAML; "" takes the defaults.
@@ -55,6 +56,9 @@ def load_config(config_file: str, overrides: Sequence[str] = ()) -> Any:
     if device.type == "cuda" and not torch.cuda.is_available():
         logger.warning("MODEL.DEVICE is %s, but there is no CUDA device: using the CPU", device)
         cfg.MODEL.DEVICE = "cpu"
+    if cfg.SOLVER.AMP.ENABLED and torch.device(cfg.MODEL.DEVICE).type != "cuda":
+        logger.warning("SOLVER.AMP.ENABLED needs a CUDA device: training in float32")
+        cfg.SOLVER.AMP.ENABLED = False
     cfg.freeze()
     return cfg
 

@@ -46,7 +46,7 @@ class SplitCOCOEvaluator(COCOEvaluator):  # type: ignore[misc]
     ``evaluate()`` returns ``{"bbox": {...}}`` (``{}`` outside the main process) with keys
     ``"<group>/<metric>"``, group one of base, novel, all and metric one of AP, AP50, AP75, APs,
     APm, APl and AR50 (recall at IoU 0.5 with at most ``max_dets_per_image`` detections), and
-    ``"AP50/<class name>"``, all in percent. A group without any ground truth is NaN; one with
+    ``"AP50-<class name>"``, all in percent. A group without any ground truth is NaN; one with
     ground truth and no detections is 0.
 
     Which groups: base and novel where the vocabulary holds classes of them; ``all`` (base and novel
@@ -125,7 +125,9 @@ class SplitCOCOEvaluator(COCOEvaluator):  # type: ignore[misc]
         logger.info("%s (percent):\n%s", self._dataset_name, self._format_table(results))
         results.update(
             {
-                f"AP50/{name}": float(value)
+                f"AP50-{name}": float(
+                    value
+                )  # detectron2 prints no key with a hyphen in its summary
                 for name, value in zip(self._category_ids, per_class["AP50"], strict=True)
             }
         )
