@@ -117,8 +117,7 @@ def test_the_detector_loads_every_weight(world: tuple[str, Path], tmp_path: Path
     detector.backbone.bottom_up = stages(seed=5)
     detector.head = nn.Linear(3, 3)
     before = detector.head.weight.clone()
-    left = DetectionCheckpointer(detector, save_dir=str(tmp_path)).load(str(path))
-    assert set(left) >= {"model"} or "backbone" not in str(left)
+    DetectionCheckpointer(detector, save_dir=str(tmp_path)).load(str(path))
     for key, value in detector.backbone.bottom_up.state_dict().items():
         assert torch.equal(value, trained.state_dict()[key]), key
     assert torch.equal(detector.head.weight, before)
