@@ -19,6 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.backbone import build_backbone
 from detectron2.utils.logger import setup_logger
@@ -54,16 +55,14 @@ def make_teacher(path: Path, spec: TinyCLIPSpec, world: MiniatureSpec) -> None:
 def make_warm_start(path: Path, world: MiniatureSpec, config_file: str) -> None:
     """Train the backbone's warm start unless it is there."""
     cfg = load_config(config_file)
-    recipe = {
-        "backbone": cfg.MODEL.BACKBONE.NAME,
-        "widths": list(cfg.MODEL.SLIM_RESNET.WIDTHS),
-        "blocks": list(cfg.MODEL.SLIM_RESNET.BLOCKS),
-        "world": asdict(world),
-    }
+    keys = (cfg.MODEL.BACKBONE, cfg.MODEL.SLIM_RESNET, cfg.MODEL.RESNETS.NORM, cfg.MODEL.FPN)
+    pixels = (cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD)
+    recipe = {"backbone": [str(key) for key in (*keys, *pixels)], "world": asdict(world)}
     if is_current(path, recipe):
         logger.info("The warm start %s is up to date", path)
         return
     path.with_suffix(".json").unlink(missing_ok=True)  # it speaks of the old file
+    torch.manual_seed(world.seed)  # of the backbone's initial weights
     figures = train_warm_start(
         build_backbone(cfg, ShapeSpec(channels=3)).bottom_up,
         path,

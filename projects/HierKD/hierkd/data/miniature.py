@@ -11,7 +11,6 @@ Frame: boxes are XYXY (XYWH in the JSON), absolute pixels of the stored picture.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 import logging
@@ -403,11 +402,6 @@ def _restrict(
 
 def _vocabulary(part: str) -> tuple[str, ...]:
     return {"base": MINIATURE_BASE, "novel": MINIATURE_NOVEL, "all": MINIATURE_CLASSES}[part]
-
-
-def spec_digest(spec: MiniatureSpec) -> str:
-    """Short name of a spec, for files made from a world."""
-    return hashlib.sha256(json.dumps(asdict(spec), sort_keys=True).encode()).hexdigest()[:12]
 
 
 def register_miniature(root: str | None = None) -> None:

@@ -123,11 +123,9 @@ class SplitCOCOEvaluator(COCOEvaluator):  # type: ignore[misc]
             for metric in METRICS
         }
         logger.info("%s (percent):\n%s", self._dataset_name, self._format_table(results))
-        results.update(
+        results.update(  # detectron2's one-line summary leaves keys with a hyphen out
             {
-                f"AP50-{name}": float(
-                    value
-                )  # detectron2 prints no key with a hyphen in its summary
+                f"AP50-{name}": float(value)
                 for name, value in zip(self._category_ids, per_class["AP50"], strict=True)
             }
         )
