@@ -7,12 +7,12 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 from PIL import Image
-from toy_world import VOCABULARY, register_toy_world
 
 import demo
 import hierkd.modeling.meta_arch as meta_arch
 from fake_teacher import FakeTeacher
 from hierkd.engine.config import load_config
+from toy_world import VOCABULARY, register_toy_world
 
 
 @pytest.fixture

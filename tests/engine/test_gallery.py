@@ -11,6 +11,7 @@ from hierkd.engine.gallery import (
     best_sample_per_class,
     build_samples,
     choose_by_ground_truth,
+    draw_overview,
     draw_sample,
     judge_detections,
     keep_as_many_as_objects,
@@ -149,3 +150,13 @@ def test_drawing_tells_verdicts_apart():
     edge_colours = [colours(v) - {(0, 0, 0)} for v in ("correct", "wrong", "uncounted")]
     assert not set.intersection(*edge_colours)
     assert all(edge_colours)
+
+
+def test_the_overview_puts_pairs_in_rows_with_white_between():
+    samples = [Sample(BLANK, f"{i}.png", (), ()) for i in range(3)]
+    sheet = draw_overview(samples, columns=2, gap_px=10)
+    height, width, _ = draw_sample(samples[0], ()).shape
+    assert sheet.shape == (2 * height + 10, 2 * (2 * width) + 10, 3)
+    assert (sheet[:height, 2 * width : 2 * width + 10] == 255).all()
+    assert (sheet[height + 10 :, 2 * width + 10 :] == 255).all()  # no fourth pair
+    assert (sheet[:height, : 2 * width] == 0).all()

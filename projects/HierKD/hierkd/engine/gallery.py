@@ -27,6 +27,7 @@ __all__ = [
     "best_sample_per_class",
     "build_samples",
     "choose_by_ground_truth",
+    "draw_overview",
     "draw_sample",
     "judge_detections",
     "keep_as_many_as_objects",
@@ -255,3 +256,30 @@ def draw_sample(
         min_long_side=min_long_side,
         font_px=font_px,
     )
+
+
+def draw_overview(samples: Sequence[Sample], *, columns: int = 3, gap_px: int = 12) -> Image:
+    """Draw ground truth (left) beside detections (right) of several pictures on one sheet.
+
+    Args:
+        samples: Pictures of one size.
+        columns: Pairs per row.
+        gap_px: White space between pairs.
+
+    Returns:
+        (H, W, 3) RGB.
+    """
+    pairs = [
+        np.concatenate([draw_sample(s, s.truth), draw_sample(s, s.detections)], axis=1)
+        for s in samples
+    ]
+    height, width, _ = pairs[0].shape
+    rows = -(-len(pairs) // columns)
+    sheet: Image = np.full(
+        (rows * (height + gap_px) - gap_px, columns * (width + gap_px) - gap_px, 3), 255, np.uint8
+    )
+    for index, pair in enumerate(pairs):
+        y, x = divmod(index, columns)
+        top, left = y * (height + gap_px), x * (width + gap_px)
+        sheet[top : top + height, left : left + width] = pair
+    return sheet

@@ -28,6 +28,7 @@ from hierkd.engine.gallery import (
     best_sample_per_class,
     build_samples,
     choose_by_ground_truth,
+    draw_overview,
     draw_sample,
     keep_as_many_as_objects,
 )
@@ -41,6 +42,8 @@ __all__ = ["read_metrics", "write_report"]
 Curve = tuple[list[int], list[float]]
 
 _HEAT_MAP_PICTURES = 3
+# Pictures of overview.jpg: two rows. [ours]
+_OVERVIEW_PICTURES = 6
 # Bright end of a heat map's colours where every score is tiny, so that noise stays dark. [ours]
 _MIN_HEAT_RANGE = 0.05
 
@@ -68,7 +71,7 @@ def write_report(
     dataset_name: str,
     num_examples: int = 12,
 ) -> None:
-    """Write the self-contained report of a run.
+    """Write the self-contained report of a run, and ``overview.jpg`` beside it.
 
     Args:
         path: The HTML file.
@@ -104,6 +107,8 @@ def write_report(
     ]
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(_page("HierKD: the miniature", "\n".join(content)), encoding="utf-8")
+    overview = draw_overview(examples[:_OVERVIEW_PICTURES])
+    PILImage.fromarray(overview).save(Path(path).with_name("overview.jpg"), quality=88)
 
 
 def read_metrics(run_dir: str | os.PathLike[str]) -> dict[str, Curve]:
