@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from detectron2.modeling import build_model
 
+import hierkd.modeling.meta_arch as meta_arch
+from fake_teacher import FakeTeacher
 from hierkd.engine.config import load_config
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -61,6 +64,21 @@ def test_every_config_of_the_project_is_consistent(path):
     assert len(cfg.DATASETS.TEST) == 3
     world = cfg.DATASETS.TRAIN[0].removesuffix("_train_base")
     assert all(name.startswith(world) for name in cfg.DATASETS.TEST)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(CONFIGS)))
+def test_every_config_of_the_project_builds(path, monkeypatch):
+    cfg = load_config(str(path), ["MODEL.DEVICE", "cpu"])
+    teacher = FakeTeacher(cfg.MODEL.TEXT_CLASSIFIER.EMBED_DIM)
+    monkeypatch.setattr(meta_arch, "build_teacher", lambda cfg: teacher)
+    model = build_model(cfg)
+    world = cfg.DATASETS.TRAIN[0].removesuffix("_train_base")
+    assert len(model.vocabulary_names) == {"coco_ovd_48_17": 48, "miniature_ovd": 24}[world]
+    assert (model.ikd is not None) == (cfg.MODEL.IKD.LOSS_WEIGHT > 0)
+    assert (model.mlca is not None) == (cfg.MODEL.GKD.LOSS_WEIGHT > 0)
+    strides = [model.backbone.output_shape()[f].stride for f in model.head_in_features]
+    sizes = [size for (size,) in cfg.MODEL.ANCHOR_GENERATOR.SIZES]
+    assert sizes == [8 * stride for stride in strides]  # the paper's anchors
 
 
 ROWS = {"atss": (False, False), "ikd": (True, False), "gkd": (False, True), "hierkd": (True, True)}
