@@ -18,6 +18,13 @@ def add_hierkd_config(cfg: CN) -> None:
     Args:
         cfg: the config to extend in place.
     """
+    _add_detector_keys(cfg)
+    _add_distillation_keys(cfg)
+    _add_miniature_and_training_keys(cfg)
+
+
+def _add_detector_keys(cfg: CN) -> None:
+    """§3.1: the detector and its text classifier."""
     cfg.MODEL.ATSS = CN()
     # Feature maps the head looks at, finest first. [paper §3.1: P3-P7]
     cfg.MODEL.ATSS.IN_FEATURES = ["p3", "p4", "p5", "p6", "p7"]
@@ -66,6 +73,9 @@ def add_hierkd_config(cfg: CN) -> None:
     # Text whose embedding the learned background starts from. [paper §3.1]
     cfg.MODEL.TEXT_CLASSIFIER.BACKGROUND_PROMPT = "a photo of background."
 
+
+def _add_distillation_keys(cfg: CN) -> None:
+    """§3.2, §3.3: the two distillations and their teacher."""
     cfg.MODEL.IKD = CN()
     # lambda_ins; 0 turns instance-level distillation off. [paper Eq. 6; value ours, see Table 2]
     cfg.MODEL.IKD.LOSS_WEIGHT = 1.0
@@ -103,6 +113,9 @@ def add_hierkd_config(cfg: CN) -> None:
     # Folder of the text embedding cache; "" = $HIERKD_CACHE or ~/.cache/hierkd/text_embeddings.
     cfg.MODEL.TEACHER.TEXT_CACHE_DIR = ""
 
+
+def _add_miniature_and_training_keys(cfg: CN) -> None:
+    """What the miniature and the training recipe need beyond detectron2's own keys."""
     # The narrow ResNet of the miniature: channels and basic blocks of res2..res5. [ours]
     cfg.MODEL.SLIM_RESNET = CN()
     cfg.MODEL.SLIM_RESNET.WIDTHS = [32, 64, 128, 160]

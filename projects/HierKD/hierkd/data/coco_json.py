@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from hierkd.atomic_files import replacing
+
 __all__ = ["FieldTypes", "get_entries", "index_by_id", "read_coco_json", "write_json_atomically"]
 
 JsonObject = dict[str, Any]
@@ -123,14 +125,7 @@ def index_by_id(
 def write_json_atomically(path: str | os.PathLike[str], content: object) -> None:
     """Write ``content`` as compact JSON so that ``path`` holds the old or the new file, whole.
 
-    The text goes to a temporary file in the same folder, which then replaces ``path``; missing
-    parent folders are made. An interrupted call leaves ``path`` as it was.
+    Missing parent folders are made. An interrupted call leaves ``path`` as it was.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         temporary.write_text(json.dumps(content, separators=(",", ":")) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -12,7 +12,6 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from hierkd.atomic_files import replacing
 from hierkd.data.miniature import (
     MINIATURE_CLASSES,
     MiniatureSpec,
@@ -241,11 +241,5 @@ def save_clip(model: Any, path: str | os.PathLike[str]) -> None:
         key: value.half() if key == "token_embedding.weight" else value
         for key, value in model.state_dict().items()
     }
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    making = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with replacing(path) as making:
         torch.save(state, making)
-        os.replace(making, path)
-    finally:
-        making.unlink(missing_ok=True)

@@ -9,7 +9,6 @@ import logging
 import os
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from detectron2.structures import BoxMode
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from hierkd.atomic_files import replacing
 from hierkd.modeling.region_crops import crop_regions
 
 __all__ = ["train_warm_start"]
@@ -128,12 +128,6 @@ def _jitter(box: Tensor, rng: np.random.Generator) -> Tensor:
 def _save(bottom_up: Backbone, path: str | os.PathLike[str]) -> None:
     """Write a checkpoint under the detector's parameter names, whole or not at all."""
     model = {f"backbone.bottom_up.{key}": value for key, value in bottom_up.state_dict().items()}
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    making = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with replacing(path) as making:
         # detectron2 fits the names to a model's by their endings where this is set
         torch.save({"model": model, "__author__": "hierkd", "matching_heuristics": True}, making)
-        os.replace(making, path)
-    finally:
-        making.unlink(missing_ok=True)
