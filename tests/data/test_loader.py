@@ -97,15 +97,13 @@ def test_nested_seeds_do_not_disturb_the_outer_one():
         assert [first, draws()] == plain
 
 
-def test_the_stream_leaves_the_global_state():
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_the_stream_leaves_the_global_state(num_workers):
+    # from its very start: a resumed run starts one in the middle of training
     before = random.getstate(), torch.random.get_rng_state()
-    stream = iter(loader())
-    next(stream)  # torch's loader takes one number for its workers when it starts
-    after_start = torch.random.get_rng_state()
-    for _ in range(5):
-        next(stream)
+    take(6, num_workers=num_workers)
     assert random.getstate() == before[0]
-    assert torch.equal(torch.random.get_rng_state(), after_start)
+    assert torch.equal(torch.random.get_rng_state(), before[1])
 
 
 # ---------------------------------------------------------------------- one process

@@ -132,6 +132,13 @@ def test_slim_takes_the_channels_of_the_input():
         assert backbone(image()[:, :1])["p3"].shape == (1, 32, 16, 24)
 
 
+def test_slim_stages_of_one_width():
+    cfg = slim_cfg()
+    cfg.MODEL.SLIM_RESNET.WIDTHS = [8, 16, 16, 24]
+    with pytest.raises(ValueError, match=r"SLIM_RESNET\.WIDTHS.*\[8, 16, 16, 24\]"):
+        build_slim_resnet_fpn_backbone(cfg, RGB)
+
+
 def test_slim_trains():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

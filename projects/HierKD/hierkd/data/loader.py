@@ -159,4 +159,7 @@ def build_resumable_train_loader(
         num_workers=num_workers,
         collate_fn=trivial_batch_collator,
         persistent_workers=num_workers > 0,
+        # Else starting to iterate would draw from torch's global generator: a resumed run does that
+        # in the middle of training, and its first step would see other random numbers.
+        generator=torch.Generator().manual_seed(seed),
     )

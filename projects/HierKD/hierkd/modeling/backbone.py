@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 from detectron2.layers import ShapeSpec
@@ -32,8 +33,15 @@ def build_atss_resnet_fpn_backbone(cfg: Any, input_shape: ShapeSpec) -> Backbone
 
 @BACKBONE_REGISTRY.register()
 def build_slim_resnet_fpn_backbone(cfg: Any, input_shape: ShapeSpec) -> Backbone:
-    """A narrow ResNet of basic blocks + FPN without extra levels, for small images on a CPU."""
+    """A narrow ResNet of basic blocks + FPN without extra levels, for small images on a CPU.
+
+    Raises:
+        ValueError: if two stages in a row have the same width.
+    """
     widths, norm = cfg.MODEL.SLIM_RESNET.WIDTHS, cfg.MODEL.RESNETS.NORM
+    if any(a == b for a, b in pairwise(widths)):
+        # detectron2's BasicBlock projects its shortcut, and so strides it, only if widths differ
+        raise ValueError(f"MODEL.SLIM_RESNET.WIDTHS: two stages in a row are equal: {widths}")
     stem = BasicStem(in_channels=input_shape.channels, out_channels=widths[0], norm=norm)
     stages, channels = [], widths[0]
     for index, (width, depth) in enumerate(zip(widths, cfg.MODEL.SLIM_RESNET.BLOCKS, strict=True)):

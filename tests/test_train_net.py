@@ -1,0 +1,311 @@
+"""train_net.py as a whole: train, stop, resume, evaluate, on a world of six pictures.
+
+Most runs are calls of ``train_net.main``; one is a command line in a process of its own.
+"""
+
+import json
+import math
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import tiny_training
+import train_net
+from hierkd.data.miniature import MINIATURE_BASE, MINIATURE_CLASSES, MINIATURE_NOVEL
+from hierkd.modeling.teacher import CLIPTeacher
+from tiny_training import call_main, command_line
+
+ROOT = Path(__file__).resolve().parents[1]
+EVALUATED = ("miniature_ovd_val_novel", "miniature_ovd_val_all")
+
+# Nothing may warn in a run, but for what hierkd itself silences, and files detectron2 leaves open.
+pytestmark = [
+    pytest.mark.filterwarnings("error"),
+    pytest.mark.filterwarnings("ignore:.*`?torch.jit.script`? is deprecated"),
+    pytest.mark.filterwarnings("ignore:torch.meshgrid. in an upcoming release"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+
+class CrashError(Exception):
+    """Stands for a crash in the middle of a run."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A world and a CLIP; the miniature's dataset names mean this world while the module runs."""
+    root = tmp_path_factory.mktemp("training")
+    tiny_training.write_world(root)
+    tiny_training.write_clip(root / "clip.pt")
+    with pytest.MonkeyPatch.context() as patch, tiny_training.miniature_at(root):
+        patch.setenv("HIERKD_CACHE", str(root / "cache"))
+        patch.setenv("PYTHONHASHSEED", "0")  # detectron2 sets it; undone with the rest
+        yield root
+
+
+@pytest.fixture(scope="module")
+def train(folder):
+    """Train into a folder of the given name; return the folder and the figures at the end."""
+
+    def _train(name, *extra):
+        output = folder / name
+        figures = {}
+        with pytest.MonkeyPatch.context() as patch:
+            test = train_net.Trainer.test.__func__
+
+            def recorded(cls, *args, **kwargs):
+                figures.clear()
+                figures.update(test(cls, *args, **kwargs))
+                return dict(figures)
+
+            patch.setattr(train_net.Trainer, "test", classmethod(recorded))
+            call_main(command_line(output, folder / "clip.pt", *extra))
+        return output, figures
+
+    return _train
+
+
+@pytest.fixture(scope="module")
+def finished(train):
+    """A run of four iterations without interruption."""
+    return train("finished")
+
+
+def weights(output, name="model_final.pth"):
+    return torch.load(output / name, weights_only=True)["model"]
+
+
+def differing(a, b):
+    """Names of the weights that are not the same to the last bit."""
+    assert a.keys() == b.keys()
+    return [name for name, value in a.items() if not torch.equal(value, b[name])]
+
+
+def metrics(output):
+    return [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
+
+
+def flat(figures):
+    return {
+        f"{dataset}/{task}/{key}": value
+        for dataset, tasks in figures.items()
+        for task, values in tasks.items()
+        for key, value in values.items()
+    }
+
+
+def same_figures(a, b):
+    assert a.keys() == b.keys()
+    unequal = [k for k in a if a[k] != b[k] and not (math.isnan(a[k]) and math.isnan(b[k]))]
+    assert unequal == []
+
+
+# ------------------------------------------------------------------------------- what a run leaves
+
+
+def test_files_of_a_run(finished):
+    output, _ = finished
+    names = {path.name for path in output.iterdir()}
+    assert {"model_0000001.pth", "model_0000003.pth", "model_final.pth"} <= names
+    assert (output / "last_checkpoint").read_text() == "model_final.pth"
+    assert {"config.yaml", "log.txt"} <= names
+    (events,) = output.glob("events.out.tfevents.*")
+    assert events.stat().st_size > 1000
+
+
+def test_metrics_hold_the_losses_and_the_figures(finished):
+    output, figures = finished
+    merged = {key: value for line in metrics(output) for key, value in line.items()}
+    losses = {key for key in merged if key.startswith("loss_")}
+    assert losses == {
+        *("loss_cls", "loss_box_reg", "loss_iou"),
+        *("loss_ikd", "loss_gkd_image", "loss_gkd_caption"),
+    }
+    assert all(math.isfinite(merged[key]) and merged[key] > 0 for key in losses)
+    assert merged["num_distilled_regions"] > 0
+    written = {k: v for k, v in merged.items() if k.startswith("miniature_")}
+    same_figures(written, flat(figures))
+    assert "miniature_ovd_val_novel/bbox/novel/AP50" in written
+    assert "miniature_ovd_val_all/bbox/base/AR50" in written
+
+
+def test_the_log_holds_our_lines(finished):
+    log = (finished[0] / "log.txt").read_text()
+    assert "Loaded 6 images with 7 boxes" in log
+    assert "Loading CLIP from" in log
+
+
+def test_the_checkpoint_is_the_detector_alone(finished):
+    output, _ = finished
+    content = torch.load(output / "model_final.pth", weights_only=True)
+    assert set(content) == {"model", "trainer", "iteration"}
+    top_level = {name.split(".")[0] for name in content["model"]}
+    assert top_level == {"backbone", "head", "text_classifier", "mlca", "cls_loss_log_weight"}
+    of_text = {name for name in content["model"] if name.startswith("text_classifier")}
+    assert of_text == {"text_classifier.background_embedding", "text_classifier.logit_scale"}
+    # the random CLIP's 49,408 token embeddings alone are 12 MB
+    assert (output / "model_final.pth").stat().st_size < 2_000_000
+
+
+def test_every_weight_was_trained(finished):
+    output, _ = finished
+    early, late = weights(output, "model_0000001.pth"), weights(output)
+    assert set(early) == set(differing(early, late))
+
+
+# ------------------------------------------------------------------------------------- same or not
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resuming_after_a_crash_changes_nothing(train, finished, monkeypatch, workers):
+    name, loading = f"resumed_{workers}", ("DATALOADER.NUM_WORKERS", str(workers))
+    run_step = train_net.Trainer.run_step
+
+    def crash_in_the_third(self):
+        if self.iter == 2:
+            raise CrashError
+        run_step(self)
+
+    monkeypatch.setattr(train_net.Trainer, "run_step", crash_in_the_third)
+    with pytest.raises(CrashError):
+        train(name, *loading)
+    monkeypatch.setattr(train_net.Trainer, "run_step", run_step)
+    output, figures = train(name, "--resume", *loading)
+    assert differing(weights(output), weights(finished[0])) == []
+    same_figures(flat(figures), flat(finished[1]))
+    # also what is not in the weights: the moments of the optimizer and the schedule
+    ours, theirs = (
+        torch.load(each / "model_final.pth", weights_only=True)["trainer"]
+        for each in (output, finished[0])
+    )
+    assert ours["iteration"] == theirs["iteration"] == 3
+    assert ours["hooks"]["LRScheduler"] == theirs["hooks"]["LRScheduler"]
+    moments, expected = (each["_trainer"]["optimizer"]["state"] for each in (ours, theirs))
+    assert moments.keys() == expected.keys()
+    for key, values in expected.items():
+        assert all(torch.equal(moments[key][k], value) for k, value in values.items())
+
+
+def test_resuming_a_finished_run_only_evaluates(folder, train, finished):
+    output, figures = train("again")
+    before = weights(output)
+    _, repeated = train("again", "--resume")
+    assert differing(weights(output), before) == []
+    same_figures(flat(repeated), flat(figures))
+
+
+def test_one_seed_gives_one_result_also_with_evaluations_on_the_way(train, finished):
+    output, figures = train("evaluated", "TEST.EVAL_PERIOD", "1")
+    assert len([m for m in metrics(output) if any("val_all" in key for key in m)]) > 0
+    assert differing(weights(output), weights(finished[0])) == []
+    same_figures(flat(figures), flat(finished[1]))
+
+
+def test_another_seed_gives_another_result(train, finished):
+    output, _ = train("seed", "SEED", "1")
+    trained = [n for n in weights(output) if n.endswith("conv1.weight")]
+    assert trained
+    assert set(trained) <= set(differing(weights(output), weights(finished[0])))
+
+
+# -------------------------------------------------------------------------------------- evaluation
+
+
+def evaluate(folder, output, checkpoint, *extra):
+    pairs = ("MODEL.WEIGHTS", str(checkpoint), *extra)
+    return call_main(command_line(output, folder / "clip.pt", "--eval-only", *pairs))
+
+
+def test_eval_only_repeats_the_figures_without_clip(folder, finished, monkeypatch):
+    output, figures = finished
+
+    def refuse(self):
+        raise AssertionError("CLIP was loaded, though the text cache has every answer")
+
+    monkeypatch.setattr(CLIPTeacher, "_clip", refuse)
+    results = evaluate(folder, folder / "evaluation", output / "model_final.pth")
+    assert tuple(results) == EVALUATED
+    same_figures(flat(results), flat(figures))
+    assert not list((folder / "evaluation").glob("*.pth"))
+
+
+def test_eval_only_with_a_cold_cache_gives_the_same(folder, finished, monkeypatch, tmp_path):
+    monkeypatch.setenv("HIERKD_CACHE", str(tmp_path))
+    output, figures = finished
+    results = evaluate(folder, tmp_path / "out", output / "model_final.pth")
+    # CLIP encodes the texts in other batches now, which may round differently
+    for key, value in flat(figures).items():
+        assert flat(results)[key] == pytest.approx(value, abs=0.01, nan_ok=True), key
+    assert list(tmp_path.rglob("*.sqlite"))
+
+
+def test_one_dataset_is_reported_under_its_name_too(folder, finished):
+    output, figures = finished
+    one = "miniature_ovd_val_novel"
+    results = evaluate(
+        folder, folder / "one", output / "model_final.pth", "DATASETS.TEST", f"('{one}',)"
+    )
+    same_figures(flat(results), flat({one: figures[one]}))
+
+
+def test_each_dataset_has_its_vocabulary_and_training_gets_its_own_back(train, monkeypatch):
+    models, seen = [], []
+    build, inference = train_net.Trainer.build_model, train_net.Trainer.build_test_loader
+
+    def recording_build(cls, cfg):
+        models.append(build(cfg))
+        return models[-1]
+
+    def recording_loader(cls, cfg, name):
+        seen.append((name, models[-1].vocabulary_names))
+        return inference(cfg, name)
+
+    monkeypatch.setattr(train_net.Trainer, "build_model", classmethod(recording_build))
+    monkeypatch.setattr(train_net.Trainer, "build_test_loader", classmethod(recording_loader))
+    train("vocabulary", "SOLVER.MAX_ITER", "2", "TEST.EVAL_PERIOD", "1")
+    assert seen[:2] == [(EVALUATED[0], MINIATURE_NOVEL), (EVALUATED[1], MINIATURE_CLASSES)]
+    assert models[-1].vocabulary_names == MINIATURE_BASE
+    assert models[-1].text_classifier.num_classes == len(MINIATURE_BASE)
+
+
+# ---------------------------------------------------------------------------- from the command line
+
+
+def test_command_line(folder, finished, tmp_path):
+    # "val" is read through the catalog that importing hierkd fills from DETECTRON2_DATASETS
+    environment = {
+        **os.environ,
+        "DETECTRON2_DATASETS": str(folder),
+        "HIERKD_CACHE": str(tmp_path / "cache"),
+    }
+    done = subprocess.run(
+        [sys.executable, "train_net.py", *command_line(tmp_path / "out", folder / "clip.pt")],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
+    assert "WARNING" not in done.stdout
+    assert "eta: " in done.stdout
+    assert differing(weights(tmp_path / "out"), weights(finished[0])) == []
+
+
+@pytest.mark.parametrize("extra", [1, 100])
+def test_more_gpus_than_there_are(monkeypatch, extra):
+    available = torch.cuda.device_count()
+    wanted = max(available, 1) + extra
+    monkeypatch.setattr(
+        sys, "argv", ["train_net.py", "--config-file", "x.yaml", "--num-gpus", str(wanted)]
+    )
+    with pytest.raises(SystemExit, match=f"--num-gpus {wanted}: .* {available} CUDA devices"):
+        runpy.run_path(str(ROOT / "train_net.py"), run_name="__main__")
