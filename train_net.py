@@ -21,7 +21,11 @@ from collections import OrderedDict
 from typing import Any
 
 import torch
-from detectron2.data import MetadataCatalog, get_detection_dataset_dicts
+from detectron2.data import (
+    MetadataCatalog,
+    build_detection_test_loader,
+    get_detection_dataset_dicts,
+)
 from detectron2.engine import DefaultTrainer, default_argument_parser, default_setup, launch
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
@@ -89,6 +93,12 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # detectron2 is untyped
         )
 
     @classmethod
+    def build_test_loader(cls, cfg: Any, dataset_name: str) -> Any:
+        """detectron2's, with errors that name the image."""
+        mapper = HierKDDatasetMapper(cfg, is_train=False)
+        return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+
+    @classmethod
     def build_evaluator(cls, cfg: Any, dataset_name: str) -> SplitCOCOEvaluator:
         """AP and AR of base, novel and all classes."""
         return SplitCOCOEvaluator(
@@ -122,8 +132,10 @@ def main(args: Namespace) -> dict[str, Any] | None:
     cfg = load_config(args.config_file, args.opts)
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="hierkd")
-    check_datasets(cfg.DATASETS.TEST)
+    test_images = check_datasets(cfg.DATASETS.TEST)
     if not args.eval_only:
+        if cfg.DATALOADER.CHECK_IMAGES:
+            check_images(test_images)
         trainer = Trainer(cfg)
         trainer.resume_or_load(resume=args.resume)
         results: dict[str, Any] | None = trainer.train()

@@ -6,7 +6,6 @@ Most runs are calls of ``train_net.main``; one is a command line in a process of
 import json
 import math
 import os
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -298,14 +297,3 @@ def test_command_line(folder, finished, tmp_path):
     assert "WARNING" not in done.stdout
     assert "eta: " in done.stdout
     assert differing(weights(tmp_path / "out"), weights(finished[0])) == []
-
-
-@pytest.mark.parametrize("extra", [1, 100])
-def test_more_gpus_than_there_are(monkeypatch, extra):
-    available = torch.cuda.device_count()
-    wanted = max(available, 1) + extra
-    monkeypatch.setattr(
-        sys, "argv", ["train_net.py", "--config-file", "x.yaml", "--num-gpus", str(wanted)]
-    )
-    with pytest.raises(SystemExit, match=f"--num-gpus {wanted}: .* {available} CUDA devices"):
-        runpy.run_path(str(ROOT / "train_net.py"), run_name="__main__")

@@ -131,6 +131,6 @@ def _add_miniature_and_training_keys(cfg: CN) -> None:
 
     # What to do with a training image that cannot be decoded: stop (False) or skip it and say so.
     cfg.DATALOADER.SKIP_BROKEN_IMAGES = False
-    # Decode every training image once before the first step, so that a broken one does not stop
-    # the run hours later: some minutes on COCO, once per start. [ours]
+    # Decode every training and test image once before the first step, so that a broken one does not
+    # stop the run hours later: some minutes on COCO, once per start. [ours]
     cfg.DATALOADER.CHECK_IMAGES = True

@@ -155,7 +155,8 @@ def check_images(
     message = f"{len(broken):,} of {len(problems):,} images cannot be decoded, first: {first}."
     if not skip_broken:
         raise ValueError(
-            f"{message} Replace them, or skip such images with DATALOADER.SKIP_BROKEN_IMAGES True."
+            f"{message} Replace them; training images can be skipped with "
+            "DATALOADER.SKIP_BROKEN_IMAGES True."
         )
     _LOGGER.warning("Skipped: %s", message)
     return [each for each, problem in zip(dataset_dicts, problems, strict=True) if not problem]

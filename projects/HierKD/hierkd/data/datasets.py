@@ -408,22 +408,27 @@ def check_captions(dataset_dicts: Iterable[Mapping[str, Any]], json_file: str) -
         )
 
 
-def check_datasets(names: Iterable[str]) -> None:
+def check_datasets(names: Iterable[str]) -> list[DatasetDict]:
     """Load every dataset once, so that a file missing for evaluation is noticed before training.
 
     Args:
         names: Names in detectron2's ``DatasetCatalog``, for example ``cfg.DATASETS.TEST``.
+
+    Returns:
+        The images of all of them, each file once.
 
     Raises:
         ValueError: A name is not registered, or a file is wrong (see :func:`load_ovd_json`).
         FileNotFoundError: A file or folder does not exist.
     """
     registered = DatasetCatalog.list()
+    images: dict[str, DatasetDict] = {}
     for name in names:
         if name not in registered:
             ours = sorted(each for each in registered if "_ovd_" in each)
             raise ValueError(f"Unknown dataset {name!r}; this project registers {ours}.")
-        DatasetCatalog.get(name)
+        images |= {record["file_name"]: record for record in DatasetCatalog.get(name)}
+    return list(images.values())
 
 
 def register_coco_ovd(root: str | None = None) -> None:

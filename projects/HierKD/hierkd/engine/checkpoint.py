@@ -40,6 +40,7 @@ class HierKDCheckpointer(DetectionCheckpointer):  # type: ignore[misc]  # detect
                 f"MODEL.WEIGHTS: no file {path!r} (looked from {os.getcwd()!r}); "
                 'give a checkpoint, a URL, or "" to start from random weights'
             )
+        self._loading = path
         try:
             loaded: dict[str, Any] = super().load(path, *args, **kwargs)
         except (URLError, ConnectionError, TimeoutError) as error:
@@ -65,7 +66,7 @@ class HierKDCheckpointer(DetectionCheckpointer):  # type: ignore[misc]  # detect
         expected = self.model.state_dict().get(_BACKGROUND)
         if found is not None and expected is not None and len(found) != len(expected):
             raise ValueError(
-                f"the checkpoint's embeddings have {len(found)} dimensions, this detector's "
+                f"{self._loading}: its embeddings have {len(found)} dimensions, this detector's "
                 f"{len(expected)}: MODEL.TEXT_CLASSIFIER.EMBED_DIM and MODEL.TEACHER.WEIGHTS must "
                 "name the CLIP the checkpoint was trained with"
             )
