@@ -6,6 +6,7 @@ Most runs are calls of ``train_net.main``; one is a command line in a process of
 import json
 import math
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 import tiny_training
 import train_net
 from hierkd.data.miniature import MINIATURE_BASE, MINIATURE_CLASSES, MINIATURE_NOVEL
+from hierkd.engine.config import load_config
 from hierkd.modeling.teacher import CLIPTeacher
 from tiny_training import call_main, command_line
 
@@ -189,6 +191,17 @@ def test_resuming_after_a_crash_changes_nothing(train, finished, monkeypatch, wo
     assert moments.keys() == expected.keys()
     for key, values in expected.items():
         assert all(torch.equal(moments[key][k], value) for k, value in values.items())
+
+
+def test_the_samples_can_be_sent_to_loader_processes(folder):
+    # detectron2 spawns one process per GPU, and the loader processes of those are spawned too
+    cfg = load_config(tiny_training.CONFIG, command_line(folder / "unused", folder / "clip.pt")[2:])
+    loader = train_net.Trainer.build_train_loader(cfg)
+    copy = pickle.loads(pickle.dumps(loader.dataset))
+    key = next(iter(loader.batch_sampler))[0]
+    ours, theirs = loader.dataset[key], copy[key]
+    assert torch.equal(ours["image"], theirs["image"])
+    assert ours["caption"] == theirs["caption"]
 
 
 def test_resuming_a_finished_run_only_evaluates(folder, train, finished):
