@@ -73,7 +73,7 @@ def test_the_warm_start_follows_the_world_and_the_backbone(
     path = tmp_path / "backbone.pth"
     slim = tmp_path / "slim.yaml"
     base = Path(prepare_miniature.CONFIG).resolve()
-    slim.write_text(f"_BASE_: {base}\nMODEL:\n  SLIM_RESNET:\n    WIDTHS: [8, 8, 8, 8]\n")
+    slim.write_text(f"_BASE_: {base}\nMODEL:\n  SLIM_RESNET:\n    WIDTHS: [8, 12, 16, 24]\n")
     for world, config, expected in (
         (MiniatureSpec(), prepare_miniature.CONFIG, 1),
         (MiniatureSpec(), prepare_miniature.CONFIG, 1),

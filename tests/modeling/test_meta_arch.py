@@ -109,7 +109,10 @@ def test_a_batch_without_any_box_still_gives_every_parameter_a_gradient(build):
 
 def test_the_weights_of_eq_6_scale_their_losses_and_nothing_else(build):
     # IoU >= 0 makes every positive a distilled point, so that an untrained model has some
-    one = build("MODEL.IKD.IOU_THRESH", 0.0)
+    one = build(
+        *("MODEL.IKD.IOU_THRESH", 0.0, "MODEL.IKD.LOSS_WEIGHT", 0.05),
+        *("MODEL.GKD.LOSS_WEIGHT", 0.5, "MODEL.ATSS.BOX_REG_LOSS_WEIGHT", 2.0),
+    )
     two = build(
         *("MODEL.IKD.IOU_THRESH", 0.0, "MODEL.IKD.LOSS_WEIGHT", 0.1),
         *("MODEL.GKD.LOSS_WEIGHT", 1.5, "MODEL.ATSS.BOX_REG_LOSS_WEIGHT", 6.0),
