@@ -58,7 +58,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--confidence-threshold",
         type=float,
-        default=0.4,
+        default=0.3,
         metavar="SCORE",
         help="detections below this score, 0 to 1, are left out; default: %(default)s",
     )

@@ -14,12 +14,12 @@ from __future__ import annotations
 import hierkd  # noqa: F401  (first: it quiets two deprecation warnings inside libraries)
 
 # isort: split
-import logging
 import weakref
 from argparse import Namespace
 from collections import OrderedDict
 from typing import Any
 
+import numpy as np
 import torch
 from detectron2.data import (
     MetadataCatalog,
@@ -39,8 +39,6 @@ from hierkd.engine.checkpoint import HierKDCheckpointer
 from hierkd.engine.config import load_config
 from hierkd.engine.optimizer import build_optimizer
 from hierkd.evaluation.split_coco_evaluation import SplitCOCOEvaluator
-
-logger = logging.getLogger("hierkd")
 
 
 class Trainer(DefaultTrainer):  # type: ignore[misc]  # detectron2 is untyped
@@ -63,7 +61,8 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # detectron2 is untyped
     def run_step(self) -> None:
         """One step; its random draws depend on the seed and the iteration, not on the history."""
         if self.cfg.SEED >= 0:
-            torch.manual_seed(self.cfg.SEED + self.iter * comm.get_world_size() + comm.get_rank())
+            words = np.random.SeedSequence((self.cfg.SEED, self.iter, comm.get_rank()))
+            torch.manual_seed(int(words.generate_state(1)[0]))
         super().run_step()
 
     @classmethod
