@@ -212,7 +212,7 @@ are asked for at once. Upper bound: the true boxes, named by the CLIP that taugh
 <p><b>What this is, and is not.</b> This is a miniature: rendered icons on small pictures, a tiny
 CLIP trained on the same world (novel classes included, as for the real CLIP) and a short training
 on a CPU. It shows the method at work; its figures say nothing about COCO. It is one run with one
-seed: runs that differ in nothing but the seed differ by several points.</p>
+seed: runs that differ in nothing but the seed differ by a few points.</p>
 </section>"""
 
 
