@@ -6,8 +6,9 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
+
+from hierkd.atomic_files import replacing
 
 __all__ = ["Results", "collect_results", "summary_rows", "write_results"]
 
@@ -70,9 +71,10 @@ def _rounded(value: float) -> Any:
 
 
 def write_results(path: str | os.PathLike[str], results: Results) -> None:
-    """Write ``results.json``."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(json.dumps(results, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    """Write ``results.json``, whole or not at all."""
+    text = json.dumps(results, indent=2, allow_nan=False) + "\n"
+    with replacing(path) as making:
+        making.write_text(text, encoding="utf-8")
 
 
 def summary_rows(results: Results) -> list[tuple[Any, ...]]:

@@ -17,6 +17,7 @@ classified, distilled per point, distilled globally. ``pred_anchor_deltas``, ``g
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -323,7 +324,7 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
         blank = [i for i, name in enumerate(names) if not name.strip()]
         if blank:
             raise ValueError(f"the vocabulary has blank names at positions {blank}")
-        repeated = sorted({name for name in names if names.count(name) > 1})
+        repeated = sorted(name for name, count in Counter(names).items() if count > 1)
         if repeated:
             raise ValueError(f"the vocabulary names these classes more than once: {repeated}")
         if text_embeddings is None:
@@ -356,15 +357,21 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
         images.tensor = images.tensor.contiguous(memory_format=self.memory_format)
         return images
 
+    def _predict_maps(
+        self, batched_inputs: list[dict[str, Any]]
+    ) -> tuple[list[Tensor], tuple[list[Tensor], list[Tensor], list[Tensor] | None]]:
+        """The L feature maps of a batch and the head's outputs on them."""
+        images = self.preprocess_image(batched_inputs)
+        by_name = self.backbone(images.tensor)
+        features = [by_name[f] for f in self.head_in_features]
+        return features, self.head(features)
+
     def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
         """Losses in training, detections in inference; see the class for inputs and outputs."""
         if not self.training:
             return super().forward(batched_inputs)
-        images = self.preprocess_image(batched_inputs)
+        features, pred_maps = self._predict_maps(batched_inputs)
         gt_instances = [x["instances"].to(self.device) for x in batched_inputs]
-        features = self.backbone(images.tensor)
-        features = [features[f] for f in self.head_in_features]
-        pred_maps = self.head(features)
 
         with torch.autocast(self.device.type, enabled=False):  # all that follows is float32
             # §3.1: classify and localise the base classes
@@ -644,9 +651,7 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
             l lies at pixel ((x + o) s, (y + o) s) of the network input, with stride s and the
             anchor generator's offset o. Padding of the batch is included.
         """
-        images = self.preprocess_image(batched_inputs)
-        features = self.backbone(images.tensor)
-        embeddings, _, qualities = self.head([features[f] for f in self.head_in_features])
+        _, (embeddings, _, qualities) = self._predict_maps(batched_inputs)
         maps = []
         for level, embedding in enumerate(embeddings):
             probs = self._class_probabilities(embedding.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
