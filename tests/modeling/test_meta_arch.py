@@ -163,6 +163,72 @@ def test_only_well_localised_positives_are_distilled_and_crops_are_limited(build
     assert sum(len(b) for b in limited.teacher.regions[-1][1]) == 2 * 3
 
 
+def test_the_mean_over_levels_by_hand(build):
+    """The release averages Eq. 2 level by level, and a level without a point counts as zero."""
+    everything = ("MODEL.IKD.IOU_THRESH", 0.0, "MODEL.IKD.MAX_CROPS_PER_IMAGE", 0)
+    points = build(*everything, "MODEL.IKD.LOSS_WEIGHT", 1.0)
+    levels = build(*everything, "MODEL.IKD.LOSS_WEIGHT", 1.0, "MODEL.IKD.AVERAGE_OVER", "levels")
+    inputs = [*batch(), sample([[2, 2, 126, 126]], [4], seed=4)]  # large: another level
+    seen = []
+    original = levels.distill_regions
+    levels.distill_regions = lambda *args: seen.append(original(*args)) or seen[-1]
+    losses = train_losses(points, inputs)["loss_ikd"], train_losses(levels, inputs)["loss_ikd"]
+    (pairs,) = seen
+    distances = (pairs.student - pairs.teacher).abs().sum(dim=1)
+    torch.testing.assert_close(losses[0], distances.mean())
+    of_levels = [
+        distances[pairs.levels == level].mean() if (pairs.levels == level).any() else 0.0
+        for level in range(3)
+    ]
+    torch.testing.assert_close(losses[1], sum(of_levels) / 3)
+    assert losses[0] != losses[1]
+    assert len(pairs.levels.unique()) > 1
+
+
+def test_the_level_of_each_distilled_point(build):
+    model = build("MODEL.IKD.IOU_THRESH", 0.0, "MODEL.IKD.MAX_CROPS_PER_IMAGE", 0)
+    seen = []
+    original = model.distill_regions
+    model.distill_regions = lambda *args: seen.append((args, original(*args))) or seen[-1][1]
+    train_losses(model, [*batch(), sample([[2, 2, 126, 126]], [4], seed=4)])
+    ((_, _, positives, sizes), pairs) = seen[0]
+    assert sizes == [16 * 16, 8 * 8, 4 * 4]
+    expected = [0 if i < 256 else 1 if i < 256 + 64 else 2 for i in positives.point_idxs.tolist()]
+    assert pairs.levels.tolist() == expected
+
+
+def test_the_closed_gap_gives_the_teacher_the_mean_of_the_text(build):
+    plain = build("MODEL.IKD.IOU_THRESH", 0.0)
+    closed = build("MODEL.IKD.IOU_THRESH", 0.0, "MODEL.IKD.CLOSE_MODALITY_GAP", True)
+    pairs = []
+    for model in (plain, closed):
+        original = model.distill_regions
+        model.distill_regions = lambda *args, f=original: pairs.append(f(*args)) or pairs[-1]
+        train_losses(model, batch())
+    before, after = pairs[0].teacher, pairs[1].teacher
+    shift = plain.text_classifier.text_embeddings.mean(dim=0) - before.mean(dim=0)
+    moved = before + shift
+    torch.testing.assert_close(after, moved / moved.norm(dim=1, keepdim=True))
+    torch.testing.assert_close(pairs[0].student, pairs[1].student)
+    empty = [sample([], seed=1), sample([], seed=2)]
+    assert train_losses(closed, empty)["loss_ikd"] == 0
+
+
+def test_negatives_drawn_per_level(build):
+    """A level without a positive gives none; the others give a tenth of theirs each."""
+    model = build("MODEL.ATSS.NEGATIVE_SCOPE", "level")
+    sizes = [256, 64, 16]
+    labels = torch.full((2, sum(sizes)), 5)  # 5 classes: 5 is the background
+    labels[0, :6] = 1  # positives on the first level
+    labels[1, -2:] = 2  # and on the last
+    sampled = model.sample_negatives(labels, sizes)
+    kept = [int((part == 5).sum()) for part in sampled.split(sizes, dim=1)]
+    assert kept == [int(0.1 * (512 - 6)), 0, int(0.1 * (32 - 2))]
+    assert torch.equal(sampled[labels != 5], labels[labels != 5])
+    whole = build().sample_negatives(labels, sizes)
+    assert int((whole == 5).sum()) == int(0.1 * (labels == 5).sum())
+
+
 def test_distillation_does_not_move_the_box_branch(build):
     model = build("MODEL.IKD.IOU_THRESH", 0.0)
     losses = train_losses(model, batch())
@@ -255,6 +321,8 @@ def test_wrong_embeddings_are_refused(build):
         ("MODEL.ATSS.QUALITY", "ctr"),
         ("MODEL.IKD.LOSS_TYPE", "l3"),
         ("MODEL.IKD.BOXES", "proposals"),
+        ("MODEL.IKD.AVERAGE_OVER", "images"),
+        ("MODEL.ATSS.NEGATIVE_SCOPE", "image"),
         ("MODEL.GKD.LOSS_TYPE", "triplet"),
     ],
 )
@@ -342,6 +410,16 @@ def test_inference_with_another_vocabulary_and_output_size(build):
 
 
 @torch.no_grad()
+def test_no_limit_on_pairs_is_a_limit_that_never_binds(build):
+    detections = []
+    for limit in (0, 10**9):
+        model = build("MODEL.ATSS.TOPK_PAIRS_TEST", limit).eval()
+        with torch.no_grad():
+            detections.append(model(batch()[:1])[0]["instances"])
+    assert len(detections[0]) > 0
+    assert torch.equal(detections[0].scores, detections[1].scores)
+
+
 def test_the_score_threshold_applies_to_the_class_probability(build):
     model = build()
     model.eval()

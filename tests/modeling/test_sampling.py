@@ -134,6 +134,23 @@ def test_one_class():
     assert int((kept == 0).sum()) == 4
 
 
+@pytest.mark.parametrize("mode", ["fraction", "per_positive"])
+def test_a_pool_without_positives_can_be_left_out(mode):
+    none = labels_of(negatives=40, positives=0, ignored=3)
+    some = labels_of(negatives=40, positives=4, ignored=3)
+    settings = {"mode": mode, "amount": 0.5}
+    kept = subsample_negatives(none, BACKGROUND, **settings, only_with_positives=True)
+    assert count(kept) == 0
+    assert int((kept == -1).sum()) == 43
+    same = [
+        subsample_negatives(
+            some, BACKGROUND, **settings, only_with_positives=only, generator=seeded()
+        )
+        for only in (False, True)
+    ]
+    assert torch.equal(*same)
+
+
 def test_errors_name_both_sides():
     labels = torch.tensor([BACKGROUND])
     with pytest.raises(ValueError, match=r"'fraction', 'per_positive'.*got 'all'"):

@@ -111,6 +111,27 @@ def test_bgr_is_rgb_with_the_channels_turned_round(make_teacher):
     assert (make_teacher().encode_regions([image.flip(0)], [BOXES], 1.5) - rgb).abs().max() > 1e-2
 
 
+def test_pixel_statistics_are_what_the_crop_is_normalised_with(make_teacher, monkeypatch):
+    """A grey picture of ImageNet's mean colour is all zeros to CLIP with ImageNet's statistics."""
+    grey = torch.tensor([123.675, 116.28, 103.53])[:, None, None].expand(3, 80, 90)
+    seen = []
+    for statistics in ("imagenet", "clip"):
+        teacher = make_teacher(pixel_statistics=statistics)
+        encode = teacher._clip().encode_image
+        monkeypatch.setattr(
+            teacher._clip(),
+            "encode_image",
+            lambda crops, encode=encode: seen.append(crops) or encode(crops),
+        )
+        teacher.encode_regions([grey], [BOXES[:1]], 1.0)
+    torch.testing.assert_close(seen[0], torch.zeros_like(seen[0]), atol=1e-5, rtol=0)
+    inside = seen[1][0, :, seen[1].shape[2] // 2, seen[1].shape[3] // 2]
+    expected = (torch.tensor([0.485, 0.456, 0.406]) - torch.tensor(teacher_module.CLIP_MEAN)) / (
+        torch.tensor(teacher_module.CLIP_STD)
+    )
+    torch.testing.assert_close(inside, expected, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("limit", [1, 2, 4, 512])
 def test_order_and_batch_size_change_nothing(make_teacher, monkeypatch, limit):
     monkeypatch.setattr(teacher_module, "_REGIONS_PER_CALL", limit)
@@ -470,6 +491,8 @@ def test_wrong_image_format_and_precision(make_teacher):
         make_teacher(image_format="L")
     with pytest.raises(ValueError, match="found 'int8'"):
         make_teacher(precision="int8")
+    with pytest.raises(ValueError, match=r"PIXEL_STATISTICS.*'clip', 'imagenet'.*got 'coco'"):
+        make_teacher(pixel_statistics="coco")
 
 
 def test_build_teacher_reads_the_config(weights, tmp_path):
@@ -477,7 +500,10 @@ def test_build_teacher_reads_the_config(weights, tmp_path):
         MODEL=SimpleNamespace(
             DEVICE="cpu",
             TEACHER=SimpleNamespace(
-                WEIGHTS=str(weights), TEXT_CACHE_DIR=str(tmp_path), DOWNLOAD_ROOT=""
+                WEIGHTS=str(weights),
+                TEXT_CACHE_DIR=str(tmp_path),
+                DOWNLOAD_ROOT="",
+                PIXEL_STATISTICS="imagenet",
             ),
             TEXT_CLASSIFIER=SimpleNamespace(TEMPLATE="one {}"),
         ),
@@ -488,6 +514,7 @@ def test_build_teacher_reads_the_config(weights, tmp_path):
     assert isinstance(teacher, CLIPTeacher)
     assert teacher.image_format == "BGR"
     assert teacher._disk.path.parent == tmp_path
+    assert teacher.pixel_std == (0.229, 0.224, 0.225)
 
 
 @pytest.mark.gpu

@@ -117,6 +117,25 @@ def test_the_initial_background_is_a_copy_of_unit_length():
     assert given.abs().sum() > 0
 
 
+def test_projection_sets_the_background_itself_back_to_unit_length():
+    model = classifier(project_background=True)
+    with torch.no_grad():
+        model.background_embedding.mul_(3.0)
+    model.eval()
+    model(F.normalize(random(5, D), dim=1))
+    torch.testing.assert_close(model.background_embedding.norm(), torch.tensor(3.0))
+    model.train()
+    embeddings = F.normalize(random(5, D), dim=1)
+    logits = model(embeddings)
+    torch.testing.assert_close(model.background_embedding.norm(), torch.tensor(1.0))
+    usual = classifier()
+    torch.testing.assert_close(logits, usual(embeddings))
+    # the gradient is that of a plain dot product: it has a part along the embedding
+    logits[:, -1].sum().backward()
+    expected = model.logit_scale.detach() * embeddings.sum(dim=0)
+    torch.testing.assert_close(model.background_embedding.grad, expected)
+
+
 def test_the_vocabulary_is_a_copy():
     unit = F.normalize(random(4, D), dim=1)
     module = TextClassifier(random(D))

@@ -54,9 +54,12 @@ def _add_detector_keys(cfg: CN) -> None:
     # [paper §3.4, Table 5: 10 %]
     cfg.MODEL.ATSS.NEGATIVE_SAMPLING = "fraction"
     cfg.MODEL.ATSS.NEGATIVE_AMOUNT = 0.1
+    # Where they are drawn: "batch" = from all levels together [paper §3.4], or "level" = from each
+    # level by itself, and none from a level without a positive [release].
+    cfg.MODEL.ATSS.NEGATIVE_SCOPE = "batch"
     # Inference: class probabilities at or below the threshold are dropped (before the product with
     # the IoU); then the best anchors of each level, then the best (anchor, class) pairs of the
-    # image go to NMS. [release: 0.0, 1000; pairs: ours, the release sends all]
+    # image go to NMS (0 = all pairs). [release: 0.0, 1000; pairs: ours, the release sends all]
     cfg.MODEL.ATSS.SCORE_THRESH_TEST = 0.0
     cfg.MODEL.ATSS.TOPK_ANCHORS_TEST = 1000
     cfg.MODEL.ATSS.TOPK_PAIRS_TEST = 3000
@@ -72,6 +75,9 @@ def _add_detector_keys(cfg: CN) -> None:
     cfg.MODEL.TEXT_CLASSIFIER.TEMPLATE = "a photo of a {}."
     # Text whose embedding the learned background starts from. [paper §3.1]
     cfg.MODEL.TEXT_CLASSIFIER.BACKGROUND_PROMPT = "a photo of background."
+    # How the background embedding keeps unit length: False = it is normalised in use [ours], True =
+    # the parameter itself is set back to unit length before each training step [release].
+    cfg.MODEL.TEXT_CLASSIFIER.PROJECT_BACKGROUND = False
 
 
 def _add_distillation_keys(cfg: CN) -> None:
@@ -91,6 +97,12 @@ def _add_distillation_keys(cfg: CN) -> None:
     # At most this many crops per image on average, drawn at random over the batch; 0 = no limit.
     # [ours: bounds the cost of the teacher]
     cfg.MODEL.IKD.MAX_CROPS_PER_IMAGE = 0
+    # What the loss is a mean of: "points" = all distilled points [paper Eq. 2], or "levels" = the
+    # means of the levels, each with the same weight [release].
+    cfg.MODEL.IKD.AVERAGE_OVER = "points"
+    # Move the teacher's region embeddings of each batch so that their mean is that of the training
+    # vocabulary's text embeddings: closes the gap between CLIP's two modalities. [ours]
+    cfg.MODEL.IKD.CLOSE_MODALITY_GAP = False
 
     cfg.MODEL.GKD = CN()
     # lambda_Glo; 0 turns global-level distillation off. [release]
@@ -108,6 +120,9 @@ def _add_distillation_keys(cfg: CN) -> None:
     # OpenAI CLIP: a name ("ViT-B/32", "RN50", ...) that is downloaded once, or the path of a file
     # in OpenAI's format (TorchScript archive or state dict). [paper §4.2]
     cfg.MODEL.TEACHER.WEIGHTS = "ViT-B/32"
+    # Mean and deviation of the pixels that CLIP sees: "clip", its own [paper §4.2], or "imagenet"
+    # [release].
+    cfg.MODEL.TEACHER.PIXEL_STATISTICS = "clip"
     # Folder of downloaded CLIP weights; "" = CLIP's own ~/.cache/clip.
     cfg.MODEL.TEACHER.DOWNLOAD_ROOT = ""
     # Folder of the text embedding cache; "" = $HIERKD_CACHE or ~/.cache/hierkd/text_embeddings.

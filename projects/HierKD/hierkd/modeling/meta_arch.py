@@ -35,6 +35,7 @@ from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from hierkd.modeling.atss import ATSSMatcher
 from hierkd.modeling.head import ATSSHead
@@ -72,8 +73,10 @@ class DetectionSettings:
     quality_loss_weight: float = 1.0
     negative_sampling: str = "fraction"
     negative_amount: float = 0.1
+    negative_scope: str = "batch"
 
     def __post_init__(self) -> None:
+        _check_choice("MODEL.ATSS.NEGATIVE_SCOPE", self.negative_scope, ("batch", "level"))
         _check_choice("MODEL.ATSS.QUALITY", self.quality, ("iou", "centerness", "none"))
 
 
@@ -87,10 +90,13 @@ class IKD:
     crop_scale: float = 1.5
     iou_thresh: float = 0.5
     max_crops_per_image: int = 0
+    average_over: str = "points"
+    close_modality_gap: bool = False
 
     def __post_init__(self) -> None:
         _check_choice("MODEL.IKD.LOSS_TYPE", self.loss_type, tuple(_EMBEDDING_LOSSES))
         _check_choice("MODEL.IKD.BOXES", self.boxes, ("predicted", "gt"))
+        _check_choice("MODEL.IKD.AVERAGE_OVER", self.average_over, ("points", "levels"))
 
 
 @dataclass(frozen=True)
@@ -130,6 +136,14 @@ class PositivePoints(NamedTuple):
     ious: Tensor  # (p,) IoU of the two, no gradient
 
 
+class RegionPairs(NamedTuple):
+    """What Eq. 2 compares at the P distilled points, and the level of each."""
+
+    student: Tensor  # (P, D), L2-normalised, with gradient
+    teacher: Tensor  # (P, D), L2-normalised, without
+    levels: Tensor  # (P,) in [0, L)
+
+
 def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{key} must be one of {choices}, got {value!r}")
@@ -141,6 +155,24 @@ def _average_over_processes(values: Tensor) -> Tensor:
     if world_size > 1:
         torch.distributed.all_reduce(values)
     return values.div_(world_size)
+
+
+def _embedding_loss(loss_type: str, pairs: RegionPairs, num_regions: list[Tensor]) -> Tensor:
+    """Eq. 2: a mean over all points, or over the points of each level and then over the levels.
+
+    Args:
+        loss_type: "l1" or "l2".
+        pairs: what is compared.
+        num_regions: the normaliser of all points, or of each of the L levels.
+    """
+    total = _EMBEDDING_LOSSES[loss_type]
+    if len(num_regions) == 1:
+        return total(pairs.student, pairs.teacher) / num_regions[0]
+    of_levels = [
+        total(pairs.student[pairs.levels == i], pairs.teacher[pairs.levels == i]) / number
+        for i, number in enumerate(num_regions)
+    ]
+    return torch.stack(of_levels).mean()
 
 
 @META_ARCH_REGISTRY.register()
@@ -255,7 +287,9 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
             ),
             "head_in_features": atss.IN_FEATURES,
             "text_classifier": TextClassifier(
-                teacher.encode_captions([text.BACKGROUND_PROMPT])[0], logit_scale=text.LOGIT_SCALE
+                teacher.encode_captions([text.BACKGROUND_PROMPT])[0],
+                logit_scale=text.LOGIT_SCALE,
+                project_background=text.PROJECT_BACKGROUND,
             ),
             "anchor_generator": build_anchor_generator(cfg, shapes),
             "box2box_transform": Box2BoxTransform(weights=atss.BBOX_REG_WEIGHTS),
@@ -271,6 +305,7 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
                 quality_loss_weight=atss.QUALITY_LOSS_WEIGHT,
                 negative_sampling=atss.NEGATIVE_SAMPLING,
                 negative_amount=atss.NEGATIVE_AMOUNT,
+                negative_scope=atss.NEGATIVE_SCOPE,
             ),
             "inference": InferenceSettings(
                 score_thresh=atss.SCORE_THRESH_TEST,
@@ -286,6 +321,8 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
                 crop_scale=ikd.CROP_SCALE,
                 iou_thresh=ikd.IOU_THRESH,
                 max_crops_per_image=ikd.MAX_CROPS_PER_IMAGE,
+                average_over=ikd.AVERAGE_OVER,
+                close_modality_gap=ikd.CLOSE_MODALITY_GAP,
             )
             if ikd.LOSS_WEIGHT > 0
             else None,
@@ -379,14 +416,10 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
             anchors = self.anchor_generator(features)
             gt_labels, matched_gt_boxes = self.label_anchors(anchors, gt_instances)
             positives = self.positive_points(predictions, anchors, gt_labels, matched_gt_boxes)
-            gt_labels = subsample_negatives(  # §3.4
-                gt_labels,
-                self.text_classifier.num_classes,
-                mode=self.detection.negative_sampling,
-                amount=self.detection.negative_amount,
-            )
+            level_sizes = [len(level) for level in anchors]
+            gt_labels = self.sample_negatives(gt_labels, level_sizes)  # §3.4
             # §3.2: what CLIP sees in the regions of the positive points
-            region_pairs = self.distill_regions(batched_inputs, predictions, positives)
+            region_pairs = self.distill_regions(batched_inputs, predictions, positives, level_sizes)
             # §3.3: how well each image matches each caption
             match_scores = self.match_captions(batched_inputs, pred_maps[0])
             return self.losses(
@@ -420,6 +453,33 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
             all_boxes.append(boxes)
         return torch.stack(all_labels), torch.stack(all_boxes)
 
+    def sample_negatives(self, gt_labels: Tensor, level_sizes: list[int]) -> Tensor:
+        """Ignore most of the negatives (§3.4).
+
+        Args:
+            gt_labels: (N, R) labels.
+            level_sizes: points of each level, R in all.
+
+        Returns:
+            (N, R) labels with -1 for what the classification loss leaves out.
+        """
+        settings = self.detection
+        by_level = settings.negative_scope == "level"
+        parts = gt_labels.split(level_sizes, dim=1) if by_level else [gt_labels]
+        return torch.cat(
+            [
+                subsample_negatives(
+                    part,
+                    self.text_classifier.num_classes,
+                    mode=settings.negative_sampling,
+                    amount=settings.negative_amount,
+                    only_with_positives=by_level,
+                )
+                for part in parts
+            ],
+            dim=1,
+        )
+
     def positive_points(
         self,
         predictions: DensePredictions,
@@ -443,12 +503,12 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
         batched_inputs: list[dict[str, Any]],
         predictions: DensePredictions,
         positives: PositivePoints,
-    ) -> tuple[Tensor, Tensor] | None:
+        level_sizes: list[int],
+    ) -> RegionPairs | None:
         """Pair the embeddings of well-localised positives with CLIP's of their regions (§3.2).
 
         Returns:
-            (student (P, D) with gradient, teacher (P, D) without), both L2-normalised, or None if
-            IKD is off.
+            The pairs, or None if IKD is off.
         """
         if self.ikd is None:
             return None
@@ -456,7 +516,7 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
         limit = self.ikd.max_crops_per_image * len(batched_inputs)
         if 0 < limit < len(keep):
             keep = keep[torch.randperm(len(keep), device=keep.device)[:limit].sort().values]
-        image_idxs = positives.image_idxs[keep]
+        image_idxs, point_idxs = positives.image_idxs[keep], positives.point_idxs[keep]
         boxes = positives.pred_boxes if self.ikd.boxes == "predicted" else positives.gt_boxes
         boxes = boxes[keep].detach()
         per_image = image_idxs.bincount(minlength=len(batched_inputs)).tolist()
@@ -465,7 +525,15 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
             boxes.split(per_image),
             self.ikd.crop_scale,
         )
-        return predictions.embeddings[image_idxs, positives.point_idxs[keep]], teacher
+        if self.ikd.close_modality_gap and len(teacher) > 0:
+            text_center = self.text_classifier.text_embeddings.mean(dim=0)
+            teacher = F.normalize(teacher - teacher.mean(dim=0) + text_center, dim=1)
+        level_ends = torch.tensor(level_sizes, device=point_idxs.device).cumsum(0)
+        return RegionPairs(
+            student=predictions.embeddings[image_idxs, point_idxs],
+            teacher=teacher,
+            levels=torch.bucketize(point_idxs, level_ends, right=True),
+        )
 
     def match_captions(
         self, batched_inputs: list[dict[str, Any]], embedding_maps: list[Tensor]
@@ -487,7 +555,7 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
         anchors: Boxes,
         gt_labels: Tensor,
         positives: PositivePoints,
-        region_pairs: tuple[Tensor, Tensor] | None,
+        region_pairs: RegionPairs | None,
         match_scores: Tensor | None,
     ) -> dict[str, Tensor]:
         """All losses, normalised and weighted (Eq. 6).
@@ -499,14 +567,14 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
         sampled = gt_labels >= 0
         logits = self.text_classifier(predictions.embeddings[sampled])  # (n, K+1)
         quality_targets = self._quality_targets(anchors, positives)
-        num_distilled = 0 if region_pairs is None else len(region_pairs[0])
-        num_positive, quality_sum, num_regions = (
+        regions_per_group = self._count_regions(region_pairs)
+        num_positive, quality_sum, *num_regions = (
             _average_over_processes(
-                torch.stack(
+                torch.cat(
                     [
-                        quality_targets.new_tensor(float(len(quality_targets))),
-                        quality_targets.sum(),
-                        quality_targets.new_tensor(float(num_distilled)),
+                        quality_targets.new_tensor([float(len(quality_targets))]),
+                        quality_targets.sum()[None],
+                        regions_per_group,
                     ]
                 )
             )
@@ -535,7 +603,7 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
                 settings.quality_loss_weight * loss_quality
             )
         if self.ikd is not None and region_pairs is not None:
-            loss_ikd = _EMBEDDING_LOSSES[self.ikd.loss_type](*region_pairs) / num_regions
+            loss_ikd = _embedding_loss(self.ikd.loss_type, region_pairs, num_regions)
             losses["loss_ikd"] = self.ikd.loss_weight * loss_ikd
         if match_scores is not None and self.mlca is not None:
             if self.mlca.logit_scale is None:
@@ -544,8 +612,17 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
                 by_image, by_caption = image_caption_contrastive_loss(match_scores)
                 losses["loss_gkd_image"] = self.gkd_loss_weight * by_image
                 losses["loss_gkd_caption"] = self.gkd_loss_weight * by_caption
+        num_distilled = int(regions_per_group.sum())
         self._record_statistics(len(gt_labels), len(quality_targets), num_distilled)
         return losses
+
+    def _count_regions(self, pairs: RegionPairs | None) -> Tensor:
+        """Distilled points of each group that the IKD loss is averaged in: one, or L levels."""
+        if pairs is None or self.ikd is None:
+            return torch.zeros(1, device=self.device)
+        if self.ikd.average_over == "points":
+            return torch.tensor([float(len(pairs.levels))], device=self.device)
+        return pairs.levels.bincount(minlength=len(self.head_in_features)).float()
 
     def _quality_targets(self, anchors: Boxes, positives: PositivePoints) -> Tensor:
         """(p,) targets of the quality branch, which also weigh the box loss; ones without one."""
@@ -622,7 +699,8 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
 
         scores = scores[anchor_idxs]
         scores = scores.masked_fill(probs[anchor_idxs] <= settings.score_thresh, -1.0)
-        pair_scores, pairs = scores.flatten().topk(min(settings.topk_pairs, scores.numel()))
+        num_pairs = min(settings.topk_pairs or scores.numel(), scores.numel())
+        pair_scores, pairs = scores.flatten().topk(num_pairs)
         pairs, pair_scores = pairs[pair_scores >= 0], pair_scores[pair_scores >= 0]
         rows, classes = pairs // scores.shape[1], pairs % scores.shape[1]
         anchor_idxs = anchor_idxs[rows]

@@ -21,6 +21,7 @@ def subsample_negatives(
     *,
     mode: str = "fraction",
     amount: float = 0.1,
+    only_with_positives: bool = False,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Keep a random part of the negatives and mark the others as ignored.
@@ -32,6 +33,8 @@ def subsample_negatives(
             ``floor(amount * positives)``, at least one, at most all.
         amount: 0.1 with ``"fraction"`` is the paper's 10 %, 1.0 keeps all; 1.0 with
             ``"per_positive"`` is Table 5's 1:1.
+        only_with_positives: keep no negative at all if there is no positive, as the release does
+            level by level.
         generator: random state, for deterministic tests.
 
     Returns:
@@ -48,10 +51,12 @@ def subsample_negatives(
         )
     labels = gt_labels.flatten().clone()
     negatives = (labels == background).nonzero().squeeze(1)
-    if mode == "fraction":
+    positives = int(((labels >= 0) & (labels != background)).sum())
+    if only_with_positives and positives == 0:
+        keep = 0
+    elif mode == "fraction":
         keep = int(amount * len(negatives))
     else:
-        positives = int(((labels >= 0) & (labels != background)).sum())
         keep = min(len(negatives), max(1, int(amount * positives)))
     if keep < len(negatives):
         order = torch.randperm(len(negatives), device=labels.device, generator=generator)

@@ -29,12 +29,20 @@ class TextClassifier(nn.Module):
 
     text_embeddings: Tensor
 
-    def __init__(self, background_embedding: Tensor, *, logit_scale: float = 100.0) -> None:
+    def __init__(
+        self,
+        background_embedding: Tensor,
+        *,
+        logit_scale: float = 100.0,
+        project_background: bool = False,
+    ) -> None:
         """Start from a background embedding.
 
         Args:
             background_embedding: (D,) initial T_bg.
             logit_scale: initial tau_c.
+            project_background: set the parameter itself back to unit length before every training
+                step, as the release does, instead of normalising it in use.
         """
         super().__init__()
         if background_embedding.dim() != 1:
@@ -45,6 +53,7 @@ class TextClassifier(nn.Module):
         background = F.normalize(background_embedding.detach().float(), dim=0)
         self.background_embedding = nn.Parameter(background)
         self.logit_scale = nn.Parameter(torch.tensor(float(logit_scale)))
+        self.project_background = project_background
         self.register_buffer("text_embeddings", torch.zeros(0, len(background)), persistent=False)
 
     @property
@@ -92,6 +101,11 @@ class TextClassifier(nn.Module):
         """
         if self.num_classes == 0:
             raise RuntimeError("no vocabulary is set: call set_vocabulary first")
-        background = F.normalize(self.background_embedding, dim=0)[None]
+        if self.project_background and self.training:
+            with torch.no_grad():
+                self.background_embedding.copy_(F.normalize(self.background_embedding, dim=0))
+            background = self.background_embedding[None]
+        else:
+            background = F.normalize(self.background_embedding, dim=0)[None]
         weight = torch.cat([self.text_embeddings, background])
         return self.logit_scale * F.linear(embeddings, weight)
