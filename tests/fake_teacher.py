@@ -22,7 +22,8 @@ class FakeTeacher:
         rows = []
         for key in keys:
             seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big")
-            rows.append(torch.randn(self.embed_dim, generator=torch.Generator().manual_seed(seed)))
+            generator = torch.Generator().manual_seed(seed)
+            rows.append(torch.randn(self.embed_dim, generator=generator, device="cpu"))
         return F.normalize(torch.stack(rows), dim=1) if rows else torch.zeros(0, self.embed_dim)
 
     def encode_regions(

@@ -1,16 +1,17 @@
 """tools/prepare_miniature.py and tools/miniature_study.py: what is made, kept, run and reported."""
 
 import json
-import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+import hierkd.engine.runs as runs_module
 from hierkd.data.miniature import MiniatureSpec
+from hierkd.engine.config import load_config
+from hierkd.engine.runs import Run
 from hierkd.engine.tiny_clip import TinyCLIPSpec
 from tools import miniature_study, prepare_miniature
 
@@ -113,7 +114,7 @@ def test_prepare_makes_the_world_first_and_times_each_stage(
         root.mkdir()
 
     monkeypatch.setattr(prepare_miniature, "ensure_miniature", render)
-    seconds = prepare_miniature.prepare(seed=5)
+    seconds = prepare_miniature.prepare(MiniatureSpec(seed=5))
     assert trainings == ["world", "teacher.pt", "backbone.pth"]
     assert list(seconds) == ["world", "teacher", "warm start"]
     assert all(value >= 0 for value in seconds.values())
@@ -125,96 +126,27 @@ def test_prepare_makes_the_world_first_and_times_each_stage(
 # ------------------------------------------------------------------------------ study
 
 
-def fake_training(monkeypatch: pytest.MonkeyPatch, code: int = 0, start: float = 10.0) -> list[Any]:
-    """Replace trainings: each writes the figures of every dataset; returns their commands."""
-    commands: list[Any] = []
-
-    def run(command: list[str], *, stdout: Any, env: dict[str, str], **_: Any) -> SimpleNamespace:
-        commands.append((command, env))
-        stdout.write("last words\n")
-        options = dict(zip(command[4::2], command[5::2], strict=True))
-        if code == 0:
-            values = {"iteration": 599}
-            names = eval(options["DATASETS.TEST"])
-            for d, name in enumerate(names):
-                for m, metric in enumerate(METRICS):
-                    values[f"{name}/bbox/{metric}"] = start + 10 * d + m + int(options["SEED"])
-            lines = [{"iteration": 299}, values]
-            file = Path(options["OUTPUT_DIR"]) / "metrics.json"
-            file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        return SimpleNamespace(returncode=code)
-
-    monkeypatch.setattr(subprocess, "run", run)
-    return commands
+def complete(run: Run, start: float) -> None:
+    """Write the record of a complete run; its figures are start, start + 1, ..."""
+    names = eval(run.opts[1])
+    keys = [f"{name}/bbox/{metric}" for name in names for metric in METRICS]
+    metrics = {key: start + 10 * i for i, key in enumerate(keys)}
+    run.folder.mkdir(parents=True, exist_ok=True)
+    (run.folder / "run.json").write_text(json.dumps({**run.identity(), "metrics": metrics}))
 
 
 @pytest.mark.parametrize("split", ["val", "test"])
-def test_a_run_trains_its_config_with_its_seed_and_keeps_the_figures(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, split: str
-) -> None:
-    commands = fake_training(monkeypatch)
-    folder = tmp_path / "gkd_seed3"
+def test_a_run_is_a_config_with_a_seed_on_a_split(tmp_path: Path, split: str) -> None:
     opts = ["MODEL.GKD.LOSS_WEIGHT", "0.3"]
-    miniature_study.run("gkd", 3, folder, split, opts, threads=2)
-    ((command, env),) = commands
-    assert command[:4] == [
-        *(sys.executable, "train_net.py", "--config-file", "configs/miniature/gkd.yaml")
+    run = miniature_study.build_run("gkd", 3, tmp_path, split, opts)
+    assert (miniature_study.ROOT / run.config).is_file()
+    assert run.seed == 3
+    assert list(run.opts[-2:]) == opts
+    cfg = load_config(str(miniature_study.ROOT / run.config), run.opts)
+    assert cfg.MODEL.GKD.LOSS_WEIGHT == 0.3
+    assert [name.split("_")[2:] for name in cfg.DATASETS.TEST] == [
+        *([split, "novel"], [split, "base"], [split, "all"])
     ]
-    assert command[-2:] == opts
-    assert env["OMP_NUM_THREADS"] == "2"
-    record = json.loads((folder / "figures.json").read_text())
-    # Datasets are novel, base, all, ten apart; metrics are in the order of METRICS.
-    assert record["figures"] == {
-        "ZSD novel AP50": 14.0,
-        "ZSD novel AR50": 16.0,
-        "base AP50": 23.0,
-        "GZSD novel AP50": 34.0,
-        "GZSD base AP50": 33.0,
-        "GZSD all AP50": 35.0,
-    }
-    assert (record["config"], record["seed"], record["split"]) == ("gkd", 3, split)
-    assert record["opts"] == opts
-    assert (miniature_study.ROOT / command[3]).is_file()
-
-
-def test_a_complete_run_is_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    commands = fake_training(monkeypatch)
-    for _ in range(2):
-        miniature_study.run("atss", 0, tmp_path / "atss_seed0", "val", [], 1)
-    assert len(commands) == 1
-    miniature_study.run("atss", 1, tmp_path / "atss_seed1", "val", [], 1)
-    assert len(commands) == 2
-
-
-@pytest.mark.parametrize(("split", "opts"), [("test", []), ("val", ["SOLVER.MAX_ITER", "900"])])
-def test_figures_of_another_split_or_of_other_options_are_not_taken(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, split: str, opts: list[str]
-) -> None:
-    commands = fake_training(monkeypatch)
-    folder = tmp_path / "atss_seed0"
-    miniature_study.run("atss", 0, folder, "val", [], 1)
-    before = (folder / "figures.json").read_bytes()
-    with pytest.raises(ValueError, match=r"figures\.json.*'val'.*--output"):
-        miniature_study.run("atss", 0, folder, split, opts, 1)
-    assert (folder / "figures.json").read_bytes() == before
-    assert len(commands) == 1
-
-
-def test_a_failed_training_names_its_log_and_is_not_complete(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fake_training(monkeypatch, code=1)
-    folder = tmp_path / "hierkd_seed2"
-    log = folder / "stdout.txt"
-    with pytest.raises(RuntimeError, match=r"hierkd, seed 2") as caught:
-        miniature_study.run("hierkd", 2, folder, "val", [], 1)
-    assert str(log) in str(caught.value)
-    assert log.read_text() == "last words\n"
-    assert not (folder / "figures.json").exists()
-    commands = fake_training(monkeypatch)
-    miniature_study.run("hierkd", 2, folder, "val", [], 1)
-    assert len(commands) == 1, "it is run again"
-    assert (folder / "figures.json").is_file()
 
 
 def cells(line: str) -> list[str]:
@@ -222,41 +154,57 @@ def cells(line: str) -> list[str]:
 
 
 def test_the_table_has_mean_and_range_of_the_complete_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
-    fake_training(monkeypatch)
-    for seed in (0, 1, 5):
-        miniature_study.run("ikd", seed, tmp_path / f"ikd_seed{seed}", "test", [], 1)
-    header, rule, ikd, gkd = miniature_study.table(["ikd", "gkd"], [0, 1, 2, 5], tmp_path).split(
-        "\n"
-    )
+    runs = [
+        miniature_study.build_run(config, seed, tmp_path, "test", [])
+        for config in ("ikd", "gkd")
+        for seed in (0, 1, 2, 5)
+    ]
+    for run, start in zip(runs[:2] + runs[3:4], (1.0, 2.0, 6.0), strict=True):
+        complete(run, start)
+    header, rule, ikd, gkd = miniature_study.format_table(runs).split("\n")
     names = cells(header)
     assert names[:3] == ["config", "seeds", "ZSD novel AP50"]
     assert len({len(cells(line)) for line in (header, rule, ikd, gkd)}) == 1
     by_name = dict(zip(names, cells(ikd), strict=True))
     assert by_name["config"] == "ikd"
     assert by_name["seeds"] == "3"  # seed 2 is missing
-    assert by_name["ZSD novel AP50"] == "13.0 (11.0-16.0)"  # 11, 12 and 16
-    assert by_name["GZSD base AP50"] == "32.0 (30.0-35.0)"
+    # Datasets are novel, base, all; metrics are in the order of METRICS, ten apart.
+    place = METRICS.index("novel/AP50")
+    assert (
+        by_name["ZSD novel AP50"] == f"{10 * place + 3}.0 ({10 * place + 1}.0-{10 * place + 6}.0)"
+    )
+    place = 2 * len(METRICS) + METRICS.index("base/AP50")
+    assert (
+        by_name["GZSD base AP50"] == f"{10 * place + 3}.0 ({10 * place + 1}.0-{10 * place + 6}.0)"
+    )
     assert cells(gkd) == ["gkd", "0"] + ["not run"] * len(miniature_study.COLUMNS)
 
 
 def test_the_command_runs_every_config_with_every_seed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    commands = fake_training(monkeypatch)
+    trained: list[Run] = []
+
+    def train(run: Run, root: Path, threads: int) -> int:
+        trained.append(run)
+        complete(run, 0.0)
+        return 0
+
+    monkeypatch.setattr(runs_module, "_train", train)
     output = tmp_path / "study"
     arguments = ["--configs", "atss", "gkd", "--seeds", "0", "1", "--split", "val", "--output"]
     opts = ["--opts", "SOLVER.MAX_ITER", "9"]
     monkeypatch.setattr(sys, "argv", ["study", *arguments, str(output), *opts])
     miniature_study.main()
-    assert sorted(p.name for p in output.glob("*/figures.json")) == ["figures.json"] * 4
     assert {p.name for p in output.iterdir() if p.is_dir()} == {
         *("atss_seed0", "atss_seed1", "gkd_seed0", "gkd_seed1")
     }
-    assert all(command[-2:] == ["SOLVER.MAX_ITER", "9"] for command, _ in commands)
+    assert all(run.opts[-2:] == ("SOLVER.MAX_ITER", "9") for run in trained)
+    assert len(trained) == 4
     table = (output / "table.md").read_text()
-    assert table == miniature_study.table(["atss", "gkd"], [0, 1], output) + "\n"
+    assert table == miniature_study.format_table(trained) + "\n"
     assert table in capsys.readouterr().out
 
 

@@ -21,9 +21,10 @@ LAYERS = [
     "config data.splits data.coco_json data.loader"
     " modeling.losses modeling.sampling modeling.region_crops modeling.mlca"
     " modeling.text_classifier modeling.head modeling.atss modeling.backbone"
-    " engine.checkpoint engine.optimizer engine.results engine.visualization",
+    " engine.checkpoint engine.optimizer engine.results engine.visualization"
+    " engine.paper_tables",
     "data.datasets data.dataset_mapper data.prepare modeling.teacher engine.config"
-    " engine.warm_start",
+    " engine.warm_start engine.runs engine.reproduction",
     "data.miniature modeling.meta_arch evaluation.split_coco_evaluation engine.predictor",
     "evaluation.direct_inference evaluation.upper_bound evaluation.heat_maps engine.gallery"
     " engine.tiny_clip",

@@ -5,98 +5,65 @@
     python tools/miniature_study.py --configs hierkd --seeds 0 1 --split val \\
         --output output/study/gkd_0.3 --opts MODEL.GKD.LOSS_WEIGHT 0.3
 
-Tune on ``--split val``; report on ``--split test``, which nothing else looks at. Every run is a
-``train_net.py`` of its own, of one thread, with ``--jobs`` at a time; a run that is complete is not
-run again. The seeds are the detector's: world, teacher and warm start are shared.
+For settings that are no row of the paper; ``tools/reproduce.py`` runs those. Tune on ``--split
+val``; report on ``--split test``, which nothing else looks at. Every run is a ``train_net.py`` of
+its own, of one thread, with ``--jobs`` at a time; a run that is complete is not run again, one that
+was interrupted goes on. The seeds are the detector's: world, teacher and warm start are shared.
 """
 
 from __future__ import annotations
 
+import hierkd  # noqa: F401  (first: it quiets two deprecation warnings inside libraries)
+
+# isort: split
 import argparse
-import json
-import os
 import statistics
-import subprocess
-import sys
-import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Sequence
 from pathlib import Path
 
-from tqdm import tqdm
-
-from hierkd.data.coco_json import write_json_atomically
+from hierkd.engine.runs import Run, execute, find_figure, read_record
 
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = {
-    "ZSD novel AP50": ("{split}_novel", "novel/AP50"),
-    "ZSD novel AR50": ("{split}_novel", "novel/AR50"),
-    "base AP50": ("{split}_base", "base/AP50"),
-    "GZSD novel AP50": ("{split}_all", "novel/AP50"),
-    "GZSD base AP50": ("{split}_all", "base/AP50"),
-    "GZSD all AP50": ("{split}_all", "all/AP50"),
+    "ZSD novel AP50": ("novel", "novel/AP50"),
+    "ZSD novel AR50": ("novel", "novel/AR50"),
+    "base AP50": ("base", "base/AP50"),
+    "GZSD novel AP50": ("all", "novel/AP50"),
+    "GZSD base AP50": ("all", "base/AP50"),
+    "GZSD all AP50": ("all", "all/AP50"),
 }
 
 
-def run(config: str, seed: int, folder: Path, split: str, opts: list[str], threads: int) -> None:
-    """Train and evaluate one config with one seed; ``figures.json`` marks it as complete.
-
-    Raises:
-        RuntimeError: if the run failed; names its log.
-        ValueError: if the folder holds a complete run of another split or of other options.
-    """
-    done = folder / "figures.json"
-    wanted = {"config": config, "seed": seed, "split": split, "opts": opts}
-    if done.is_file():
-        record = json.loads(done.read_text())
-        found = {key: record[key] for key in wanted}
-        if found != wanted:
-            raise ValueError(f"{done} holds {found}, not {wanted}: give another --output")
-        return
-    folder.mkdir(parents=True, exist_ok=True)
+def build_run(config: str, seed: int, output: Path, split: str, opts: Sequence[str]) -> Run:
+    """The run of one config with one seed, evaluated on one split."""
     names = tuple(f"miniature_ovd_{split}_{part}" for part in ("novel", "base", "all"))
-    command = [
-        *(sys.executable, "train_net.py", "--config-file", f"configs/miniature/{config}.yaml"),
-        *("SEED", str(seed), "OUTPUT_DIR", str(folder), "DATASETS.TEST", str(names), *opts),
-    ]
-    started = time.time()
-    with (folder / "stdout.txt").open("w") as log:
-        code = subprocess.run(
-            command,
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            check=False,
-        ).returncode
-    if code != 0:
-        raise RuntimeError(f"{config}, seed {seed}, failed: see {folder / 'stdout.txt'}")
-    last = json.loads((folder / "metrics.json").read_text().splitlines()[-1])
-    figures = {
-        column: last[f"miniature_ovd_{dataset.format(split=split)}/bbox/{metric}"]
-        for column, (dataset, metric) in COLUMNS.items()
-    }
-    record = {**wanted, "figures": figures, "seconds": round(time.time() - started, 1)}
-    write_json_atomically(done, record)  # half a file would count as complete
+    return Run(
+        name=config,
+        config=f"configs/miniature/{config}.yaml",
+        opts=("DATASETS.TEST", str(names), *opts),
+        seed=seed,
+        folder=output / f"{config}_seed{seed}",
+    )
 
 
-def table(configs: list[str], seeds: list[int], output: Path) -> str:
+def format_table(runs: Sequence[Run]) -> str:
     """Markdown of mean and range over the seeds that are complete."""
     rows = [
         "| config | seeds | " + " | ".join(COLUMNS) + " |",
         "|---|---|" + "---|" * len(COLUMNS),
     ]
-    for config in configs:
-        files = [output / f"{config}_seed{seed}" / "figures.json" for seed in seeds]
-        runs = [json.loads(file.read_text())["figures"] for file in files if file.is_file()]
+    for config in dict.fromkeys(run.name for run in runs):
+        records = [record for run in runs if run.name == config and (record := read_record(run))]
         cells = []
-        for column in COLUMNS:
-            values = [figures[column] for figures in runs]
+        for part, metric in COLUMNS.values():
+            figures = [find_figure(record["metrics"], part, metric) for record in records]
+            values = [value for value in figures if value is not None]
             cells.append(
                 f"{statistics.mean(values):.1f} ({min(values):.1f}-{max(values):.1f})"
                 if values
                 else "not run"
             )
-        rows.append(f"| {config} | {len(runs)} | " + " | ".join(cells) + " |")
+        rows.append(f"| {config} | {len(records)} | " + " | ".join(cells) + " |")
     return "\n".join(rows)
 
 
@@ -114,23 +81,13 @@ def main() -> None:
     parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE ...")
     args = parser.parse_args()
     output = args.output.resolve()
-    with ThreadPoolExecutor(args.jobs) as pool:
-        futures = [
-            pool.submit(
-                run,
-                config,
-                seed,
-                output / f"{config}_seed{seed}",
-                args.split,
-                args.opts,
-                args.threads,
-            )
-            for seed in args.seeds
-            for config in args.configs
-        ]
-        for future in tqdm(as_completed(futures), total=len(futures), desc="runs"):
-            future.result()
-    text = table(args.configs, args.seeds, output)
+    runs = [
+        build_run(config, seed, output, args.split, args.opts)
+        for seed in args.seeds
+        for config in args.configs
+    ]
+    execute(runs, ROOT, jobs=args.jobs, threads=args.threads)
+    text = format_table(runs)
     (output / "table.md").write_text(text + "\n")
     print(f"Miniature, {args.split} split, opts {args.opts}\n{text}")
 

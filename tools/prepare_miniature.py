@@ -73,15 +73,19 @@ def make_warm_start(path: Path, world: MiniatureSpec, config_file: str) -> None:
     write_json_atomically(path.with_suffix(".json"), {"recipe": recipe, "figures": figures})
 
 
-def prepare(seed: int = 0, config_file: str = CONFIG) -> dict[str, float]:
+def prepare(
+    world: MiniatureSpec, config_file: str = CONFIG, world_only: bool = False
+) -> dict[str, float]:
     """Make whatever is missing; return the seconds of each stage."""
-    root, world = miniature_root(), MiniatureSpec(seed=seed)
+    root = miniature_root()
     seconds = {}
     stages = {
         "world": lambda: ensure_miniature(root, world),
         "teacher": lambda: make_teacher(root / "teacher.pt", TinyCLIPSpec(), world),
         "warm start": lambda: make_warm_start(root / "backbone.pth", world, config_file),
     }
+    if world_only:
+        stages = {"world": stages["world"]}
     for name, stage in stages.items():
         started = time.monotonic()
         stage()
@@ -96,9 +100,21 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the world")
     parser.add_argument("--config-file", default=CONFIG, help="whose backbone is warmed up")
+    parser.add_argument(
+        "--named-probability",
+        type=float,
+        default=MiniatureSpec.named_probability,
+        help="that a caption of the pictures names a class they hold; the pictures stay the same",
+    )
+    parser.add_argument(
+        "--world-only", action="store_true", help="make no teacher and no warm start"
+    )
     args = parser.parse_args()
+    if not 0 <= args.named_probability <= 1:
+        parser.error(f"--named-probability must be in [0, 1], got {args.named_probability}")
     setup_logger(name="hierkd", abbrev_name="hierkd")
-    seconds = prepare(args.seed, args.config_file)
+    world = MiniatureSpec(seed=args.seed, named_probability=args.named_probability)
+    seconds = prepare(world, args.config_file, args.world_only)
     print(f"{miniature_root()} is ready; seconds: {seconds}")
 
 

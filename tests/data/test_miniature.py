@@ -410,3 +410,30 @@ def test_registered_datasets_load_with_their_vocabulary(world: World) -> None:
     finally:
         forget()
         register_miniature()
+
+
+def test_how_much_captions_name_changes_no_picture_and_no_box(tmp_path):
+    worlds = {}
+    for probability in (0.0, 1.0):
+        spec = replace(SPEC, named_probability=probability, val_images=1, test_images=1)
+        worlds[probability] = ensure_miniature(tmp_path / str(probability), spec)
+    pictures = [
+        {p.name: p.read_bytes() for p in (root / "train").iterdir()} for root in worlds.values()
+    ]
+    assert pictures[0] == pictures[1]
+    contents = {
+        probability: json.loads((root / "annotations" / "train_base.json").read_text())
+        for probability, root in worlds.items()
+    }
+    assert contents[0.0]["annotations"] == contents[1.0]["annotations"]
+    named = {
+        probability: [
+            len(words(caption) & set(MINIATURE_CLASSES))
+            for image in content["images"]
+            for caption in image["captions"]
+        ]
+        for probability, content in contents.items()
+    }
+    assert set(named[0.0]) == {1}  # every caption names at least one
+    assert max(named[1.0]) > 1
+    assert all(most >= least for least, most in zip(named[0.0], named[1.0], strict=True))

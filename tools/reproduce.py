@@ -1,0 +1,220 @@
+#!/usr/bin/env python
+"""Run or collect the rows of one of the paper's tables; print them beside the paper's figures.
+
+    python tools/reproduce.py --table 4 --scale coco --num-gpus 4 --dry-run
+    python tools/reproduce.py --table 4 --scale coco --num-gpus 4 --rows "GKD" "IKD + GKD"
+    python tools/reproduce.py --table 3 --seeds 0 1
+    python tools/reproduce.py --table 4 --collect
+
+The default scale is the embedded miniature, made by ``python tools/prepare_miniature.py``, on a
+CPU; ``--scale coco`` needs COCO (datasets/README.md) and GPUs. Every row is a config; rows that are
+the same training are trained once, also across tables. A run that is complete is not run again, one
+that was interrupted goes on, and ``--collect`` starts nothing. Writes ``table<N>.md``, ``.csv`` and
+``.png`` to ``<output>/<scale>``; a row that was not run says "not run".
+"""
+
+from __future__ import annotations
+
+import hierkd  # noqa: F401  (first: it quiets two deprecation warnings inside libraries)
+
+# isort: split
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hierkd.engine.config import load_config
+from hierkd.engine.paper_tables import TABLES, Row, Table, Training
+from hierkd.engine.reproduction import write_table
+from hierkd.engine.runs import Run, execute, find_figure, read_record
+
+ROOT = Path(__file__).resolve().parent.parent
+# GPUs that the configs' batches and learning rates are for. [paper §4.2]
+PAPER_GPUS = 4
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """Build the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--table", type=int, required=True, choices=sorted(TABLES))
+    parser.add_argument("--scale", choices=("coco", "miniature"), default="miniature")
+    parser.add_argument("--seeds", nargs="+", type=int, help="default: the table's")
+    parser.add_argument("--rows", nargs="+", metavar="LABEL", help="default: all of the table")
+    parser.add_argument("--output", type=Path, default=Path("output/reproduce"))
+    parser.add_argument("--collect", action="store_true", help="start nothing, only print")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands that would run")
+    parser.add_argument(
+        "--num-gpus",
+        type=int,
+        default=0,
+        help=f"with other than {PAPER_GPUS}, batch, learning rate and iterations follow the linear "
+        "rule; 0 = one process as the config says",
+    )
+    parser.add_argument("--jobs", type=int, help="runs at a time; default: 1 on COCO, 2 else")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads per run")
+    return parser
+
+
+def choose_rows(table: Table, labels: Sequence[str] | None) -> list[Row]:
+    """The rows of these labels, all without.
+
+    Raises:
+        SystemExit: for an unknown label; names the table's.
+    """
+    known = {row.label: row for row in table.rows}
+    unknown = [label for label in labels or [] if label not in known]
+    if unknown:
+        raise SystemExit(f"--rows {unknown}: table {table.number} has {list(known)}")
+    return [known[label] for label in labels] if labels else list(table.rows)
+
+
+def build_run(training: Training, seed: int, folder: Path, scale: str, num_gpus: int) -> Run:
+    """The run of a training with a seed."""
+    opts = training.opts
+    if scale == "coco" and num_gpus not in (0, PAPER_GPUS):
+        opts = (*opts, "SOLVER.REFERENCE_WORLD_SIZE", str(PAPER_GPUS))
+    return Run(
+        name=training.name,
+        config=training.config,
+        opts=opts,
+        seed=seed,
+        folder=folder / training.name / f"seed{seed}",
+        num_gpus=num_gpus,
+    )
+
+
+class Reproduction:
+    """The runs of some rows of a table, and the evaluations that follow them.
+
+    Args:
+        table: of the paper.
+        rows: of it.
+        seeds: of each row.
+        folder: of this scale's runs.
+        scale: "coco" or "miniature".
+        num_gpus: of each run.
+    """
+
+    def __init__(
+        self,
+        table: Table,
+        rows: Sequence[Row],
+        seeds: Sequence[int],
+        folder: Path,
+        scale: str,
+        num_gpus: int,
+    ) -> None:
+        self.table = table
+        self.rows = rows
+        self.seeds = seeds
+        self.folder = folder
+        self.scale = scale
+        self.num_gpus = num_gpus
+
+    def run_of(self, row: Row, seed: int) -> Run | None:
+        """The training of a row; None if the row has none at this scale."""
+        training = row.coco if self.scale == "coco" else row.miniature
+        if training is None:
+            return None
+        return build_run(training, seed, self.folder, self.scale, self.num_gpus)
+
+    def runs(self) -> list[Run]:
+        """Every training once, seed by seed."""
+        found = [self.run_of(row, seed) for seed in self.seeds for row in self.rows]
+        return list({run.folder: run for run in found if run is not None}.values())
+
+    def evaluation(self, row: Row, seed: int) -> tuple[list[str], Path] | None:
+        """The command that turns a row's checkpoint into figures, and where it writes them.
+
+        None if the training's own evaluation holds the figures.
+        """
+        if self.table.evaluation == "upper_bound":
+            config = "hierkd_R50" if self.scale == "coco" else "miniature/hierkd"
+            file = self.folder / "upper_bound.json"
+            command = ["tools/clip_upper_bound.py", "--config-file", f"configs/{config}.yaml"]
+            return [sys.executable, *command, "--output", str(file)], file
+        run = self.run_of(row, seed)
+        if self.table.evaluation != "direct_inference" or run is None:
+            return None
+        file = run.folder / "direct_inference.json"
+        command = ["tools/clip_direct_inference.py", "--config-file", run.config]
+        weights = ("MODEL.WEIGHTS", str(run.folder / "model_final.pth"))
+        limit = [] if self.scale == "coco" else ["--max-anchors", "100"]
+        return [
+            *(sys.executable, *command, *limit, "--output", str(file)),
+            *("--opts", *run.opts, *weights),
+        ], file
+
+    def missing_evaluations(self) -> list[list[str]]:
+        """Commands of the evaluations that have not been made."""
+        found = [self.evaluation(row, seed) for seed in self.seeds for row in self.rows]
+        unique = {file: command for command, file in [each for each in found if each]}
+        return [command for file, command in unique.items() if not file.is_file()]
+
+    def figures(self, row: Row, seed: int) -> dict[str, float]:
+        """The figures of a row that are there, by column."""
+        evaluation, run = self.evaluation(row, seed), self.run_of(row, seed)
+        metrics: dict[str, float] = {}
+        if evaluation is not None:
+            metrics = read_evaluation(evaluation[1])
+        elif run is not None and (record := read_record(run)):
+            metrics = record["metrics"]
+        cells = {c.label: find_figure(metrics, c.part, c.metric) for c in self.table.columns}
+        return {label: value for label, value in cells.items() if value is not None}
+
+    def results(self) -> dict[str, dict[int, dict[str, float]]]:
+        """Row label -> seed -> column -> figure, of what was run."""
+        return {
+            row.label: {seed: cells for seed in self.seeds if (cells := self.figures(row, seed))}
+            for row in self.rows
+        }
+
+
+def read_evaluation(path: Path) -> dict[str, float]:
+    """Figures of a tool's file as detectron2 would write them; {} if there is no file."""
+    if not path.is_file():
+        return {}
+    content: dict[str, Any] = json.loads(path.read_text())
+    return {
+        f"{dataset}/bbox/{metric}": value
+        for dataset, metrics in content["figures"].items()
+        for metric, value in metrics.items()
+    }
+
+
+def main() -> None:
+    """Run what is missing, print and write the table."""
+    parser = get_parser()
+    args = parser.parse_args()
+    table = TABLES[args.table]
+    rows = choose_rows(table, args.rows)
+    seeds = args.seeds or (table.seeds if args.scale == "miniature" else (0,))
+    if table.evaluation == "upper_bound":
+        seeds = seeds[:1]  # nothing is random
+    folder = (args.output / args.scale).resolve()
+    work = Reproduction(table, rows, seeds, folder, args.scale, args.num_gpus)
+    runs = work.runs()
+    for run in runs:
+        load_config(str(ROOT / run.config), run.opts)  # a mistake shows before anything starts
+    if args.dry_run:
+        commands = [run.command() for run in runs if read_record(run) is None]
+        print("\n".join(shlex.join(c) for c in [*commands, *work.missing_evaluations()]))
+        return
+    if not args.collect:
+        jobs = args.jobs or (1 if args.scale == "coco" else 2)
+        execute(runs, ROOT, jobs=jobs, threads=args.threads)
+        for command in work.missing_evaluations():
+            subprocess.run(command, cwd=ROOT, check=True)
+    print(f"Table {table.number}: {table.title} ({args.scale}, seeds {list(seeds)})")
+    print(write_table(table, work.results(), args.scale, folder))
+    print(f"written to {folder}/table{table.number}.md, .csv and .png")
+
+
+if __name__ == "__main__":
+    main()
