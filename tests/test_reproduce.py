@@ -16,10 +16,9 @@ from tools import reproduce
 def call(monkeypatch, tmp_path, capsys):
     """Run the command; returns what it printed."""
 
-    def run(*arguments):
-        monkeypatch.setattr(
-            sys, "argv", ["reproduce.py", *arguments, "--output", str(tmp_path / "out")]
-        )
+    def run(*arguments, options=()):
+        output = ("--output", str(tmp_path / "out"))
+        monkeypatch.setattr(sys, "argv", ["reproduce.py", *arguments, *output, *options])
         reproduce.main()
         return capsys.readouterr().out
 
@@ -56,6 +55,19 @@ def test_a_dry_run_prints_every_command_and_starts_nothing(call, trained):
 def test_other_than_four_gpus_follow_the_linear_rule(call):
     out = call("--table", "8", "--scale", "coco", "--num-gpus", "1", "--dry-run")
     assert out.count("SOLVER.REFERENCE_WORLD_SIZE 4") == len(TABLES[8].rows)
+
+
+def test_options_reach_every_run_and_are_said_above_the_table(call, trained):
+    options = ("--opts", "SOLVER.MAX_ITER", "5")
+    arguments = ("--table", "3", "--rows", "4x4 patches", "--seeds", "0", "--jobs", "1")
+    out = call(*arguments, options=options)
+    (run,) = trained
+    assert run.opts[-2:] == ("SOLVER.MAX_ITER", "5")
+    assert "every run with SOLVER.MAX_ITER 5" in out
+    with pytest.raises(ValueError, match="of another run"):
+        call(*arguments, options=("--opts", "SOLVER.MAX_ITER", "6"))
+    with pytest.raises(ValueError, match=r"MAX_ITERR"):
+        call(*arguments, options=("--opts", "SOLVER.MAX_ITERR", "6"))
 
 
 def test_rows_that_are_one_training_are_trained_once(call, trained):
@@ -116,7 +128,7 @@ def test_the_commands_of_the_usage_are_accepted():
     text = reproduce.__doc__.replace("\\\n", " ")
     commands = [line.strip() for line in text.splitlines() if line.strip().startswith("python too")]
     used = [words for c in commands if (words := shlex.split(c))[1] == "tools/reproduce.py"]
-    assert len(used) == 4
+    assert len(used) == 5
     for words in used:
         args = parser.parse_args(words[2:])
         assert reproduce.choose_rows(TABLES[args.table], args.rows)

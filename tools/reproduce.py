@@ -5,12 +5,14 @@
     python tools/reproduce.py --table 4 --scale coco --num-gpus 4 --rows "GKD" "IKD + GKD"
     python tools/reproduce.py --table 3 --seeds 0 1
     python tools/reproduce.py --table 4 --collect
+    python tools/reproduce.py --table 4 --output output/half --opts SOLVER.AMP.ENABLED True
 
 The default scale is the embedded miniature, made by ``python tools/prepare_miniature.py``, on a
 CPU; ``--scale coco`` needs COCO (datasets/README.md) and GPUs. Every row is a config; rows that are
 the same training are trained once, also across tables. A run that is complete is not run again, one
 that was interrupted goes on, and ``--collect`` starts nothing. Writes ``table<N>.md``, ``.csv`` and
-``.png`` to ``<output>/<scale>``; a row that was not run says "not run".
+``.png`` to ``<output>/<scale>``; a row that was not run says "not run". What --opts changes in every run is said above the
+table.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from hierkd.engine.config import load_config
-from hierkd.engine.paper_tables import TABLES, Row, Table, Training
+from hierkd.engine.paper_tables import TABLES, Row, Table
 from hierkd.engine.reproduction import write_table
 from hierkd.engine.runs import Run, execute, find_figure, read_record
 
@@ -58,6 +60,9 @@ def get_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--jobs", type=int, help="runs at a time; default: 1 on COCO, 2 else")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads per run")
+    parser.add_argument(
+        "--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE ... of every run"
+    )
     return parser
 
 
@@ -74,21 +79,6 @@ def choose_rows(table: Table, labels: Sequence[str] | None) -> list[Row]:
     return [known[label] for label in labels] if labels else list(table.rows)
 
 
-def build_run(training: Training, seed: int, folder: Path, scale: str, num_gpus: int) -> Run:
-    """The run of a training with a seed."""
-    opts = training.opts
-    if scale == "coco" and num_gpus not in (0, PAPER_GPUS):
-        opts = (*opts, "SOLVER.REFERENCE_WORLD_SIZE", str(PAPER_GPUS))
-    return Run(
-        name=training.name,
-        config=training.config,
-        opts=opts,
-        seed=seed,
-        folder=folder / training.name / f"seed{seed}",
-        num_gpus=num_gpus,
-    )
-
-
 class Reproduction:
     """The runs of some rows of a table, and the evaluations that follow them.
 
@@ -99,6 +89,7 @@ class Reproduction:
         folder: of this scale's runs.
         scale: "coco" or "miniature".
         num_gpus: of each run.
+        opts: KEY VALUE ... on top of each row's own.
     """
 
     def __init__(
@@ -109,6 +100,7 @@ class Reproduction:
         folder: Path,
         scale: str,
         num_gpus: int,
+        opts: Sequence[str] = (),
     ) -> None:
         self.table = table
         self.rows = rows
@@ -116,13 +108,23 @@ class Reproduction:
         self.folder = folder
         self.scale = scale
         self.num_gpus = num_gpus
+        self.opts = tuple(opts)
+        if scale == "coco" and num_gpus not in (0, PAPER_GPUS):
+            self.opts += ("SOLVER.REFERENCE_WORLD_SIZE", str(PAPER_GPUS))
 
     def run_of(self, row: Row, seed: int) -> Run | None:
         """The training of a row; None if the row has none at this scale."""
         training = row.coco if self.scale == "coco" else row.miniature
         if training is None:
             return None
-        return build_run(training, seed, self.folder, self.scale, self.num_gpus)
+        return Run(
+            name=training.name,
+            config=training.config,
+            opts=(*training.opts, *self.opts),
+            seed=seed,
+            folder=self.folder / training.name / f"seed{seed}",
+            num_gpus=self.num_gpus,
+        )
 
     def runs(self) -> list[Run]:
         """Every training once, seed by seed."""
@@ -138,7 +140,8 @@ class Reproduction:
             config = "hierkd_R50" if self.scale == "coco" else "miniature/hierkd"
             file = self.folder / "upper_bound.json"
             command = ["tools/clip_upper_bound.py", "--config-file", f"configs/{config}.yaml"]
-            return [sys.executable, *command, "--output", str(file)], file
+            opts = ["--opts", *self.opts] if self.opts else []
+            return [sys.executable, *command, "--output", str(file), *opts], file
         run = self.run_of(row, seed)
         if self.table.evaluation != "direct_inference" or run is None:
             return None
@@ -198,7 +201,7 @@ def main() -> None:
     if table.evaluation == "upper_bound":
         seeds = seeds[:1]  # nothing is random
     folder = (args.output / args.scale).resolve()
-    work = Reproduction(table, rows, seeds, folder, args.scale, args.num_gpus)
+    work = Reproduction(table, rows, seeds, folder, args.scale, args.num_gpus, args.opts)
     runs = work.runs()
     for run in runs:
         load_config(str(ROOT / run.config), run.opts)  # a mistake shows before anything starts
@@ -211,8 +214,10 @@ def main() -> None:
         execute(runs, ROOT, jobs=jobs, threads=args.threads)
         for command in work.missing_evaluations():
             subprocess.run(command, cwd=ROOT, check=True)
-    print(f"Table {table.number}: {table.title} ({args.scale}, seeds {list(seeds)})")
-    print(write_table(table, work.results(), args.scale, folder))
+    title = f"Table {table.number}: {table.title} ({args.scale}, seeds {list(seeds)})"
+    if work.opts:
+        title += f", every run with {shlex.join(work.opts)}"
+    print(write_table(table, work.results(), args.scale, folder, title))
     print(f"written to {folder}/table{table.number}.md, .csv and .png")
 
 

@@ -55,7 +55,8 @@ def test_csv_has_a_line_a_cell():
 @pytest.mark.parametrize("number", sorted(TABLES))
 def test_without_any_run_every_table_is_written_and_says_so(tmp_path, number):
     table = TABLES[number]
-    markdown = write_table(table, {}, "coco", tmp_path / "new")
+    markdown = write_table(table, {}, "coco", tmp_path / "new", "a title")
+    assert markdown.startswith("a title\n\n| row |")
     assert markdown.count("not run") == len(table.rows) * len(table.columns)
     for row in table.rows:
         assert f"| {row.label} | 0 |" in markdown
@@ -66,11 +67,11 @@ def test_without_any_run_every_table_is_written_and_says_so(tmp_path, number):
 
 
 def test_the_picture_shows_what_was_run(tmp_path):
-    write_table(TABLE, RESULTS, "miniature", tmp_path)
+    write_table(TABLE, RESULTS, "miniature", tmp_path, "a title")
     first = np.asarray(Image.open(tmp_path / "table4.png").convert("RGB"))
     assert first.shape[0] > 200
     assert len(np.unique(first.reshape(-1, 3), axis=0)) > 10
     more = {**RESULTS, "third": {0: {"novel": 30.0}}}
-    write_table(TABLE, more, "miniature", tmp_path)
+    write_table(TABLE, more, "miniature", tmp_path, "a title")
     second = np.asarray(Image.open(tmp_path / "table4.png").convert("RGB"))
     assert first.shape != second.shape or (first != second).any()

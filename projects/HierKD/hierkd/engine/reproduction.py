@@ -138,7 +138,7 @@ def _write_values(
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def write_table(table: Table, results: Results, scale: str, folder: Path) -> str:
+def write_table(table: Table, results: Results, scale: str, folder: Path, title: str) -> str:
     """Write ``table<N>.md``, ``.csv`` and, if anything was run, ``.png``; returns the Markdown.
 
     Args:
@@ -146,9 +146,10 @@ def write_table(table: Table, results: Results, scale: str, folder: Path) -> str
         results: what was run.
         scale: as in :func:`format_markdown`.
         folder: made if it is not there.
+        title: above the table, one line.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    markdown = format_markdown(table, results, scale)
+    markdown = f"{title}\n\n{format_markdown(table, results, scale)}"
     stem = folder / f"table{table.number}"
     for suffix, text in ((".md", markdown + "\n"), (".csv", format_csv(table, results, scale))):
         with replacing(stem.with_suffix(suffix)) as temporary:
