@@ -11,8 +11,8 @@ The default scale is the embedded miniature, made by ``python tools/prepare_mini
 CPU; ``--scale coco`` needs COCO (datasets/README.md) and GPUs. Every row is a config; rows that are
 the same training are trained once, also across tables. A run that is complete is not run again, one
 that was interrupted goes on, and ``--collect`` starts nothing. Writes ``table<N>.md``, ``.csv`` and
-``.png`` to ``<output>/<scale>``; a row that was not run says "not run". What --opts changes in every run is said above the
-table.
+``.png`` to ``<output>/<scale>``; a row that was not run says "not run". What --opts
+changes in every run is said above the table.
 """
 
 from __future__ import annotations
