@@ -20,7 +20,8 @@ LAYERS = [
     "atomic_files",
     "config data.splits data.coco_json data.loader"
     " modeling.losses modeling.sampling modeling.region_crops modeling.mlca"
-    " modeling.text_classifier modeling.head modeling.atss modeling.backbone"
+    " modeling.text_classifier modeling.text_embeddings modeling.head modeling.atss"
+    " modeling.backbone"
     " engine.checkpoint engine.optimizer engine.results engine.visualization"
     " engine.paper_tables",
     "data.datasets data.dataset_mapper data.prepare modeling.teacher engine.config"

@@ -73,6 +73,12 @@ def _add_detector_keys(cfg: CN) -> None:
     cfg.MODEL.TEXT_CLASSIFIER.LOGIT_SCALE = 100.0
     # Prompt of a class; {} is the name. [release]
     cfg.MODEL.TEXT_CLASSIFIER.TEMPLATE = "a photo of a {}."
+    # Prompt ensemble: several templates in place of TEMPLATE; a class is the normalised mean of
+    # their normalised embeddings, as in CLIP. Empty = TEMPLATE alone. [ours]
+    cfg.MODEL.TEXT_CLASSIFIER.TEMPLATES = ()
+    # Class embeddings made beforehand: path of an .npz from datasets/extract_text_embeddings.py,
+    # for running without CLIP's weights. "" = the teacher encodes the names. [ours]
+    cfg.MODEL.TEXT_CLASSIFIER.EMBEDDINGS = ""
     # Text whose embedding the learned background starts from. [paper §3.1]
     cfg.MODEL.TEXT_CLASSIFIER.BACKGROUND_PROMPT = "a photo of background."
     # How the background embedding keeps unit length: False = it is normalised in use [ours], True =

@@ -67,7 +67,8 @@ class HierKDCheckpointer(DetectionCheckpointer):  # type: ignore[misc]  # detect
         if found is not None and expected is not None and len(found) != len(expected):
             raise ValueError(
                 f"{self._loading}: its embeddings have {len(found)} dimensions, this detector's "
-                f"{len(expected)}: MODEL.TEXT_CLASSIFIER.EMBED_DIM and MODEL.TEACHER.WEIGHTS must "
-                "name the CLIP the checkpoint was trained with"
+                f"{len(expected)}: MODEL.TEXT_CLASSIFIER.EMBED_DIM, MODEL.TEACHER.WEIGHTS "
+                "and MODEL.TEXT_CLASSIFIER.EMBEDDINGS, if set, must be those of the CLIP the "
+                "checkpoint was trained with"
             )
         return super()._load_model(checkpoint)

@@ -5,7 +5,8 @@ order, pixel range, normalisation, input size and tokeniser.  A teacher is a pla
 ``nn.Module``: ``state_dict``, ``model.train()``, the optimiser and DDP cannot see it.
 
 CLIP is loaded on the first call that really needs it.  Text embeddings are kept on disk, so that
-evaluation and inference with known texts never load it.
+evaluation and inference with known texts never load it; with a file of class embeddings
+(``MODEL.TEXT_CLASSIFIER.EMBEDDINGS``) they do without CLIP's weights altogether.
 """
 
 import contextlib
@@ -17,7 +18,7 @@ import urllib.parse
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
@@ -31,11 +32,18 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from hierkd.modeling.region_crops import crop_regions
+from hierkd.modeling.text_embeddings import (
+    TextEmbeddings,
+    check_provenance,
+    check_template,
+    load_text_embeddings,
+)
 
 __all__ = [
     "CLIP_MEAN",
     "CLIP_STD",
     "CLIPTeacher",
+    "StoredTextTeacher",
     "Teacher",
     "build_teacher",
     "check_embed_dim",
@@ -105,7 +113,7 @@ class Teacher(Protocol):
         """Embed C texts as they are -> (C, D)."""
 
     def encode_classes(self, names: Sequence[str]) -> Tensor:
-        """Embed K class names, each put into the prompt template -> (K, D)."""
+        """Embed K class names, each put into the prompt template(s) -> (K, D)."""
 
 
 class CLIPTeacher:
@@ -117,6 +125,7 @@ class CLIPTeacher:
         device: where CLIP runs and where embeddings are returned.
         image_format: order of the channels of the images, "RGB" or "BGR".
         template: prompt with one "{}" for the class name.
+        templates: several of them, in place of `template`: a prompt ensemble.
         text_cache_dir: folder of the text cache; None or "" means
             ``$HIERKD_CACHE/text_embeddings``, where that variable defaults to ``~/.cache/hierkd``.
         download_root: folder of downloaded models; None or "" means clip's own ``~/.cache/clip``.
@@ -136,6 +145,7 @@ class CLIPTeacher:
         device: str | torch.device,
         image_format: str = "RGB",
         template: str = "a photo of a {}.",
+        templates: Sequence[str] = (),
         text_cache_dir: str | None = None,
         download_root: str | None = None,
         precision: str = "auto",
@@ -150,19 +160,26 @@ class CLIPTeacher:
                 f"MODEL.TEACHER.PIXEL_STATISTICS must be one of {tuple(_PIXEL_STATISTICS)}, "
                 f"got {pixel_statistics!r}"
             )
-        _check_template(template)
+        if isinstance(templates, str):
+            raise ValueError(
+                "MODEL.TEXT_CLASSIFIER.TEMPLATES: expected a sequence of templates, found the text "
+                f"{templates!r}"
+            )
+        check_template(template)
+        for each in templates:
+            check_template(each, "MODEL.TEXT_CLASSIFIER.TEMPLATES")
         self.weights = weights
         self.device = torch.device(device)
         self.image_format = image_format
         self.pixel_mean, self.pixel_std = _PIXEL_STATISTICS[pixel_statistics]
-        self.template = template
+        self.templates = tuple(templates) or (template,)
         self.half = self.device.type == "cuda" if precision == "auto" else precision == "fp16"
         self._download_root = Path(download_root or "~/.cache/clip").expanduser()
         self._model: Any = None  # clip.model.CLIP, once loaded
         self._memory: OrderedDict[str, _Vector] = OrderedDict()
-        digest = _weights_digest(weights)
+        self.weights_digest = _weights_digest(weights)  # SHA-256, hex
         folder = Path(text_cache_dir).expanduser() if text_cache_dir else _default_text_cache_dir()
-        self._disk = _TextCache(folder / f"clip-{digest[:32]}.sqlite")
+        self._disk = _TextCache(folder / f"clip-{self.weights_digest[:32]}.sqlite")
 
     def __repr__(self) -> str:
         return f"CLIPTeacher(weights={self.weights!r}, device={str(self.device)!r})"
@@ -230,10 +247,25 @@ class CLIPTeacher:
         return torch.from_numpy(np.stack([rows[text] for text in captions])).to(self.device)
 
     def encode_classes(self, names: Sequence[str]) -> Tensor:
-        """Embed class names, each put into the prompt template -> (K, D), as `encode_captions`."""
-        if isinstance(names, str):
-            raise ValueError(f"expected a sequence of class names, found the single name {names!r}")
-        return self.encode_captions([self.template.format(name) for name in names])
+        """Embed class names, each put into the prompt template.
+
+        Of several templates, the normalised embeddings are averaged and normalised again, which is
+        how CLIP's authors build a classifier from a prompt ensemble.
+
+        Args:
+            names: K class names.
+
+        Returns:
+            (K, D), as `encode_captions`.
+        """
+        _check_sequence_of_names(names)
+        per_template = [
+            self.encode_captions([template.format(name) for name in names])
+            for template in self.templates
+        ]
+        if len(per_template) == 1:
+            return per_template[0]
+        return F.normalize(torch.stack(per_template).mean(dim=0), dim=-1)
 
     def _encode_crops(
         self, images: Sequence[Tensor], boxes: Sequence[Tensor], crop_scale: float
@@ -313,21 +345,143 @@ class CLIPTeacher:
         return self._model
 
 
+class StoredTextTeacher:
+    """Class embeddings from a file, everything else from CLIP; implements `Teacher`.
+
+    CLIP is built on the first call that needs it, so that classifying, and training without
+    distillation, run where its weights are not.
+
+    Args:
+        stored: the file's content. A name that it lacks is an error, never encoded by CLIP:
+            vocabularies are not to mix sources.
+        build_clip: builds the teacher for regions, captions and the scale of the logits.
+        device: where embeddings are returned.
+    """
+
+    def __init__(
+        self,
+        stored: TextEmbeddings,
+        build_clip: Callable[[], Teacher],
+        *,
+        device: str | torch.device,
+    ) -> None:
+        self.stored = stored
+        self.device = torch.device(device)
+        self._build_clip = build_clip
+        self._built: Teacher | None = None
+
+    def __repr__(self) -> str:
+        return f"StoredTextTeacher({self.stored.path!r})"
+
+    @property
+    def embed_dim(self) -> int:
+        """D, of the file."""
+        return self.stored.embed_dim
+
+    @property
+    def logit_scale(self) -> float:
+        """CLIP's own; needs CLIP or its text cache."""
+        return self._clip("CLIP's scale of the logits").logit_scale
+
+    def encode_regions(
+        self, images: Sequence[Tensor], boxes: Sequence[Tensor], crop_scale: float
+    ) -> Tensor:
+        """Embed regions with CLIP; see `CLIPTeacher.encode_regions`."""
+        return self._clip("regions").encode_regions(images, boxes, crop_scale)
+
+    def encode_captions(self, captions: Sequence[str]) -> Tensor:
+        """Embed C texts -> (C, D): the background prompt from the file, other texts with CLIP.
+
+        Raises:
+            FileNotFoundError: CLIP is needed, and its weights are not there.
+        """
+        if len(captions) == 0:
+            return torch.zeros((0, self.embed_dim), device=self.device)
+        background = self.stored.background_embedding
+        if background is not None and set(captions) == {self.stored.background_prompt}:
+            return torch.from_numpy(background).to(self.device).repeat(len(captions), 1)
+        needing = f"{captions[0]!r}" if len(captions) == 1 else f"{len(captions)} texts"
+        clip = self._clip(needing)
+        try:
+            return clip.encode_captions(captions)
+        except FileNotFoundError as error:
+            raise self._needs_clip(needing, error) from error
+
+    def encode_classes(self, names: Sequence[str]) -> Tensor:
+        """Embeddings of K class names, from the file -> (K, D).
+
+        Raises:
+            ValueError: the file lacks a name.
+        """
+        _check_sequence_of_names(names)
+        return torch.from_numpy(self.stored.rows_of(names)).to(self.device)
+
+    def _clip(self, needing: str) -> Teacher:
+        if self._built is None:
+            try:
+                built = self._build_clip()
+                embed_dim = built.embed_dim
+            except FileNotFoundError as error:
+                raise self._needs_clip(needing, error) from error
+            if embed_dim != self.embed_dim:
+                raise ValueError(
+                    f"{self.stored.path}: embeddings of size {self.embed_dim}, but {built!r} gives "
+                    f"embeddings of size {embed_dim}: MODEL.TEACHER.WEIGHTS is another CLIP"
+                )
+            self._built = built
+        return self._built
+
+    def _needs_clip(self, needing: str, error: FileNotFoundError) -> FileNotFoundError:
+        return FileNotFoundError(
+            f"{self.stored.path} does not hold {needing}, which therefore needs CLIP: {error}"
+        )
+
+
 def build_teacher(cfg: Any) -> Teacher:
     """Build the teacher that a config describes.
 
     Reads MODEL.TEACHER.{WEIGHTS, TEXT_CACHE_DIR, DOWNLOAD_ROOT, PIXEL_STATISTICS},
-    MODEL.TEXT_CLASSIFIER.TEMPLATE, MODEL.DEVICE and INPUT.FORMAT.
+    MODEL.TEXT_CLASSIFIER.{TEMPLATE, TEMPLATES, EMBEDDINGS, EMBED_DIM}, MODEL.DEVICE and
+    INPUT.FORMAT.
+
+    Raises:
+        FileNotFoundError: EMBEDDINGS names no file, or, where CLIP is needed, WEIGHTS.
+        ValueError: a wrong template, or the file of EMBEDDINGS is broken, of another size than
+            EMBED_DIM, or made with another CLIP or other templates.
     """
-    return CLIPTeacher(
-        cfg.MODEL.TEACHER.WEIGHTS,
-        device=cfg.MODEL.DEVICE,
-        image_format=cfg.INPUT.FORMAT,
-        template=cfg.MODEL.TEXT_CLASSIFIER.TEMPLATE,
-        text_cache_dir=cfg.MODEL.TEACHER.TEXT_CACHE_DIR,
-        download_root=cfg.MODEL.TEACHER.DOWNLOAD_ROOT,
-        pixel_statistics=cfg.MODEL.TEACHER.PIXEL_STATISTICS,
+    text = cfg.MODEL.TEXT_CLASSIFIER
+
+    def build_clip() -> CLIPTeacher:
+        return CLIPTeacher(
+            cfg.MODEL.TEACHER.WEIGHTS,
+            device=cfg.MODEL.DEVICE,
+            image_format=cfg.INPUT.FORMAT,
+            template=text.TEMPLATE,
+            templates=text.TEMPLATES,
+            text_cache_dir=cfg.MODEL.TEACHER.TEXT_CACHE_DIR,
+            download_root=cfg.MODEL.TEACHER.DOWNLOAD_ROOT,
+            pixel_statistics=cfg.MODEL.TEACHER.PIXEL_STATISTICS,
+        )
+
+    if not text.EMBEDDINGS:
+        return build_clip()
+    stored = load_text_embeddings(text.EMBEDDINGS)
+    if stored.embed_dim != text.EMBED_DIM:
+        raise ValueError(
+            f"{stored.path}: embeddings of size {stored.embed_dim}, but "
+            f"MODEL.TEXT_CLASSIFIER.EMBED_DIM is {text.EMBED_DIM}"
+        )
+    weights = cfg.MODEL.TEACHER.WEIGHTS
+    known = os.path.isfile(weights) or weights in _model_urls()
+    unknown = check_provenance(
+        stored,
+        weights=weights,
+        weights_sha256=_weights_digest(weights) if known else None,
+        templates=text.TEMPLATES or (text.TEMPLATE,),
     )
+    if unknown:
+        logger.warning("%s is used unchecked: %s", stored.path, "; ".join(unknown))
+    return StoredTextTeacher(stored, build_clip, device=cfg.MODEL.DEVICE)
 
 
 def check_embed_dim(
@@ -342,13 +496,9 @@ def check_embed_dim(
         )
 
 
-def _check_template(template: str) -> None:
-    around = template.split("{}")
-    if len(around) != 2 or any(brace in part for part in around for brace in "{}"):
-        raise ValueError(
-            f"MODEL.TEXT_CLASSIFIER.TEMPLATE: expected one {{}} for the class name, found "
-            f"{template!r}"
-        )
+def _check_sequence_of_names(names: Sequence[str]) -> None:
+    if isinstance(names, str):
+        raise ValueError(f"expected a sequence of class names, found the single name {names!r}")
 
 
 def _default_text_cache_dir() -> Path:
