@@ -16,7 +16,13 @@ from torch.nn import functional as F
 
 import clip_files
 from hierkd.modeling import teacher as teacher_module
-from hierkd.modeling.teacher import CLIPTeacher, build_teacher, check_embed_dim
+from hierkd.modeling.teacher import (
+    CLIPTeacher,
+    StoredTextTeacher,
+    build_teacher,
+    check_embed_dim,
+)
+from hierkd.modeling.text_embeddings import make_text_embeddings, save_text_embeddings
 
 
 @pytest.fixture(scope="module")
@@ -200,6 +206,26 @@ def test_classes_go_into_the_template(make_teacher):
     teacher = make_teacher(template="the {} there")
     expected = teacher.encode_captions(["the cat there", "the {dog} there"])
     assert torch.equal(teacher.encode_classes(["cat", "{dog}"]), expected)
+
+
+def test_an_ensemble_is_the_normalised_mean_of_normalised_embeddings(make_teacher, weights):
+    templates = ["a {}.", "the big {} there", "{}"]
+    found = make_teacher(templates=templates).encode_classes(["cat", "train"])
+    model, _ = released_clip(weights)
+    for row, name in zip(found, ["cat", "train"], strict=True):
+        total = torch.zeros(16)
+        for template in templates:
+            with torch.no_grad():
+                one = model.encode_text(clip_files.import_clip().tokenize(template.format(name)))[0]
+            total += one / one.norm()
+        torch.testing.assert_close(row, total / total.norm(), atol=1e-5, rtol=0)
+    alone = make_teacher(template="a {}.").encode_classes(["cat", "train"])
+    assert (found - alone).abs().max() > 1e-3
+
+
+def test_an_ensemble_of_one_is_its_template(make_teacher):
+    alone = make_teacher(template="the {}").encode_classes(["cat", "dog"])
+    assert torch.equal(make_teacher(templates=("the {}",)).encode_classes(["cat", "dog"]), alone)
 
 
 def test_long_text_is_cut_off(make_teacher):
@@ -495,26 +521,169 @@ def test_wrong_image_format_and_precision(make_teacher):
         make_teacher(pixel_statistics="coco")
 
 
-def test_build_teacher_reads_the_config(weights, tmp_path):
-    cfg = SimpleNamespace(
-        MODEL=SimpleNamespace(
-            DEVICE="cpu",
-            TEACHER=SimpleNamespace(
-                WEIGHTS=str(weights),
-                TEXT_CACHE_DIR=str(tmp_path),
-                DOWNLOAD_ROOT="",
-                PIXEL_STATISTICS="imagenet",
+@pytest.mark.parametrize("templates", [("a {}", "a photo"), ("{} {}",), "a {}"])
+def test_wrong_templates(make_teacher, templates):
+    with pytest.raises(ValueError, match=r"MODEL\.TEXT_CLASSIFIER\.TEMPLATES"):
+        make_teacher(templates=templates)
+
+
+@pytest.fixture
+def make_cfg(weights, tmp_path):
+    def make(path=weights, **text):
+        return SimpleNamespace(
+            MODEL=SimpleNamespace(
+                DEVICE="cpu",
+                TEACHER=SimpleNamespace(
+                    WEIGHTS=str(path),
+                    TEXT_CACHE_DIR=str(tmp_path / "cache"),
+                    DOWNLOAD_ROOT="",
+                    PIXEL_STATISTICS="imagenet",
+                ),
+                TEXT_CLASSIFIER=SimpleNamespace(
+                    **{"TEMPLATE": "one {}", "TEMPLATES": (), "EMBEDDINGS": "", "EMBED_DIM": 16}
+                    | text
+                ),
             ),
-            TEXT_CLASSIFIER=SimpleNamespace(TEMPLATE="one {}"),
-        ),
-        INPUT=SimpleNamespace(FORMAT="BGR"),
-    )
-    teacher = build_teacher(cfg)
+            INPUT=SimpleNamespace(FORMAT="BGR"),
+        )
+
+    return make
+
+
+def test_build_teacher_reads_the_config(make_cfg, tmp_path):
+    teacher = build_teacher(make_cfg())
     assert torch.equal(teacher.encode_classes(["cat"]), teacher.encode_captions(["one cat"]))
     assert isinstance(teacher, CLIPTeacher)
     assert teacher.image_format == "BGR"
-    assert teacher._disk.path.parent == tmp_path
+    assert teacher._disk.path.parent == tmp_path / "cache"
     assert teacher.pixel_std == (0.229, 0.224, 0.225)
+    ensemble = build_teacher(make_cfg(TEMPLATES=("one {}", "two {}")))
+    assert ensemble.templates == ("one {}", "two {}")
+
+
+# --- class embeddings from a file -----------------------------------------------------------------
+
+NAMES = ["cat", "dog", "polar bear"]
+
+
+@pytest.fixture
+def make_file(make_teacher, weights, tmp_path):
+    """Store embeddings of NAMES as the teacher gives them."""
+
+    def make(background="nothing", **changes):
+        teacher = make_teacher(template="one {}")
+        rows = teacher.encode_classes(NAMES).numpy()
+        provenance = {
+            "templates": teacher.templates,
+            "clip": "tiny.pt",
+            "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+        } | changes
+        if background:
+            provenance["background"] = teacher.encode_captions([background])[0].numpy()
+            provenance["background_prompt"] = background
+        save_text_embeddings(make_text_embeddings(NAMES, rows, **provenance), tmp_path / "x.npz")
+        return str(tmp_path / "x.npz")
+
+    return make
+
+
+def test_stored_classes_need_no_clip_file(make_cfg, make_file, make_teacher, tmp_path, caplog):
+    path = make_file()
+    expected = make_teacher(template="one {}")
+    with caplog.at_level(logging.WARNING):
+        teacher = build_teacher(make_cfg(tmp_path / "gone.pt", EMBEDDINGS=path))
+    assert "gone.pt' is not at hand" in caplog.text
+    assert isinstance(teacher, StoredTextTeacher)
+    order = [NAMES[2], NAMES[0]]
+    assert torch.equal(teacher.encode_classes(order), expected.encode_classes(order))
+    assert torch.equal(
+        teacher.encode_captions(["nothing", "nothing"]), expected.encode_captions(["nothing"] * 2)
+    )
+    assert teacher.embed_dim == 16
+    check_embed_dim(teacher, 16)
+    assert teacher.encode_captions([]).shape == (0, 16)
+    assert teacher.encode_classes([]).shape == (0, 16)
+    assert not isinstance(teacher, nn.Module)
+    for call in (
+        lambda: teacher.encode_captions(["nothing", "a cat"]),
+        lambda: teacher.encode_regions([smooth_image(70, 90)], [BOXES], 1.5),
+        lambda: teacher.logit_scale,
+    ):
+        with pytest.raises(FileNotFoundError, match=r"x\.npz does not hold .*gone\.pt"):
+            call()
+
+
+def test_stored_rows_are_nothing_that_the_teacher_could_change(make_cfg, make_file):
+    teacher = build_teacher(make_cfg(EMBEDDINGS=make_file()))
+    for encode, texts in (
+        (teacher.encode_classes, ["cat"]),
+        (teacher.encode_captions, ["nothing"]),
+    ):
+        before = encode(texts).clone()
+        encode(texts).zero_()
+        assert torch.equal(encode(texts), before)
+
+
+def test_with_clip_everything_else_is_clips(make_cfg, make_file, make_teacher, caplog):
+    with caplog.at_level(logging.WARNING):
+        teacher = build_teacher(make_cfg(EMBEDDINGS=make_file()))
+    assert not caplog.records
+    clip = make_teacher(image_format="BGR", pixel_statistics="imagenet")
+    image = smooth_image(70, 90)
+    assert torch.equal(
+        teacher.encode_regions([image], [BOXES], 1.5), clip.encode_regions([image], [BOXES], 1.5)
+    )
+    texts = ["a cat", "nothing"]
+    assert torch.equal(teacher.encode_captions(texts), clip.encode_captions(texts))
+    assert teacher.logit_scale == clip.logit_scale
+
+
+def test_a_name_that_the_file_lacks_is_not_left_to_clip(make_cfg, make_file):
+    teacher = build_teacher(make_cfg(EMBEDDINGS=make_file()))
+    with pytest.raises(ValueError, match=r"x\.npz: no embedding of 'zebra'"):
+        teacher.encode_classes(["cat", "zebra"])
+    with pytest.raises(ValueError, match="single name 'cat'"):
+        teacher.encode_classes("cat")
+
+
+def test_a_background_that_the_file_lacks_comes_from_clip(make_cfg, make_file, make_teacher):
+    teacher = build_teacher(make_cfg(EMBEDDINGS=make_file(background="")))
+    expected = make_teacher().encode_captions(["nothing"])
+    assert torch.equal(teacher.encode_captions(["nothing"]), expected)
+
+
+def test_stored_classes_of_another_clip(make_cfg, make_file, tmp_path):
+    other = clip_files.write_state_dict(tmp_path / "other.pt", clip_files.random_clip(seed=1))
+    with pytest.raises(ValueError, match=r"x\.npz: made with the CLIP 'tiny\.pt'.*other\.pt"):
+        build_teacher(make_cfg(other, EMBEDDINGS=make_file()))
+    with pytest.raises(ValueError, match=r"x\.npz: made with the CLIP 'tiny\.pt'.*'ViT-B/32'"):
+        build_teacher(make_cfg("ViT-B/32", EMBEDDINGS=make_file()))  # known without its weights
+
+
+def test_stored_classes_of_an_unknown_clip(make_cfg, make_file, tmp_path, caplog):
+    path = make_file(background="", weights_sha256="", clip="", templates=())
+    with caplog.at_level(logging.WARNING):
+        build_teacher(make_cfg(EMBEDDINGS=path))
+    (record,) = caplog.records
+    assert "x.npz is used unchecked" in record.message
+    assert "which CLIP" in record.message
+    assert "which templates" in record.message
+    other = clip_files.write_state_dict(
+        tmp_path / "other.pt", clip_files.random_clip("tiny_resnet")
+    )
+    with pytest.raises(ValueError, match=r"x\.npz: embeddings of size 16, .*size 24.*another CLIP"):
+        build_teacher(make_cfg(other, EMBEDDINGS=path)).encode_captions(["a cat"])
+
+
+def test_stored_classes_of_another_size_or_template(make_cfg, make_file):
+    path = make_file()
+    with pytest.raises(ValueError, match=r"x\.npz: embeddings of size 16, but .*EMBED_DIM is 512"):
+        build_teacher(make_cfg(EMBEDDINGS=path, EMBED_DIM=512))
+    with pytest.raises(ValueError, match=r"x\.npz: made with the templates .*'one \{\}'.*'two"):
+        build_teacher(make_cfg(EMBEDDINGS=path, TEMPLATE="two {}"))
+    with pytest.raises(ValueError, match=r"x\.npz: made with the templates"):
+        build_teacher(make_cfg(EMBEDDINGS=path, TEMPLATES=("one {}", "two {}")))
+    build_teacher(make_cfg(EMBEDDINGS=path, TEMPLATE="two {}", TEMPLATES=("one {}",)))
 
 
 @pytest.mark.gpu
