@@ -3,6 +3,7 @@
 
 python datasets/prepare_coco.py                  # 48/17, the split of the paper's tables
 python datasets/prepare_coco.py --split both
+python datasets/prepare_coco.py --coco-year 2014 # 65/15 as its authors made it
 python datasets/prepare_coco.py --dry-run        # what is missing, and where it comes from
 """
 
@@ -15,7 +16,9 @@ from pathlib import Path
 
 from hierkd.data.datasets import datasets_root
 from hierkd.data.prepare import PartSummary, describe_inputs, prepare_coco
-from hierkd.data.splits import SPLITS
+from hierkd.data.splits import COCO_2014, COCO_2017, SPLITS, CocoVariant
+
+VARIANTS = {"2017": COCO_2017, "2014": COCO_2014}
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -23,7 +26,15 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--split", choices=[*SPLITS, "both"], default="48_17")
+    parser.add_argument(
+        "--split", choices=[*SPLITS, "both"], help="default: 48_17; with --coco-year 2014 65_15"
+    )
+    parser.add_argument(
+        "--coco-year",
+        choices=VARIANTS,
+        default="2017",
+        help="2014: the 65/15 split of PL-ZSD and ZSI, without training images of novel objects",
+    )
     parser.add_argument(
         "--root",
         type=Path,
@@ -38,22 +49,28 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--dry-run", action="store_true", help="read and write nothing; say what is missing"
     )
+    parser.add_argument(
+        "--allow-missing-pictures",
+        action="store_true",
+        help="make the annotations although pictures that they list are not there",
+    )
     return parser.parse_args(arguments)
 
 
-def dry_run(root: Path, output: Path, names: list[str]) -> int:
+def dry_run(root: Path, variant: CocoVariant, output: Path, names: list[str]) -> int:
     """Say what is there, what is missing, and what would be written; 1 if something is missing."""
-    missing = 0
-    for path, is_there, where_from in describe_inputs(root):
-        print(f"{'found  ' if is_there else 'MISSING'}  {path}")
-        if not is_there:
-            missing += 1
-            print(f"         {where_from}")
+    inputs = describe_inputs(root, variant)
+    for each in inputs:
+        detail = f" ({each.detail})" if each.detail else ""
+        print(f"{'found  ' if each.found else 'MISSING'}  {each.path}{detail}")
+        if not each.found:
+            print(f"         {each.where_from}")
     for name in names:
-        print(
-            f"would write {output / f'ovd_{name}'}/{{train_base,val_base,val_novel,val_all}}.json"
-        )
-    return 1 if missing else 0
+        for part in ("train_base", "val_base", "val_novel", "val_all"):
+            path = output / f"ovd_{name}{variant.suffix}" / f"{part}.json"
+            state = "is there, and would be compared:" if path.is_file() else "would be written:"
+            print(f"{state} {path}")
+    return 0 if all(each.found for each in inputs) else 1
 
 
 def print_summaries(summaries: list[PartSummary]) -> None:
@@ -61,20 +78,35 @@ def print_summaries(summaries: list[PartSummary]) -> None:
     for each in summaries:
         check = ""
         if each.expected_images is not None:
-            check = "  as published" if each.is_as_expected else f"  NOT {each.expected_images:,}"
+            check = " (as published)" if each.is_as_expected else f" (NOT {each.expected_images:,})"
+        boxes = ""
+        if each.expected_boxes not in (None, each.num_boxes):
+            boxes = f" (quoted, unverified: {each.expected_boxes:,})"
         captions = f", {each.num_captions:,} captions" if each.num_captions else ""
-        print(f"{each.path}: {each.num_images:,} images{check}, {each.num_boxes:,} boxes{captions}")
+        print(
+            f"{each.path}: {each.num_images:,} images{check}, {each.num_boxes:,} boxes{boxes}"
+            f"{captions}{'' if each.changed else '; was there already'}"
+        )
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return its exit status."""
     args = parse_arguments(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    names = list(SPLITS) if args.split == "both" else [args.split]
+    variant = VARIANTS[args.coco_year]
+    split = args.split or ("48_17" if variant is COCO_2017 else "65_15")
+    names = list(SPLITS) if split == "both" else [split]
     if args.dry_run:
-        return dry_run(args.root, args.output or args.root / "coco" / "annotations", names)
+        output = args.output or args.root / "coco" / "annotations"
+        return dry_run(args.root, variant, output, names)
     try:
-        summaries = prepare_coco(args.root, [SPLITS[name] for name in names], output=args.output)
+        summaries = prepare_coco(
+            args.root,
+            [SPLITS[name] for name in names],
+            output=args.output,
+            variant=variant,
+            check_pictures=not args.allow_missing_pictures,
+        )
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

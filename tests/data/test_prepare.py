@@ -3,14 +3,16 @@
 import copy
 import json
 import runpy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from hierkd.data import prepare
 from hierkd.data.datasets import load_ovd_json
 from hierkd.data.prepare import build_part, join_captions, prepare_coco
-from hierkd.data.splits import COCO_CATEGORIES, SPLITS, Category
+from hierkd.data.splits import COCO_2014, COCO_2017, COCO_CATEGORIES, SPLITS, Category
 
 SCRIPT = Path(__file__).parents[2] / "datasets" / "prepare_coco.py"
 
@@ -86,6 +88,13 @@ def root(tmp_path):
 def write(root, name, content):
     text = content if isinstance(content, str) else json.dumps(content)
     (root / "coco" / "annotations" / f"{name}.json").write_text(text)
+
+
+def put_pictures(root, folder, instances):
+    """Touch every picture of an instances file."""
+    (root / "coco" / folder).mkdir()
+    for image in instances["images"]:
+        (root / "coco" / folder / image["file_name"]).touch()
 
 
 def read(path):
@@ -195,7 +204,7 @@ def _with_file_names(content, pattern):
         (
             "instances_train2017",
             _with_file_names(TRAIN, "COCO_train2014_{:012d}.jpg"),
-            r"found 'COCO_train2014_000000000003\.jpg', a name of COCO 2014",
+            r"names of COCO 2017 such as 0.*found 'COCO_train2014_000000000003\.jpg'",
         ),
         ("instances_train2017", json.dumps(TRAIN)[:500], "is not valid JSON: .* column"),
         ("captions_train2017", "", "is not valid JSON"),
@@ -243,14 +252,16 @@ def test_image_without_caption_is_logged(caplog):
 
 
 def test_count_of_the_whole_coco_is_compared(root, caplog, monkeypatch):
-    monkeypatch.setattr(prepare, "_FULL_COCO_IMAGES", {"train2017": 4, "val2017": 4})
+    small = replace(COCO_2017, num_images={"train2017": 4, "val2017": 4})
     expected = {("48_17", "train_base"): 2, ("48_17", "val_base"): 5}
     monkeypatch.setattr(prepare, "EXPECTED_FULL_COCO", expected)
-    train, base, novel, _ = prepare_coco(root, [SPLITS["48_17"]])
+    monkeypatch.setattr(prepare, "EXPECTED_BOXES", {("48_17", "train_base"): 7})
+    train, base, novel, _ = prepare_coco(root, [SPLITS["48_17"]], variant=small)
+    assert (train.expected_boxes, base.expected_boxes) == (7, None)
     assert (train.expected_images, train.is_as_expected) == (2, True)
     assert (base.expected_images, base.is_as_expected) == (5, False)
     assert (novel.expected_images, novel.is_as_expected) == (None, True)
-    (record,) = caplog.records
+    (record,) = [r for r in caplog.records if "pictures are not checked" not in r.message]
     assert "val_base.json holds 1 images, but the official annotations give 5" in record.message
 
 
@@ -258,7 +269,10 @@ def test_published_counts():
     assert prepare.EXPECTED_FULL_COCO == {
         ("48_17", "train_base"): 107761, ("48_17", "val_base"): 4533,
         ("48_17", "val_novel"): 2064, ("48_17", "val_all"): 4836,
+        ("65_15_2014", "val_novel"): 10098, ("65_15_2014", "val_all"): 10098,
     }  # fmt: skip
+    boxes = prepare.EXPECTED_BOXES
+    assert boxes["48_17", "val_base"] + boxes["48_17", "val_novel"] == boxes["48_17", "val_all"]
 
 
 @pytest.fixture
@@ -292,11 +306,122 @@ def test_script_reports_errors(root, run_script):
 
 
 def test_dry_run(root, run_script):
-    (root / "coco" / "train2017").mkdir()
+    put_pictures(root, "train2017", TRAIN)
     (root / "coco" / "annotations" / "captions_train2017.json").unlink()
     status, out, _ = run_script("--root", root, "--dry-run")
     assert status == 1
     missing = [line for line in out.splitlines() if line.startswith("MISSING")]
     assert [line.split("/")[-1] for line in missing] == ["captions_train2017.json", "val2017"]
+    assert "train2017 (4 of the 118,287 pictures of the whole COCO)" in out
     assert "http://images.cocodataset.org/zips/val2017.zip" in out
+    assert out.count("would be written") == 4
     assert not (root / "coco" / "annotations" / "ovd_48_17").exists()
+
+
+def test_dry_run_with_everything_there(root, run_script):
+    put_pictures(root, "train2017", TRAIN)
+    put_pictures(root, "val2017", VAL)
+    assert run_script("--root", root)[0] == 0
+    status, out, _ = run_script("--root", root, "--dry-run")
+    assert status == 0
+    assert "MISSING" not in out
+    assert out.count("is there, and would be compared") == 4
+
+
+def test_a_second_run_says_that_nothing_changed(root, run_script):
+    _, first, _ = run_script("--root", root)
+    assert "was there already" not in first
+    folder = root / "coco" / "annotations" / "ovd_48_17"
+    times = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    (folder / "val_all.json").write_text("{}")
+    _, second, _ = run_script("--root", root)
+    assert second.count("was there already") == 3
+    assert "was there already" not in second.splitlines()[3]  # the damaged one
+    assert (folder / "train_base.json").stat().st_mtime_ns == times["train_base.json"]
+    assert read(folder / "val_all.json")["images"]
+
+
+def test_a_partial_download_of_pictures_is_named(root, run_script):
+    put_pictures(root, "train2017", TRAIN)
+    (root / "coco" / "train2017" / "000000000002.jpg").unlink()
+    status, _, err = run_script("--root", root)
+    assert status == 1
+    assert "train2017 lacks 1 of the 4 pictures" in err
+    assert "first 000000000002.jpg" in err
+    assert not (root / "coco" / "annotations" / "ovd_48_17").exists()
+    status, out, _ = run_script("--root", root, "--allow-missing-pictures")
+    assert status == 0
+    assert len(out.splitlines()) == 4
+
+
+# ------------------------------------------------------------------------------ COCO 2014
+
+TRAIN_NAME, VAL_NAME = "COCO_train2014_{:012d}.jpg", "COCO_val2014_{:012d}.jpg"
+
+
+@pytest.fixture
+def root_2014(tmp_path):
+    """A datasets folder with the three official files of 2014."""
+    (tmp_path / "coco" / "annotations").mkdir(parents=True)
+    year = {"info": {"year": 2014}}
+    train = make_instances(
+        "train2014",
+        # cat is novel in 65/15. 1: person and cat; 2: cat; 3: people; 4: traffic light, here base
+        [(1, PERSON, 0), (1, CAT, 0), (2, CAT, 0), (3, PERSON, 1), (4, TRAFFIC_LIGHT, 0)],
+    )
+    val = make_instances("val2014", [(1, PERSON, 0), (2, CAT, 0), (2, PERSON, 0), (2, CAT, 1)])
+    write(tmp_path, "instances_train2014", _with(_with_file_names(train, TRAIN_NAME), **year))
+    write(tmp_path, "instances_val2014", _with(_with_file_names(val, VAL_NAME), **year))
+    captions = [{"id": i, "image_id": i, "caption": f"Picture {i}."} for i in (1, 2, 3, 4)]
+    images = _with_file_names(train, TRAIN_NAME)["images"]
+    write(tmp_path, "captions_train2014", {**year, "images": images, "annotations": captions})
+    return tmp_path
+
+
+def test_the_rule_of_zero_shot_detection_by_hand(root_2014):
+    summaries = prepare_coco(root_2014, [SPLITS["65_15"]], variant=COCO_2014)
+    folder = root_2014 / "coco" / "annotations" / "ovd_65_15_2014"
+    parts = {path.stem: read(path) for path in folder.iterdir()}
+    # Image 1 goes although it shows a person: it shows a cat, too.
+    assert sorted(ids(parts["train_base"]["images"])) == [3, 4]
+    assert {part: sorted(ids(parts[part]["images"])) for part in parts if part[:3] == "val"} == {
+        "val_base": [1, 2],
+        "val_novel": [2],
+        "val_all": [2],  # the images with a novel object, with all of their boxes
+    }
+    assert [s.num_boxes for s in summaries] == [2, 2, 2, 3]
+    assert {s.split for s in summaries} == {"65_15_2014"}
+    train = parts["train_base"]["images"]
+    assert [image["captions"] for image in train] == [[f"Picture {i['id']}."] for i in train]
+
+
+def test_2014_is_of_65_15_alone(root_2014, run_script):
+    with pytest.raises(ValueError, match=r"2014 .* 65_15 alone, not 48_17"):
+        prepare_coco(root_2014, [SPLITS["48_17"]], variant=COCO_2014)
+    status, _, err = run_script("--root", root_2014, "--coco-year", "2014", "--split", "48_17")
+    assert (status, "65_15 alone" in err) == (1, True)
+    status, out, _ = run_script("--root", root_2014, "--coco-year", "2014")
+    assert status == 0
+    assert out.count("ovd_65_15_2014/") == 4
+
+
+def test_2014_dry_run_names_its_own_downloads(root_2014, run_script):
+    status, out, _ = run_script("--root", root_2014, "--coco-year", "2014", "--dry-run")
+    assert status == 1
+    assert "http://images.cocodataset.org/zips/train2014.zip" in out
+    assert "2017" not in out
+
+
+def test_files_of_the_other_year_are_named(root_2014):
+    write(root_2014, "instances_train2014", TRAIN)
+    with pytest.raises(ValueError, match=r"instances_train2014\.json: .*2014.* info\.year 2017"):
+        prepare_coco(root_2014, [SPLITS["65_15"]], variant=COCO_2014)
+
+
+def test_2014_is_registered_with_its_own_files():
+    metadata = MetadataCatalog.get("coco_ovd_65_15_2014_train_base")
+    assert metadata.json_file.endswith("ovd_65_15_2014/train_base.json")
+    assert metadata.image_root.endswith("coco/train2014")
+    assert len(metadata.thing_classes) == 65
+    assert MetadataCatalog.get("coco_ovd_65_15_2014_val_all").image_root.endswith("coco/val2014")
+    assert "coco_ovd_48_17_2014_train_base" not in DatasetCatalog.list()

@@ -122,10 +122,19 @@ def index_by_id(
     return indexed
 
 
-def write_json_atomically(path: str | os.PathLike[str], content: object) -> None:
+def write_json_atomically(path: str | os.PathLike[str], content: object) -> bool:
     """Write ``content`` as compact JSON so that ``path`` holds the old or the new file, whole.
 
-    Missing parent folders are made. An interrupted call leaves ``path`` as it was.
+    Missing parent folders are made. An interrupted call leaves ``path`` as it was, and so does one
+    that has nothing new to say.
+
+    Returns:
+        Whether the file is new or has changed.
     """
+    text = json.dumps(content, separators=(",", ":")) + "\n"
+    path = Path(path)
+    if path.is_file() and path.read_text(encoding="utf-8") == text:
+        return False
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, separators=(",", ":")) + "\n", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
+    return True

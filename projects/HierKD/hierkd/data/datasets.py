@@ -22,7 +22,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 
 from hierkd.data.coco_json import FieldTypes, get_entries, index_by_id, read_coco_json
-from hierkd.data.splits import SPLITS, Category, Split
+from hierkd.data.splits import COCO_2014, COCO_2017, Category, CocoVariant, Split
 
 __all__ = [
     "check_captions",
@@ -432,44 +432,51 @@ def check_datasets(names: Iterable[str]) -> list[DatasetDict]:
 
 
 def register_coco_ovd(root: str | None = None) -> None:
-    """Register ``coco_ovd_{48_17,65_15}_{train_base,val_base,val_novel,val_all}``.
+    """Register ``coco_ovd_{48_17,65_15,65_15_2014}_{train_base,val_base,val_novel,val_all}``.
 
     Annotations are expected at ``<root>/coco/annotations/ovd_<split>/<part>.json``, images in
-    ``<root>/coco/{train,val}2017``. Names that are registered already are left alone.
+    ``<root>/coco/{train,val}2017`` (2014 for ``65_15_2014``). Names that are registered already are
+    left alone.
 
     Args:
         root: The folder that holds ``coco``; :func:`datasets_root` unless given.
     """
     coco = os.path.join(datasets_root() if root is None else root, "coco")
-    for split in SPLITS.values():
-        vocabularies = {
-            "train_base": split.base,
-            "val_base": split.base,
-            "val_novel": split.novel,
-            "val_all": split.all,
-        }
-        for part, vocabulary in vocabularies.items():
-            name = f"coco_ovd_{split.name}_{part}"
-            if name not in DatasetCatalog.list():
-                _register_coco_part(name, coco, split, part, vocabulary)
+    for variant in (COCO_2017, COCO_2014):
+        for split in variant.splits():
+            vocabularies = {
+                "train_base": split.base,
+                "val_base": split.base,
+                "val_novel": split.novel,
+                "val_all": split.all,
+            }
+            for part, vocabulary in vocabularies.items():
+                _register_coco_part(coco, variant, split, part, vocabulary)
 
 
 def _register_coco_part(
-    name: str, coco: str, split: Split, part: str, vocabulary: Sequence[Category]
+    coco: str, variant: CocoVariant, split: Split, part: str, vocabulary: Sequence[Category]
 ) -> None:
     """Register one COCO dataset; ``part`` is the stem of its file and starts train_ or val_."""
+    full_name = f"{split.name}{variant.suffix}"
+    name = f"coco_ovd_{full_name}_{part}"
+    if name in DatasetCatalog.list():
+        return
+    command = f"python datasets/prepare_coco.py --split {split.name}"
+    if variant is not COCO_2017:
+        command += f" --coco-year {variant.year}"
     register_ovd_dataset(
         name,
-        json_file=os.path.join(coco, "annotations", f"ovd_{split.name}", f"{part}.json"),
-        image_root=os.path.join(coco, f"{part.split('_')[0]}2017"),
+        json_file=os.path.join(coco, "annotations", f"ovd_{full_name}", f"{part}.json"),
+        image_root=os.path.join(coco, variant.train if part == "train_base" else variant.val),
         vocabulary=[category.name for category in vocabulary],
         base_classes=[category.name for category in split.base],
         novel_classes=[category.name for category in split.novel],
         category_ids=[category.id for category in vocabulary],
         missing_hint=(
-            f"Make the annotations with `python datasets/prepare_coco.py --split {split.name}` "
-            "after downloading COCO 2017 (its --dry-run says what is missing). The environment "
-            "variable DETECTRON2_DATASETS names the folder that holds coco/; it was "
-            f"{os.path.dirname(coco) or '.'!r} when hierkd was imported."
+            f"Make the annotations with `{command}` after downloading COCO {variant.year} (its "
+            "--dry-run says what is missing). The environment variable DETECTRON2_DATASETS names "
+            f"the folder that holds coco/; it was {os.path.dirname(coco) or '.'!r} when hierkd was "
+            "imported."
         ),
     )

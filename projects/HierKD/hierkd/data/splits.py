@@ -13,11 +13,19 @@ Two splits of the 80 COCO detection categories are in use (§4.1 of the paper):
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-__all__ = ["COCO_CATEGORIES", "SPLITS", "Category", "Split"]
+__all__ = [
+    "COCO_2014",
+    "COCO_2017",
+    "COCO_CATEGORIES",
+    "SPLITS",
+    "Category",
+    "CocoVariant",
+    "Split",
+]
 
 
 class Category(NamedTuple):
@@ -174,3 +182,48 @@ SPLITS: dict[str, Split] = {
     "65_15": _make_split("65_15", _NOVEL_15),
 }
 """The splits by name."""
+
+
+@dataclass(frozen=True)
+class CocoVariant:
+    """Which COCO a split is made of, and how.
+
+    Attributes:
+        year: of the images and annotations.
+        zero_shot: the rule of zero-shot detection: training images that show a novel object are
+            removed, and both novel and all classes are tested on the images that show a novel one.
+            Otherwise OVR-CNN's: an image counts if it shows a wanted category, whatever else.
+        num_images: of the official files, by folder.
+        suffix: of the names of files and datasets.
+    """
+
+    year: int
+    zero_shot: bool
+    num_images: Mapping[str, int]
+    suffix: str = ""
+
+    @property
+    def train(self) -> str:
+        """Folder of the training images, such as ``train2017``."""
+        return f"train{self.year}"
+
+    @property
+    def val(self) -> str:
+        """Folder of the validation images, such as ``val2017``."""
+        return f"val{self.year}"
+
+    def splits(self) -> tuple[Split, ...]:
+        """The splits that are defined on it."""
+        return (SPLITS["65_15"],) if self.zero_shot else tuple(SPLITS.values())
+
+
+COCO_2017 = CocoVariant(2017, zero_shot=False, num_images={"train2017": 118_287, "val2017": 5_000})
+"""The paper's COCO (§4.1), with the recipe of OVR-CNN; for 65/15 this combination is ours."""
+
+COCO_2014 = CocoVariant(
+    2014,
+    zero_shot=True,
+    num_images={"train2014": 82_783, "val2014": 40_504},
+    suffix="_2014",
+)
+"""The data of the authors of 65/15: PL-ZSD (AAAI 2020) and ZSI (CVPR 2021)."""
