@@ -17,6 +17,7 @@ import hierkd  # noqa: F401  (first: it quiets two deprecation warnings inside l
 import weakref
 from argparse import Namespace
 from collections import OrderedDict
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from detectron2.data import (
     get_detection_dataset_dicts,
 )
 from detectron2.engine import DefaultTrainer, default_argument_parser, default_setup, launch
-from detectron2.evaluation import verify_results
+from detectron2.evaluation import DatasetEvaluator, verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch import nn
@@ -38,6 +39,7 @@ from hierkd.data.loader import build_resumable_train_loader
 from hierkd.engine.checkpoint import HierKDCheckpointer
 from hierkd.engine.config import load_config
 from hierkd.engine.optimizer import build_optimizer
+from hierkd.evaluation.proposal_evaluation import ProposalEvaluator
 from hierkd.evaluation.split_coco_evaluation import SplitCOCOEvaluator
 
 
@@ -98,8 +100,10 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # detectron2 is untyped
         return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
     @classmethod
-    def build_evaluator(cls, cfg: Any, dataset_name: str) -> SplitCOCOEvaluator:
-        """AP and AR of base, novel and all classes."""
+    def build_evaluator(cls, cfg: Any, dataset_name: str) -> DatasetEvaluator:
+        """AP and AR of base, novel and all classes; of proposals their recall (Table 1)."""
+        if cfg.MODEL.META_ARCHITECTURE == "ProposalNetwork":
+            return ProposalEvaluator(dataset_name)
         return SplitCOCOEvaluator(
             dataset_name,
             output_dir=f"{cfg.OUTPUT_DIR}/inference/{dataset_name}",
@@ -110,6 +114,8 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # detectron2 is untyped
     def test(cls, cfg: Any, model: nn.Module, evaluators: Any = None) -> dict[str, Any]:
         """Evaluate each dataset with its own vocabulary; the training one comes back after it.
 
+        A model without a vocabulary, such as the class-agnostic RPN of Table 1, runs as it is.
+
         Returns:
             Results per dataset name, also when there is only one dataset.
         """
@@ -119,7 +125,8 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # detectron2 is untyped
             one = cfg.clone()
             one.defrost()
             one.DATASETS.TEST = (name,)
-            with detector.vocabulary(MetadataCatalog.get(name).thing_classes):
+            names = MetadataCatalog.get(name).thing_classes
+            with detector.vocabulary(names) if hasattr(detector, "vocabulary") else nullcontext():
                 results[name] = super().test(
                     one, model, None if evaluators is None else [evaluators[index]]
                 )

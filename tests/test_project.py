@@ -21,14 +21,14 @@ LAYERS = [
     "config data.splits data.coco_json data.loader"
     " modeling.losses modeling.sampling modeling.region_crops modeling.mlca"
     " modeling.text_classifier modeling.text_embeddings modeling.head modeling.atss"
-    " modeling.backbone"
+    " modeling.backbone modeling.gathering"
     " engine.checkpoint engine.optimizer engine.results engine.visualization"
     " engine.paper_tables",
     "data.datasets data.dataset_mapper data.prepare modeling.teacher engine.config"
     " engine.warm_start engine.runs engine.reproduction",
     "data.miniature modeling.meta_arch evaluation.split_coco_evaluation engine.predictor",
-    "evaluation.direct_inference evaluation.upper_bound evaluation.heat_maps engine.gallery"
-    " engine.tiny_clip",
+    "evaluation.direct_inference evaluation.proposal_evaluation evaluation.upper_bound"
+    " evaluation.heat_maps engine.gallery engine.tiny_clip",
     "engine.report",
 ]
 LAYER_OF = {module: number for number, line in enumerate(LAYERS) for module in line.split()}

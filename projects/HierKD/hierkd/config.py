@@ -65,6 +65,14 @@ def _add_detector_keys(cfg: CN) -> None:
     cfg.MODEL.ATSS.TOPK_PAIRS_TEST = 3000
     # IoU of class-wise NMS. [paper §4.2]
     cfg.MODEL.ATSS.NMS_THRESH_TEST = 0.4
+    # Suppress overlapping boxes whatever their classes: one object then has one name, be it base or
+    # novel, instead of one box for each. [ours; the paper's is class-wise]
+    cfg.MODEL.ATSS.CLASS_AGNOSTIC_NMS = False
+    # Calibration of generalised inference: added to the logits of the classes that are not in the
+    # training vocabulary, before the softmax, wherever the vocabulary holds both kinds; 0 = off.
+    # In units of logits: it multiplies the odds of novel against base by its exponential. [ours,
+    # after the calibrated stacking of Chao et al., ECCV 2016; there subtracted from the base]
+    cfg.MODEL.ATSS.NOVEL_LOGIT_SHIFT = 0.0
 
     cfg.MODEL.TEXT_CLASSIFIER = CN()
     # D, width of the CLIP space the detector learns; 512 for ViT-B/32. Must equal the teacher's.
@@ -121,6 +129,11 @@ def _add_distillation_keys(cfg: CN) -> None:
     cfg.MODEL.GKD.POOLING = "max"
     # Start of tau_m, which multiplies the match scores. [release]
     cfg.MODEL.GKD.LOGIT_SCALE = 10.0
+    # Contrast the images of every process with the captions of every process, instead of each
+    # process its own; loss and gradients are then those of one process with the whole batch. For
+    # "contrastive": "positive_only" compares nothing across pairs and ignores it. [ours; the paper
+    # and the release contrast 8 pairs per GPU, and the paper guesses that this is too few]
+    cfg.MODEL.GKD.GATHER = False
 
     cfg.MODEL.TEACHER = CN()
     # OpenAI CLIP: a name ("ViT-B/32", "RN50", ...) that is downloaded once, or the path of a file

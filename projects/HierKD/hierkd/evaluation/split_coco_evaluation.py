@@ -12,7 +12,7 @@ import contextlib
 import io
 import logging
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -88,7 +88,11 @@ class SplitCOCOEvaluator(COCOEvaluator):  # type: ignore[misc]
         self._dataset_name = dataset_name
         self._max_dets = max_dets_per_image
         self._category_ids = self._find_category_ids()
-        self._groups = self._find_groups()
+        self._groups = class_groups(
+            list(self._category_ids),
+            self._metadata.get("base_classes", ()),
+            self._metadata.get("novel_classes", ()),
+        )
         for annotation in self._coco_api.dataset.get("annotations", []):
             # COCOeval reads both without asking; detectron2's loader demands neither.
             annotation.setdefault("iscrowd", 0)
@@ -171,24 +175,6 @@ class SplitCOCOEvaluator(COCOEvaluator):  # type: ignore[misc]
             )
         return category_ids
 
-    def _find_groups(self) -> dict[str, list[str]]:
-        """Names per group, in vocabulary order."""
-        members = {
-            "base": set(self._metadata.get("base_classes", ())),
-            "novel": set(self._metadata.get("novel_classes", ())),
-        }
-        groups = {
-            group: [name for name in self._category_ids if name in members[group]]
-            for group in members
-        }
-        groups = {group: names for group, names in groups.items() if names}
-        if len(groups) == 1:
-            return groups
-        declared = members["base"] | members["novel"]
-        return groups | {
-            "all": [name for name in self._category_ids if not declared or name in declared]
-        }
-
     def _format_table(self, results: Mapping[str, float]) -> str:
         rows = [
             [group, len(names), *(results[f"{group}/{metric}"] for metric in METRICS)]
@@ -196,6 +182,31 @@ class SplitCOCOEvaluator(COCOEvaluator):  # type: ignore[misc]
         ]
         headers = ["group", "classes", *METRICS]
         return str(tabulate(rows, headers=headers, tablefmt="github", floatfmt=".1f"))
+
+
+def class_groups(
+    vocabulary: Sequence[str], base: Iterable[str], novel: Iterable[str]
+) -> dict[str, list[str]]:
+    """Group the names of a vocabulary into base, novel and all.
+
+    Args:
+        vocabulary: Names in contiguous-id order.
+        base: The base names of the split; they may go beyond the vocabulary.
+        novel: The novel names, likewise.
+
+    Returns:
+        Group to its names in vocabulary order: base and novel where the vocabulary has some; all,
+        base and novel together, only where it has both; all names where neither is declared.
+    """
+    members = {"base": set(base), "novel": set(novel)}
+    groups = {
+        group: [name for name in vocabulary if name in names] for group, names in members.items()
+    }
+    groups = {group: names for group, names in groups.items() if names}
+    if len(groups) == 1:
+        return groups
+    declared = members["base"] | members["novel"]
+    return groups | {"all": [name for name in vocabulary if not declared or name in declared]}
 
 
 def per_class_metrics(

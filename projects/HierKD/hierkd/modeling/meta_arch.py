@@ -17,6 +17,7 @@ classified, distilled per point, distilled globally. ``pred_anchor_deltas``, ``g
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -38,6 +39,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hierkd.modeling.atss import ATSSMatcher
+from hierkd.modeling.gathering import gather_rows
 from hierkd.modeling.head import ATSSHead
 from hierkd.modeling.losses import (
     box_iou_targets,
@@ -108,6 +110,14 @@ class InferenceSettings:
     topk_pairs: int = 3000
     nms_thresh: float = 0.4
     max_detections: int = 100
+    class_agnostic_nms: bool = False
+    novel_logit_shift: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.novel_logit_shift):
+            raise ValueError(
+                f"MODEL.ATSS.NOVEL_LOGIT_SHIFT must be finite, got {self.novel_logit_shift}"
+            )
 
 
 class DensePredictions(NamedTuple):
@@ -210,6 +220,7 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
         pixel_mean: Sequence[float],
         pixel_std: Sequence[float],
         channels_last: bool = False,
+        gather_captions: bool = False,
     ) -> None:
         """Assemble the detector from its parts.
 
@@ -233,6 +244,7 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
             pixel_mean: per channel, in the order of the input image.
             pixel_std: likewise.
             channels_last: keep maps in channels-last memory order.
+            gather_captions: contrast images and captions over all processes.
         """
         super().__init__(
             backbone, head, list(head_in_features), pixel_mean=pixel_mean, pixel_std=pixel_std
@@ -252,6 +264,7 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
         self.ikd = ikd
         self.mlca = mlca
         self.gkd_loss_weight = gkd_loss_weight
+        self.gather_captions = gather_captions
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         # w of the learned classification weight: loss exp(-w) * L + |w|
         self.cls_loss_log_weight = (
@@ -259,6 +272,7 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
             if detection.learn_cls_loss_weight
             else None
         )
+        self.training_vocabulary = frozenset(vocabulary)
         self.vocabulary_names: tuple[str, ...] = ()
         if vocabulary:
             self.set_vocabulary(vocabulary)
@@ -313,6 +327,8 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
                 topk_pairs=atss.TOPK_PAIRS_TEST,
                 nms_thresh=atss.NMS_THRESH_TEST,
                 max_detections=cfg.TEST.DETECTIONS_PER_IMAGE,
+                class_agnostic_nms=atss.CLASS_AGNOSTIC_NMS,
+                novel_logit_shift=atss.NOVEL_LOGIT_SHIFT,
             ),
             "ikd": IKD(
                 loss_weight=ikd.LOSS_WEIGHT,
@@ -334,6 +350,7 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
             if gkd.LOSS_WEIGHT > 0
             else None,
             "gkd_loss_weight": gkd.LOSS_WEIGHT,
+            "gather_captions": gkd.GATHER and contrastive,
             "vocabulary": MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).get("thing_classes", [])
             if cfg.DATASETS.TRAIN
             else [],
@@ -540,14 +557,21 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
     ) -> Tensor | None:
         """Score every image against every caption of the batch (§3.3).
 
+        How an image looks depends on the caption it is compared with, so with
+        ``gather_captions`` the captions go to all processes, each scores its own images against
+        all of them, and the rows of scores are joined: N and C are then those of all processes.
+
         Returns:
             (N, C) match scores, or None if GKD is off.
         """
         if self.mlca is None:
             return None
         captions = self._teacher_or_raise().encode_captions([x["caption"] for x in batched_inputs])
-        scores: Tensor = self.mlca(embedding_maps, captions.to(self.device))
-        return scores
+        captions = captions.to(self.device)
+        if not self.gather_captions:
+            scores: Tensor = self.mlca(embedding_maps, captions)
+            return scores
+        return gather_rows(self.mlca(embedding_maps, gather_rows(captions)))
 
     def losses(
         self,
@@ -666,6 +690,10 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
     def _class_probabilities(self, embeddings: Tensor) -> Tensor:
         """(..., D) -> (..., K) probabilities of the classes, the background left out."""
         logits: Tensor = self.text_classifier(embeddings)
+        shift = self.inference_settings.novel_logit_shift
+        is_novel = [name not in self.training_vocabulary for name in self.vocabulary_names]
+        if shift and any(is_novel) and not all(is_novel):  # base and novel compete: GZSD
+            logits = logits + shift * logits.new_tensor([*is_novel, False])
         return logits.softmax(dim=-1)[..., :-1]
 
     def forward_inference(
@@ -711,7 +739,8 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
             )
         )
         boxes.clip(image_size)
-        keep = batched_nms(boxes.tensor, pair_scores, classes, settings.nms_thresh)
+        groups = torch.zeros_like(classes) if settings.class_agnostic_nms else classes
+        keep = batched_nms(boxes.tensor, pair_scores, groups, settings.nms_thresh)
         keep = keep[: settings.max_detections]
         return Instances(
             image_size, pred_boxes=boxes[keep], scores=pair_scores[keep], pred_classes=classes[keep]

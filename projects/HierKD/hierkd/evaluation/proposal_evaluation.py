@@ -1,0 +1,220 @@
+"""How many base and novel objects class-agnostic proposals cover (Table 1).
+
+The paper's question is whether a region proposal network that saw base boxes alone proposes novel
+objects, too. The answer is a recall per group of boxes; proposals have no class, so a group's
+figure pools its boxes, whereas :mod:`hierkd.evaluation.split_coco_evaluation` averages classes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from detectron2.data import MetadataCatalog
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.structures import Boxes, BoxMode
+from detectron2.utils import comm
+from numpy.typing import NDArray
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from tabulate import tabulate  # type: ignore[import-untyped]
+
+from hierkd.evaluation.split_coco_evaluation import class_groups
+
+__all__ = ["ProposalEvaluator"]
+
+logger = logging.getLogger(__name__)
+
+FloatArray = NDArray[np.float64]
+
+_IOU_THRESHOLDS = (0.5, 0.75)  # [Table 1]
+
+
+class ProposalEvaluator(DatasetEvaluator):  # type: ignore[misc]  # detectron2 is untyped
+    """Recall of an image's best proposals, for base, novel and all boxes of a dataset.
+
+    Reads what detectron2's ``ProposalNetwork`` returns: ``proposals`` with ``proposal_boxes``
+    (XYXY, absolute px of the stored image) and ``objectness_logits``.
+
+    ``evaluate()`` returns ``{"box_proposals": {...}}`` (``{}`` outside the main process) with keys
+    ``"<group>/AR<IoU>@<number>"``, for example ``"novel/AR50@100"``: the percentage of the group's
+    boxes that one of the ``number`` best proposals of their image matches at that IoU, one box per
+    proposal, as ``COCOeval`` with ``useCats = 0`` counts. Crowd regions do not count as boxes. A
+    group without boxes is NaN; boxes of images without proposals count as missed, which
+    detectron2's own proposal evaluation leaves out. Groups are those of
+    :func:`~hierkd.evaluation.split_coco_evaluation.class_groups`.
+    """
+
+    def __init__(
+        self,
+        dataset_name: str,
+        *,
+        distributed: bool = True,
+        limits: Sequence[int] = (100, 300, 1000),
+    ) -> None:
+        """Read the ground truth of a registered dataset.
+
+        Args:
+            dataset_name: Registered dataset whose metadata has ``json_file``, ``thing_classes``,
+                ``base_classes`` and ``novel_classes``.
+            distributed: Gather the proposals of all processes and evaluate in the main one.
+            limits: Numbers of proposals per image to report. [Table 1]
+
+        Raises:
+            ValueError: The dataset lacks one of these metadata, or its JSON lacks a class of the
+                vocabulary; or a limit is not positive.
+        """
+        if not limits or min(limits) < 1:
+            raise ValueError(f"limits must be positive numbers of proposals, got {list(limits)}")
+        self._dataset_name = dataset_name
+        self._distributed = distributed
+        self._limits = sorted(limits)
+        metadata = MetadataCatalog.get(dataset_name)
+        vocabulary = metadata.get("thing_classes")
+        json_file = metadata.get("json_file")
+        if not vocabulary or not json_file:
+            raise ValueError(
+                f"dataset {dataset_name!r} needs thing_classes and json_file in its metadata, "
+                f"found {vocabulary!r} and {json_file!r}"
+            )
+        with contextlib.redirect_stdout(io.StringIO()):
+            self._dataset: dict[str, Any] = COCO(json_file).dataset
+        self._groups = self._find_groups(
+            class_groups(
+                vocabulary, metadata.get("base_classes", ()), metadata.get("novel_classes", ())
+            ),
+            json_file,
+        )
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all proposals."""
+        self._proposals: list[tuple[int | str, FloatArray, FloatArray]] = []
+
+    def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
+        """Keep each image's best proposals, as XYWH boxes and logits."""
+        for given, output in zip(inputs, outputs, strict=True):
+            proposals = output["proposals"].to("cpu")
+            best = proposals.objectness_logits.argsort(descending=True, stable=True)
+            proposals = proposals[best[: self._limits[-1]]]
+            boxes: Boxes = proposals.proposal_boxes
+            as_xywh = BoxMode.convert(boxes.tensor, BoxMode.XYXY_ABS, BoxMode.XYWH_ABS)
+            self._proposals.append(
+                (given["image_id"], as_xywh.numpy(), proposals.objectness_logits.numpy())
+            )
+
+    def evaluate(self) -> dict[str, dict[str, float]]:
+        """Compute the recalls; see the class."""
+        proposals = self._proposals
+        if self._distributed:
+            comm.synchronize()
+            proposals = list(itertools.chain(*comm.gather(proposals, dst=0)))
+            if not comm.is_main_process():
+                return {}
+        found = _as_detections(proposals, self._dataset["images"])
+        results: dict[str, float] = {}
+        for group, boxes in self._groups.items():
+            recalls = recalls_of_proposals(
+                {**self._dataset, "annotations": boxes}, found, self._limits
+            )
+            for (threshold, limit), recall in recalls.items():
+                results[f"{group}/AR{round(100 * threshold)}@{limit}"] = recall
+        logger.info("%s (percent):\n%s", self._dataset_name, self._format_table(results))
+        return {"box_proposals": results}
+
+    def _find_groups(
+        self, groups: Mapping[str, Sequence[str]], json_file: str
+    ) -> dict[str, list[dict[str, Any]]]:
+        """The annotations of each group of classes, with what COCOeval needs filled in."""
+        ids = {category["name"]: category["id"] for category in self._dataset["categories"]}
+        missing = sorted({name for names in groups.values() for name in names} - set(ids))
+        if missing:
+            raise ValueError(
+                f"{json_file}: categories {missing} of dataset {self._dataset_name!r} are missing; "
+                f"found {sorted(ids)}"
+            )
+        boxes: list[dict[str, Any]] = self._dataset.get("annotations", [])
+        for box in boxes:
+            box.setdefault("iscrowd", 0)
+            box.setdefault("area", box["bbox"][2] * box["bbox"][3])
+        members = {group: {ids[name] for name in names} for group, names in groups.items()}
+        return {
+            group: [box for box in boxes if box["category_id"] in wanted]
+            for group, wanted in members.items()
+        }
+
+    def _format_table(self, results: Mapping[str, float]) -> str:
+        metrics = list(dict.fromkeys(key.partition("/")[2] for key in results))
+        rows = [
+            [
+                group,
+                sum(not box["iscrowd"] for box in boxes),
+                *(results[f"{group}/{metric}"] for metric in metrics),
+            ]
+            for group, boxes in self._groups.items()
+        ]
+        headers = ["group", "boxes", *metrics]
+        return str(tabulate(rows, headers=headers, tablefmt="github", floatfmt=".1f"))
+
+
+def _as_detections(
+    proposals: Sequence[tuple[int | str, FloatArray, FloatArray]], images: list[dict[str, Any]]
+) -> COCO:
+    """Proposals as COCO's detections of one category (``loadRes`` refuses an empty list)."""
+    numbers = itertools.count(1)
+    annotations = [
+        {
+            "id": next(numbers),
+            "image_id": image_id,
+            "category_id": 1,
+            "bbox": box,
+            "area": box[2] * box[3],
+            "iscrowd": 0,
+            "score": score,
+        }
+        for image_id, boxes, logits in proposals
+        for box, score in zip(boxes.tolist(), logits.tolist(), strict=True)
+    ]
+    return _index({"images": images, "annotations": annotations, "categories": [{"id": 1}]})
+
+
+def _index(dataset: dict[str, Any]) -> COCO:
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = COCO()
+        coco.dataset = dataset
+        coco.createIndex()
+    return coco
+
+
+def recalls_of_proposals(
+    dataset: dict[str, Any], found: COCO, limits: Sequence[int]
+) -> dict[tuple[float, int], float]:
+    """Recall, in percent, per IoU threshold and number of proposals.
+
+    Args:
+        dataset: The boxes to be found, as the content of a COCO JSON.
+        found: The proposals, indexed.
+        limits: Numbers of proposals per image, ascending.
+
+    Returns:
+        (IoU threshold, limit) -> percent; NaN if there is no box to be found.
+    """
+    with contextlib.redirect_stdout(io.StringIO()):
+        run = COCOeval(_index(dataset), found, "bbox")
+        run.params.useCats = 0
+        run.params.iouThrs = np.array(_IOU_THRESHOLDS)
+        run.params.areaRng, run.params.areaRngLbl = [[0, 1e10]], ["all"]
+        run.params.maxDets = list(limits)
+        run.evaluate()
+        run.accumulate()
+    recall = run.eval["recall"][:, 0, 0, :]  # (IoU, class, area, maxDets); -1: no box
+    return {
+        (threshold, limit): 100.0 * float(recall[t, m]) if recall[t, m] >= 0 else float("nan")
+        for t, threshold in enumerate(_IOU_THRESHOLDS)
+        for m, limit in enumerate(limits)
+    }
