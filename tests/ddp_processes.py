@@ -20,6 +20,7 @@ from fake_teacher import FakeTeacher
 from hierkd.data.loader import build_resumable_train_loader
 from hierkd.engine.config import load_config
 from hierkd.modeling import meta_arch
+from hierkd.modeling.gathering import gather_rows
 from tiny_training import CONFIG, command_line, miniature_at, own_log_handlers
 
 SIZE = 96
@@ -54,6 +55,12 @@ BATCHES: dict[str, list[tuple[list[list[float]], list[int]]]] = {
     "none with a box": [([], []), ([], [])],
 }
 
+# For the contrast over all processes: GKD alone, with and without gathering.
+CONTRAST = {"MODEL.IKD.LOSS_WEIGHT": 0.0, "MODEL.GKD.LOSS_WEIGHT": 0.7}
+# Of the images of GATHERED_BATCH, those of each process.
+GATHERED_BATCH = [*BATCHES["unequal"], *BATCHES["one without a box"]]
+SHARES = {"equal": ((0, 1), (2, 3)), "unequal": ((0, 1, 2), (3,))}
+
 
 class RegionTeacher(FakeTeacher):
     """Embeds a region by where it lies and by the mean colour of its image, smoothly."""
@@ -68,9 +75,10 @@ class RegionTeacher(FakeTeacher):
         return F.normalize(torch.cat(rows) @ weights, dim=1)
 
 
-def make_detector() -> meta_arch.HierKD:
+def make_detector(**more: Any) -> meta_arch.HierKD:
     """The same small detector in every process."""
-    cfg = load_config(CONFIG, [str(each) for pair in OVERRIDES.items() for each in pair])
+    pairs = (OVERRIDES | more).items()
+    cfg = load_config(CONFIG, [str(each) for pair in pairs for each in pair])
     meta_arch.build_teacher = lambda cfg: RegionTeacher(cfg.MODEL.TEXT_CLASSIFIER.EMBED_DIM)
     torch.manual_seed(0)
     model = build_model(cfg)
@@ -78,16 +86,17 @@ def make_detector() -> meta_arch.HierKD:
     return model.train()
 
 
-def make_batch(name: str) -> list[dict[str, Any]]:
+def make_batch(objects: list[tuple[list[list[float]], list[int]]]) -> list[dict[str, Any]]:
     """The images of a batch, the same in every process."""
     batch = []
-    for index, (boxes, classes) in enumerate(BATCHES[name]):
+    for index, (boxes, classes) in enumerate(objects):
         instances = Instances((SIZE, SIZE))
         instances.gt_boxes = Boxes(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4))
         instances.gt_classes = torch.tensor(classes, dtype=torch.int64)
         generator = torch.Generator().manual_seed(index)
         image = torch.randint(0, 256, (3, SIZE, SIZE), dtype=torch.uint8, generator=generator)
-        batch.append({"image": image, "instances": instances})
+        caption = f"what picture {index} shows"
+        batch.append({"image": image, "instances": instances, "caption": caption})
     return batch
 
 
@@ -112,6 +121,20 @@ def losses_and_gradients(
         value = torch.stack([v.detach() for k, v in losses.items() if name in (k, "total")]).sum()
         results[name] = (value, gradients)
     return results
+
+
+def gathered_rows(rank: int) -> dict[str, Any]:
+    """What ``gather_rows`` makes of rows of its own in every process, and what it refuses."""
+    rows = torch.arange(6.0).reshape(2, 3).add(10 * rank)[: 2 - rank].requires_grad_()
+    joined = gather_rows(rows)
+    (joined * torch.arange(1.0, 4.0)[:, None]).sum().backward()
+    try:
+        gather_rows(torch.zeros(2, 3 + rank))
+        refused = ""
+    except ValueError as error:
+        refused = str(error)
+    nothing = gather_rows(torch.ones(1 - rank, 2))
+    return {"joined": joined.detach(), "gradient": rows.grad, "refused": refused, "none": nothing}
 
 
 def first_images(seed: int) -> list[int]:
@@ -151,8 +174,18 @@ def process(rank: int, folder: Path) -> None:
     detector = make_detector()
     model = DistributedDataParallel(detector, broadcast_buffers=False)  # as detectron2 wraps it
     results: dict[str, Any] = {
-        name: losses_and_gradients(model, detector, [make_batch(name)[rank]]) for name in BATCHES
+        name: losses_and_gradients(model, detector, [make_batch(objects)[rank]])
+        for name, objects in BATCHES.items()
     }
+    for gather in (False, True):
+        detector = make_detector(**CONTRAST, **{"MODEL.GKD.GATHER": gather})
+        model = DistributedDataParallel(detector, broadcast_buffers=False)
+        images = make_batch(GATHERED_BATCH)
+        results[f"gather {gather}"] = {
+            name: losses_and_gradients(model, detector, [images[i] for i in shares[rank]])
+            for name, shares in SHARES.items()
+        }
+    results["rows"] = gathered_rows(rank)
     results["images"] = first_images(seed=3)
     results["images without a seed"] = first_images(seed=-1)
     torch.save(results, folder / f"{rank}.pth")

@@ -1,6 +1,7 @@
-"""Training in several processes: two real ones with gloo on the CPU, against one with both images.
+"""Training in several processes: two real ones with gloo on the CPU, against one with all images.
 
-GKD is left out of the comparison: its contrast is among the images of one process, as in the paper.
+GKD equals that of one process only with ``MODEL.GKD.GATHER``; without it, each process contrasts
+its own images, as in the paper.
 """
 
 import json
@@ -10,7 +11,7 @@ import ddp_processes
 import pytest
 import torch
 import torch.multiprocessing
-from ddp_processes import BATCHES, NUM_PROCESSES
+from ddp_processes import BATCHES, CONTRAST, GATHERED_BATCH, NUM_PROCESSES, SHARES
 
 import tiny_training
 
@@ -42,16 +43,24 @@ def results(folder):
 
 
 @pytest.fixture(scope="module")
-def alone():
+def run_alone():
+    """Losses and gradients of one process that has the whole batch."""
+
+    def _run(objects, **overrides):
+        with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng(devices=[]):
+            # put back what make_detector replaces
+            patch.setattr(ddp_processes.meta_arch, "build_teacher", None)
+            detector = ddp_processes.make_detector(**overrides)
+        batch = ddp_processes.make_batch(objects)
+        return ddp_processes.losses_and_gradients(detector, detector, batch)
+
+    return _run
+
+
+@pytest.fixture(scope="module")
+def alone(run_alone):
     """The same of one process that has the whole batch."""
-    with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng(devices=[]):
-        # put back what make_detector replaces
-        patch.setattr(ddp_processes.meta_arch, "build_teacher", None)
-        detector = ddp_processes.make_detector()
-    return {
-        name: ddp_processes.losses_and_gradients(detector, detector, ddp_processes.make_batch(name))
-        for name in BATCHES
-    }
+    return {name: run_alone(objects) for name, objects in BATCHES.items()}
 
 
 @pytest.mark.parametrize("batch", ["unequal", "one without a box"])
@@ -89,6 +98,72 @@ def test_every_parameter_gets_a_gradient(results, batch):
         gradients = result[batch]["total"][1]
         assert [name for name, gradient in gradients.items() if gradient is None] == []
         assert all(gradient.isfinite().all() for gradient in gradients.values())
+
+
+# ------------------------------------------------------------------------------ gathered contrast
+
+GKD_LOSSES = ("loss_gkd_image", "loss_gkd_caption")
+
+
+@pytest.fixture(scope="module")
+def contrasted_alone(run_alone):
+    return run_alone(GATHERED_BATCH, **CONTRAST)
+
+
+@pytest.mark.parametrize("shares", SHARES)
+@pytest.mark.parametrize("loss", GKD_LOSSES)
+def test_gathered_contrast_is_that_of_one_process(results, contrasted_alone, shares, loss):
+    expected_value, expected = contrasted_alone[loss]
+    assert expected["head.embedding.weight"].abs().max() > 1e-4
+    assert expected["mlca.logit_scale"].abs() > 1e-4
+    for result in results:
+        value, gradients = result["gather True"][shares][loss]
+        torch.testing.assert_close(value, expected_value, rtol=1e-5, atol=1e-6)
+        assert gradients.keys() == expected.keys()
+        for name, gradient in gradients.items():
+            difference = (gradient - expected[name]).norm()
+            assert difference <= 1e-4 * expected[name].norm() + 1e-8, name
+
+
+def test_without_gathering_each_process_contrasts_its_own(results, contrasted_alone):
+    first, second = (result["gather False"]["equal"]["loss_gkd_image"][0] for result in results)
+    assert abs(first - second) > 1e-3
+    whole = contrasted_alone["loss_gkd_image"][0]
+    assert (first + second) / 2 < 0.9 * whole  # two pairs are easier to tell apart than four
+    # one image alone has nothing to be told from
+    assert results[1]["gather False"]["unequal"]["loss_gkd_image"][0] == 0
+
+
+@pytest.mark.parametrize("loss_type", ["contrastive", "positive_only"])
+def test_with_one_process_gathering_changes_no_bit(run_alone, loss_type):
+    settings = CONTRAST | {"MODEL.GKD.LOSS_TYPE": loss_type}
+    plain, gathered = (
+        run_alone(GATHERED_BATCH, **settings, **{"MODEL.GKD.GATHER": gather})
+        for gather in (False, True)
+    )
+    assert plain.keys() == gathered.keys()
+    for name, (value, gradients) in plain.items():
+        assert torch.equal(value, gathered[name][0])
+        assert all(torch.equal(g, gathered[name][1][k]) for k, g in gradients.items())
+
+
+def test_gathered_rows_by_hand(results):
+    # process 0 has two rows, process 1 one
+    joined = torch.tensor([[0.0, 1, 2], [3, 4, 5], [10, 11, 12]])
+    weights = ([[1.0], [2.0]], [[3.0]])
+    for result, own in zip(results, weights, strict=True):
+        assert torch.equal(result["rows"]["joined"], joined)
+        expected = NUM_PROCESSES * torch.tensor(own).expand(-1, 3)
+        assert torch.equal(result["rows"]["gradient"], expected)
+        assert torch.equal(result["rows"]["none"], torch.ones(1, 2))
+
+
+def test_rows_that_do_not_fit_are_refused_in_every_process(results):
+    for result in results:
+        assert "(2, (3,), 'torch.float32'), (2, (4,), 'torch.float32')" in result["rows"]["refused"]
+
+
+# ------------------------------------------------------------------------------ different images
 
 
 @pytest.mark.parametrize("key", ["images", "images without a seed"])

@@ -458,3 +458,94 @@ def test_inference_without_a_vocabulary_says_what_to_do(monkeypatch):
     model = build_model(cfg).eval()
     with pytest.raises(RuntimeError, match="set_vocabulary"):
         model([sample([])])
+
+
+# ---------------------------------------------------------------------------- base against novel
+
+
+def calibrated(build, *overrides: Any) -> HierKD:
+    """A detector trained on the first three of ``CLASSES``; all five are the vocabulary now."""
+    model = build(*overrides)
+    model.training_vocabulary = frozenset(CLASSES[:3])
+    return model.eval()
+
+
+def all_scores(model: HierKD) -> torch.Tensor:
+    """(points, K) scores before any selection."""
+    with torch.no_grad():
+        maps = model.score_maps([sample([], seed=1)])
+    return torch.cat([m.flatten(2)[0].T for m in maps])
+
+
+def test_the_training_vocabulary_is_that_of_the_training_set(monkeypatch):
+    cfg = load_config(CONFIG, ["MODEL.DEVICE", "cpu"])
+    monkeypatch.setattr(meta_arch, "build_teacher", lambda cfg: FakeTeacher(64))
+    model = build_model(cfg)
+    assert model.training_vocabulary == set(model.vocabulary_names)
+    assert len(model.training_vocabulary) == 24
+    model.set_vocabulary(["another"])
+    assert len(model.training_vocabulary) == 24
+
+
+def test_the_shift_multiplies_the_odds_of_novel_against_base_and_nothing_else(build):
+    plain, shifted = (
+        all_scores(calibrated(build, "MODEL.ATSS.NOVEL_LOGIT_SHIFT", s)).double()
+        for s in (0.0, 1.5)
+    )
+    odds, before = (x[:, 3:, None] / x[:, None, :3] for x in (shifted, plain))
+    torch.testing.assert_close(odds, before * torch.tensor(1.5).exp(), rtol=1e-4, atol=1e-6)
+    # the order within either kind, and the chance of any object, are what they were
+    for kind in (slice(0, 3), slice(3, 5)):
+        torch.testing.assert_close(
+            shifted[:, kind] / shifted[:, kind].sum(1, keepdim=True),
+            plain[:, kind] / plain[:, kind].sum(1, keepdim=True),
+            rtol=1e-4,
+            atol=1e-6,
+        )
+    torch.testing.assert_close(shifted.sum(dim=1), plain.sum(dim=1), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("names", [CLASSES[:3], CLASSES[3:], CLASSES])
+def test_without_both_kinds_or_without_a_shift_nothing_changes(build, names):
+    plain, shifted = build().eval(), calibrated(build, "MODEL.ATSS.NOVEL_LOGIT_SHIFT", 2.0)
+    for model in (plain, shifted):
+        model.set_vocabulary(names)
+    same = torch.equal(all_scores(plain), all_scores(shifted))
+    assert same == (names != CLASSES)
+    if names == CLASSES:  # also not if it is unknown what the training vocabulary was
+        shifted.training_vocabulary = frozenset()
+        assert torch.equal(all_scores(plain), all_scores(shifted))
+
+
+def hand_made(model: HierKD, probs: list[list[float]], boxes: list[list[float]]) -> Instances:
+    """Detections from given class probabilities (point x class) and boxes, one level, no IoU."""
+    model._class_probabilities = lambda embeddings: torch.tensor(probs)
+    predictions = meta_arch.DensePredictions(
+        torch.zeros(len(boxes), 1), torch.zeros(len(boxes), 4), None
+    )
+    anchors = [Boxes(torch.tensor(boxes, dtype=torch.float32))]
+    return model._inference_single_image(predictions, anchors, (SIZE, SIZE))
+
+
+@pytest.mark.parametrize("agnostic", [False, True])
+def test_class_agnostic_nms_leaves_one_name_per_object(build, agnostic):
+    model = build("MODEL.ATSS.CLASS_AGNOSTIC_NMS", agnostic).eval()
+    model.set_vocabulary(["base", "novel"])
+    # one object with two names at two points, and one elsewhere
+    found = hand_made(
+        model,
+        [[0.6, 0.3], [0.1, 0.5], [0.2, 0.7]],
+        [[10, 10, 60, 60], [12, 10, 62, 60], [80, 80, 120, 120]],
+    )
+    pairs = list(zip(found.pred_classes.tolist(), found.scores.tolist(), strict=True))
+    expected = [(1, 0.7), (0, 0.6), (1, 0.5), (0, 0.2)]
+    if agnostic:
+        expected = expected[:2]
+    assert [k for k, _ in pairs] == [k for k, _ in expected]
+    assert [s for _, s in pairs] == pytest.approx([s for _, s in expected])
+
+
+@pytest.mark.parametrize("shift", [float("nan"), float("-inf")])
+def test_a_shift_that_is_not_finite_is_refused(shift):
+    with pytest.raises(ValueError, match=f"MODEL.ATSS.NOVEL_LOGIT_SHIFT.*{shift}"):
+        meta_arch.InferenceSettings(novel_logit_shift=shift)

@@ -69,9 +69,9 @@ def _add_detector_keys(cfg: CN) -> None:
     # novel, instead of one box for each. [ours; the paper's is class-wise]
     cfg.MODEL.ATSS.CLASS_AGNOSTIC_NMS = False
     # Calibration of generalised inference: added to the logits of the classes that are not in the
-    # training vocabulary, before the softmax, wherever the vocabulary holds both kinds; 0 = off.
-    # In units of logits: it multiplies the odds of novel against base by its exponential. [ours,
-    # after the calibrated stacking of Chao et al., ECCV 2016; there subtracted from the base]
+    # training vocabulary, wherever the vocabulary holds both kinds; 0 = off. In units of logits:
+    # the odds of novel against base classes are multiplied by its exponential, the probability of
+    # an object of any class stays. [ours, after the calibrated stacking of Chao et al., ECCV 2016]
     cfg.MODEL.ATSS.NOVEL_LOGIT_SHIFT = 0.0
 
     cfg.MODEL.TEXT_CLASSIFIER = CN()

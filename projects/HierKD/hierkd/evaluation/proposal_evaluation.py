@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 FloatArray = NDArray[np.float64]
 
 _IOU_THRESHOLDS = (0.5, 0.75)  # [Table 1]
+_ANY_CLASS = 1  # category id of all boxes where classes do not matter
 
 
 class ProposalEvaluator(DatasetEvaluator):  # type: ignore[misc]  # detectron2 is untyped
@@ -44,9 +45,9 @@ class ProposalEvaluator(DatasetEvaluator):  # type: ignore[misc]  # detectron2 i
     ``evaluate()`` returns ``{"box_proposals": {...}}`` (``{}`` outside the main process) with keys
     ``"<group>/AR<IoU>@<number>"``, for example ``"novel/AR50@100"``: the percentage of the group's
     boxes that one of the ``number`` best proposals of their image matches at that IoU, one box per
-    proposal, as ``COCOeval`` with ``useCats = 0`` counts. Crowd regions do not count as boxes. A
-    group without boxes is NaN; boxes of images without proposals count as missed, which
-    detectron2's own proposal evaluation leaves out. Groups are those of
+    proposal, as ``COCOeval`` counts where all boxes are of one class. Crowd regions are no boxes.
+    A group without boxes is NaN; boxes of images without proposals count as missed (detectron2's
+    own proposal evaluation leaves them out). Groups are those of
     :func:`~hierkd.evaluation.split_coco_evaluation.class_groups`.
     """
 
@@ -116,12 +117,12 @@ class ProposalEvaluator(DatasetEvaluator):  # type: ignore[misc]  # detectron2 i
             proposals = list(itertools.chain(*comm.gather(proposals, dst=0)))
             if not comm.is_main_process():
                 return {}
-        found = _as_detections(proposals, self._dataset["images"])
+        images = self._dataset["images"]
+        found = _index(images, _as_annotations(proposals))
         results: dict[str, float] = {}
         for group, boxes in self._groups.items():
-            recalls = recalls_of_proposals(
-                {**self._dataset, "annotations": boxes}, found, self._limits
-            )
+            wanted = _index(images, [{**box, "category_id": _ANY_CLASS} for box in boxes])
+            recalls = _recalls(wanted, found, self._limits)
             for (threshold, limit), recall in recalls.items():
                 results[f"{group}/AR{round(100 * threshold)}@{limit}"] = recall
         logger.info("%s (percent):\n%s", self._dataset_name, self._format_table(results))
@@ -162,16 +163,16 @@ class ProposalEvaluator(DatasetEvaluator):  # type: ignore[misc]  # detectron2 i
         return str(tabulate(rows, headers=headers, tablefmt="github", floatfmt=".1f"))
 
 
-def _as_detections(
-    proposals: Sequence[tuple[int | str, FloatArray, FloatArray]], images: list[dict[str, Any]]
-) -> COCO:
-    """Proposals as COCO's detections of one category (``loadRes`` refuses an empty list)."""
+def _as_annotations(
+    proposals: Sequence[tuple[int | str, FloatArray, FloatArray]],
+) -> list[dict[str, Any]]:
+    """Proposals as COCO's detections."""
     numbers = itertools.count(1)
-    annotations = [
+    return [
         {
             "id": next(numbers),
             "image_id": image_id,
-            "category_id": 1,
+            "category_id": _ANY_CLASS,
             "bbox": box,
             "area": box[2] * box[3],
             "iscrowd": 0,
@@ -180,33 +181,34 @@ def _as_detections(
         for image_id, boxes, logits in proposals
         for box, score in zip(boxes.tolist(), logits.tolist(), strict=True)
     ]
-    return _index({"images": images, "annotations": annotations, "categories": [{"id": 1}]})
 
 
-def _index(dataset: dict[str, Any]) -> COCO:
+def _index(images: list[dict[str, Any]], annotations: list[dict[str, Any]]) -> COCO:
+    """Annotations of one class as COCO's object (its ``loadRes`` refuses an empty list)."""
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO()
-        coco.dataset = dataset
+        coco.dataset = {
+            "images": images,
+            "annotations": annotations,
+            "categories": [{"id": _ANY_CLASS}],
+        }
         coco.createIndex()
     return coco
 
 
-def recalls_of_proposals(
-    dataset: dict[str, Any], found: COCO, limits: Sequence[int]
-) -> dict[tuple[float, int], float]:
+def _recalls(wanted: COCO, found: COCO, limits: Sequence[int]) -> dict[tuple[float, int], float]:
     """Recall, in percent, per IoU threshold and number of proposals.
 
     Args:
-        dataset: The boxes to be found, as the content of a COCO JSON.
-        found: The proposals, indexed.
+        wanted: The boxes to be found, of one class.
+        found: The proposals, likewise.
         limits: Numbers of proposals per image, ascending.
 
     Returns:
         (IoU threshold, limit) -> percent; NaN if there is no box to be found.
     """
     with contextlib.redirect_stdout(io.StringIO()):
-        run = COCOeval(_index(dataset), found, "bbox")
-        run.params.useCats = 0
+        run = COCOeval(wanted, found, "bbox")
         run.params.iouThrs = np.array(_IOU_THRESHOLDS)
         run.params.areaRng, run.params.areaRngLbl = [[0, 1e10]], ["all"]
         run.params.maxDets = list(limits)

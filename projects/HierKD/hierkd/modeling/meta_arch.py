@@ -688,13 +688,20 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
         )
 
     def _class_probabilities(self, embeddings: Tensor) -> Tensor:
-        """(..., D) -> (..., K) probabilities of the classes, the background left out."""
+        """(..., D) -> (..., K) probabilities of the classes, the background left out.
+
+        ``novel_logit_shift`` moves the novel logits where base and novel classes compete (GZSD).
+        They compete for the probability that there is an object at all, which stays what it was.
+        """
         logits: Tensor = self.text_classifier(embeddings)
+        probs = logits.softmax(dim=-1)[..., :-1]
         shift = self.inference_settings.novel_logit_shift
-        is_novel = [name not in self.training_vocabulary for name in self.vocabulary_names]
-        if shift and any(is_novel) and not all(is_novel):  # base and novel compete: GZSD
-            logits = logits + shift * logits.new_tensor([*is_novel, False])
-        return logits.softmax(dim=-1)[..., :-1]
+        if shift:
+            is_novel = [name not in self.training_vocabulary for name in self.vocabulary_names]
+            if any(is_novel) and not all(is_novel):
+                shifted = logits[..., :-1] + shift * logits.new_tensor(is_novel)
+                probs = probs.sum(dim=-1, keepdim=True) * shifted.softmax(dim=-1)
+        return probs
 
     def forward_inference(
         self, images: ImageList, features: list[Tensor], predictions: Any
