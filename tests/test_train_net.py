@@ -230,8 +230,9 @@ def test_another_seed_gives_another_result(train, finished):
 
 
 def evaluate(folder, output, checkpoint, *extra):
-    pairs = ("MODEL.WEIGHTS", str(checkpoint), *extra)
-    return call_main(command_line(output, folder / "clip.pt", "--eval-only", *pairs))
+    flags = [each for each in extra if each.startswith("--")]
+    pairs = ("MODEL.WEIGHTS", str(checkpoint), *extra[len(flags) :])
+    return call_main(command_line(output, folder / "clip.pt", "--eval-only", *flags, *pairs))
 
 
 def test_eval_only_repeats_the_figures_without_clip(folder, finished, monkeypatch):
@@ -284,6 +285,55 @@ def test_each_dataset_has_its_vocabulary_and_training_gets_its_own_back(train, m
     assert seen[:2] == [(EVALUATED[0], MINIATURE_NOVEL), (EVALUATED[1], MINIATURE_CLASSES)]
     assert models[-1].vocabulary_names == MINIATURE_BASE
     assert models[-1].text_classifier.num_classes == len(MINIATURE_BASE)
+
+
+# ------------------------------------------------------------------------------------ proposals
+
+
+@pytest.fixture(scope="module")
+def proposed(train):
+    """A class-agnostic RPN (Table 1), trained and evaluated."""
+    return train("proposals", *PROPOSALS)
+
+
+PROPOSALS = (
+    *("--config-file=configs/miniature/rpn.yaml", "DATASETS.TEST", "('miniature_ovd_val_all',)"),
+    *("MODEL.RPN.CONV_DIMS", "[16]"),
+)
+
+
+def test_a_class_agnostic_rpn_trains_and_is_scored_on_base_and_novel_boxes(proposed):
+    output, figures = proposed
+    recalls = figures["miniature_ovd_val_all"]["box_proposals"]
+    groups = ("base", "novel", "all")
+    assert set(recalls) == {
+        f"{g}/AR{iou}@{n}" for g in groups for iou in (50, 75) for n in (100, 300, 1000)
+    }
+    for group in groups:
+        at = [recalls[f"{group}/AR50@{n}"] for n in (100, 300, 1000)]
+        assert 0 < at[0] <= at[1] <= at[2] <= 100
+    # 7 base and 3 novel boxes
+    assert recalls["all/AR50@100"] == pytest.approx(
+        (7 * recalls["base/AR50@100"] + 3 * recalls["novel/AR50@100"]) / 10
+    )
+    early, late = weights(output, "model_0000001.pth"), weights(output)
+    assert {k.split(".")[0] for k in late} == {"backbone", "proposal_generator"}
+    assert "proposal_generator.rpn_head.objectness_logits.weight" in differing(early, late)
+    merged = {key for line in metrics(output) for key in line}
+    assert {"loss_rpn_cls", "loss_rpn_loc"} <= merged
+    assert "miniature_ovd_val_all/box_proposals/novel/AR50@100" in merged
+
+
+def test_a_class_agnostic_rpn_is_evaluated_alone(folder, proposed, monkeypatch):
+    def refuse(self):
+        raise AssertionError("CLIP was loaded for a model without classes")
+
+    monkeypatch.setattr(CLIPTeacher, "_clip", refuse)
+    output, figures = proposed
+    results = evaluate(
+        folder, folder / "proposals evaluated", output / "model_final.pth", *PROPOSALS
+    )
+    same_figures(flat(results), flat(figures))
 
 
 # ---------------------------------------------------------------------------- from the command line

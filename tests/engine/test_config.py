@@ -13,7 +13,9 @@ from fake_teacher import FakeTeacher
 from hierkd.engine.config import load_config
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-FILES = sorted(CONFIGS.rglob("*.yaml"))
+# Table 1's proposals come from detectron2's model, everything else from ours.
+RPN_FILES = sorted(p for p in CONFIGS.rglob("*.yaml") if "rpn" in p.stem.split("_"))
+FILES = sorted(set(CONFIGS.rglob("*.yaml")) - set(RPN_FILES))
 
 
 @pytest.fixture
@@ -99,6 +101,45 @@ def test_the_file_name_is_the_row_of_the_table(path):
     assert on == ROWS[path.stem.split("_")[0]]
     if "R50" in path.stem or "R101" in path.stem:
         assert (101 if "R101" in path.stem else 50) == cfg.MODEL.RESNETS.DEPTH
+
+
+# ---------------------------------------------------------------------- Table 1
+
+
+def test_table_1_is_there_at_both_scales():
+    assert [str(p.relative_to(CONFIGS)) for p in RPN_FILES] == [
+        "ablations/table1_rpn_R50_1x.yaml",
+        "miniature/rpn.yaml",
+    ]
+
+
+@pytest.mark.parametrize("path", RPN_FILES, ids=lambda p: str(p.relative_to(CONFIGS)))
+def test_proposals_are_learned_from_base_boxes_and_scored_on_all(path):
+    cfg = load_config(str(path), ["MODEL.DEVICE", "cpu"])
+    world = cfg.DATASETS.TRAIN[0].removesuffix("_train_base")
+    assert (f"{world}_train_base",) == cfg.DATASETS.TRAIN
+    (tested,) = cfg.DATASETS.TEST
+    assert tested == {"miniature_ovd": f"{world}_test_all"}.get(world, f"{world}_val_all")
+    assert cfg.MODEL.IKD.LOSS_WEIGHT == cfg.MODEL.GKD.LOSS_WEIGHT == 0  # no captions are asked for
+    assert cfg.MODEL.RPN.POST_NMS_TOPK_TEST == 1000  # AR@1000
+    assert cfg.SOLVER.WARMUP_ITERS < cfg.SOLVER.MAX_ITER
+    model = build_model(cfg)
+    rpn = model.proposal_generator
+    assert type(rpn).__name__ == "RPN"
+    assert len(cfg.MODEL.ANCHOR_GENERATOR.SIZES) == len(rpn.in_features)
+    assert rpn.anchor_generator.num_anchors == [3] * len(rpn.in_features)
+    # proposals know no class: one logit per anchor
+    assert rpn.rpn_head.objectness_logits.out_channels == 3
+
+
+def test_table_1_on_coco_is_twelve_epochs_of_detectron2s_recipe():
+    cfg = load_config(str(CONFIGS / "ablations" / "table1_rpn_R50_1x.yaml"))
+    epoch = 107_761 // cfg.SOLVER.IMS_PER_BATCH + 1
+    assert (cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.BASE_LR) == (16, 0.02)
+    assert 12 * epoch == cfg.SOLVER.MAX_ITER
+    assert (8 * epoch, 11 * epoch) == cfg.SOLVER.STEPS
+    assert cfg.SOLVER.CLIP_GRADIENTS.ENABLED is False
+    assert cfg.MODEL.RPN.IN_FEATURES == ["p2", "p3", "p4", "p5", "p6"]
 
 
 # ---------------------------------------------------------------------- mistakes
