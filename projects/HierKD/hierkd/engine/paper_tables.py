@@ -113,6 +113,21 @@ _IKD_ROW = _ablation("table2_predicted_l1"), _ikd("table2_predicted_l1")
 _GKD_ROW = _ablation("table3_max_3x3"), _gkd("table3_max_3x3")
 
 
+def _table_1() -> Table:
+    columns = tuple(
+        Column(f"{group} AR{iou}@{limit}", "all", f"{group}/AR{iou}@{limit}")
+        for group in ("novel", "base")
+        for iou in (50, 75)
+        for limit in (100, 300, 1000)
+    )
+    row = Row(
+        "class-agnostic RPN trained on base boxes",
+        _ablation("table1_rpn_R50_1x"),
+        _miniature("table1_rpn", "rpn"),
+    )
+    return Table(1, "Recall of proposals", columns, (row,))
+
+
 def _table_2() -> Table:
     rows = (
         Row("predicted boxes, L1, 1.0x", *_IKD_ROW, {"ZSD novel AP50": 14.6}),
@@ -276,8 +291,8 @@ def _table_9() -> Table:
 TABLES: Mapping[int, Table] = {
     table.number: table
     for table in (
-        _table_2(), _table_3(), _table_4(), _table_5(), _table_6(), _table_7(), _table_8(),
-        _table_9(),
+        _table_1(), _table_2(), _table_3(), _table_4(), _table_5(), _table_6(), _table_7(),
+        _table_8(), _table_9(),
     )
 }  # fmt: skip
 """Table number -> table."""

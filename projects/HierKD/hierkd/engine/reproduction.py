@@ -87,7 +87,7 @@ def format_csv(table: Table, results: Results, scale: str) -> str:
 
 
 def plot_table(table: Table, results: Results, scale: str, path: Path) -> None:
-    """Bars of the first column in the paper and of every AP50 column that was run.
+    """Bars of the first column in the paper and of every AP50 (of proposals: AR75) that was run.
 
     The paper's figures (COCO) have a panel of their own: unless they were measured on COCO, ours
     are of another world and only the order of the rows can be compared. Dots are seeds.
@@ -98,7 +98,7 @@ def plot_table(table: Table, results: Results, scale: str, path: Path) -> None:
         scale: as in :func:`format_markdown`.
         path: of the PNG.
     """
-    columns = [c for c in table.columns if c.metric.endswith("AP50")]
+    columns = [c for c in table.columns if c.metric.endswith(("AP50", "AR75@100", "AR75@1000"))]
     labels = [row.label for row in table.rows]
     height = 1.1 + 0.34 * len(labels)
     panels = 1 + len(columns)
