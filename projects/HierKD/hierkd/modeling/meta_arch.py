@@ -57,7 +57,7 @@ from hierkd.modeling.sampling import subsample_negatives
 from hierkd.modeling.teacher import Teacher, build_teacher, check_embed_dim
 from hierkd.modeling.text_classifier import TextClassifier
 
-__all__ = ["IKD", "DetectionSettings", "HierKD", "InferenceSettings"]
+__all__ = ["IKD", "DetectionSettings", "ForeAnchors", "HierKD", "InferenceSettings"]
 
 _EMBEDDING_LOSSES = {"l1": embedding_l1_loss, "l2": embedding_l2_loss}
 
@@ -152,6 +152,26 @@ class RegionPairs(NamedTuple):
     student: Tensor  # (P, D), L2-normalised, with gradient
     teacher: Tensor  # (P, D), L2-normalised, without
     levels: Tensor  # (P,) in [0, L)
+
+
+class ForeAnchors(NamedTuple):
+    """The A anchors of an image that inference ranks: the best of each level, finest first."""
+
+    boxes: Tensor  # (A, 4) decoded, clipped to the image
+    probs: Tensor  # (A, K), the background left out
+    qualities: Tensor  # (A,) 0..1; ones without a quality branch
+
+    @property
+    def scores(self) -> Tensor:
+        """(A,) score of each anchor's best class."""
+        return self.probs.amax(dim=1) * self.qualities
+
+    def best(self, count: int) -> ForeAnchors:
+        """The ``count`` best over all levels; all of them where there are no more."""
+        if count >= len(self.boxes):
+            return self
+        top = self.scores.topk(count).indices
+        return ForeAnchors(self.boxes[top], self.probs[top], self.qualities[top])
 
 
 def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
@@ -412,10 +432,9 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
         return images
 
     def _predict_maps(
-        self, batched_inputs: list[dict[str, Any]]
+        self, images: ImageList
     ) -> tuple[list[Tensor], tuple[list[Tensor], list[Tensor], list[Tensor] | None]]:
-        """The L feature maps of a batch and the head's outputs on them."""
-        images = self.preprocess_image(batched_inputs)
+        """The L feature maps of a preprocessed batch and the head's outputs on them."""
         by_name = self.backbone(images.tensor)
         features = [by_name[f] for f in self.head_in_features]
         return features, self.head(features)
@@ -424,7 +443,7 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
         """Losses in training, detections in inference; see the class for inputs and outputs."""
         if not self.training:
             return super().forward(batched_inputs)
-        features, pred_maps = self._predict_maps(batched_inputs)
+        features, pred_maps = self._predict_maps(self.preprocess_image(batched_inputs))
         gt_instances = [x["instances"].to(self.device) for x in batched_inputs]
 
         with torch.autocast(self.device.type, enabled=False):  # all that follows is float32
@@ -707,50 +726,95 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
         self, images: ImageList, features: list[Tensor], predictions: Any
     ) -> list[Instances]:
         """Detections of each image: best anchors per level, best pairs, class-wise NMS."""
+        return [
+            self.detect_classes(fore.boxes, fore.probs, fore.qualities, size)
+            for fore, size in zip(
+                self._select_fore_anchors(images, features, predictions),
+                images.image_sizes,
+                strict=True,
+            )
+        ]
+
+    @torch.no_grad()
+    def fore_anchors(self, batched_inputs: list[dict[str, Any]]) -> list[ForeAnchors]:
+        """Find the anchors of each image that inference ranks, before their classes compete.
+
+        Args:
+            batched_inputs: N, as in inference.
+
+        Returns:
+            Those of each image. :meth:`detect_classes` makes detections of them.
+        """
+        images = self.preprocess_image(batched_inputs)
+        features, predictions = self._predict_maps(images)
+        return self._select_fore_anchors(images, features, predictions)
+
+    def _select_fore_anchors(
+        self, images: ImageList, features: list[Tensor], predictions: Any
+    ) -> list[ForeAnchors]:
+        """Keep the anchors of each image and level whose best class scores highest."""
         anchors = self.anchor_generator(features)
         with torch.autocast(self.device.type, enabled=False):
             flat = self._flatten(predictions)
             return [
-                self._inference_single_image(flat.of_image(i), anchors, size)
+                self._select_of_image(flat.of_image(i), anchors, size)
                 for i, size in enumerate(images.image_sizes)
             ]
 
-    def _inference_single_image(
+    def _select_of_image(
         self, predictions: DensePredictions, anchors: list[Boxes], image_size: tuple[int, int]
-    ) -> Instances:
-        settings = self.inference_settings
+    ) -> ForeAnchors:
         probs = self._class_probabilities(predictions.embeddings)  # (R, K)
-        scores = probs
-        if predictions.qualities is not None:
-            scores = probs * predictions.qualities.sigmoid()[:, None]
-        anchor_scores = scores.amax(dim=1)
+        qualities = (
+            torch.ones_like(probs[:, 0])
+            if predictions.qualities is None
+            else predictions.qualities.sigmoid()
+        )
+        anchor_scores = (probs * qualities[:, None]).amax(dim=1)
         kept, start = [], 0
         for level in anchors:
             of_level = anchor_scores[start : start + len(level)]
-            top = of_level.topk(min(settings.topk_anchors, len(level))).indices
+            top = of_level.topk(min(self.inference_settings.topk_anchors, len(level))).indices
             kept.append(top + start)
             start += len(level)
-        anchor_idxs = torch.cat(kept)
+        idxs = torch.cat(kept)
+        boxes = Boxes(
+            self.box2box_transform.apply_deltas(
+                predictions.anchor_deltas[idxs], Boxes.cat(anchors).tensor[idxs]
+            )
+        )
+        boxes.clip(image_size)
+        return ForeAnchors(boxes.tensor, probs[idxs], qualities[idxs])
 
-        scores = scores[anchor_idxs]
-        scores = scores.masked_fill(probs[anchor_idxs] <= settings.score_thresh, -1.0)
+    def detect_classes(
+        self, boxes: Tensor, probs: Tensor, qualities: Tensor, image_size: tuple[int, int]
+    ) -> Instances:
+        """Make detections of one image's boxes: best (box, class) pairs, then class-wise NMS.
+
+        Args:
+            boxes: (A, 4) XYXY, pixels of the network input, inside the image.
+            probs: (A, K) class probabilities, the background left out.
+            qualities: (A,) factors of the scores, 0..1: the predicted IoU.
+            image_size: height and width of the image in the network input, in pixels.
+
+        Returns:
+            At most ``TEST.DETECTIONS_PER_IMAGE`` detections, best first, scored by the product.
+        """
+        settings = self.inference_settings
+        scores = probs * qualities[:, None]
+        scores = scores.masked_fill(probs <= settings.score_thresh, -1.0)
         num_pairs = min(settings.topk_pairs or scores.numel(), scores.numel())
         pair_scores, pairs = scores.flatten().topk(num_pairs)
         pairs, pair_scores = pairs[pair_scores >= 0], pair_scores[pair_scores >= 0]
         rows, classes = pairs // scores.shape[1], pairs % scores.shape[1]
-        anchor_idxs = anchor_idxs[rows]
-
-        boxes = Boxes(
-            self.box2box_transform.apply_deltas(
-                predictions.anchor_deltas[anchor_idxs], Boxes.cat(anchors).tensor[anchor_idxs]
-            )
-        )
-        boxes.clip(image_size)
         groups = torch.zeros_like(classes) if settings.class_agnostic_nms else classes
-        keep = batched_nms(boxes.tensor, pair_scores, groups, settings.nms_thresh)
+        keep = batched_nms(boxes[rows], pair_scores, groups, settings.nms_thresh)
         keep = keep[: settings.max_detections]
         return Instances(
-            image_size, pred_boxes=boxes[keep], scores=pair_scores[keep], pred_classes=classes[keep]
+            image_size,
+            pred_boxes=Boxes(boxes[rows[keep]]),
+            scores=pair_scores[keep],
+            pred_classes=classes[keep],
         )
 
     @torch.no_grad()
@@ -765,7 +829,7 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
             l lies at pixel ((x + o) s, (y + o) s) of the network input, with stride s and the
             anchor generator's offset o. Padding of the batch is included.
         """
-        _, (embeddings, _, qualities) = self._predict_maps(batched_inputs)
+        _, (embeddings, _, qualities) = self._predict_maps(self.preprocess_image(batched_inputs))
         maps = []
         for level, embedding in enumerate(embeddings):
             probs = self._class_probabilities(embedding.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
