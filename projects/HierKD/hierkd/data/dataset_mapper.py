@@ -12,10 +12,11 @@ import numpy as np
 from detectron2.config import CfgNode, configurable
 from detectron2.data import DatasetMapper, detection_utils
 from detectron2.utils import comm
+from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-__all__ = ["HierKDDatasetMapper", "check_images"]
+__all__ = ["HierKDDatasetMapper", "check_images", "read_picture"]
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -112,6 +113,28 @@ class HierKDDatasetMapper(DatasetMapper):  # type: ignore[misc]
                 )
             result["caption"] = captions[np.random.randint(len(captions))]
         return result
+
+
+def read_picture(file_name: str, image_format: str = "BGR") -> NDArray[np.uint8]:
+    """Read a picture.
+
+    Args:
+        file_name: Its path.
+        image_format: "BGR" or "RGB".
+
+    Returns:
+        (H, W, 3), 0..255.
+
+    Raises:
+        ValueError: The file does not exist or cannot be decoded. It is named.
+    """
+    try:
+        image = detection_utils.read_image(file_name, format=image_format)
+    except (*_DECODE_ERRORS, ValueError) as error:
+        raise ValueError(
+            f"Image {file_name} cannot be decoded ({type(error).__name__}: {error})."
+        ) from error
+    return np.array(image, np.uint8)
 
 
 def check_images(

@@ -17,6 +17,29 @@ _BACKGROUND = "text_classifier.background_embedding"
 class HierKDCheckpointer(DetectionCheckpointer):  # type: ignore[misc]  # detectron2 is untyped
     """Loads and saves detectors; a checkpoint holds the detector alone, never the teacher."""
 
+    def load_detector(self, path: str) -> None:
+        """Load the weights of a trained detector, for uses that make no sense with random ones.
+
+        Args:
+            path: as for :meth:`load`.
+
+        Raises:
+            FileNotFoundError: as :meth:`load`.
+            ConnectionError: as :meth:`load`.
+            ValueError: as :meth:`load`; also if ``path`` is empty, or the file lacks weights of the
+                detector's head, as those of a backbone do.
+        """
+        if not path:  # taken for random weights otherwise
+            raise ValueError("MODEL.WEIGHTS is empty: detecting needs trained weights")
+        self.load(path)
+        missing = [key for key in self._missing_keys if key.startswith("head.")]
+        if missing:
+            raise ValueError(
+                f"MODEL.WEIGHTS: {path!r} is no trained detector of this config: it lacks "
+                f"{len(missing)} weights of the head, for example {missing[0]!r}; give a "
+                "checkpoint that was trained with this config"
+            )
+
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Load weights from a file or a URL that detectron2 knows.
 
@@ -71,4 +94,6 @@ class HierKDCheckpointer(DetectionCheckpointer):  # type: ignore[misc]  # detect
                 "and MODEL.TEXT_CLASSIFIER.EMBEDDINGS, if set, must be those of the CLIP the "
                 "checkpoint was trained with"
             )
-        return super()._load_model(checkpoint)
+        incompatible = super()._load_model(checkpoint)
+        self._missing_keys = list(incompatible.missing_keys)
+        return incompatible

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from detectron2.data.detection_utils import read_image
 from detectron2.structures import Boxes, BoxMode, Instances, pairwise_iou
 from detectron2.utils.logger import log_every_n_seconds
 from numpy.typing import NDArray
 
+from hierkd.data.dataset_mapper import read_picture
 from hierkd.engine.visualization import Color, Image, draw_boxes
 
 __all__ = [
@@ -103,7 +103,7 @@ def build_samples(
     judged = set(judged_classes)
     samples = []
     for record in records:
-        image = np.asarray(read_image(record["file_name"], format="BGR"), np.uint8)
+        image = read_picture(record["file_name"])
         truth = tuple(_truth_of(record, vocabulary, judged))
         detections = judge_detections(detect(image), truth, vocabulary, judged)
         samples.append(Sample(image, record["file_name"], truth, tuple(detections)))

@@ -1,18 +1,33 @@
-"""The figures of a run as ``results.json`` and as a table."""
+"""Figures as JSON files and as tables: those of a whole run, and those of one measurement."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+from tabulate import tabulate  # type: ignore[import-untyped]
 
 from hierkd.atomic_files import replacing
 
-__all__ = ["Results", "collect_results", "summary_rows", "write_results"]
+__all__ = [
+    "Figures",
+    "Results",
+    "collect_record",
+    "collect_results",
+    "current_commit",
+    "figures_table",
+    "summary_rows",
+    "write_results",
+]
 
 Results = dict[str, Any]
+
+# Dataset to name of a row ("crop 1.5") to "<group>/<metric>" to percent.
+Figures = Mapping[str, Mapping[str, Mapping[str, float]]]
 
 _REPORTED = ("AP50", "AR50")
 
@@ -90,3 +105,84 @@ def summary_rows(results: Results) -> list[tuple[Any, ...]]:
         for protocol in ("zsd", "gzsd")
         for group, metrics in results[protocol].items()
     ]
+
+
+def collect_record(
+    *,
+    command: str,
+    config: str,
+    weights: str,
+    dataset: Sequence[str],
+    options: Mapping[str, Any],
+    figures: Figures,
+    commit: str,
+) -> Results:
+    """Arrange what a measurement found for :func:`write_results`.
+
+    Args:
+        command: The command line.
+        config: Path of the config.
+        weights: Path of the checkpoint; "" where no detector was measured.
+        dataset: Names of the datasets.
+        options: Whatever else decides the figures.
+        figures: What was found; NaN, which JSON does not know, becomes None.
+        commit: Of the code.
+
+    Returns:
+        The arguments by name.
+    """
+    return {
+        "command": command,
+        "config": config,
+        "weights": weights,
+        "dataset": list(dataset),
+        "options": dict(options),
+        "figures": {
+            name: {
+                row: {metric: _rounded(value) for metric, value in of_row.items()}
+                for row, of_row in rows.items()
+            }
+            for name, rows in figures.items()
+        },
+        "commit": commit,
+    }
+
+
+def figures_table(figures: Figures, metrics: Sequence[str]) -> str:
+    """Lay figures out as a Markdown table, one line per dataset, row and group of classes.
+
+    Args:
+        figures: As for :func:`collect_record`.
+        metrics: The columns, e.g. "AP50".
+
+    Returns:
+        Markdown; what cannot be computed is a dash.
+    """
+    lines = [
+        [dataset, row, group, *(_cell(of_row[f"{group}/{metric}"]) for metric in metrics)]
+        for dataset, rows in figures.items()
+        for row, of_row in rows.items()
+        for group in dict.fromkeys(key.split("/")[0] for key in of_row if "/" in key)
+    ]
+    headers = ["dataset", "row", "classes", *metrics]
+    alignment = ("left", "left", "left", *("right" for _ in metrics))
+    return str(
+        tabulate(lines, headers, tablefmt="github", disable_numparse=True, colalign=alignment)
+    )
+
+
+def _cell(value: float) -> str:
+    return "–" if math.isnan(value) else f"{value:.1f}"
+
+
+def current_commit(folder: str | os.PathLike[str]) -> str:
+    """Return the commit of the checkout in ``folder``, with a plus if files differ from it.
+
+    "unknown" without git.
+    """
+    describe = ["git", "describe", "--always", "--abbrev=10", "--dirty=+", "--exclude=*"]
+    try:
+        answer = subprocess.run(describe, cwd=folder, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return answer.stdout.strip()

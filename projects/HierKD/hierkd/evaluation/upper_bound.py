@@ -7,17 +7,16 @@ evaluator as a detector's output. It bounds what distilling this CLIP can give a
 from __future__ import annotations
 
 import itertools
-import logging
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.detection_utils import read_image
 from detectron2.structures import Boxes, BoxMode, Instances
-from detectron2.utils.logger import log_every_n_seconds
 from torch import Tensor
+from tqdm import tqdm
 
+from hierkd.data.dataset_mapper import read_picture
 from hierkd.evaluation.split_coco_evaluation import SplitCOCOEvaluator
 from hierkd.modeling.teacher import Teacher
 
@@ -53,13 +52,20 @@ def clip_upper_bound(
 
     Returns:
         The figures of :class:`SplitCOCOEvaluator`, e.g. ``"novel/AP50"``, in percent.
+
+    Raises:
+        ValueError: The crop scale is not positive, or a picture cannot be decoded.
     """
-    evaluator = SplitCOCOEvaluator(dataset_name, distributed=False)
+    if not crop_scale > 0:
+        raise ValueError(f"the crop scale must be positive, got {crop_scale}")
+    evaluator = SplitCOCOEvaluator(
+        dataset_name, distributed=False, max_dets_per_image=max_detections
+    )
     evaluator.reset()
     dataset = DatasetCatalog.get(dataset_name)
     class_embeddings = teacher.encode_classes(MetadataCatalog.get(dataset_name).thing_classes)
-    done = 0
-    for records in _batches(dataset, images_per_batch):
+    progress = tqdm(dataset, desc=f"CLIP on the boxes of {dataset_name}", unit="picture")
+    for records in _batches(progress, images_per_batch):
         images = [_read_tensor(record["file_name"], image_format) for record in records]
         boxes = [_ground_truth_boxes(record) for record in records]
         regions = teacher.encode_regions(images, boxes, crop_scale)
@@ -71,10 +77,6 @@ def clip_upper_bound(
             size = (image.shape[1], image.shape[2])
             instances = _as_detections(image_boxes, image_probs, size, max_detections)
             evaluator.process([record], [{"instances": instances}])
-        done += len(records)
-        log_every_n_seconds(
-            logging.INFO, f"CLIP on ground-truth boxes: {done} of {len(dataset)} images", n=5
-        )
     return dict(evaluator.evaluate()["bbox"])
 
 
@@ -86,8 +88,7 @@ def _batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
 
 def _read_tensor(file_name: str, image_format: str) -> Tensor:
     """Return the stored image as (3, H, W), 0..255."""
-    image = read_image(file_name, format=image_format)
-    return torch.as_tensor(image.copy()).permute(2, 0, 1)
+    return torch.from_numpy(read_picture(file_name, image_format)).permute(2, 0, 1)
 
 
 def _ground_truth_boxes(record: dict[str, Any]) -> Tensor:

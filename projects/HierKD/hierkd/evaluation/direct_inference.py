@@ -1,0 +1,240 @@
+"""CLIP direct inference (Algorithm 1, Table 6): the detector finds the boxes, CLIP names them.
+
+The detector proposes: its best anchors per level ("fore anchors"), their decoded boxes and their
+predicted IoUs. CLIP disposes: it looks at a crop of every box, and its class probabilities take the
+place of the detector's own. The rest of inference is the detector's. One forward pass of CLIP per
+box makes this far slower than the detector; it shows what is lost in distilling.
+
+The algorithm in outline; comments below refer to these lines:
+
+    1: run the detector on the image I
+    2: on each level keep the anchors with the highest max_c p_c * IoU
+    3: decode their boxes
+    4: cut the boxes out of I
+    5: v <- V(crop), the image encoder of CLIP
+    6: p_c <- softmax over c of tau * cos(v, T_c)
+    7: score_c <- p_c * IoU
+    8: NMS within each class
+
+Letters: A fore anchors of an image · K classes · D embedding size.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from detectron2.modeling.postprocessing import detector_postprocess
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from hierkd.evaluation.split_coco_evaluation import SplitCOCOEvaluator
+from hierkd.modeling.meta_arch import ForeAnchors, HierKD
+from hierkd.modeling.teacher import Teacher
+
+__all__ = ["BACKGROUNDS", "DETECTOR", "CLIPScoring", "DirectInference", "clip_direct_inference"]
+
+logger = logging.getLogger(__name__)
+
+BACKGROUNDS = ("learned", "text", "none")
+DETECTOR = "detector"
+"""Name of the row of the detector's own probabilities among the results."""
+
+# What :func:`clip_direct_inference` is given for each dataset and each scoring of it.
+Figures = dict[str, float]
+
+
+@dataclass(frozen=True)
+class CLIPScoring:
+    """How CLIP's embedding of a crop becomes class scores (lines 6 and 7).
+
+    Attributes:
+        logit_scale: tau, which multiplies the cosines; None takes the teacher's own, which a
+            released CLIP has at 100. [release]
+        background: What competes with the classes in the softmax: "learned", the detector's
+            background embedding; "text", the prompt that it started from; "none". The paper does
+            not say; for any of them a box of nothing gets low scores only if its predicted IoU is
+            low, or the background wins. [ours: "learned", as in the detector's own softmax]
+        fuse_quality: Multiply the probabilities by the predicted IoU (line 7). [release]
+    """
+
+    logit_scale: float | None = None
+    background: str = "learned"
+    fuse_quality: bool = True
+
+    def __post_init__(self) -> None:
+        scale = self.logit_scale
+        if scale is not None and not (math.isfinite(scale) and scale > 0):
+            raise ValueError(f"tau must be a positive number, got {scale}")
+        if self.background not in BACKGROUNDS:
+            raise ValueError(f"background must be one of {BACKGROUNDS}, got {self.background!r}")
+
+    @property
+    def name(self) -> str:
+        """A short name for tables, e.g. "tau own, background learned"."""
+        tau = "own" if self.logit_scale is None else f"{self.logit_scale:g}"
+        without = "" if self.fuse_quality else ", without IoU"
+        return f"tau {tau}, background {self.background}{without}"
+
+
+class DirectInference:
+    """Algorithm 1 for batches of images, under any number of scorings at once.
+
+    CLIP's embeddings of the crops are the expensive part and do not depend on the scoring, so they
+    are computed once for all of them. The teacher is given all boxes of a batch in one call and
+    splits them into parts of bounded size itself.
+
+    Crops come from the network input, the resized raw image without normalisation and padding:
+    the boxes are in that frame, it is the one that the distillation crops (§3.2) and the release
+    look at, and no box has to be mapped back and forth.
+    """
+
+    def __init__(
+        self,
+        model: HierKD,
+        *,
+        scorings: Sequence[CLIPScoring] = (CLIPScoring(),),
+        crop_scale: float = 1.5,
+        max_anchors: int = 0,
+        background_prompt: str = "a photo of background.",
+    ) -> None:
+        """Join a detector in eval mode and its teacher.
+
+        Args:
+            model: The detector. How many anchors a level keeps, how many (box, class) pairs go to
+                NMS, and its threshold, are the detector's own settings (``*_TEST``).
+            scorings: The ways to score, at least one; their names differ.
+            crop_scale: Side of the crop over side of the box. [Table 2: 1.5]
+            max_anchors: Fore anchors of an image over all levels, the best ones; 0 sets no limit,
+                as in the paper. [ours: a CPU can afford about 100]
+            background_prompt: Text of the background "text".
+
+        Raises:
+            ValueError: A number is out of range, there are no scorings, or two are the same.
+            RuntimeError: The detector has no teacher.
+        """
+        if not crop_scale > 0:
+            raise ValueError(f"the crop scale must be positive, got {crop_scale}")
+        if max_anchors < 0:
+            raise ValueError(f"max_anchors must be 0 (no limit) or more, got {max_anchors}")
+        if not scorings or len({scoring.name for scoring in scorings}) < len(scorings):
+            names = [scoring.name for scoring in scorings]
+            raise ValueError(f"expected one or more different scorings, got {names}")
+        if model.teacher is None:
+            raise RuntimeError("CLIP direct inference needs a detector that was built with CLIP")
+        self.model = model
+        self.teacher: Teacher = model.teacher
+        self.scorings = tuple(scorings)
+        self.crop_scale = crop_scale
+        self.max_anchors = max_anchors
+        self.background_prompt = background_prompt
+
+    @torch.no_grad()
+    def __call__(self, batched_inputs: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+        """Detect under every scoring, and with the detector's own probabilities.
+
+        Args:
+            batched_inputs: As in inference of the detector.
+
+        Returns:
+            Name of the scoring, or :data:`DETECTOR`, to outputs in detectron2's format, one per
+            image. :data:`DETECTOR` is what the detector itself gives, but for ``max_anchors``.
+        """
+        fore = self.model.fore_anchors(batched_inputs)  # lines 1-3
+        if self.max_anchors:
+            fore = [of_image.best(self.max_anchors) for of_image in fore]
+        regions = self.teacher.encode_regions(  # lines 4 and 5
+            [x["image"] for x in batched_inputs],
+            [of_image.boxes for of_image in fore],
+            self.crop_scale,
+        )
+        embeddings = regions.to(self.model.device).split([len(f.boxes) for f in fore])
+        outputs = {DETECTOR: self._detect(batched_inputs, fore, [f.probs for f in fore])}
+        for scoring in self.scorings:
+            probs = [self.class_probabilities(v, scoring) for v in embeddings]  # line 6
+            outputs[scoring.name] = self._detect(
+                batched_inputs, fore, probs, fuse_quality=scoring.fuse_quality
+            )
+        return outputs
+
+    def class_probabilities(self, region_embeddings: Tensor, scoring: CLIPScoring) -> Tensor:
+        """Classify regions by CLIP (line 6).
+
+        Args:
+            region_embeddings: (A, D), L2-normalised.
+            scoring: How.
+
+        Returns:
+            (A, K) probabilities of the model's vocabulary; a background's is left out.
+        """
+        classifier = self.model.text_classifier
+        texts = [classifier.text_embeddings]
+        if scoring.background == "learned":
+            texts.append(F.normalize(classifier.background_embedding, dim=0)[None])
+        elif scoring.background == "text":
+            texts.append(self.teacher.encode_captions([self.background_prompt]).to(texts[0]))
+        scale = self.teacher.logit_scale if scoring.logit_scale is None else scoring.logit_scale
+        logits = scale * region_embeddings @ torch.cat(texts).T
+        return logits.softmax(dim=1)[:, : classifier.num_classes]
+
+    def _detect(
+        self,
+        batched_inputs: list[dict[str, Any]],
+        fore: Sequence[ForeAnchors],
+        probs: Sequence[Tensor],
+        *,
+        fuse_quality: bool = True,
+    ) -> list[dict[str, Any]]:
+        """Lines 7 and 8, and back to the size of the stored picture."""
+        outputs = []
+        for given, anchors, of_image in zip(batched_inputs, fore, probs, strict=True):
+            size = (given["image"].shape[1], given["image"].shape[2])
+            qualities = anchors.qualities if fuse_quality else torch.ones_like(anchors.qualities)
+            found = self.model.detect_classes(anchors.boxes, of_image, qualities, size)
+            height, width = given.get("height", size[0]), given.get("width", size[1])
+            outputs.append({"instances": detector_postprocess(found, height, width)})
+        return outputs
+
+
+def clip_direct_inference(
+    direct_inference: DirectInference,
+    data_loader: Iterable[list[dict[str, Any]]],
+    dataset_name: str,
+    vocabulary: Sequence[str],
+    *,
+    max_detections: int = 100,
+) -> dict[str, Figures]:
+    """Measure direct inference on a dataset.
+
+    Args:
+        direct_inference: What to measure; the vocabulary of its model is put back afterwards.
+        data_loader: Batches of the dataset, as for testing.
+        dataset_name: The registered dataset.
+        vocabulary: Its class names.
+        max_detections: Detections that count per image; COCO's 100.
+
+    Returns:
+        :data:`DETECTOR` and the name of each scoring to :class:`SplitCOCOEvaluator`'s figures.
+    """
+    names = (DETECTOR, *(scoring.name for scoring in direct_inference.scorings))
+    evaluators = {
+        name: SplitCOCOEvaluator(dataset_name, distributed=False, max_dets_per_image=max_detections)
+        for name in names
+    }
+    for evaluator in evaluators.values():
+        evaluator.reset()
+    with direct_inference.model.vocabulary(vocabulary):
+        for batched_inputs in tqdm(data_loader, desc=f"CLIP on {dataset_name}", unit="batch"):
+            outputs = direct_inference(batched_inputs)
+            for name, evaluator in evaluators.items():
+                evaluator.process(batched_inputs, outputs[name])
+    figures = {}
+    for name, evaluator in evaluators.items():
+        logger.info("%s, %s:", dataset_name, name)  # the evaluator logs its table
+        figures[name] = dict(evaluator.evaluate()["bbox"])
+    return figures

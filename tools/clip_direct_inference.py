@@ -1,0 +1,205 @@
+#!/usr/bin/env python
+"""CLIP direct inference (Table 6, Algorithm 1): a detector's boxes, classified by CLIP.
+
+    python tools/clip_direct_inference.py --config-file configs/hierkd_R50.yaml \\
+        --output output/table6/hierkd.json --opts MODEL.WEIGHTS model.pth
+    python tools/clip_direct_inference.py --config-file configs/miniature/hierkd.yaml \\
+        --datasets miniature_ovd_test_novel --tau own 100 --background learned none \\
+        --output output/table6/miniature.json --opts MODEL.WEIGHTS model.pth
+
+Works on any checkpoint and any registered dataset, with its vocabulary. All combinations of --tau
+and --background are measured in one pass, beside the detector's own probabilities on the same
+anchors. CLIP looks at every anchor that inference keeps, up to 1000 a level: on a CPU, limit them
+with --max-anchors 100 (per image, the best ones). Prints a table; --output holds it as JSON.
+"""
+
+from __future__ import annotations
+
+import hierkd  # noqa: F401  (first: it quiets two deprecation warnings inside libraries)
+
+# isort: split
+import argparse
+import itertools
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from detectron2.data import MetadataCatalog, build_detection_test_loader
+from detectron2.utils.logger import setup_logger
+
+from hierkd.data.dataset_mapper import HierKDDatasetMapper
+from hierkd.data.datasets import check_datasets
+from hierkd.engine.config import load_config
+from hierkd.engine.predictor import OpenVocabularyPredictor
+from hierkd.engine.results import (
+    collect_record,
+    current_commit,
+    figures_table,
+    write_results,
+)
+from hierkd.evaluation.direct_inference import (
+    BACKGROUNDS,
+    CLIPScoring,
+    DirectInference,
+    clip_direct_inference,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+COLUMNS = ("AP50", "AR50", "AP", "APs", "APm", "APl")
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """Build the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", required=True, metavar="YAML")
+    parser.add_argument(
+        "--datasets", nargs="+", metavar="NAME", help="default: DATASETS.TEST of the config"
+    )
+    parser.add_argument(
+        "--tau",
+        nargs="+",
+        default=["own"],
+        metavar="SCALE",
+        help="factors on CLIP's cosines: numbers, or 'own' for CLIP's logit scale; default: own",
+    )
+    parser.add_argument(
+        "--background",
+        nargs="+",
+        default=["learned"],
+        choices=BACKGROUNDS,
+        help="what competes with the classes: the detector's background embedding, the embedding "
+        "of MODEL.TEXT_CLASSIFIER.BACKGROUND_PROMPT, or nothing; default: learned",
+    )
+    parser.add_argument(
+        "--crop-scale",
+        type=float,
+        metavar="FACTOR",
+        help="side of a crop over side of its box; default: MODEL.IKD.CROP_SCALE of the config",
+    )
+    parser.add_argument(
+        "--max-anchors",
+        type=int,
+        default=0,
+        metavar="N",
+        help="anchors per image that CLIP looks at, the detector's best; 0: all that inference "
+        "keeps (MODEL.ATSS.TOPK_ANCHORS_TEST a level); default: %(default)s",
+    )
+    parser.add_argument(
+        "--without-iou",
+        action="store_true",
+        help="score by CLIP's probability alone, not times the predicted IoU",
+    )
+    parser.add_argument(
+        "--images-per-batch", type=int, default=1, metavar="N", help="default: %(default)s"
+    )
+    parser.add_argument("--output", type=Path, metavar="JSON", help="file for the figures")
+    parser.add_argument(
+        "--opts",
+        nargs=argparse.REMAINDER,
+        default=[],
+        metavar="KEY VALUE",
+        help="config overrides, last on the line, e.g. MODEL.WEIGHTS model.pth",
+    )
+    return parser
+
+
+def parse_scorings(
+    taus: Sequence[str], backgrounds: Sequence[str], fuse_quality: bool
+) -> list[CLIPScoring]:
+    """Combine every tau with every background; what is given twice counts once.
+
+    Raises:
+        ValueError: A tau is neither a positive number nor "own".
+    """
+    scorings: dict[CLIPScoring, None] = {}
+    for tau, background in itertools.product(taus, backgrounds):
+        try:
+            scale = None if tau == "own" else float(tau)
+        except ValueError as error:
+            raise ValueError(f"--tau: expected numbers or 'own', got {tau!r}") from error
+        scorings[CLIPScoring(scale, background, fuse_quality)] = None
+    return list(scorings)
+
+
+def run(args: argparse.Namespace, command: str) -> dict[str, Any]:
+    """Measure all datasets.
+
+    Returns:
+        The record, which is also written to ``--output``.
+    """
+    scorings = parse_scorings(args.tau, args.background, not args.without_iou)
+    if args.images_per_batch < 1:
+        raise ValueError(f"--images-per-batch must be at least 1, got {args.images_per_batch}")
+    cfg = load_config(args.config_file, args.opts)
+    datasets = list(args.datasets or cfg.DATASETS.TEST)
+    if not datasets:
+        raise ValueError("--datasets: none given, and DATASETS.TEST of the config is empty")
+    check_datasets(datasets)
+    crop_scale = cfg.MODEL.IKD.CROP_SCALE if args.crop_scale is None else args.crop_scale
+    direct_inference = DirectInference(
+        OpenVocabularyPredictor(cfg).model,
+        scorings=scorings,
+        crop_scale=crop_scale,
+        max_anchors=args.max_anchors,
+        background_prompt=cfg.MODEL.TEXT_CLASSIFIER.BACKGROUND_PROMPT,
+    )
+    figures = {
+        name: clip_direct_inference(
+            direct_inference,
+            build_detection_test_loader(
+                cfg,
+                name,
+                mapper=HierKDDatasetMapper(cfg, is_train=False),
+                batch_size=args.images_per_batch,
+            ),
+            name,
+            MetadataCatalog.get(name).thing_classes,
+            max_detections=cfg.TEST.DETECTIONS_PER_IMAGE,
+        )
+        for name in datasets
+    }
+    record = collect_record(
+        command=command,
+        config=args.config_file,
+        weights=cfg.MODEL.WEIGHTS,
+        dataset=datasets,
+        options={
+            "tau": {
+                s.name: s.logit_scale or direct_inference.teacher.logit_scale for s in scorings
+            },
+            "background": {s.name: s.background for s in scorings},
+            "fuse_iou": not args.without_iou,
+            "crop_scale": crop_scale,
+            "max_anchors": args.max_anchors,
+            "teacher": cfg.MODEL.TEACHER.WEIGHTS,
+            "opts": args.opts,
+        },
+        figures=figures,
+        commit=current_commit(ROOT),
+    )
+    if args.output is not None:
+        write_results(args.output, record)
+    print(figures_table(figures, COLUMNS))
+    return record
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line; errors of the user's end it with a message and status 2."""
+    parser = get_parser()
+    args = parser.parse_args(argv)
+    setup_logger(name="hierkd", abbrev_name="hierkd")
+    command = shlex.join(
+        ["python", "tools/clip_direct_inference.py", *(sys.argv[1:] if argv is None else argv)]
+    )
+    try:
+        run(args, command)
+    except (ValueError, FileNotFoundError, ConnectionError) as error:
+        parser.exit(2, f"clip_direct_inference.py: error: {error}\n")
+
+
+if __name__ == "__main__":
+    main()

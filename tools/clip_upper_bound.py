@@ -1,0 +1,138 @@
+#!/usr/bin/env python
+"""The upper bound (Table 9): CLIP names the ground-truth boxes, scored as detections.
+
+    python tools/clip_upper_bound.py --config-file configs/hierkd_R50.yaml \\
+        --output output/table9/coco.json
+    python tools/clip_upper_bound.py --config-file configs/miniature/hierkd.yaml \\
+        --datasets miniature_ovd_test_novel miniature_ovd_test_all --crop-scales 1 1.25 1.5 2
+
+No detector takes part: of the config only the teacher, its prompt and DATASETS.TEST count. Works on
+any registered dataset, with its vocabulary. Prints a table; --output holds it as JSON.
+"""
+
+from __future__ import annotations
+
+import hierkd  # noqa: F401  (first: it quiets two deprecation warnings inside libraries)
+
+# isort: split
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from detectron2.utils.logger import setup_logger
+
+from hierkd.data.datasets import check_datasets
+from hierkd.engine.config import load_config
+from hierkd.engine.results import (
+    collect_record,
+    current_commit,
+    figures_table,
+    write_results,
+)
+from hierkd.evaluation.upper_bound import clip_upper_bound
+from hierkd.modeling.teacher import build_teacher
+
+ROOT = Path(__file__).resolve().parent.parent
+COLUMNS = ("AP50", "APs", "APm", "APl", "AR50")  # Table 9's
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """Build the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", required=True, metavar="YAML")
+    parser.add_argument(
+        "--datasets", nargs="+", metavar="NAME", help="default: DATASETS.TEST of the config"
+    )
+    parser.add_argument(
+        "--crop-scales",
+        nargs="+",
+        type=float,
+        metavar="FACTOR",
+        help="sides of the crops over sides of the boxes; default: MODEL.IKD.CROP_SCALE",
+    )
+    parser.add_argument(
+        "--images-per-batch", type=int, default=16, metavar="N", help="default: %(default)s"
+    )
+    parser.add_argument("--output", type=Path, metavar="JSON", help="file for the figures")
+    parser.add_argument(
+        "--opts",
+        nargs=argparse.REMAINDER,
+        default=[],
+        metavar="KEY VALUE",
+        help="config overrides, last on the line, e.g. MODEL.TEACHER.WEIGHTS RN50",
+    )
+    return parser
+
+
+def run(args: argparse.Namespace, command: str) -> dict[str, Any]:
+    """Measure all datasets at all crop scales.
+
+    Returns:
+        The record, which is also written to ``--output``.
+    """
+    cfg = load_config(args.config_file, args.opts)
+    datasets = list(args.datasets or cfg.DATASETS.TEST)
+    scales = list(dict.fromkeys(args.crop_scales or [cfg.MODEL.IKD.CROP_SCALE]))
+    if not datasets:
+        raise ValueError("--datasets: none given, and DATASETS.TEST of the config is empty")
+    if not all(scale > 0 for scale in scales):
+        raise ValueError(f"--crop-scales must be positive, got {scales}")
+    if args.images_per_batch < 1:
+        raise ValueError(f"--images-per-batch must be at least 1, got {args.images_per_batch}")
+    check_datasets(datasets)
+    teacher = build_teacher(cfg)
+    figures = {
+        name: {
+            f"crop {scale:g}": clip_upper_bound(
+                teacher,
+                name,
+                scale,
+                image_format=cfg.INPUT.FORMAT,
+                images_per_batch=args.images_per_batch,
+                max_detections=cfg.TEST.DETECTIONS_PER_IMAGE,
+            )
+            for scale in scales
+        }
+        for name in datasets
+    }
+    record = collect_record(
+        command=command,
+        config=args.config_file,
+        weights="",
+        dataset=datasets,
+        options={
+            "crop_scales": scales,
+            "teacher": cfg.MODEL.TEACHER.WEIGHTS,
+            "template": cfg.MODEL.TEXT_CLASSIFIER.TEMPLATE,
+            "opts": args.opts,
+        },
+        figures=figures,
+        commit=current_commit(ROOT),
+    )
+    if args.output is not None:
+        write_results(args.output, record)
+    print(figures_table(figures, COLUMNS))
+    return record
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line; errors of the user's end it with a message and status 2."""
+    parser = get_parser()
+    args = parser.parse_args(argv)
+    setup_logger(name="hierkd", abbrev_name="hierkd")
+    command = shlex.join(
+        ["python", "tools/clip_upper_bound.py", *(sys.argv[1:] if argv is None else argv)]
+    )
+    try:
+        run(args, command)
+    except (ValueError, FileNotFoundError, ConnectionError) as error:
+        parser.exit(2, f"clip_upper_bound.py: error: {error}\n")
+
+
+if __name__ == "__main__":
+    main()
