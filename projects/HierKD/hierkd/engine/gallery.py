@@ -27,6 +27,7 @@ __all__ = [
     "best_sample_per_class",
     "build_samples",
     "choose_by_ground_truth",
+    "choose_in_turn",
     "draw_overview",
     "draw_sample",
     "judge_detections",
@@ -202,10 +203,22 @@ def choose_by_ground_truth(
     Returns:
         The chosen samples.
     """
-    queues = [
-        iter([i for i, s in enumerate(samples) if any(t.class_name == name for t in s.truth)])
-        for name in class_names
-    ]
+    held = [{box.class_name for box in sample.truth} for sample in samples]
+    return [samples[i] for i in choose_in_turn(held, class_names, count)]
+
+
+def choose_in_turn(held: Sequence[set[str]], class_names: Sequence[str], count: int) -> list[int]:
+    """Choose pictures that show the classes in turn, as :func:`choose_by_ground_truth`.
+
+    Args:
+        held: Classes in each picture.
+        class_names: Classes to show.
+        count: How many pictures; fewer if there are no more.
+
+    Returns:
+        Positions in ``held``.
+    """
+    queues = [iter([i for i, names in enumerate(held) if name in names]) for name in class_names]
     chosen: dict[int, None] = {}
     while queues and len(chosen) < count:
         for queue in list(queues):
@@ -214,7 +227,7 @@ def choose_by_ground_truth(
                 queues.remove(queue)
             elif len(chosen) < count:
                 chosen[index] = None
-    return [samples[i] for i in chosen]
+    return list(chosen)
 
 
 def best_sample_per_class(
@@ -234,15 +247,21 @@ def best_sample_per_class(
 
 
 def draw_sample(
-    sample: Sample, boxes: Sequence[Box], *, min_long_side: int = 400, font_px: float = 21
+    sample: Sample,
+    boxes: Sequence[Box],
+    *,
+    min_long_side: int = 400,
+    font_px: float = 21,
+    label_uncounted: bool = False,
 ) -> Image:
-    """Draw boxes in the colours of their verdicts: the best on top, the uncounted unlabelled.
+    """Draw boxes in the colours of their verdicts: the best on top, the uncounted below.
 
     Args:
         sample: The picture.
         boxes: Its ``truth`` or ``detections``.
         min_long_side: Pixels the picture is enlarged to.
         font_px: Height of the labels, in pixels of the enlarged picture.
+        label_uncounted: Whether the uncounted ones are labelled, too.
 
     Returns:
         (H', W', 3) RGB.
@@ -251,7 +270,7 @@ def draw_sample(
     return draw_boxes(
         sample.image[:, :, ::-1],
         [box.xyxy for box in boxes],
-        ["" if box.verdict == UNCOUNTED else box.label for box in boxes],
+        [box.label if label_uncounted or box.verdict != UNCOUNTED else "" for box in boxes],
         [_COLORS[box.verdict] for box in boxes],
         min_long_side=min_long_side,
         font_px=font_px,

@@ -1,17 +1,33 @@
-"""Boxes with readable labels on pictures of any size, drawn by detectron2's Visualizer."""
+"""Boxes with readable labels on pictures of any size, drawn by detectron2's Visualizer; sheets of
+several pictures with titles."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
 
 import cv2
 import numpy as np
 from detectron2.structures import Instances
 from detectron2.utils.colormap import colormap
 from detectron2.utils.visualizer import Visualizer
+from matplotlib.font_manager import FontProperties, findfont
 from numpy.typing import ArrayLike, NDArray
+from PIL import Image as PILImage
+from PIL import ImageDraw, ImageFont
 
-__all__ = ["class_color", "draw_boxes", "draw_instances", "enlarge"]
+__all__ = [
+    "Color",
+    "Image",
+    "SheetRow",
+    "class_color",
+    "draw_boxes",
+    "draw_instances",
+    "draw_sheet",
+    "enlarge",
+    "fit",
+]
 
 Image = NDArray[np.uint8]
 Color = tuple[float, float, float]
@@ -38,6 +54,24 @@ def enlarge(image: Image, min_long_side: int = _MIN_LONG_SIDE_PX) -> tuple[Image
         return image, 1.0
     size = (round(image.shape[1] * factor), round(image.shape[0] * factor))
     resized = cv2.resize(np.ascontiguousarray(image), size, interpolation=cv2.INTER_CUBIC)
+    return np.asarray(resized, np.uint8), factor
+
+
+def fit(image: Image, side: int) -> tuple[Image, float]:
+    """Shrink or enlarge a picture so that its longer side is ``side`` pixels.
+
+    Args:
+        image: (H, W, 3).
+        side: In pixels.
+
+    Returns:
+        The picture and the factor its sides changed by.
+    """
+    height, width = image.shape[:2]
+    factor = side / max(height, width)
+    size = (max(1, round(width * factor)), max(1, round(height * factor)))
+    method = cv2.INTER_AREA if factor < 1 else cv2.INTER_CUBIC
+    resized = cv2.resize(np.ascontiguousarray(image), size, interpolation=method)
     return np.asarray(resized, np.uint8), factor
 
 
@@ -78,18 +112,176 @@ def draw_boxes(
     scaled = np.asarray(boxes, dtype=np.float64).reshape(-1, 4) * factor
     for box, color in zip(scaled, colors, strict=True):
         visualizer.draw_box(box, alpha=1.0, edge_color=color)
-    for (x0, y0, x1, _), label, color in zip(scaled, labels, colors, strict=True):
-        # Above the box where there is room, and towards the middle: no label leaves the picture.
-        to_the_left = x0 + x1 > width
-        top = y0 - label_px if y0 >= label_px else min(max(y0, 0), height - label_px)
+    places = _place_labels(scaled, labels, font_px, label_px, (height, width))
+    for (x, y), label, color in zip(places, labels, colors, strict=True):
         visualizer.draw_text(
             label,
-            (min(x1, width) if to_the_left else max(x0, 0), top),
+            (x, y),
             font_size=font_px * _POINTS_PER_PX,
             color=tuple((1 + channel) / 2 for channel in color),  # on a dark ground
-            horizontal_alignment="right" if to_the_left else "left",
+            horizontal_alignment="left",
         )
     return np.asarray(visualizer.output.get_image(), np.uint8)
+
+
+def _place_labels(
+    boxes: NDArray[np.float64],
+    labels: Sequence[str],
+    font_px: float,
+    label_px: float,
+    size: tuple[int, int],
+) -> list[tuple[float, float]]:
+    """Choose the upper left corner of each label: inside the picture, on no other label.
+
+    The last label, which is drawn on top, chooses first. It prefers the place above its box, then
+    the ones below and inside, towards the middle of the picture; then further down the box.
+
+    Args:
+        boxes: (M, 4) XYXY, in pixels of a picture of ``size``.
+        labels: M texts.
+        font_px: Height of the font.
+        label_px: Height of a label.
+        size: Height and width of the picture, in pixels.
+
+    Returns:
+        M corners (x, y); where there is no free place, the one that covers others least.
+    """
+    height, width = size
+    taken: list[tuple[float, float, float, float]] = []
+    places = []
+    for (x0, y0, x1, y1), label in zip(boxes[::-1], labels[::-1], strict=True):
+        label_width = _text_width(label, font_px) + 2
+        sides = [x1 - label_width, x0] if x0 + x1 > width else [x0, x1 - label_width]
+        rows = [y0 - label_px] if y0 >= label_px else []
+        rows += [y0] if y1 + label_px > height else [y1, y0]
+        rows += [y0 + step * label_px for step in range(1, 8)]
+        candidates = []
+        for y in rows:
+            for x in sides:
+                left = min(max(x, 0.0), max(width - label_width, 0.0))
+                top = min(max(y, 0.0), max(height - label_px, 0.0))
+                candidates.append((left, top, left + label_width, top + label_px))
+        best = candidates[0]
+        if label:
+            best = min(candidates, key=lambda place: sum(_overlap(place, t) for t in taken))
+            taken.append(best)
+        places.append((best[0], best[1]))
+    return places[::-1]
+
+
+def _overlap(
+    one: tuple[float, float, float, float], other: tuple[float, float, float, float]
+) -> float:
+    """Area that two XYXY rectangles share."""
+    width = min(one[2], other[2]) - max(one[0], other[0])
+    height = min(one[3], other[3]) - max(one[1], other[1])
+    return max(width, 0.0) * max(height, 0.0)
+
+
+@cache
+def _font(size_px: int, weight: str = "normal") -> ImageFont.FreeTypeFont:
+    """The font that matplotlib, and so the Visualizer, writes in."""
+    return ImageFont.truetype(findfont(FontProperties("sans-serif", weight=weight)), size_px)
+
+
+def _text_width(text: str, size_px: float) -> float:
+    reference = 20  # px; advance widths grow with the size
+    return _font(reference).getlength(text) * size_px / reference
+
+
+@dataclass(frozen=True)
+class SheetRow:
+    """A row of a sheet.
+
+    Attributes:
+        panels: Pictures (H, W, 3), RGB, drawn as they are.
+        titles: One above each panel; "" for none.
+        caption: A line between titles and panels, as wide as the row; "" for none.
+    """
+
+    panels: Sequence[Image]
+    titles: Sequence[str]
+    caption: str = ""
+
+
+def draw_sheet(
+    rows: Sequence[SheetRow],
+    *,
+    panel_px: int,
+    legend: Sequence[tuple[Image, str]] = (),
+    title_px: int = 24,
+) -> Image:
+    """Arrange pictures in rows and columns with titles, captions and a legend below.
+
+    Args:
+        rows: From top to bottom; their columns line up.
+        panel_px: Width of a column, in pixels; no panel is wider.
+        legend: Swatches (H, W, 3), RGB, no higher than two lines, and their meaning.
+        title_px: Height of the font of titles. Texts too long for their place become smaller, then
+            are cut.
+
+    Returns:
+        (H, W, 3) RGB, on white.
+    """
+    gap, line = round(0.6 * title_px), round(1.5 * title_px)
+    columns = max(len(row.panels) for row in rows)
+    width = columns * (panel_px + gap) + gap
+    row_heights = [
+        line * (bool(row.caption) + any(row.titles)) + max(p.shape[0] for p in row.panels) + gap
+        for row in rows
+    ]
+    height = gap + sum(row_heights) + (2 * line if legend else 0)
+    sheet = PILImage.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(sheet)
+    top = gap
+    for row, row_height in zip(rows, row_heights, strict=True):
+        y = top
+        lefts = [gap + column * (panel_px + gap) for column in range(len(row.panels))]
+        for x, title in zip(lefts, row.titles, strict=True):
+            _write(draw, (x, y), title, panel_px, title_px, "#1b1f24", "bold")
+        y += line * any(row.titles)
+        _write(draw, (gap, y), row.caption, width - 2 * gap, round(0.8 * title_px), "#56606b")
+        y += line * bool(row.caption)
+        for x, panel in zip(lefts, row.panels, strict=True):
+            sheet.paste(PILImage.fromarray(np.ascontiguousarray(panel)), (x, y))
+        top += row_height
+    x = gap
+    for swatch, text in legend:
+        y = top + (2 * line - swatch.shape[0]) // 2 - gap // 2
+        sheet.paste(PILImage.fromarray(np.ascontiguousarray(swatch)), (x, y))
+        x += swatch.shape[1] + gap // 2
+        text_y = top + (2 * line - title_px) // 2 - gap // 2
+        x += 2 * gap + _write(
+            draw, (x, text_y), text, max(width - x, 1), round(0.8 * title_px), "#1b1f24"
+        )
+    return np.array(sheet, np.uint8)
+
+
+def _write(
+    draw: ImageDraw.ImageDraw,
+    place: tuple[int, int],
+    text: str,
+    max_width: int,
+    size_px: int,
+    color: str,
+    weight: str = "normal",
+) -> int:
+    """Write one line into ``max_width`` pixels: smaller, then cut, if it is too long.
+
+    Returns:
+        Its width.
+    """
+    smallest = max(8, round(0.6 * size_px))
+    size = size_px
+    while size > smallest and _font(size, weight).getlength(text) > max_width:
+        size -= 1
+    font = _font(size, weight)
+    if font.getlength(text) > max_width:
+        while text and font.getlength(text + "…") > max_width:
+            text = text[:-1]
+        text += "…"
+    draw.text(place, text, fill=color, font=font)
+    return round(font.getlength(text))
 
 
 def draw_instances(image: Image, instances: Instances, vocabulary: Sequence[str]) -> Image:

@@ -1,0 +1,227 @@
+#!/usr/bin/env python
+"""Detections of several checkpoints side by side, with the ground truth (Figure 5).
+
+    python tools/compare_detections.py --dataset coco_ovd_48_17_val_all --novel 6 \\
+        --run IKD=configs/COCO-48-17/ikd_R50_1x.yaml:output/ikd/model_final.pth \\
+        --run GKD=configs/COCO-48-17/gkd_R50_1x.yaml:output/gkd/model_final.pth \\
+        --run HierKD=configs/hierkd_R50.yaml:output/hierkd/model_final.pth
+
+Pictures are chosen by id (--image-ids), at random (--random N --seed S), or so that they show the
+novel classes in turn (--novel N), never by what is detected. Blue is right, orange wrong, by AP50's
+rule. Writes one PNG or JPG, by the suffix of --output.
+"""
+
+from __future__ import annotations
+
+import hierkd  # noqa: F401  (first: it quiets two deprecation warnings inside libraries)
+
+# isort: split
+import argparse
+import io
+import logging
+import random
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.utils.logger import setup_logger
+from PIL import Image
+
+from hierkd.atomic_files import replacing
+from hierkd.data.datasets import check_datasets
+from hierkd.engine.config import load_config
+from hierkd.engine.figures import draw_comparison, keep_best
+from hierkd.engine.gallery import Sample, build_samples, choose_in_turn
+from hierkd.engine.predictor import OpenVocabularyPredictor
+
+logger = logging.getLogger("hierkd.compare_detections")
+
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
+
+
+class Run(NamedTuple):
+    """A detector to compare."""
+
+    name: str
+    config_file: str
+    weights: str
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """Build the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--run",
+        action="append",
+        required=True,
+        dest="runs",
+        metavar="NAME=CONFIG:WEIGHTS",
+        help="a detector: title of its column, config and checkpoint; once for each",
+    )
+    parser.add_argument("--dataset", required=True, metavar="NAME", help="registered dataset")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--image-ids", nargs="+", metavar="ID")
+    which.add_argument("--random", type=int, metavar="N", help="N pictures at random, see --seed")
+    which.add_argument(
+        "--novel", type=int, metavar="N", help="N pictures that show the novel classes in turn"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of --random; default: %(default)s")
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        metavar="SCORE",
+        help="draw the detections with at least this score, 0 to 1; default: of each picture as "
+        "many as it has objects, the best",
+    )
+    parser.add_argument(
+        "--judge",
+        choices=("all", "novel"),
+        default="all",
+        help="classes whose detections are right or wrong; the others are grey; default: all",
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("output/figure5.png"), help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--panel-px", type=int, default=480, metavar="N", help="longer side of a panel; %(default)s"
+    )
+    parser.add_argument(
+        "--opts",
+        nargs=argparse.REMAINDER,
+        default=[],
+        metavar="KEY VALUE",
+        help="config overrides of all runs, last on the line",
+    )
+    return parser
+
+
+def parse_runs(texts: Sequence[str]) -> list[Run]:
+    """Read the detectors to compare.
+
+    Raises:
+        ValueError: One is not NAME=CONFIG:WEIGHTS, or two have one name.
+        FileNotFoundError: A config or a checkpoint does not exist.
+    """
+    runs = []
+    for text in texts:
+        name, _, rest = text.partition("=")
+        config_file, _, weights = rest.partition(":")
+        if not (name.strip() and config_file and weights):
+            raise ValueError(f"--run: expected NAME=CONFIG:WEIGHTS, got {text!r}")
+        for path in (config_file, weights):
+            if "://" not in path and not Path(path).is_file():
+                raise FileNotFoundError(f"--run {name}: no file {path!r}")
+        runs.append(Run(name.strip(), config_file, weights))
+    names = [run.name for run in runs]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"--run: several are called {repeated}")
+    return runs
+
+
+def choose_records(
+    records: Sequence[dict[str, Any]], args: argparse.Namespace, vocabulary: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Choose the pictures to show, without looking at any detection.
+
+    Raises:
+        ValueError: There is no such picture, or the dataset has no novel classes.
+    """
+    if args.image_ids is not None:
+        by_id = {str(record["image_id"]): record for record in records}
+        if unknown := [each for each in args.image_ids if each not in by_id]:
+            raise ValueError(f"--image-ids: {args.dataset} has no images {unknown}")
+        return [by_id[each] for each in dict.fromkeys(args.image_ids)]
+    count = args.random if args.novel is None else args.novel
+    if count < 1:
+        raise ValueError(f"--random and --novel must be at least 1, got {count}")
+    if args.novel is None:
+        return random.Random(args.seed).sample(list(records), min(count, len(records)))
+    novel = set(MetadataCatalog.get(args.dataset).get("novel_classes", ())) & set(vocabulary)
+    if not novel:
+        raise ValueError(f"--novel: the vocabulary of {args.dataset} has no novel classes")
+    held = [
+        {vocabulary[a["category_id"]] for a in record["annotations"] if not a.get("iscrowd", 0)}
+        for record in records
+    ]
+    names = [name for name in vocabulary if name in novel]
+    return [records[i] for i in choose_in_turn(held, names, count)]
+
+
+def describe(record: dict[str, Any], vocabulary: Sequence[str], novel: Collection[str]) -> str:
+    """The line above a picture: its file and what is in it."""
+    names = [vocabulary[a["category_id"]] for a in record["annotations"] if not a.get("iscrowd", 0)]
+    parts = []
+    for group, members in (("novel", novel), ("base", set(vocabulary) - set(novel))):
+        counts = {name: names.count(name) for name in names if name in members}
+        if counts:
+            listed = ", ".join(f"{n} {name}" if n > 1 else name for name, n in counts.items())
+            parts.append(f"{group}: {listed}" if novel else listed)
+    objects = "; ".join(parts) or "no objects"
+    return f"{Path(record['file_name']).name} (id {record['image_id']}) · {objects}"
+
+
+def detect(
+    run: Run, records: Sequence[dict[str, Any]], args: argparse.Namespace, judged: Sequence[str]
+) -> list[Sample]:
+    """Run one detector on the pictures, with the dataset's vocabulary."""
+    overrides = [*args.opts, "MODEL.WEIGHTS", run.weights]
+    predictor = OpenVocabularyPredictor(load_config(run.config_file, overrides))
+    vocabulary = list(MetadataCatalog.get(args.dataset).thing_classes)
+    predictor.set_vocabulary(vocabulary)
+    samples = build_samples(records, predictor, vocabulary, judged)
+    return keep_best(samples, threshold=args.threshold, as_many_as_objects=args.as_many_as_objects)
+
+
+def compare(args: argparse.Namespace) -> Path:
+    """Run all detectors and write the sheet.
+
+    Returns:
+        The file written.
+
+    Raises:
+        FileNotFoundError: A config, a checkpoint or the dataset is missing.
+        ValueError: A wrong option, or a picture that cannot be decoded.
+    """
+    if args.output.suffix.lower() not in FORMATS:
+        raise ValueError(f"--output: expected one of {sorted(FORMATS)}, got {str(args.output)!r}")
+    if args.threshold is not None and not 0 <= args.threshold <= 1:
+        raise ValueError(f"--threshold must be 0 to 1, got {args.threshold}")
+    if args.panel_px < 64:
+        raise ValueError(f"--panel-px must be at least 64, got {args.panel_px}")
+    runs = parse_runs(args.runs)
+    check_datasets([args.dataset])
+    metadata = MetadataCatalog.get(args.dataset)
+    vocabulary = list(metadata.thing_classes)
+    records = choose_records(DatasetCatalog.get(args.dataset), args, vocabulary)
+    novel = set(metadata.get("novel_classes", ())) & set(vocabulary)
+    judged = vocabulary if args.judge == "all" else sorted(novel)
+    samples = {run.name: detect(run, records, args, judged) for run in runs}
+    sheet = draw_comparison(
+        samples,
+        [describe(record, vocabulary, novel) for record in records],
+        panel_px=args.panel_px,
+    )
+    buffer = io.BytesIO()
+    Image.fromarray(sheet).save(buffer, format=FORMATS[args.output.suffix.lower()], quality=90)
+    with replacing(args.output) as making:
+        making.write_bytes(buffer.getvalue())
+    logger.info("wrote %s: %d pictures, %s", args.output, len(records), ", ".join(samples))
+    return Path(args.output)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line; errors of the user's end it with a message and status 2."""
+    parser = get_parser()
+    args = parser.parse_args(argv)
+    setup_logger(name="hierkd", abbrev_name="hierkd")
+    try:
+        compare(args)
+    except (ValueError, FileNotFoundError, ConnectionError) as error:
+        parser.exit(2, f"compare_detections.py: error: {error}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+#!/usr/bin/env python
+"""Score heat maps over pictures, per class and level (Figure 4).
+
+    python tools/plot_heat_maps.py --config-file configs/hierkd_R50.yaml --input street.jpg \\
+        --classes "cat,umbrella" --opts MODEL.WEIGHTS model.pth
+    python tools/plot_heat_maps.py --config-file configs/hierkd_R50.yaml --input photos/*.jpg \\
+        --classes "traffic cone" --vocabulary "traffic cone,car,person" \\
+        --output output/figure4 --opts MODEL.WEIGHTS model.pth
+
+Writes one PNG per picture to --output. The classes of the vocabulary compete with each other; those
+of --classes are drawn.
+"""
+
+from __future__ import annotations
+
+import hierkd  # noqa: F401  (first: it quiets two deprecation warnings inside libraries)
+
+# isort: split
+import argparse
+import io
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from detectron2.utils.logger import setup_logger
+from PIL import Image
+from tqdm import tqdm
+
+from hierkd.atomic_files import replacing
+from hierkd.data.dataset_mapper import read_picture
+from hierkd.engine.config import load_config
+from hierkd.engine.figures import draw_heat_map_sheet
+from hierkd.engine.predictor import OpenVocabularyPredictor, resolve_vocabulary
+from hierkd.evaluation.heat_maps import score_heat_maps
+
+logger = logging.getLogger("hierkd.plot_heat_maps")
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """Build the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", required=True, metavar="YAML")
+    parser.add_argument("--input", nargs="+", required=True, type=Path, metavar="PICTURE")
+    parser.add_argument(
+        "--classes",
+        required=True,
+        metavar="NAMES",
+        help="classes to draw: names separated by commas, or a registered dataset's name",
+    )
+    parser.add_argument(
+        "--vocabulary",
+        metavar="NAMES",
+        help="classes that compete, likewise; default: the largest vocabulary among the config's "
+        "test datasets, with --classes added to it",
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("output/figure4"), metavar="DIR", help="%(default)s"
+    )
+    parser.add_argument(
+        "--panel-px", type=int, default=400, metavar="N", help="longer side of a panel; %(default)s"
+    )
+    parser.add_argument(
+        "--opts",
+        nargs=argparse.REMAINDER,
+        default=[],
+        metavar="KEY VALUE",
+        help="config overrides, last on the line, e.g. MODEL.WEIGHTS model.pth",
+    )
+    return parser
+
+
+def choose_vocabulary(
+    classes: Sequence[str], vocabulary: str | None, default: Sequence[str]
+) -> list[str]:
+    """Return the classes that compete.
+
+    Args:
+        classes: Classes to draw.
+        vocabulary: What the user named, if anything.
+        default: The detector's own; classes that it lacks are added.
+
+    Raises:
+        ValueError: The user's vocabulary is unusable, or lacks one of the classes.
+    """
+    if vocabulary is None:
+        return list(dict.fromkeys([*default, *classes]))
+    names = resolve_vocabulary(vocabulary)
+    unknown = [name for name in classes if name not in names]
+    if unknown:
+        raise ValueError(f"--classes: {unknown} are not in --vocabulary {names}")
+    return names
+
+
+def run(args: argparse.Namespace) -> list[Path]:
+    """Draw all pictures.
+
+    Returns:
+        The files written.
+
+    Raises:
+        FileNotFoundError: A picture, the config or the weights are missing.
+        ValueError: Wrong names, a picture that cannot be decoded, or two of one name.
+    """
+    missing = [str(path) for path in args.input if not path.is_file()]
+    if missing:
+        raise FileNotFoundError(f"--input: no such files: {missing}")
+    stems = [path.stem for path in args.input]
+    if repeated := sorted({stem for stem in stems if stems.count(stem) > 1}):
+        raise ValueError(f"--input: several pictures are called {repeated}: draw them apart")
+    if args.panel_px < 64:
+        raise ValueError(f"--panel-px must be at least 64, got {args.panel_px}")
+    classes = resolve_vocabulary(args.classes)
+    pictures = [read_picture(str(path)) for path in args.input]
+    predictor = OpenVocabularyPredictor(load_config(args.config_file, args.opts))
+    predictor.set_vocabulary(choose_vocabulary(classes, args.vocabulary, predictor.vocabulary))
+    written = []
+    for path, picture in tqdm(list(zip(args.input, pictures, strict=True)), unit="picture"):
+        maps = score_heat_maps(predictor.model, predictor.prepare(picture), classes)
+        sheet = draw_heat_map_sheet(picture[:, :, ::-1], maps, panel_px=args.panel_px)
+        buffer = io.BytesIO()
+        Image.fromarray(sheet).save(buffer, format="PNG")
+        output = args.output / f"{path.stem}.png"
+        with replacing(output) as making:
+            making.write_bytes(buffer.getvalue())
+        written.append(output)
+    logger.info("wrote %s", ", ".join(map(str, written)))
+    return written
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line; errors of the user's end it with a message and status 2."""
+    parser = get_parser()
+    args = parser.parse_args(argv)
+    setup_logger(name="hierkd", abbrev_name="hierkd")
+    try:
+        run(args)
+    except (ValueError, FileNotFoundError, ConnectionError) as error:
+        parser.exit(2, f"plot_heat_maps.py: error: {error}\n")
+
+
+if __name__ == "__main__":
+    main()
