@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PAPER_MAP = (ROOT / "projects" / "HierKD" / "README.md").read_text(encoding="utf-8")
 NAMES = sorted(set(re.findall(r"`(hierkd(?:\.\w+)+)`", PAPER_MAP)))
-FILES = sorted(set(re.findall(r"`(configs/[\w/.-]+)`", PAPER_MAP)))
+FILES = sorted(set(re.findall(r"`((?:configs|tools)/[\w/.-]+)`", PAPER_MAP)))
 
 
 def resolve(name: str) -> object:

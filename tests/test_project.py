@@ -29,7 +29,7 @@ LAYERS = [
     "data.miniature modeling.meta_arch evaluation.split_coco_evaluation engine.predictor",
     "evaluation.direct_inference evaluation.proposal_evaluation evaluation.upper_bound"
     " evaluation.heat_maps engine.gallery engine.tiny_clip",
-    "engine.report",
+    "engine.report engine.figures",
 ]
 LAYER_OF = {module: number for number, line in enumerate(LAYERS) for module in line.split()}
 

@@ -29,7 +29,7 @@ from typing import Any
 from detectron2.data import MetadataCatalog, build_detection_test_loader
 from detectron2.utils.logger import setup_logger
 
-from hierkd.data.dataset_mapper import HierKDDatasetMapper
+from hierkd.data.dataset_mapper import HierKDDatasetMapper, check_images
 from hierkd.data.datasets import check_datasets
 from hierkd.engine.config import load_config
 from hierkd.engine.predictor import OpenVocabularyPredictor
@@ -138,7 +138,9 @@ def run(args: argparse.Namespace, command: str) -> dict[str, Any]:
     datasets = list(args.datasets or cfg.DATASETS.TEST)
     if not datasets:
         raise ValueError("--datasets: none given, and DATASETS.TEST of the config is empty")
-    check_datasets(datasets)
+    images = check_datasets(datasets)
+    if cfg.DATALOADER.CHECK_IMAGES:
+        check_images(images)
     crop_scale = cfg.MODEL.IKD.CROP_SCALE if args.crop_scale is None else args.crop_scale
     direct_inference = DirectInference(
         OpenVocabularyPredictor(cfg).model,

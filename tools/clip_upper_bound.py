@@ -24,6 +24,7 @@ from typing import Any
 
 from detectron2.utils.logger import setup_logger
 
+from hierkd.data.dataset_mapper import check_images
 from hierkd.data.datasets import check_datasets
 from hierkd.engine.config import load_config
 from hierkd.engine.results import (
@@ -84,7 +85,9 @@ def run(args: argparse.Namespace, command: str) -> dict[str, Any]:
         raise ValueError(f"--crop-scales must be positive, got {scales}")
     if args.images_per_batch < 1:
         raise ValueError(f"--images-per-batch must be at least 1, got {args.images_per_batch}")
-    check_datasets(datasets)
+    images = check_datasets(datasets)
+    if cfg.DATALOADER.CHECK_IMAGES:
+        check_images(images)
     teacher = build_teacher(cfg)
     figures = {
         name: {

@@ -172,7 +172,7 @@ def detect(
     vocabulary = list(MetadataCatalog.get(args.dataset).thing_classes)
     predictor.set_vocabulary(vocabulary)
     samples = build_samples(records, predictor, vocabulary, judged)
-    return keep_best(samples, threshold=args.threshold, as_many_as_objects=args.as_many_as_objects)
+    return keep_best(samples, args.threshold)
 
 
 def compare(args: argparse.Namespace) -> Path:

@@ -13,7 +13,7 @@ from detectron2.data import MapDataset
 from detectron2.structures import BoxMode
 from PIL import Image
 
-from hierkd.data.dataset_mapper import HierKDDatasetMapper, check_images
+from hierkd.data.dataset_mapper import HierKDDatasetMapper, check_images, read_picture
 
 CAPTIONS = ["a cat", "two cats", "a cat on a mat"]
 
@@ -178,3 +178,14 @@ def test_check_images(record, broken, caplog):
     assert broken["file_name"] in caplog.text
     with pytest.raises(ValueError, match=r"expect \(40, 31\)"):
         check_images([{**record, "height": 31}], skip_broken=True)
+
+
+def test_read_picture(tmp_path, broken):
+    pixels = np.zeros((4, 6, 3), np.uint8)
+    pixels[..., 0] = 200  # red
+    Image.fromarray(pixels).save(tmp_path / "red.png")
+    assert (read_picture(str(tmp_path / "red.png"), "RGB") == pixels).all()
+    assert (read_picture(str(tmp_path / "red.png")) == pixels[..., ::-1]).all()
+    for path in (str(broken["file_name"]), str(tmp_path / "absent.png")):
+        with pytest.raises(ValueError, match=Path(path).name):
+            read_picture(path)

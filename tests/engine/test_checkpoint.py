@@ -194,3 +194,16 @@ def test_a_failed_load_does_not_spoil_the_next(saved, tmp_path):
     with pytest.raises(ValueError, match="damaged"):
         checkpointer.load(str(tmp_path / "damaged.pth"))
     assert checkpointer.load(saved)["iteration"] == 41
+
+
+def test_a_trained_detector_is_told_from_a_backbone(saved, tmp_path):
+    model = make_detector(seed=2)
+    HierKDCheckpointer(model).load_detector(saved)
+    original = make_detector(seed=1).state_dict()
+    assert all(torch.equal(value, original[name]) for name, value in model.state_dict().items())
+    source = {f"backbone.{k}": v for k, v in make_detector().backbone.state_dict().items()}
+    torch.save({"model": source}, tmp_path / "warm_start.pth")
+    with pytest.raises(ValueError, match=r"warm_start\.pth' is no trained detector.*head\."):
+        HierKDCheckpointer(model).load_detector(str(tmp_path / "warm_start.pth"))
+    with pytest.raises(ValueError, match="no trained detector"):
+        HierKDCheckpointer(model).load_detector("")

@@ -4,7 +4,16 @@ import numpy as np
 import torch
 from detectron2.structures import Boxes, Instances
 
-from hierkd.engine.visualization import class_color, draw_boxes, draw_instances, enlarge
+from hierkd.engine.visualization import (
+    SheetRow,
+    _place_labels,
+    class_color,
+    draw_boxes,
+    draw_instances,
+    draw_sheet,
+    enlarge,
+    fit,
+)
 
 GREY = np.full((64, 128, 3), 128, dtype=np.uint8)
 RED = (1.0, 0.0, 0.0)
@@ -79,3 +88,74 @@ def test_instances_are_labelled_by_the_vocabulary(monkeypatch):
 def test_class_colours_never_run_out():
     assert class_color(0) != class_color(1)
     assert all(0 <= channel <= 1 for channel in class_color(5000))
+
+
+def test_fit_shrinks_and_enlarges_to_the_longer_side():
+    shrunk, factor = fit(GREY, 64)
+    assert shrunk.shape == (32, 64, 3)
+    assert factor == 0.5
+    grown, factor = fit(np.ascontiguousarray(GREY.transpose(1, 0, 2)), 256)
+    assert grown.shape == (256, 128, 3)
+    assert factor == 2.0
+    assert not changed(shrunk).any()
+
+
+def test_labels_of_boxes_that_coincide_do_not_cover_each_other():
+    boxes = np.array([[100.0, 100, 300, 250]] * 4 + [[102.0, 98, 290, 240], [2, 2, 60, 40]])
+    labels = ["umbrella 95%", "cat 3%", "traffic cone 40%", "dog 7%", "bus 1%", "cup 2%"]
+    places = _place_labels(boxes, labels, 18, 25, (480, 640))
+    assert places[-2] == (102, 98 - 25)  # the last ones choose first: above the box
+    rectangles = [(x, y, x + 9 * len(t), y + 25) for (x, y), t in zip(places, labels, strict=True)]
+    for i, (x0, y0, x1, y1) in enumerate(rectangles):
+        assert x0 >= 0
+        assert y0 >= 0
+        assert y1 <= 480
+        for u0, v0, u1, v1 in rectangles[:i]:
+            assert x1 <= u0 or u1 <= x0 or y1 <= v0 or v1 <= y0
+
+
+def test_more_labels_than_room_are_still_placed_inside():
+    boxes = np.array([[10.0, 10, 60, 40]] * 40)
+    places = _place_labels(boxes, ["umbrella 95%"] * 40, 18, 25, (64, 200))
+    assert all(0 <= x <= 200 and 0 <= y <= 64 - 25 for x, y in places)
+
+
+def colored(color: tuple[int, int, int], height: int, width: int) -> np.ndarray:
+    return np.full((height, width, 3), color, dtype=np.uint8)
+
+
+def place_of(sheet: np.ndarray, color: tuple[int, int, int]) -> tuple[int, int, int, int]:
+    rows, columns = np.nonzero((sheet == color).all(axis=2))
+    return columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
+
+
+def test_panels_of_a_sheet_line_up_and_nothing_covers_them():
+    red, green, blue, grey = (255, 0, 0), (0, 255, 0), (0, 0, 255), (90, 91, 92)
+    rows = [
+        SheetRow([colored(red, 60, 100), colored(green, 80, 100)], ["one", "two"], "a caption"),
+        SheetRow([colored(blue, 50, 40)], [""]),
+    ]
+    sheet = draw_sheet(rows, panel_px=100, legend=[(colored(grey, 20, 30), "grey")])
+    sizes = {red: (100, 60), green: (100, 80), blue: (40, 50), grey: (30, 20)}
+    places = {color: place_of(sheet, color) for color in sizes}
+    for color, (width, height) in sizes.items():
+        x0, y0, x1, y1 = places[color]
+        assert (x1 - x0, y1 - y0) == (width, height)
+        assert (sheet[y0:y1, x0:x1] == color).all()
+    assert places[red][0] == places[blue][0]
+    assert places[red][1] == places[green][1]
+    assert places[blue][1] >= places[green][3]
+    assert places[grey][1] >= places[blue][3]
+    above = sheet[: places[red][1]]
+    assert (above < 128).any(), "titles and caption are written above the panels"
+
+
+def test_titles_of_any_length_stay_over_their_panel():
+    long = "an exceedingly long name of a class that nobody would ever write · P3, stride 8"
+    panels = [colored((255, 0, 0), 40, 120), colored((0, 255, 0), 40, 120)]
+    with_text = draw_sheet([SheetRow(panels, [long, ""])], panel_px=120)
+    top = place_of(with_text, (255, 0, 0))[1]
+    second = place_of(with_text, (0, 255, 0))[0]
+    written = (with_text[:top] < 200).any(axis=(0, 2)).nonzero()[0]
+    assert len(written) > 50
+    assert written.max() < second

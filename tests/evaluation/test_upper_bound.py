@@ -174,3 +174,27 @@ def test_scores_follow_the_teachers_scale():
     assert instances.scores.tolist() == pytest.approx([0.7, 0.6, 0.4])
     assert instances.pred_classes.tolist() == [0, 0, 1]
     assert instances.pred_boxes.tensor[2].tolist() == [2, 2, 3, 3]
+
+
+def test_every_figure_of_table_9_is_there(dataset_name):
+    """All boxes are 24 px wide: small ones are all there is."""
+    results = clip_upper_bound(ColourTeacher(), dataset_name)
+    for group in ("base", "novel", "all"):
+        for metric in ("AP50", "APs", "AR50"):
+            assert results[f"{group}/{metric}"] == pytest.approx(100.0)
+        for metric in ("APm", "APl"):
+            assert np.isnan(results[f"{group}/{metric}"])
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.5, float("nan")])
+def test_crop_scale_must_be_positive(dataset_name, scale):
+    with pytest.raises(ValueError, match="crop scale must be positive"):
+        clip_upper_bound(ColourTeacher(), dataset_name, scale)
+
+
+def test_a_picture_that_cannot_be_read_is_named(dataset_name):
+    path = DatasetCatalog.get(dataset_name)[3]["file_name"]
+    with open(path, "wb") as file:
+        file.write(b"no picture")
+    with pytest.raises(ValueError, match=r"4\.png cannot be decoded"):
+        clip_upper_bound(ColourTeacher(), dataset_name)

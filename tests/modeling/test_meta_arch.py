@@ -452,6 +452,26 @@ def test_score_maps_hold_the_best_score_of_inference(build):
     assert model([sample([])])[0]["instances"].scores[0] == pytest.approx(best, rel=1e-5)
 
 
+@torch.no_grad()
+def test_fore_anchors_are_the_best_of_each_level(build):
+    model = build("MODEL.ATSS.TOPK_ANCHORS_TEST", 6)
+    model.eval()
+    inputs = [sample([], seed=1), sample([], seed=2)]
+    maps = model.score_maps(inputs)
+    for i, fore in enumerate(model.fore_anchors(inputs)):
+        best = [m[i].flatten(1).amax(0).topk(6).values for m in maps]  # of each level
+        torch.testing.assert_close(fore.scores, torch.cat(best))
+        assert fore.boxes.shape == (18, 4)
+        assert fore.boxes.min() >= 0
+        assert fore.boxes.max() <= SIZE
+        found = model.detect_classes(fore.boxes, fore.probs, fore.qualities, (SIZE, SIZE))
+        assert torch.equal(found.scores, model([inputs[i]])[0]["instances"].scores)
+        top = fore.best(5)
+        torch.testing.assert_close(top.scores, torch.cat(best).topk(5).values)
+        assert all((fore.boxes == box).all(dim=1).any() for box in top.boxes)
+        assert fore.best(18) is fore
+
+
 def test_inference_without_a_vocabulary_says_what_to_do(monkeypatch):
     cfg = load_config(CONFIG, ["MODEL.DEVICE", "cpu", "DATASETS.TRAIN", "()"])
     monkeypatch.setattr(meta_arch, "build_teacher", lambda cfg: FakeTeacher(64))

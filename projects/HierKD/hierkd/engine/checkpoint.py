@@ -21,16 +21,15 @@ class HierKDCheckpointer(DetectionCheckpointer):  # type: ignore[misc]  # detect
         """Load the weights of a trained detector, for uses that make no sense with random ones.
 
         Args:
-            path: as for :meth:`load`.
+            path: as for :meth:`load`, but not empty.
 
         Raises:
             FileNotFoundError: as :meth:`load`.
             ConnectionError: as :meth:`load`.
-            ValueError: as :meth:`load`; also if ``path`` is empty, or the file lacks weights of the
-                detector's head, as those of a backbone do.
+            ValueError: as :meth:`load`; also if the file lacks weights of the detector's head, as
+                those of a backbone do.
         """
-        if not path:  # taken for random weights otherwise
-            raise ValueError("MODEL.WEIGHTS is empty: detecting needs trained weights")
+        self._missing_keys = list(self.model.state_dict())
         self.load(path)
         missing = [key for key in self._missing_keys if key.startswith("head.")]
         if missing:

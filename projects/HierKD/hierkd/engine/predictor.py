@@ -66,6 +66,8 @@ class OpenVocabularyPredictor:
             ValueError: ``MODEL.WEIGHTS`` is empty, or holds no trained detector of this config.
             FileNotFoundError: ``MODEL.WEIGHTS`` is a path without a file.
         """
+        if not cfg.MODEL.WEIGHTS:  # the checkpointer takes it for random weights
+            raise ValueError("MODEL.WEIGHTS is empty: detecting needs trained weights")
         model: Any = build_model(cfg)
         HierKDCheckpointer(model).load_detector(cfg.MODEL.WEIGHTS)
         vocabularies = [MetadataCatalog.get(n).get("thing_classes", []) for n in cfg.DATASETS.TEST]

@@ -181,7 +181,7 @@ def _overlap(
 @cache
 def _font(size_px: int, weight: str = "normal") -> ImageFont.FreeTypeFont:
     """The font that matplotlib, and so the Visualizer, writes in."""
-    return ImageFont.truetype(findfont(FontProperties("sans-serif", weight=weight)), size_px)
+    return ImageFont.truetype(findfont(FontProperties(family="sans-serif", weight=weight)), size_px)
 
 
 def _text_width(text: str, size_px: float) -> float:
@@ -217,8 +217,8 @@ def draw_sheet(
         rows: From top to bottom; their columns line up.
         panel_px: Width of a column, in pixels; no panel is wider.
         legend: Swatches (H, W, 3), RGB, no higher than two lines, and their meaning.
-        title_px: Height of the font of titles. Texts too long for their place become smaller, then
-            are cut.
+        title_px: Height of the font of titles. Texts too long for their place become smaller, all
+            titles together, then are cut.
 
     Returns:
         (H, W, 3) RGB, on white.
@@ -232,13 +232,14 @@ def draw_sheet(
     ]
     height = gap + sum(row_heights) + (2 * line if legend else 0)
     sheet = PILImage.new("RGB", (width, height), "white")
+    smaller = min(_fitting_size(t, panel_px, title_px, "bold") for row in rows for t in row.titles)
     draw = ImageDraw.Draw(sheet)
     top = gap
     for row, row_height in zip(rows, row_heights, strict=True):
         y = top
         lefts = [gap + column * (panel_px + gap) for column in range(len(row.panels))]
         for x, title in zip(lefts, row.titles, strict=True):
-            _write(draw, (x, y), title, panel_px, title_px, "#1b1f24", "bold")
+            _write(draw, (x, y), title, panel_px, smaller, "#1b1f24", "bold")
         y += line * any(row.titles)
         _write(draw, (gap, y), row.caption, width - 2 * gap, round(0.8 * title_px), "#56606b")
         y += line * bool(row.caption)
@@ -257,6 +258,15 @@ def draw_sheet(
     return np.array(sheet, np.uint8)
 
 
+def _fitting_size(text: str, max_width: int, size_px: int, weight: str) -> int:
+    """The largest font, in pixels, in which a line fits; at least 60 % of ``size_px``."""
+    smallest = max(8, round(0.6 * size_px))
+    size = size_px
+    while size > smallest and _font(size, weight).getlength(text) > max_width:
+        size -= 1
+    return size
+
+
 def _write(
     draw: ImageDraw.ImageDraw,
     place: tuple[int, int],
@@ -271,11 +281,7 @@ def _write(
     Returns:
         Its width.
     """
-    smallest = max(8, round(0.6 * size_px))
-    size = size_px
-    while size > smallest and _font(size, weight).getlength(text) > max_width:
-        size -= 1
-    font = _font(size, weight)
+    font = _font(_fitting_size(text, max_width, size_px, weight), weight)
     if font.getlength(text) > max_width:
         while text and font.getlength(text + "…") > max_width:
             text = text[:-1]

@@ -1,0 +1,377 @@
+"""CLIP direct inference against a slow loop over Algorithm 1, and its options."""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, BoxMode, pairwise_iou
+from torch.nn.functional import normalize
+
+import hierkd.modeling.meta_arch as meta_arch
+from fake_teacher import FakeTeacher
+from hierkd.data.dataset_mapper import read_picture
+from hierkd.engine.config import load_config
+from hierkd.evaluation.direct_inference import (
+    DETECTOR,
+    CLIPScoring,
+    DirectInference,
+    clip_direct_inference,
+)
+from hierkd.modeling.meta_arch import ForeAnchors, HierKD
+from toy_world import COLOURS, VOCABULARY, register_toy_world
+
+SIZE = 128
+CLASSES = ["ant", "bee", "cow", "dog"]
+CONFIG = "configs/miniature/hierkd.yaml"
+
+
+class BoxTeacher(FakeTeacher):
+    """What it sees in a region follows from the box, the crop scale and the image's brightness."""
+
+    def __init__(self, embed_dim: int) -> None:
+        super().__init__(embed_dim)
+        generator = torch.Generator().manual_seed(7)
+        self.weight = torch.randn(4, embed_dim, generator=generator) / 12
+
+    def encode_regions(self, images, boxes, crop_scale):
+        super().encode_regions(images, boxes, crop_scale)
+        return torch.cat(
+            [
+                self.look(image, box, crop_scale)[None]
+                for image, image_boxes in zip(images, boxes, strict=True)
+                for box in image_boxes
+            ]
+        )
+
+    def look(self, image, box, crop_scale):
+        return normalize(torch.sin(crop_scale * box @ self.weight + image.float().mean()), dim=0)
+
+
+@pytest.fixture
+def build(monkeypatch):
+    def _build(*overrides: Any) -> HierKD:
+        cfg = load_config(CONFIG, ["MODEL.DEVICE", "cpu", "DATASETS.TRAIN", "()", *overrides])
+        teacher = BoxTeacher(cfg.MODEL.TEXT_CLASSIFIER.EMBED_DIM)
+        monkeypatch.setattr(meta_arch, "build_teacher", lambda cfg: teacher)
+        torch.manual_seed(3)
+        model = build_model(cfg).eval()
+        # Spread the boxes and scores of the untrained head, so that ranking and NMS have work.
+        for conv in (model.head.embedding, model.head.anchor_deltas, model.head.quality):
+            torch.nn.init.normal_(conv.weight, std=0.2)
+        model.set_vocabulary(CLASSES)
+        return model
+
+    return _build
+
+
+def picture(seed: int) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(seed)
+    brightness = 40 * seed
+    pixels = torch.randint(brightness, 256, (3, SIZE, SIZE), generator=generator)
+    return {"image": pixels.to(torch.uint8)}
+
+
+def class_texts(model: HierKD) -> torch.Tensor:
+    return model.teacher.encode_classes(CLASSES)
+
+
+def algorithm_1(
+    model: HierKD,
+    given: dict[str, Any],
+    *,
+    per_level: int,
+    tau: float,
+    texts: torch.Tensor,
+    with_iou: bool = True,
+    crop_scale: float = 1.5,
+) -> list[tuple[float, int, torch.Tensor]]:
+    """One image, one anchor and one class at a time; ``texts`` has K rows or a background more."""
+    images = model.preprocess_image([given])
+    features = [model.backbone(images.tensor)[f] for f in model.head_in_features]
+    embeddings, deltas, qualities = model.head(features)
+    pairs = []
+    for level, anchors in enumerate(model.anchor_generator(features)):
+        width = embeddings[level].shape[3]
+        points = []
+        for index, anchor in enumerate(anchors.tensor):
+            y, x = divmod(index, width)
+            logits = model.text_classifier(embeddings[level][0, :, y, x])
+            iou = qualities[level][0, 0, y, x].sigmoid()
+            delta = deltas[level][0, :, y, x]
+            points.append((float(logits.softmax(0)[:-1].max() * iou), float(iou), delta, anchor))
+        points.sort(key=lambda point: -point[0])
+        for _, iou, delta, anchor in points[:per_level]:
+            box = model.box2box_transform.apply_deltas(delta[None], anchor[None])[0].clamp(0, SIZE)
+            seen = model.teacher.look(given["image"], box, crop_scale)
+            cosines = [float(seen @ text) for text in texts]
+            probs = (tau * torch.tensor(cosines)).softmax(0)[: len(CLASSES)]
+            pairs += [(float(p) * (iou if with_iou else 1.0), k, box) for k, p in enumerate(probs)]
+    pairs.sort(key=lambda pair: -pair[0])
+    kept: list[tuple[float, int, torch.Tensor]] = []
+    for score, k, box in pairs:
+        others = [b for _, c, b in kept if c == k]
+        if not others or pairwise_iou(Boxes(torch.stack(others)), Boxes(box[None])).max() <= 0.4:
+            kept.append((score, k, box))
+    return kept[:100]
+
+
+def assert_same(output: dict[str, Any], expected: list[tuple[float, int, torch.Tensor]]) -> None:
+    found = output["instances"]
+    assert len(found) == len(expected) > 10
+    scores = torch.tensor([score for score, _, _ in expected])
+    torch.testing.assert_close(found.scores, scores, rtol=1e-3, atol=1e-6)
+    assert found.pred_classes.tolist() == [k for _, k, _ in expected]
+    boxes = torch.stack([box for _, _, box in expected])
+    torch.testing.assert_close(found.pred_boxes.tensor, boxes, rtol=1e-4, atol=1e-2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "scoring",
+    [
+        CLIPScoring(background="none"),
+        CLIPScoring(logit_scale=35.0, background="text"),
+        CLIPScoring(logit_scale=3.0, background="learned", fuse_quality=False),
+    ],
+    ids=lambda scoring: scoring.name,
+)
+def test_a_batch_equals_the_slow_loop(build, scoring):
+    model = build("MODEL.ATSS.TOPK_ANCHORS_TEST", 20)
+    torch.nn.init.normal_(model.text_classifier.background_embedding)  # moved away from its text
+    texts = class_texts(model)
+    if scoring.background == "learned":
+        texts = torch.cat(
+            [texts, normalize(model.text_classifier.background_embedding, dim=0)[None]]
+        )
+    elif scoring.background == "text":
+        texts = torch.cat([texts, model.teacher.encode_captions(["a photo of nothing."])])
+    direct = DirectInference(model, scorings=[scoring], background_prompt="a photo of nothing.")
+    inputs = [picture(1), picture(2)]
+    outputs = direct(inputs)[scoring.name]
+    for given, output in zip(inputs, outputs, strict=True):
+        tau = scoring.logit_scale or model.teacher.logit_scale
+        expected = algorithm_1(
+            model, given, per_level=20, tau=tau, texts=texts, with_iou=scoring.fuse_quality
+        )
+        assert_same(output, expected)
+
+
+@torch.no_grad()
+def test_with_the_detectors_own_probabilities_it_is_the_detector(build, monkeypatch):
+    model = build()
+    inputs = [picture(1), picture(2)]
+    expected = model(inputs)
+    direct = DirectInference(model)
+    own = iter([fore.probs for fore in model.fore_anchors(inputs)])
+    monkeypatch.setattr(direct, "class_probabilities", lambda embeddings, scoring: next(own))
+    outputs = direct(inputs)
+    (name,) = (scoring.name for scoring in direct.scorings)
+    for row in (name, DETECTOR):
+        for output, plain in zip(outputs[row], expected, strict=True):
+            found, wanted = output["instances"], plain["instances"]
+            assert torch.equal(found.scores, wanted.scores)
+            assert torch.equal(found.pred_classes, wanted.pred_classes)
+            assert torch.equal(found.pred_boxes.tensor, wanted.pred_boxes.tensor)
+            assert found.image_size == wanted.image_size
+
+
+@torch.no_grad()
+def test_boxes_come_back_in_the_stored_pictures_pixels(build):
+    model = build()
+    direct = DirectInference(model)
+    small = picture(1)
+    large = small | {"height": 3 * SIZE, "width": 2 * SIZE}
+    (one,), (other,) = (direct([given])[direct.scorings[0].name] for given in (small, large))
+    assert other["instances"].image_size == (3 * SIZE, 2 * SIZE)
+    stretch = torch.tensor([2.0, 3.0, 2.0, 3.0])
+    boxes = one["instances"].pred_boxes.tensor * stretch
+    torch.testing.assert_close(other["instances"].pred_boxes.tensor, boxes)
+
+
+def test_clip_sees_the_raw_network_input_at_the_asked_scale_once_for_all_scorings(build):
+    model = build()
+    scorings = [CLIPScoring(tau, b) for tau in (None, 100.0) for b in ("learned", "none")]
+    direct = DirectInference(model, scorings=scorings, crop_scale=1.25)
+    inputs = [picture(1), picture(2)]
+    model.teacher.regions.clear()
+    assert len(direct(inputs)) == 5
+    ((images, boxes, scale),) = model.teacher.regions
+    assert scale == 1.25
+    assert [torch.equal(image, x["image"]) for image, x in zip(images, inputs, strict=True)] == [
+        *(True, True)
+    ]
+    assert [len(b) for b in boxes] == [16**2 + 8**2 + 4**2] * 2
+    assert all(b.min() >= 0 and b.max() <= SIZE for b in boxes)
+
+
+def test_at_most_so_many_anchors_and_they_are_the_best(build):
+    model = build()
+    inputs = [picture(1), picture(2)]
+    everything = model.fore_anchors(inputs)
+    model.teacher.regions.clear()
+    DirectInference(model, max_anchors=17)(inputs)
+    ((_, boxes, _),) = model.teacher.regions
+    for seen, fore in zip(boxes, everything, strict=True):
+        scores = (fore.probs * fore.qualities[:, None]).amax(dim=1)
+        best = fore.boxes[scores.argsort(descending=True)[:17]]
+        assert {tuple(box) for box in seen.tolist()} == {tuple(box) for box in best.tolist()}
+    model.teacher.regions.clear()
+    DirectInference(model, max_anchors=10_000)(inputs)
+    assert [len(b) for b in model.teacher.regions[0][1]] == [len(f.boxes) for f in everything]
+
+
+def test_the_probabilities_by_hand(build):
+    """Two classes at right angles, a region on the first: softmax of (tau, 0), with background."""
+    model = build()
+    basis = torch.eye(64)
+    model.set_vocabulary(["ant", "bee"], basis[:2])
+    with torch.no_grad():
+        model.text_classifier.background_embedding.copy_(5 * basis[2])
+    model.teacher.encode_captions = lambda captions: basis[0][None]
+    direct = DirectInference(model)
+    tau, e = 2.0, float(torch.tensor(2.0).exp())
+    expected = {
+        "none": [e / (e + 1), 1 / (e + 1)],
+        "learned": [e / (e + 2), 1 / (e + 2)],
+        "text": [e / (2 * e + 1), 1 / (2 * e + 1)],
+    }
+    for background, probs in expected.items():
+        found = direct.class_probabilities(basis[:1], CLIPScoring(tau, background))
+        assert found.tolist() == [pytest.approx(probs)]
+
+
+def test_without_a_quality_branch_the_probability_is_the_score(build):
+    cfg = load_config(
+        CONFIG,
+        ["MODEL.DEVICE", "cpu", "DATASETS.TRAIN", "()", "MODEL.ATSS.QUALITY", "none"],
+    )
+    build()  # patches the teacher
+    model = build_model(cfg).eval()
+    model.set_vocabulary(CLASSES)
+    fused, plain = CLIPScoring(), CLIPScoring(fuse_quality=False)
+    outputs = DirectInference(model, scorings=[fused, plain])([picture(1)])
+    one, other = (outputs[s.name][0]["instances"] for s in (fused, plain))
+    assert torch.equal(one.scores, other.scores)
+
+
+# ------------------------------------------------------------------------------ a dataset
+
+
+class PerfectDetector:
+    """Proposes the true boxes and knows no class."""
+
+    def __init__(self, model: HierKD, dataset: str) -> None:
+        self.boxes = {
+            record["file_name"]: torch.tensor(
+                [
+                    BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS)
+                    for a in record["annotations"]
+                ],
+                dtype=torch.float32,
+            ).reshape(-1, 4)
+            for record in DatasetCatalog.get(dataset)
+        }
+        self.num_classes = len(VOCABULARY)
+
+    def __call__(self, batched_inputs):
+        boxes = [self.boxes[x["file_name"]] for x in batched_inputs]
+        return [
+            ForeAnchors(b, torch.full((len(b), self.num_classes), 0.2), torch.full((len(b),), 0.5))
+            for b in boxes
+        ]
+
+
+class ColourTeacher(FakeTeacher):
+    """Names a region by the colour at its centre."""
+
+    def encode_classes(self, names):
+        return torch.eye(self.embed_dim)[[VOCABULARY.index(name) for name in names]]
+
+    def encode_regions(self, images, boxes, crop_scale):
+        rows = [torch.zeros(0, self.embed_dim)]
+        for image, image_boxes in zip(images, boxes, strict=True):
+            for x0, y0, x1, y1 in image_boxes.tolist():
+                rgb = tuple(image[:, int(y0 + y1) // 2, int(x0 + x1) // 2].tolist())
+                name = next(n for n, colour in COLOURS.items() if colour == rgb)
+                rows.append(torch.eye(self.embed_dim)[VOCABULARY.index(name)][None])
+        return torch.cat(rows)
+
+
+@pytest.fixture
+def world(build, tmp_path, monkeypatch):
+    """A detector that finds all boxes of the toy world, its dataset and a loader."""
+    dataset = register_toy_world(tmp_path / "world")
+    model = build()
+    model.teacher = ColourTeacher(64)
+    monkeypatch.setattr(model, "fore_anchors", PerfectDetector(model, dataset))
+    records = [
+        record | {"image": torch.from_numpy(read_picture(record["file_name"], "RGB"))}
+        for record in DatasetCatalog.get(dataset)
+    ]
+    batches = [
+        [r | {"image": r["image"].permute(2, 0, 1)} for r in records[start : start + 4]]
+        for start in range(0, len(records), 4)
+    ]
+    return model, dataset, batches
+
+
+def test_true_boxes_and_a_teacher_that_knows_score_one_hundred(world):
+    model, dataset, batches = world
+    vocabulary = MetadataCatalog.get(dataset).thing_classes
+    scorings = [CLIPScoring(100.0, "none"), CLIPScoring(100.0, "learned")]
+    direct = DirectInference(model, scorings=scorings)
+    figures = clip_direct_inference(direct, batches, dataset, vocabulary)
+    assert set(figures) == {DETECTOR, *(s.name for s in scorings)}
+    for scoring in scorings:
+        for group in ("base", "novel", "all"):
+            assert figures[scoring.name][f"{group}/AP50"] == pytest.approx(100.0)
+    # The detector offers every class for every box, at one score.
+    assert figures[DETECTOR]["all/AR50"] == pytest.approx(100.0)
+    assert figures[DETECTOR]["all/AP50"] < 60
+    assert model.vocabulary_names == tuple(CLASSES)  # put back
+    assert json.dumps(figures)
+
+
+# ------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize("tau", [0.0, -1.0, float("nan"), float("inf")])
+def test_tau_must_be_positive(tau):
+    with pytest.raises(ValueError, match="tau must be a positive number"):
+        CLIPScoring(tau)
+
+
+def test_unknown_background_is_named():
+    with pytest.raises(ValueError, match=r"learned.*'sky'"):
+        CLIPScoring(background="sky")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"crop_scale": 0.0}, "crop scale must be positive, got 0.0"),
+        ({"max_anchors": -1}, "max_anchors must be 0"),
+        ({"scorings": []}, r"different scorings, got \[\]"),
+        ({"scorings": [CLIPScoring(), CLIPScoring()]}, "tau own, background learned"),
+    ],
+)
+def test_wrong_options(build, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        DirectInference(build(), **arguments)
+
+
+def test_a_detector_without_clip_is_refused(build):
+    model = build()
+    model.teacher = None
+    with pytest.raises(RuntimeError, match="built with CLIP"):
+        DirectInference(model)
+
+
+def test_an_empty_vocabulary_is_refused_and_the_old_one_stays(world):
+    model, dataset, batches = world
+    with pytest.raises(ValueError, match="the vocabulary is empty"):
+        clip_direct_inference(DirectInference(model), batches, dataset, [])
+    assert model.vocabulary_names == tuple(CLASSES)
