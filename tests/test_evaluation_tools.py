@@ -12,9 +12,16 @@ from PIL import Image
 import hierkd.modeling.meta_arch as meta_arch
 from fake_teacher import FakeTeacher
 from hierkd.engine.config import load_config
+from hierkd.engine.runs import find_figure
 from hierkd.evaluation.direct_inference import DETECTOR
 from hierkd.evaluation.split_coco_evaluation import METRICS
-from tools import clip_direct_inference, clip_upper_bound, compare_detections, plot_heat_maps
+from tools import (
+    clip_direct_inference,
+    clip_upper_bound,
+    compare_detections,
+    plot_heat_maps,
+    reproduce,
+)
 from toy_world import VOCABULARY, register_toy_world
 
 TOOLS = (clip_direct_inference, clip_upper_bound, plot_heat_maps, compare_detections)
@@ -75,9 +82,10 @@ def test_direct_inference_measures_each_combination(world, config, opts, tmp_pat
     clip_direct_inference.main(arguments)
     record = json.loads(output.read_text())
     rows = [f"tau {t}, background {b}" for t in ("own", "100") for b in ("learned", "none")]
-    assert list(record["figures"]) == record["dataset"] == [world]
-    assert list(record["figures"][world]) == [DETECTOR, *rows]
-    for figures in record["figures"][world].values():
+    assert list(record["rows"]) == record["dataset"] == [world]
+    assert list(record["rows"][world]) == [DETECTOR, *rows]
+    assert record["figures"][world] == record["rows"][world][rows[0]]
+    for figures in record["rows"][world].values():
         assert {f"{g}/{m}" for g in ("base", "novel", "all") for m in METRICS} <= set(figures)
     assert record["options"]["tau"] == dict(zip(rows, [10.0, 10.0, 100.0, 100.0], strict=True))
     assert record["options"]["crop_scale"] == 1.5
@@ -93,7 +101,7 @@ def test_direct_inference_without_options_uses_the_configs(world, config, opts, 
     clip_direct_inference.main(
         ["--config-file", config, "--without-iou", "--output", str(output), *opts]
     )
-    (rows,) = json.loads(output.read_text())["figures"].values()
+    (rows,) = json.loads(output.read_text())["rows"].values()
     assert list(rows) == [DETECTOR, "tau own, background learned, without IoU"]
 
 
@@ -161,8 +169,9 @@ def test_upper_bound_at_several_crop_scales(world, config, tmp_path, capsys):
     arguments = ["--config-file", config, "--crop-scales", "1", "1.5", "1.0"]
     clip_upper_bound.main([*arguments, "--output", str(output)])
     record = json.loads(output.read_text())
-    assert list(record["figures"][world]) == ["crop 1", "crop 1.5"]
-    for figures in record["figures"][world].values():
+    assert list(record["rows"][world]) == ["crop 1", "crop 1.5"]
+    assert record["figures"][world] == record["rows"][world]["crop 1"]
+    for figures in record["rows"][world].values():
         for group in ("base", "novel", "all"):
             # every class of every box is offered; which one leads is chance
             assert figures[f"{group}/AR50"] == pytest.approx(100.0)
@@ -191,6 +200,21 @@ def test_a_config_without_datasets_needs_some(config, capsys):
     for tool in (clip_direct_inference, clip_upper_bound):
         arguments = ["--config-file", config, "--opts", "DATASETS.TEST", "()"]
         assert "--datasets: none given" in refused(tool, capsys, *arguments)
+
+
+def test_the_tables_are_filled_from_the_files(world, config, opts, tmp_path):
+    """What tools/reproduce.py reads."""
+    output = tmp_path / "figures.json"
+    clip_upper_bound.main(["--config-file", config, "--output", str(output)])
+    metrics = reproduce.read_evaluation(output)
+    record = json.loads(output.read_text())
+    expected = record["rows"][world]["crop 1.5"]["novel/AP50"]
+    assert metrics[f"{world}/bbox/novel/AP50"] == expected
+    renamed = {key.replace(world, "toy_val_novel"): value for key, value in metrics.items()}
+    assert find_figure(renamed, "novel", "novel/AP50") == expected
+    clip_direct_inference.main(["--config-file", config, "--output", str(output), *opts])
+    metrics = reproduce.read_evaluation(output)
+    assert metrics[f"{world}/bbox/novel/AR50"] is not None
 
 
 # ------------------------------------------------------------------------------ Figure 4

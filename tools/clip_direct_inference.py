@@ -10,7 +10,8 @@
 Works on any checkpoint and any registered dataset, with its vocabulary. All combinations of --tau
 and --background are measured in one pass, beside the detector's own probabilities on the same
 anchors. CLIP looks at every anchor that inference keeps, up to 1000 a level: on a CPU, limit them
-with --max-anchors 100 (per image, the best ones). Prints a table; --output holds it as JSON.
+with --max-anchors 100 (per image, the best ones). Prints a table. --output is JSON: "figures" has
+the first combination, "rows" has all.
 """
 
 from __future__ import annotations
@@ -33,12 +34,8 @@ from hierkd.data.dataset_mapper import HierKDDatasetMapper, check_images
 from hierkd.data.datasets import check_datasets
 from hierkd.engine.config import load_config
 from hierkd.engine.predictor import OpenVocabularyPredictor
-from hierkd.engine.results import (
-    collect_record,
-    current_commit,
-    figures_table,
-    write_results,
-)
+from hierkd.engine.results import collect_record, figures_table, write_results
+from hierkd.engine.runs import git_commit
 from hierkd.evaluation.direct_inference import (
     BACKGROUNDS,
     CLIPScoring,
@@ -149,7 +146,7 @@ def run(args: argparse.Namespace, command: str) -> dict[str, Any]:
         max_anchors=args.max_anchors,
         background_prompt=cfg.MODEL.TEXT_CLASSIFIER.BACKGROUND_PROMPT,
     )
-    figures = {
+    rows = {
         name: clip_direct_inference(
             direct_inference,
             build_detection_test_loader(
@@ -180,12 +177,13 @@ def run(args: argparse.Namespace, command: str) -> dict[str, Any]:
             "teacher": cfg.MODEL.TEACHER.WEIGHTS,
             "opts": args.opts,
         },
-        figures=figures,
-        commit=current_commit(ROOT),
+        rows=rows,
+        main_row=scorings[0].name,
+        commit=git_commit(ROOT),
     )
     if args.output is not None:
         write_results(args.output, record)
-    print(figures_table(figures, COLUMNS))
+    print(figures_table(rows, COLUMNS))
     return record
 
 

@@ -7,7 +7,8 @@
         --datasets miniature_ovd_test_novel miniature_ovd_test_all --crop-scales 1 1.25 1.5 2
 
 No detector takes part: of the config only the teacher, its prompt and DATASETS.TEST count. Works on
-any registered dataset, with its vocabulary. Prints a table; --output holds it as JSON.
+any registered dataset, with its vocabulary. Prints a table. --output is JSON: "figures" has the
+first crop scale, "rows" has all.
 """
 
 from __future__ import annotations
@@ -27,12 +28,8 @@ from detectron2.utils.logger import setup_logger
 from hierkd.data.dataset_mapper import check_images
 from hierkd.data.datasets import check_datasets
 from hierkd.engine.config import load_config
-from hierkd.engine.results import (
-    collect_record,
-    current_commit,
-    figures_table,
-    write_results,
-)
+from hierkd.engine.results import collect_record, figures_table, write_results
+from hierkd.engine.runs import git_commit
 from hierkd.evaluation.upper_bound import clip_upper_bound
 from hierkd.modeling.teacher import build_teacher
 
@@ -89,7 +86,7 @@ def run(args: argparse.Namespace, command: str) -> dict[str, Any]:
     if cfg.DATALOADER.CHECK_IMAGES:
         check_images(images)
     teacher = build_teacher(cfg)
-    figures = {
+    rows = {
         name: {
             f"crop {scale:g}": clip_upper_bound(
                 teacher,
@@ -114,12 +111,13 @@ def run(args: argparse.Namespace, command: str) -> dict[str, Any]:
             "template": cfg.MODEL.TEXT_CLASSIFIER.TEMPLATE,
             "opts": args.opts,
         },
-        figures=figures,
-        commit=current_commit(ROOT),
+        rows=rows,
+        main_row=f"crop {scales[0]:g}",
+        commit=git_commit(ROOT),
     )
     if args.output is not None:
         write_results(args.output, record)
-    print(figures_table(figures, COLUMNS))
+    print(figures_table(rows, COLUMNS))
     return record
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +17,6 @@ __all__ = [
     "Results",
     "collect_record",
     "collect_results",
-    "current_commit",
     "figures_table",
     "summary_rows",
     "write_results",
@@ -114,8 +112,9 @@ def collect_record(
     weights: str,
     dataset: Sequence[str],
     options: Mapping[str, Any],
-    figures: Figures,
-    commit: str,
+    rows: Figures,
+    main_row: str,
+    commit: str | None,
 ) -> Results:
     """Arrange what a measurement found for :func:`write_results`.
 
@@ -125,34 +124,38 @@ def collect_record(
         weights: Path of the checkpoint; "" where no detector was measured.
         dataset: Names of the datasets.
         options: Whatever else decides the figures.
-        figures: What was found; NaN, which JSON does not know, becomes None.
-        commit: Of the code.
+        rows: What was found; NaN, which JSON does not know, becomes None.
+        main_row: The row that a table of results takes.
+        commit: Of the code; None if unknown.
 
     Returns:
-        The arguments by name.
+        The arguments by name, and ``figures``: dataset to the figures of the main row.
     """
+    rounded = {
+        name: {
+            row: {metric: _rounded(value) for metric, value in of_row.items()}
+            for row, of_row in of_dataset.items()
+        }
+        for name, of_dataset in rows.items()
+    }
     return {
         "command": command,
         "config": config,
         "weights": weights,
         "dataset": list(dataset),
         "options": dict(options),
-        "figures": {
-            name: {
-                row: {metric: _rounded(value) for metric, value in of_row.items()}
-                for row, of_row in rows.items()
-            }
-            for name, rows in figures.items()
-        },
+        "figures": {name: of_dataset[main_row] for name, of_dataset in rounded.items()},
+        "main_row": main_row,
+        "rows": rounded,
         "commit": commit,
     }
 
 
-def figures_table(figures: Figures, metrics: Sequence[str]) -> str:
+def figures_table(rows: Figures, metrics: Sequence[str]) -> str:
     """Lay figures out as a Markdown table, one line per dataset, row and group of classes.
 
     Args:
-        figures: As for :func:`collect_record`.
+        rows: As for :func:`collect_record`.
         metrics: The columns, e.g. "AP50".
 
     Returns:
@@ -160,8 +163,8 @@ def figures_table(figures: Figures, metrics: Sequence[str]) -> str:
     """
     lines = [
         [dataset, row, group, *(_cell(of_row[f"{group}/{metric}"]) for metric in metrics)]
-        for dataset, rows in figures.items()
-        for row, of_row in rows.items()
+        for dataset, of_dataset in rows.items()
+        for row, of_row in of_dataset.items()
         for group in dict.fromkeys(key.split("/")[0] for key in of_row if "/" in key)
     ]
     headers = ["dataset", "row", "classes", *metrics]
@@ -173,16 +176,3 @@ def figures_table(figures: Figures, metrics: Sequence[str]) -> str:
 
 def _cell(value: float) -> str:
     return "–" if math.isnan(value) else f"{value:.1f}"
-
-
-def current_commit(folder: str | os.PathLike[str]) -> str:
-    """Return the commit of the checkout in ``folder``, with a plus if files differ from it.
-
-    "unknown" without git.
-    """
-    describe = ["git", "describe", "--always", "--abbrev=10", "--dirty=+", "--exclude=*"]
-    try:
-        answer = subprocess.run(describe, cwd=folder, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return answer.stdout.strip()
