@@ -239,7 +239,7 @@ def draw_sheet(
         y = top
         lefts = [gap + column * (panel_px + gap) for column in range(len(row.panels))]
         for x, title in zip(lefts, row.titles, strict=True):
-            _write(draw, (x, y), title, panel_px, smaller, "#1b1f24", "bold")
+            _write(draw, (x, y + title_px - smaller), title, panel_px, smaller, "#1b1f24", "bold")
         y += line * any(row.titles)
         _write(draw, (gap, y), row.caption, width - 2 * gap, round(0.8 * title_px), "#56606b")
         y += line * bool(row.caption)
