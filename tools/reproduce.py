@@ -137,9 +137,16 @@ class Reproduction:
         None if the training's own evaluation holds the figures.
         """
         if self.table.evaluation == "upper_bound":
-            config = "hierkd_R50" if self.scale == "coco" else "miniature/hierkd"
+            config = f"configs/{'hierkd_R50' if self.scale == 'coco' else 'miniature/hierkd'}.yaml"
             file = self.folder / "upper_bound.json"
-            command = ["tools/clip_upper_bound.py", "--config-file", f"configs/{config}.yaml"]
+            datasets = self.datasets(config, self.opts)
+            command = [
+                "tools/clip_upper_bound.py",
+                "--config-file",
+                config,
+                "--datasets",
+                *datasets,
+            ]
             opts = ["--opts", *self.opts] if self.opts else []
             return [sys.executable, *command, "--output", str(file), *opts], file
         run = self.run_of(row, seed)
@@ -147,12 +154,21 @@ class Reproduction:
             return None
         file = run.folder / "direct_inference.json"
         command = ["tools/clip_direct_inference.py", "--config-file", run.config]
+        datasets = self.datasets(run.config, run.opts)
         weights = ("MODEL.WEIGHTS", str(run.folder / "model_final.pth"))
-        limit = [] if self.scale == "coco" else ["--max-anchors", "100"]
+        settings = ["--crop-scale", "1.5"]  # as CLIP sees regions in §3.2, whatever the row's IKD
+        if self.scale == "miniature":
+            settings += ["--max-anchors", "50"]  # of an image: enough for its 2 to 4 objects
         return [
-            *(sys.executable, *command, *limit, "--output", str(file)),
+            *(sys.executable, *command, *settings, "--datasets", *datasets, "--output", str(file)),
             *("--opts", *run.opts, *weights),
         ], file
+
+    def datasets(self, config: str, opts: Sequence[str]) -> list[str]:
+        """The test datasets of a config that the table has a column of."""
+        parts = {column.part for column in self.table.columns}
+        names = load_config(str(ROOT / config), opts).DATASETS.TEST
+        return [name for name in names if name.split("_")[-1] in parts]
 
     def missing_evaluations(self) -> list[list[str]]:
         """Commands of the evaluations that have not been made."""
