@@ -22,6 +22,7 @@ import hierkd  # noqa: F401  (first: it quiets two deprecation warnings inside l
 # isort: split
 import argparse
 import json
+import math
 import shlex
 import subprocess
 import sys
@@ -201,7 +202,7 @@ def read_evaluation(path: Path) -> dict[str, float]:
         return {}
     content: dict[str, Any] = json.loads(path.read_text())
     return {
-        f"{dataset}/bbox/{metric}": value
+        f"{dataset}/bbox/{metric}": math.nan if value is None else value  # None: no such object
         for dataset, metrics in content["figures"].items()
         for metric, value in metrics.items()
     }

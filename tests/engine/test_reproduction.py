@@ -41,6 +41,14 @@ def test_markdown_by_hand():
     assert cells(third) == ["third", "0", "not run", "?", "not run", "?"]
 
 
+def test_a_figure_over_no_object_is_not_a_missing_run():
+    results = {"first": {0: {"novel": float("nan")}, 1: {"novel": float("nan")}}}
+    first = format_markdown(TABLE, results, "miniature").split("\n")[2]
+    assert cells(first)[2] == "no objects"
+    row = next(csv.DictReader(io.StringIO(format_csv(TABLE, results, "miniature"))))
+    assert (row["mean"], row["seeds"]) == ("no objects", "2")
+
+
 def test_csv_has_a_line_a_cell():
     rows = list(csv.DictReader(io.StringIO(format_csv(TABLE, RESULTS, "coco"))))
     assert len(rows) == 3 * 2

@@ -1,12 +1,14 @@
 """The paper's figures beside one's own: Markdown, CSV and a picture of a table.
 
-A cell without a run says "not run", one that the paper is not known to fill says "?".
+A cell without a run says "not run", one that the paper is not known to fill says "?", and a figure
+over no object at all (NaN) "no objects".
 """
 
 from __future__ import annotations
 
 import csv
 import io
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,10 +26,11 @@ Results = Mapping[str, Mapping[int, Mapping[str, float]]]
 
 NOT_RUN = "not run"
 UNKNOWN = "?"
+NO_OBJECTS = "no objects"
 
 
 def _values(results: Results, label: str, column: Column) -> list[float]:
-    """The figures of a cell, one a seed, in the order of the seeds."""
+    """The figures of a cell, one a seed, in the order of the seeds; NaN: over no object."""
     by_seed = results.get(label, {})
     return [
         by_seed[seed][column.label] for seed in sorted(by_seed) if column.label in by_seed[seed]
@@ -38,6 +41,8 @@ def _cell(values: Sequence[float]) -> str:
     """Mean and range, such as ``65.4 (64.7-65.8)``; the value alone if there is one."""
     if not values:
         return NOT_RUN
+    if any(map(math.isnan, values)):
+        return NO_OBJECTS
     mean = f"{statistics.mean(values):.1f}"
     return mean if len(values) == 1 else f"{mean} ({min(values):.1f}-{max(values):.1f})"
 
@@ -81,6 +86,8 @@ def format_csv(table: Table, results: Results, scale: str) -> str:
             values = _values(results, row.label, column)
             summary = (statistics.mean(values), min(values), max(values)) if values else ()
             figures = [f"{value:.2f}" for value in summary] or [NOT_RUN] * 3
+            if any(map(math.isnan, values)):
+                figures = [NO_OBJECTS] * 3
             paper = row.paper.get(column.label, UNKNOWN)
             writer.writerow([row.label, column.label, paper, scale, len(values), *figures])
     return text.getvalue()
