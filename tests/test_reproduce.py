@@ -13,13 +13,12 @@ from tools import reproduce
 
 
 @pytest.fixture
-def call(monkeypatch, tmp_path, capsys):
-    """Run the command; returns what it printed."""
+def call(tmp_path, capsys):
+    """Do what the command line says; returns what was printed."""
 
     def run(*arguments, options=()):
         output = ("--output", str(tmp_path / "out"))
-        monkeypatch.setattr(sys, "argv", ["reproduce.py", *arguments, *output, *options])
-        reproduce.main()
+        reproduce.reproduce(reproduce.get_parser().parse_args([*arguments, *output, *options]))
         return capsys.readouterr().out
 
     return run
@@ -116,11 +115,18 @@ def test_the_upper_bound_needs_no_training(call):
 
 
 def test_wrong_rows_and_tables_are_named(call, trained):
-    with pytest.raises(SystemExit, match=r"5x5.*4x4 patches"):
+    with pytest.raises(ValueError, match=r"5x5.*4x4 patches"):
         call("--table", "3", "--rows", "5x5")
     with pytest.raises(SystemExit):
         call("--table", "12")
     assert trained == []
+
+
+def test_the_command_line_ends_with_a_message(tmp_path, capsys):
+    with pytest.raises(SystemExit) as error:
+        reproduce.main(["--table", "3", "--rows", "5x5", "--output", str(tmp_path)])
+    assert error.value.code == 2
+    assert capsys.readouterr().err.startswith("reproduce.py: error: --rows ['5x5']: table 3 has")
 
 
 def test_the_commands_of_the_usage_are_accepted():

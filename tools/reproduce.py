@@ -71,12 +71,12 @@ def choose_rows(table: Table, labels: Sequence[str] | None) -> list[Row]:
     """The rows of these labels, all without.
 
     Raises:
-        SystemExit: for an unknown label; names the table's.
+        ValueError: for an unknown label; names the table's.
     """
     known = {row.label: row for row in table.rows}
     unknown = [label for label in labels or [] if label not in known]
     if unknown:
-        raise SystemExit(f"--rows {unknown}: table {table.number} has {list(known)}")
+        raise ValueError(f"--rows {unknown}: table {table.number} has {list(known)}")
     return [known[label] for label in labels] if labels else list(table.rows)
 
 
@@ -208,10 +208,8 @@ def read_evaluation(path: Path) -> dict[str, float]:
     }
 
 
-def main() -> None:
+def reproduce(args: argparse.Namespace) -> None:
     """Run what is missing, print and write the table."""
-    parser = get_parser()
-    args = parser.parse_args()
     table = TABLES[args.table]
     rows = choose_rows(table, args.rows)
     seeds = args.seeds or (table.seeds if args.scale == "miniature" else (0,))
@@ -236,6 +234,16 @@ def main() -> None:
         title += f", every run with {shlex.join(work.opts)}"
     print(write_table(table, work.results(), args.scale, folder, title))
     print(f"written to {folder}/table{table.number}.md, .csv and .png")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line; what went wrong ends it with a message and status 2."""
+    parser = get_parser()
+    args = parser.parse_args(argv)
+    try:
+        reproduce(args)
+    except (ValueError, FileNotFoundError, RuntimeError, subprocess.CalledProcessError) as error:
+        parser.exit(2, f"reproduce.py: error: {error}\n")
 
 
 if __name__ == "__main__":
