@@ -11,11 +11,16 @@ from __future__ import annotations
 
 import argparse
 import logging
+import shlex
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
+from tqdm.contrib.logging import logging_redirect_tqdm
+
 from hierkd.data.datasets import datasets_root
-from hierkd.data.prepare import PartSummary, describe_inputs, prepare_coco
+from hierkd.data.official_coco import Archive, describe_inputs
+from hierkd.data.prepare import Figure, PartSummary, prepare_coco
 from hierkd.data.splits import COCO_2014, COCO_2017, SPLITS, CocoVariant
 
 VARIANTS = {"2017": COCO_2017, "2014": COCO_2014}
@@ -61,30 +66,45 @@ def dry_run(root: Path, variant: CocoVariant, output: Path, names: list[str]) ->
     """Say what is there, what is missing, and what would be written; 1 if something is missing."""
     inputs = describe_inputs(root, variant)
     for each in inputs:
-        detail = f" ({each.detail})" if each.detail else ""
-        print(f"{'found  ' if each.found else 'MISSING'}  {each.path}{detail}")
-        if not each.found:
-            print(f"         {each.where_from}")
+        print(f"{each.state:7}  {each.path} ({each.detail})")
+    archives = [each.archive for each in inputs if each.state != "found"]
+    if archives:
+        print_downloads(root / "coco", archives)
+    print()
     for name in names:
         for part in ("train_base", "val_base", "val_novel", "val_all"):
             path = output / f"ovd_{name}{variant.suffix}" / f"{part}.json"
             state = "is there, and would be compared:" if path.is_file() else "would be written:"
             print(f"{state} {path}")
-    return 0 if all(each.found for each in inputs) else 1
+    return 1 if archives else 0
+
+
+def print_downloads(coco: Path, archives: Iterable[Archive]) -> None:
+    """Print the commands that bring ``archives``, each one once, into the folder ``coco``."""
+    folder = shlex.quote(str(coco))
+    print(f"\nTo get what is missing:\n  mkdir -p {folder} && cd {folder}")
+    for archive in dict.fromkeys(archives):
+        name = archive.url.rsplit("/", 1)[1]
+        print(f"  curl -L -C - -O {archive.url} && unzip -o {name}  # {archive.size}")
+
+
+def compare(count: int, expected: Figure | None) -> str:
+    """Return how ``count`` stands to the expected one, in brackets."""
+    if expected is None:
+        return ""
+    if count == expected.value:
+        return f" (as in {expected.source})"
+    return f" (NOT the {expected.value:,} of {expected.source})"
 
 
 def print_summaries(summaries: list[PartSummary]) -> None:
     """Print a line per file with its counts."""
     for each in summaries:
-        check = ""
-        if each.expected_images is not None:
-            check = " (as published)" if each.is_as_expected else f" (NOT {each.expected_images:,})"
-        boxes = ""
-        if each.expected_boxes not in (None, each.num_boxes):
-            boxes = f" (quoted, unverified: {each.expected_boxes:,})"
+        images = compare(each.num_images, each.expected_images)
+        boxes = compare(each.num_boxes, each.expected_boxes)
         captions = f", {each.num_captions:,} captions" if each.num_captions else ""
         print(
-            f"{each.path}: {each.num_images:,} images{check}, {each.num_boxes:,} boxes{boxes}"
+            f"{each.path}: {each.num_images:,} images{images}, {each.num_boxes:,} boxes{boxes}"
             f"{captions}{'' if each.changed else '; was there already'}"
         )
 
@@ -100,13 +120,14 @@ def main(arguments: list[str] | None = None) -> int:
         output = args.output or args.root / "coco" / "annotations"
         return dry_run(args.root, variant, output, names)
     try:
-        summaries = prepare_coco(
-            args.root,
-            [SPLITS[name] for name in names],
-            output=args.output,
-            variant=variant,
-            check_pictures=not args.allow_missing_pictures,
-        )
+        with logging_redirect_tqdm():
+            summaries = prepare_coco(
+                args.root,
+                [SPLITS[name] for name in names],
+                output=args.output,
+                variant=variant,
+                check_pictures=not args.allow_missing_pictures,
+            )
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

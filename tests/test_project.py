@@ -24,9 +24,10 @@ LAYERS = [
     " modeling.backbone modeling.gathering"
     " engine.checkpoint engine.optimizer engine.results engine.visualization"
     " engine.paper_tables",
-    "data.datasets data.dataset_mapper data.prepare modeling.teacher engine.config"
+    "data.datasets data.dataset_mapper data.official_coco modeling.teacher engine.config"
     " engine.warm_start engine.runs engine.reproduction",
-    "data.miniature modeling.meta_arch evaluation.split_coco_evaluation engine.predictor",
+    "data.miniature data.prepare modeling.meta_arch evaluation.split_coco_evaluation"
+    " engine.predictor",
     "evaluation.direct_inference evaluation.proposal_evaluation evaluation.upper_bound"
     " evaluation.heat_maps engine.gallery engine.tiny_clip",
     "engine.report engine.figures",

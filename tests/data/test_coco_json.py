@@ -94,3 +94,20 @@ def test_interrupted_write_keeps_the_old_file(tmp_path, monkeypatch):
         write_json_atomically(path, {"a": object()})
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_unchanged_file_is_left_alone(tmp_path):
+    path = tmp_path / "a.json"
+    assert write_json_atomically(path, {"a": "\u00e9"})
+    os.utime(path, ns=(5, 5))
+    assert not write_json_atomically(path, {"a": "\u00e9"})
+    assert path.stat().st_mtime_ns == 5
+    assert write_json_atomically(path, {"a": "e"})
+    assert json.loads(path.read_text()) == {"a": "e"}
+
+
+def test_broken_file_is_replaced(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_bytes(b"\xff\xfe\x00")  # not even text
+    assert write_json_atomically(path, {"a": 1})
+    assert json.loads(path.read_text()) == {"a": 1}

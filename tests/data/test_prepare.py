@@ -11,7 +11,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from hierkd.data import prepare
 from hierkd.data.datasets import load_ovd_json
-from hierkd.data.prepare import build_part, join_captions, prepare_coco
+from hierkd.data.prepare import Figure, build_part, join_captions, prepare_coco
 from hierkd.data.splits import COCO_2014, COCO_2017, COCO_CATEGORIES, SPLITS, Category
 
 SCRIPT = Path(__file__).parents[2] / "datasets" / "prepare_coco.py"
@@ -19,8 +19,8 @@ SCRIPT = Path(__file__).parents[2] / "datasets" / "prepare_coco.py"
 PERSON, CAT, TRAFFIC_LIGHT = 1, 17, 10  # base, novel and unused of 48/17
 
 
-def make_instances(folder, boxes):
-    """Return an instances file of images 1.. with the (image, category, iscrowd) of ``boxes``."""
+def make_instances(folder, boxes, ids=(3, 1, 2, 4)):
+    """Return an instances file of images ``ids`` with the (image, category, iscrowd) of boxes."""
     images = [
         {
             "id": index,
@@ -31,7 +31,7 @@ def make_instances(folder, boxes):
             "date_captured": "2013-11-21",
             "coco_url": f"http://images.cocodataset.org/{folder}/{index:012d}.jpg",
         }
-        for index in (3, 1, 2, 4)
+        for index in ids
     ]
     annotations = [
         {
@@ -60,7 +60,11 @@ TRAIN = make_instances(
     # image 1: person and cat; 2: only cat; 3: only a crowd of people; 4: only a traffic light
     [(1, PERSON, 0), (1, CAT, 0), (2, CAT, 0), (3, PERSON, 1), (4, TRAFFIC_LIGHT, 0)],
 )
-VAL = make_instances("val2017", [(1, PERSON, 0), (2, CAT, 0), (2, CAT, 0), (4, TRAFFIC_LIGHT, 0)])
+VAL = make_instances(
+    "val2017",
+    [(11, PERSON, 0), (12, CAT, 0), (12, CAT, 0), (14, TRAFFIC_LIGHT, 0)],
+    ids=(13, 11, 12, 14),
+)
 CAPTIONS = {
     "info": {"year": 2017},
     "images": TRAIN["images"],
@@ -124,7 +128,7 @@ def test_recipe_by_hand(root):
     ]
     val = {part: read(folder / f"val_{part}.json") for part in ("base", "novel", "all")}
     assert {part: ids(val[part]["images"]) for part in val} == {
-        "base": [1], "novel": [2], "all": [1, 2],
+        "base": [11], "novel": [12], "all": [11, 12],
     }  # fmt: skip
     assert "captions" not in val["all"]["images"][0]
 
@@ -213,7 +217,7 @@ def _with_file_names(content, pattern):
         (
             "instances_val2017",
             _with(VAL, images=VAL["images"][:1]),
-            "annotation 100 has image_id 1, which the file does not contain",
+            "annotation 100 has image_id 11, which the file does not contain",
         ),
         (
             "instances_train2017",
@@ -243,6 +247,24 @@ def test_missing_input_says_where_it_comes_from(root, name):
         prepare_coco(root, [SPLITS["48_17"]])
 
 
+def test_all_missing_inputs_are_named_at_once(root):
+    for name in ("instances_val2017", "captions_train2017"):
+        (root / "coco" / "annotations" / f"{name}.json").unlink()
+    message = r"instances_val2017\.json does not exist, nor do captions_train2017\.json\. Download"
+    with pytest.raises(FileNotFoundError, match=message):
+        prepare_coco(root, [SPLITS["48_17"]])
+
+
+def test_an_image_in_both_halves(root):
+    same = copy.deepcopy(TRAIN)
+    for image in same["images"]:
+        del image["coco_url"]  # which would tell
+    write(root, "instances_val2017", same)
+    with pytest.raises(ValueError, match=r"instances_val2017\.json must .* found 4, .* image 1\."):
+        prepare_coco(root, [SPLITS["48_17"]])
+    assert not (root / "coco" / "annotations" / "ovd_48_17").exists()
+
+
 def test_image_without_caption_is_logged(caplog):
     part = build_part(TRAIN, [Category(CAT, "cat")], "t.json")  # images 1 and 2
     joined = join_captions(part, {2: ["A cat."]}, "c.json")
@@ -251,28 +273,65 @@ def test_image_without_caption_is_logged(caplog):
     assert "captions" not in part["images"][0]
 
 
-def test_count_of_the_whole_coco_is_compared(root, caplog, monkeypatch):
-    small = replace(COCO_2017, num_images={"train2017": 4, "val2017": 4})
-    expected = {("48_17", "train_base"): 2, ("48_17", "val_base"): 5}
-    monkeypatch.setattr(prepare, "EXPECTED_FULL_COCO", expected)
-    monkeypatch.setattr(prepare, "EXPECTED_BOXES", {("48_17", "train_base"): 7})
-    train, base, novel, _ = prepare_coco(root, [SPLITS["48_17"]], variant=small)
-    assert (train.expected_boxes, base.expected_boxes) == (7, None)
-    assert (train.expected_images, train.is_as_expected) == (2, True)
-    assert (base.expected_images, base.is_as_expected) == (5, False)
-    assert (novel.expected_images, novel.is_as_expected) == (None, True)
+@pytest.fixture
+def small(monkeypatch):
+    """Return a COCO 2017 whose whole are the four and four images, with figures to compare."""
+    images = {
+        ("48_17", "train_base"): Figure(2, "a friend", is_certain=True),
+        ("48_17", "val_base"): Figure(5, "a friend", is_certain=True),
+        ("48_17", "val_novel"): Figure(7, "a rumour"),
+    }
+    boxes = {
+        ("48_17", "train_base"): Figure(2, "a rumour"),
+        ("48_17", "val_base"): Figure(8, "a rumour"),
+    }
+    monkeypatch.setattr(prepare, "EXPECTED_FULL_COCO", images)
+    monkeypatch.setattr(prepare, "EXPECTED_BOXES", boxes)
+    return replace(COCO_2017, num_images={"train2017": 4, "val2017": 4})
+
+
+def test_counts_of_the_whole_coco_are_compared(root, caplog, small):
+    train, base, novel, whole = prepare_coco(root, [SPLITS["48_17"]], variant=small)
+    assert (train.expected_images.value, train.num_images) == (2, 2)
+    assert (base.expected_images.value, base.num_images) == (5, 1)
+    assert (base.expected_boxes.value, base.num_boxes) == (8, 1)
+    assert novel.expected_boxes is whole.expected_images is whole.expected_boxes is None
+    # Only a certain figure about images is worth a warning.
     (record,) = [r for r in caplog.records if "pictures are not checked" not in r.message]
     assert "val_base.json holds 1 images, but the official annotations give 5" in record.message
 
 
+def test_counts_of_a_part_of_coco_are_not_compared(root, small):
+    boxes = [(11, PERSON, 0), (12, CAT, 0)]
+    write(root, "instances_val2017", make_instances("val2017", boxes, ids=(11, 12)))
+    train, *validation = prepare_coco(root, [SPLITS["48_17"]], variant=small)
+    assert train.expected_images is not None
+    assert all(part.expected_images is part.expected_boxes is None for part in validation)
+
+
+def test_script_compares_counts(root, small, capsys):
+    main = runpy.run_path(str(SCRIPT))["main"]
+    main.__globals__["VARIANTS"]["2017"] = main.__globals__["COCO_2017"] = small
+    assert main(["--root", str(root)]) == 0
+    train, base, novel, whole = capsys.readouterr().out.splitlines()
+    assert train.endswith("2 images (as in a friend), 2 boxes (as in a rumour), 3 captions")
+    assert base.endswith("1 images (NOT the 5 of a friend), 1 boxes (NOT the 8 of a rumour)")
+    assert novel.endswith("1 images (NOT the 7 of a rumour), 2 boxes")
+    assert whole.endswith("2 images, 3 boxes")
+
+
 def test_published_counts():
-    assert prepare.EXPECTED_FULL_COCO == {
+    images = {key: each.value for key, each in prepare.EXPECTED_FULL_COCO.items()}
+    assert images == {
         ("48_17", "train_base"): 107761, ("48_17", "val_base"): 4533,
         ("48_17", "val_novel"): 2064, ("48_17", "val_all"): 4836,
         ("65_15_2014", "val_novel"): 10098, ("65_15_2014", "val_all"): 10098,
     }  # fmt: skip
-    boxes = prepare.EXPECTED_BOXES
+    certain = {split for (split, _), each in prepare.EXPECTED_FULL_COCO.items() if each.is_certain}
+    assert certain == {"48_17"}
+    boxes = {key: each.value for key, each in prepare.EXPECTED_BOXES.items()}
     assert boxes["48_17", "val_base"] + boxes["48_17", "val_novel"] == boxes["48_17", "val_all"]
+    assert not any(each.is_certain for each in prepare.EXPECTED_BOXES.values())
 
 
 @pytest.fixture
@@ -305,27 +364,53 @@ def test_script_reports_errors(root, run_script):
     assert "instances_val2017.json is not valid JSON" in err
 
 
+def states(out):
+    """Return the state of each input in the output of a dry run, by its last path component."""
+    lines = [line.split(None, 1) for line in out.split("\n\n")[0].splitlines()]
+    return {rest.split(" (")[0].split("/")[-1]: state for state, rest in lines}
+
+
 def test_dry_run(root, run_script):
     put_pictures(root, "train2017", TRAIN)
+    write(root, "instances_val2017", json.dumps(VAL)[:-1])
     (root / "coco" / "annotations" / "captions_train2017.json").unlink()
     status, out, _ = run_script("--root", root, "--dry-run")
     assert status == 1
-    missing = [line for line in out.splitlines() if line.startswith("MISSING")]
-    assert [line.split("/")[-1] for line in missing] == ["captions_train2017.json", "val2017"]
+    assert states(out) == {
+        "instances_train2017.json": "found",
+        "instances_val2017.json": "PARTIAL",
+        "captions_train2017.json": "MISSING",
+        "train2017": "PARTIAL",
+        "val2017": "MISSING",
+    }
     assert "train2017 (4 of the 118,287 pictures of the whole COCO)" in out
-    assert "http://images.cocodataset.org/zips/val2017.zip" in out
+    assert f"mkdir -p {root / 'coco'} && cd {root / 'coco'}\n" in out
+    for name in ("annotations/annotations_trainval2017", "zips/train2017", "zips/val2017"):
+        assert out.count(f"-O http://images.cocodataset.org/{name}.zip && unzip -o ") == 1
     assert out.count("would be written") == 4
     assert not (root / "coco" / "annotations" / "ovd_48_17").exists()
 
 
-def test_dry_run_with_everything_there(root, run_script):
+def test_dry_run_with_everything_there(root, run_script, monkeypatch):
     put_pictures(root, "train2017", TRAIN)
     put_pictures(root, "val2017", VAL)
+    for folder in ("train2017", "val2017"):
+        monkeypatch.setitem(COCO_2017.num_images, folder, 4)
     assert run_script("--root", root)[0] == 0
     status, out, _ = run_script("--root", root, "--dry-run")
     assert status == 0
-    assert "MISSING" not in out
+    assert set(states(out).values()) == {"found"}
+    assert "To get" not in out
     assert out.count("is there, and would be compared") == 4
+
+
+def test_dry_run_from_nothing(tmp_path, run_script):
+    root = tmp_path / "a folder"
+    status, out, _ = run_script("--root", root, "--dry-run")
+    assert status == 1
+    assert set(states(out).values()) == {"MISSING"}
+    assert f"mkdir -p '{root / 'coco'}' && cd" in out
+    assert not root.exists()
 
 
 def test_a_second_run_says_that_nothing_changed(root, run_script):
@@ -369,7 +454,8 @@ def root_2014(tmp_path):
         # cat is novel in 65/15. 1: person and cat; 2: cat; 3: people; 4: traffic light, here base
         [(1, PERSON, 0), (1, CAT, 0), (2, CAT, 0), (3, PERSON, 1), (4, TRAFFIC_LIGHT, 0)],
     )
-    val = make_instances("val2014", [(1, PERSON, 0), (2, CAT, 0), (2, PERSON, 0), (2, CAT, 1)])
+    val_boxes = [(11, PERSON, 0), (12, CAT, 0), (12, PERSON, 0), (12, CAT, 1)]
+    val = make_instances("val2014", val_boxes, ids=(11, 12))
     write(tmp_path, "instances_train2014", _with(_with_file_names(train, TRAIN_NAME), **year))
     write(tmp_path, "instances_val2014", _with(_with_file_names(val, VAL_NAME), **year))
     captions = [{"id": i, "image_id": i, "caption": f"Picture {i}."} for i in (1, 2, 3, 4)]
@@ -385,9 +471,9 @@ def test_the_rule_of_zero_shot_detection_by_hand(root_2014):
     # Image 1 goes although it shows a person: it shows a cat, too.
     assert sorted(ids(parts["train_base"]["images"])) == [3, 4]
     assert {part: sorted(ids(parts[part]["images"])) for part in parts if part[:3] == "val"} == {
-        "val_base": [1, 2],
-        "val_novel": [2],
-        "val_all": [2],  # the images with a novel object, with all of their boxes
+        "val_base": [11, 12],
+        "val_novel": [12],
+        "val_all": [12],  # the images with a novel object, with all of their boxes
     }
     assert [s.num_boxes for s in summaries] == [2, 2, 2, 3]
     assert {s.split for s in summaries} == {"65_15_2014"}
@@ -415,6 +501,32 @@ def test_2014_dry_run_names_its_own_downloads(root_2014, run_script):
 def test_files_of_the_other_year_are_named(root_2014):
     write(root_2014, "instances_train2014", TRAIN)
     with pytest.raises(ValueError, match=r"instances_train2014\.json: .*2014.* info\.year 2017"):
+        prepare_coco(root_2014, [SPLITS["65_15"]], variant=COCO_2014)
+
+
+def test_a_crowd_region_shows_a_novel_object(root_2014):
+    boxes = [(1, PERSON, 0), (1, CAT, 1), (2, PERSON, 0)]
+    content = _with_file_names(make_instances("train2014", boxes), TRAIN_NAME)
+    write(root_2014, "instances_train2014", _with(content, info={"year": 2014}))
+    train, *_ = prepare_coco(root_2014, [SPLITS["65_15"]], variant=COCO_2014)
+    assert ids(read(train.path)["images"]) == [2]
+
+
+def test_the_older_urls_of_2014(root_2014):
+    path = root_2014 / "coco" / "annotations" / "instances_train2014.json"
+    content = read(path)
+    for image in content["images"]:  # they name no folder
+        image["coco_url"] = f"http://mscoco.org/images/{image['id']}"
+    write(root_2014, "instances_train2014", content)
+    train, *_ = prepare_coco(root_2014, [SPLITS["65_15"]], variant=COCO_2014)
+    assert train.num_images == 2
+
+
+def test_halves_of_2014_are_told_by_their_file_names(root_2014):
+    content = read(root_2014 / "coco" / "annotations" / "instances_val2014.json")
+    write(root_2014, "instances_train2014", content)
+    message = r"instances_train2014\.json: .* found 'COCO_val2014_0+11\.jpg'"
+    with pytest.raises(ValueError, match=message):
         prepare_coco(root_2014, [SPLITS["65_15"]], variant=COCO_2014)
 
 

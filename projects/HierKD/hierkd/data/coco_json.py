@@ -131,10 +131,10 @@ def write_json_atomically(path: str | os.PathLike[str], content: object) -> bool
     Returns:
         Whether the file is new or has changed.
     """
-    text = json.dumps(content, separators=(",", ":")) + "\n"
+    data = (json.dumps(content, separators=(",", ":")) + "\n").encode()
     path = Path(path)
-    if path.is_file() and path.read_text(encoding="utf-8") == text:
+    if path.is_file() and path.stat().st_size == len(data) and path.read_bytes() == data:
         return False
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(data)
     return True

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 import os
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,63 +19,72 @@ from typing import Any
 
 from tqdm import tqdm
 
-from hierkd.data.coco_json import (
-    FieldTypes,
-    get_entries,
-    index_by_id,
-    read_coco_json,
-    write_json_atomically,
+from hierkd.data.coco_json import write_json_atomically
+from hierkd.data.official_coco import (
+    annotation_files,
+    read_captions,
+    read_instances,
+    where_from,
 )
 from hierkd.data.splits import COCO_2017, Category, CocoVariant, Split
 
 __all__ = [
     "EXPECTED_BOXES",
     "EXPECTED_FULL_COCO",
-    "InputState",
+    "Figure",
     "PartSummary",
     "build_part",
-    "describe_inputs",
     "join_captions",
     "prepare_coco",
-    "read_captions",
-    "read_instances",
 ]
 
 JsonObject = dict[str, Any]
 
 _LOGGER = logging.getLogger(__name__)
 
-_ANNOTATIONS_URL = "http://images.cocodataset.org/annotations/annotations_trainval{year}.zip"
-_IMAGES_URL = "http://images.cocodataset.org/zips/{folder}.zip"
 
-# Images that the recipe makes of the whole of COCO. 48/17: OVR-CNN's own files (val:
-# alirezazareian/ovr-cnn issue 17; train: 6,736 iterations of 16 in HierKD's release). 65/15 on COCO
-# 2014: counted in PL-ZSD's own lists.
-EXPECTED_FULL_COCO: dict[tuple[str, str], int] = {
-    ("48_17", "train_base"): 107_761,
-    ("48_17", "val_base"): 4_533,
-    ("48_17", "val_novel"): 2_064,
-    ("48_17", "val_all"): 4_836,
-    ("65_15_2014", "val_novel"): 10_098,
-    ("65_15_2014", "val_all"): 10_098,
+@dataclass(frozen=True)
+class Figure:
+    """A count that somebody else stated.
+
+    Attributes:
+        value: The count.
+        source: Whose it is.
+        is_certain: Whether another count shows that the input is not COCO as published. Otherwise
+            the two are set side by side, and no more.
+    """
+
+    value: int
+    source: str
+    is_certain: bool = False
+
+
+# OVR-CNN's images: val, alirezazareian/ovr-cnn issue 17; train, the 6,736 iterations of 16 images
+# that are an epoch in HierKD's release. Its boxes: often quoted, and verified by nobody we know.
+_OVR_CNN, _QUOTED = "OVR-CNN's files", "a quoted, unverified figure"
+# Counted in salman-h-khan/PL-ZSD_Release, MSCOCO/validation_coco_unseen_{all,seen_all_gzsd}.csv.
+# These list boxes, crowd regions among them (image 255165), in whole pixels, and state no rule.
+_PL_ZSD = "PL-ZSD's lists, which state no rule"
+
+EXPECTED_FULL_COCO: dict[tuple[str, str], Figure] = {
+    ("48_17", "train_base"): Figure(107_761, _OVR_CNN, is_certain=True),
+    ("48_17", "val_base"): Figure(4_533, _OVR_CNN, is_certain=True),
+    ("48_17", "val_novel"): Figure(2_064, _OVR_CNN, is_certain=True),
+    ("48_17", "val_all"): Figure(4_836, _OVR_CNN, is_certain=True),
+    ("65_15_2014", "val_novel"): Figure(10_098, _PL_ZSD),
+    ("65_15_2014", "val_all"): Figure(10_098, _PL_ZSD),
 }
 """Images per (split, part) when the input is the whole of COCO."""
 
-EXPECTED_BOXES: dict[tuple[str, str], int] = {
-    ("48_17", "train_base"): 665_387,
-    ("48_17", "val_base"): 28_538,
-    ("48_17", "val_novel"): 4_614,
-    ("48_17", "val_all"): 33_152,
-    ("65_15_2014", "val_novel"): 16_388,
-    ("65_15_2014", "val_all"): 68_169,
+EXPECTED_BOXES: dict[tuple[str, str], Figure] = {
+    ("48_17", "train_base"): Figure(665_387, _QUOTED),
+    ("48_17", "val_base"): Figure(28_538, _QUOTED),
+    ("48_17", "val_novel"): Figure(4_614, _QUOTED),
+    ("48_17", "val_all"): Figure(33_152, _QUOTED),
+    ("65_15_2014", "val_novel"): Figure(16_388, _PL_ZSD),
+    ("65_15_2014", "val_all"): Figure(68_169, _PL_ZSD),
 }
-"""Boxes likewise. Those of 48/17 are quoted, not verified, and those of PL-ZSD may leave out crowd
-regions: a difference is said and is no error."""
-
-_IMAGE_FIELDS: FieldTypes = {"id": int, "file_name": str, "height": int, "width": int}
-_BOX_FIELDS: FieldTypes = {"id": int, "image_id": int, "category_id": int, "bbox": list}
-_CAPTION_FIELDS: FieldTypes = {"id": int, "image_id": int, "caption": str}
-_CATEGORY_FIELDS: FieldTypes = {"id": int, "name": str}
+"""Boxes, crowd regions included, likewise."""
 
 _KEPT_IMAGE_FIELDS = ("id", "file_name", "height", "width", "license", "flickr_url")
 _KEPT_BOX_FIELDS = ("id", "image_id", "category_id", "bbox", "area", "iscrowd")
@@ -93,9 +101,9 @@ class PartSummary:
         num_images: Images in it.
         num_boxes: Annotations in it, crowd regions included.
         num_captions: Captions in it; 0 for validation files.
-        expected_images: Images that the official recipe gives, ``None`` when the input is not the
-            whole of COCO or no figure is published for the split.
-        expected_boxes: Boxes likewise; see :data:`EXPECTED_BOXES`.
+        expected_images: What others count; ``None`` when the input is not the whole of COCO or
+            nobody stated a figure for the split.
+        expected_boxes: Likewise; see :data:`EXPECTED_BOXES`.
         changed: Whether the file is new or differs from the one that was there.
     """
 
@@ -105,180 +113,9 @@ class PartSummary:
     num_images: int
     num_boxes: int
     num_captions: int
-    expected_images: int | None
-    expected_boxes: int | None
+    expected_images: Figure | None
+    expected_boxes: Figure | None
     changed: bool
-
-    @property
-    def is_as_expected(self) -> bool:
-        """Whether the image count is the published one, where there is one to compare with."""
-        return self.expected_images in (None, self.num_images)
-
-
-@dataclass(frozen=True)
-class InputState:
-    """What is at the place of a file or folder that COCO needs.
-
-    Attributes:
-        path: The place.
-        found: Whether it is there, and whole as far as the number of its pictures tells.
-        detail: The number of pictures in a folder; "" for a file.
-        where_from: How to obtain it.
-    """
-
-    path: Path
-    found: bool
-    detail: str
-    where_from: str
-
-
-def describe_inputs(
-    root: str | os.PathLike[str], variant: CocoVariant = COCO_2017
-) -> list[InputState]:
-    """Look at every file and folder that COCO needs; nothing large is read.
-
-    Args:
-        root: The folder that holds ``coco``.
-        variant: Which COCO.
-    """
-    coco = Path(root) / "coco"
-    inputs = []
-    for name in _annotation_files(variant):
-        path = coco / "annotations" / name
-        inputs.append(InputState(path, path.is_file(), "", _where_from(path)))
-    for folder, full in variant.num_images.items():
-        path = coco / folder
-        number = sum(name.endswith(".jpg") for name in os.listdir(path)) if path.is_dir() else 0
-        detail = f"{number:,} of the {full:,} pictures of the whole COCO" if path.is_dir() else ""
-        inputs.append(InputState(path, number > 0, detail, _where_from(path)))
-    return inputs
-
-
-def _annotation_files(variant: CocoVariant) -> tuple[str, ...]:
-    """Names of the official files that are read."""
-    return (
-        f"instances_{variant.train}.json",
-        f"instances_{variant.val}.json",
-        f"captions_{variant.train}.json",
-    )
-
-
-def _where_from(path: Path) -> str:
-    """Return how to obtain the COCO file or image folder at ``path``."""
-    if path.suffix == ".json":
-        url = _ANNOTATIONS_URL.format(year=path.stem[-4:])
-    else:
-        url = _IMAGES_URL.format(folder=path.name)
-    return f"Download {url} and unpack it so that {path} exists."
-
-
-def _drop_segmentation(entry: JsonObject) -> JsonObject:
-    """Remove the masks of an annotation while it is parsed: most of the file, never used."""
-    entry.pop("segmentation", None)
-    return entry
-
-
-def _read_official(path: Path) -> JsonObject:
-    """Read an official COCO annotation file."""
-    return read_coco_json(path, missing_hint=_where_from(path), object_hook=_drop_segmentation)
-
-
-def read_instances(path: Path, folder: str) -> JsonObject:
-    """Read and check ``instances_{train,val}<year>.json``, leaving out the masks.
-
-    Args:
-        path: The file.
-        folder: Such as ``"train2017"``: what the file must be about.
-
-    Returns:
-        Its content, with unique image and annotation ids and no reference into the void.
-
-    Raises:
-        FileNotFoundError: There is no such file; says where it comes from.
-        ValueError: It is broken, of another year, of the other half of COCO, a captions file, or
-            its entries contradict each other.
-    """
-    content = _read_official(path)
-    _check_kind(content, path, wanted="bbox", other="caption")
-    images = index_by_id(get_entries(content, "images", _IMAGE_FIELDS, path), "images", path)
-    _check_year_and_half(content, path, folder)
-    boxes = get_entries(content, "annotations", _BOX_FIELDS, path)
-    index_by_id(boxes, "annotations", path)
-    categories = get_entries(content, "categories", _CATEGORY_FIELDS, path)
-    category_ids = index_by_id(categories, "categories", path)
-    for box in boxes:
-        for key, known in (("image_id", images), ("category_id", category_ids)):
-            if box[key] not in known:
-                raise ValueError(
-                    f"{path}: annotation {box['id']} has {key} {box[key]}, which the file does "
-                    "not contain."
-                )
-    return content
-
-
-def read_captions(path: Path, folder: str) -> dict[int, list[str]]:
-    """Read and check ``captions_{train,val}<year>.json``.
-
-    Args:
-        path: The file.
-        folder: Such as ``"train2017"``: what the file must be about.
-
-    Returns:
-        Image id -> its captions in the order of their ids, without surrounding white space and
-        without empty ones.
-
-    Raises:
-        FileNotFoundError: There is no such file; says where it comes from.
-        ValueError: It is broken, of another year, of the other half of COCO, or not of captions.
-    """
-    content = _read_official(path)
-    _check_kind(content, path, wanted="caption", other="bbox")
-    get_entries(content, "images", _IMAGE_FIELDS, path)
-    _check_year_and_half(content, path, folder)
-    entries = get_entries(content, "annotations", _CAPTION_FIELDS, path)
-    index_by_id(entries, "annotations", path)
-    captions: dict[int, list[str]] = defaultdict(list)
-    for entry in sorted(entries, key=lambda each: each["id"]):
-        text = " ".join(entry["caption"].split())
-        if text:
-            captions[entry["image_id"]].append(text)
-    return dict(captions)
-
-
-def _check_kind(content: JsonObject, path: Path, *, wanted: str, other: str) -> None:
-    """Raise ValueError if the annotations have the field ``other`` in place of ``wanted``."""
-    annotations = content.get("annotations")
-    first = annotations[0] if isinstance(annotations, list) and annotations else {}
-    if isinstance(first, dict) and wanted not in first and other in first:
-        kinds = {
-            "bbox": "boxes (instances_*.json)",
-            "caption": "captions (captions_*.json)",
-        }
-        raise ValueError(
-            f"{path}: expected {kinds[wanted]}, found {kinds[other]}. Are the instances and the "
-            "captions file swapped?"
-        )
-
-
-def _check_year_and_half(content: JsonObject, path: Path, folder: str) -> None:
-    """Raise ValueError if the images are not those of ``folder``, as far as the file says."""
-    wanted = int(folder[-4:])
-    year = content["info"].get("year") if isinstance(content.get("info"), dict) else None
-    if year not in (None, wanted):
-        raise ValueError(f"{path}: expected COCO {wanted} ({folder}), found info.year {year}.")
-    if not content["images"]:
-        raise ValueError(f"{path}: 'images' is empty.")
-    prefix = f"COCO_{folder}_" if wanted == 2014 else ""
-    for image in content["images"]:
-        name = image["file_name"]
-        if not name.startswith(prefix) or (not prefix and name.startswith("COCO_")):
-            raise ValueError(
-                f"{path}: expected file names of COCO {wanted} such as {prefix}000000000139.jpg, "
-                f"found {name!r}. Use the annotations of {wanted}."
-            )
-        url = image.get("coco_url", "")
-        if url and f"/{folder}/" not in url:
-            raise ValueError(f"{path}: expected images of {folder}, found {url}.")
 
 
 def build_part(
@@ -396,20 +233,18 @@ def prepare_coco(
         :data:`EXPECTED_FULL_COCO`) is also logged as a warning.
 
     Raises:
-        FileNotFoundError: An input does not exist; says where it comes from.
-        ValueError: An input is wrong, see :func:`read_instances` and :func:`read_captions`, or
-            pictures are missing, or ``variant`` does not define a split.
+        FileNotFoundError: Inputs do not exist; says which ones and where they come from.
+        ValueError: An input is wrong, see :func:`hierkd.data.official_coco.read_instances` and
+            ``read_captions``; pictures are missing; an image is in both halves; or ``variant``
+            does not define a split.
     """
     for split in splits:
         if split not in variant.splits():
             raise ValueError(f"COCO {variant.year} is prepared for 65_15 alone, not {split.name}.")
     annotations = Path(root) / "coco" / "annotations"
     output = annotations if output is None else Path(output)
-    files = _annotation_files(variant)
-    for name in files:  # all of them before minutes of parsing
-        path = annotations / name
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist. {_where_from(path)}")
+    files = annotation_files(variant)
+    _check_files_exist([annotations / name for name in files])
     with tqdm(total=len(files) + 4 * len(splits), unit="file") as progress:
         instances, captions = _read_inputs(annotations, variant, progress)
         if check_pictures:
@@ -434,6 +269,17 @@ def prepare_coco(
     return summaries
 
 
+def _check_files_exist(paths: Sequence[Path]) -> None:
+    """Raise FileNotFoundError for all that are missing, before a minute of parsing."""
+    missing = [path for path in paths if not path.is_file()]
+    if missing:
+        others = ", ".join(path.name for path in missing[1:])
+        raise FileNotFoundError(
+            f"{missing[0]} does not exist{f', nor do {others}' if others else ''}. "
+            f"{where_from(missing[0])}"
+        )
+
+
 def _read_inputs(
     annotations: Path, variant: CocoVariant, progress: tqdm
 ) -> tuple[dict[str, JsonObject], dict[int, list[str]]]:
@@ -444,6 +290,12 @@ def _read_inputs(
         progress.set_description(f"reading {name}")
         instances[folder] = read_instances(annotations / name, folder)
         progress.update()
+    in_both = set.intersection(*({i["id"] for i in half["images"]} for half in instances.values()))
+    if in_both:
+        raise ValueError(
+            f"{annotations}: instances_{variant.train}.json and instances_{variant.val}.json must "
+            f"have no image in common, found {len(in_both):,}, among them image {min(in_both)}."
+        )
     name = f"captions_{variant.train}.json"
     progress.set_description(f"reading {name}")
     captions = read_captions(annotations / name, variant.train)
@@ -462,7 +314,7 @@ def _check_pictures(folder: Path, instances: JsonObject) -> None:
     if missing:
         raise ValueError(
             f"{folder} lacks {len(missing):,} of the {len(names):,} pictures that its annotations "
-            f"list, first {missing[0]}: a partial download? {_where_from(folder)}"
+            f"list, first {missing[0]}: a partial download? {where_from(folder)}"
         )
 
 
@@ -509,10 +361,11 @@ def _summarise(
         expected_boxes=EXPECTED_BOXES.get((split, name)) if is_full else None,
         changed=changed,
     )
-    if not summary.is_as_expected:
+    expected = summary.expected_images
+    if expected is not None and expected.is_certain and expected.value != summary.num_images:
         _LOGGER.warning(
             "%s holds %d images, but the official annotations give %d: the input differs from "
             "COCO as published.",
-            path, summary.num_images, summary.expected_images,
+            path, summary.num_images, expected.value,
         )  # fmt: skip
     return summary
