@@ -146,6 +146,7 @@ def run(args: argparse.Namespace, command: str) -> dict[str, Any]:
         max_anchors=args.max_anchors,
         background_prompt=cfg.MODEL.TEXT_CLASSIFIER.BACKGROUND_PROMPT,
     )
+    commit = git_commit(ROOT)  # before: files may change during a long measurement
     rows = {
         name: clip_direct_inference(
             direct_inference,
@@ -179,7 +180,7 @@ def run(args: argparse.Namespace, command: str) -> dict[str, Any]:
         },
         rows=rows,
         main_row=scorings[0].name,
-        commit=git_commit(ROOT),
+        commit=commit,
     )
     if args.output is not None:
         write_results(args.output, record)

@@ -86,6 +86,7 @@ def run(args: argparse.Namespace, command: str) -> dict[str, Any]:
     if cfg.DATALOADER.CHECK_IMAGES:
         check_images(images)
     teacher = build_teacher(cfg)
+    commit = git_commit(ROOT)  # before: files may change during a long measurement
     rows = {
         name: {
             f"crop {scale:g}": clip_upper_bound(
@@ -113,7 +114,7 @@ def run(args: argparse.Namespace, command: str) -> dict[str, Any]:
         },
         rows=rows,
         main_row=f"crop {scales[0]:g}",
-        commit=git_commit(ROOT),
+        commit=commit,
     )
     if args.output is not None:
         write_results(args.output, record)
