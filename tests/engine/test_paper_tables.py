@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from detectron2.config import CfgNode
+from detectron2.engine import DefaultTrainer
 
 from hierkd.engine.config import load_config
 from hierkd.engine.paper_tables import TABLES
@@ -221,3 +222,12 @@ def test_trainings_of_one_name_are_one_training():
                 training = getattr(row, scale)
                 if training is not None:
                     assert found.setdefault(training.name, training) == training
+
+
+def test_one_gpu_instead_of_four_follows_the_linear_rule():
+    """The figures that docs/reproduction.md gives for ``SOLVER.REFERENCE_WORLD_SIZE 4``."""
+    opts = ["SOLVER.REFERENCE_WORLD_SIZE", "4"]
+    cfg = load_config(str(ROOT / "configs/hierkd_R50.yaml"), opts)
+    solver = DefaultTrainer.auto_scale_workers(cfg, 1).SOLVER
+    assert (solver.IMS_PER_BATCH, solver.BASE_LR, solver.MAX_ITER) == (8, 0.0025, 161_664)
+    assert solver.STEPS == (107_776, 148_192)
