@@ -23,7 +23,7 @@ LAYERS = [
     " modeling.text_classifier modeling.text_embeddings modeling.head modeling.atss"
     " modeling.backbone modeling.gathering"
     " engine.checkpoint engine.optimizer engine.results engine.visualization"
-    " engine.paper_tables",
+    " engine.paper_tables benchmarks.timing",
     "data.datasets data.dataset_mapper data.official_coco modeling.teacher engine.config"
     " engine.warm_start engine.runs engine.reproduction",
     "data.miniature data.prepare modeling.meta_arch evaluation.split_coco_evaluation"
@@ -31,6 +31,8 @@ LAYERS = [
     "evaluation.direct_inference evaluation.proposal_evaluation evaluation.upper_bound"
     " evaluation.heat_maps engine.gallery engine.tiny_clip",
     "engine.report engine.figures",
+    "benchmarks.crops benchmarks.step benchmarks.infer benchmarks.vocabulary benchmarks.eval"
+    " benchmarks.loader benchmarks.peers",
 ]
 LAYER_OF = {module: number for number, line in enumerate(LAYERS) for module in line.split()}
 
