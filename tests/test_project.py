@@ -31,8 +31,8 @@ LAYERS = [
     "evaluation.direct_inference evaluation.proposal_evaluation evaluation.upper_bound"
     " evaluation.heat_maps engine.gallery engine.tiny_clip",
     "engine.report engine.figures",
-    "benchmarks.crops benchmarks.step benchmarks.infer benchmarks.vocabulary benchmarks.eval"
-    " benchmarks.loader benchmarks.peers",
+    "benchmarks.random_models benchmarks.crops benchmarks.eval benchmarks.loader",
+    "benchmarks.step benchmarks.infer benchmarks.vocabulary benchmarks.peers benchmarks.floor",
 ]
 LAYER_OF = {module: number for number, line in enumerate(LAYERS) for module in line.split()}
 
@@ -165,7 +165,8 @@ def test_the_checks_above_can_fail() -> None:
 def test_every_third_party_import_is_declared(project: dict) -> None:
     declared = {
         canonicalize_name(Requirement(text).name)
-        for text in project["dependencies"] + project["optional-dependencies"]["miniature"]
+        for extra in (project["dependencies"], *project["optional-dependencies"].values())
+        for text in extra
     }
     sources = [*SOURCES, ROOT / "train_net.py", ROOT / "demo.py", *ROOT.glob("tools/*.py")]
     for path in sources:
