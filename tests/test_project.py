@@ -21,7 +21,7 @@ LAYERS = [
     "config data.splits data.coco_json data.loader"
     " modeling.losses modeling.sampling modeling.region_crops modeling.mlca"
     " modeling.text_classifier modeling.text_embeddings modeling.head modeling.atss"
-    " modeling.backbone modeling.gathering"
+    " modeling.backbone modeling.gathering modeling.frozen_encoder modeling.crop_merging"
     " engine.checkpoint engine.optimizer engine.results engine.visualization"
     " engine.paper_tables benchmarks.timing",
     "data.datasets data.dataset_mapper data.official_coco modeling.teacher engine.config"

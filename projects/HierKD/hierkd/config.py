@@ -112,6 +112,10 @@ def _add_distillation_keys(cfg: CN) -> None:
     # At most this many crops per image on average, drawn at random over the batch; 0 = no limit.
     # [ours: bounds the cost of the teacher]
     cfg.MODEL.IKD.MAX_CROPS_PER_IMAGE = 0
+    # Points of one object whose boxes overlap by more than this IoU share the teacher's embedding
+    # of the best one among them; 1 = every predicted box is looked at (with BOXES "gt", every
+    # object once). MAX_CROPS_PER_IMAGE counts what is left. [ours: saves time]
+    cfg.MODEL.IKD.MERGE_CROPS_IOU = 1.0
     # What the loss is a mean of: "points" = all distilled points [paper Eq. 2], or "levels" = the
     # means of the levels, each with the same weight [release].
     cfg.MODEL.IKD.AVERAGE_OVER = "points"

@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hierkd.modeling.atss import ATSSMatcher
+from hierkd.modeling.crop_merging import merge_boxes, number_objects
 from hierkd.modeling.gathering import gather_rows
 from hierkd.modeling.head import ATSSHead
 from hierkd.modeling.losses import (
@@ -92,6 +93,7 @@ class IKD:
     crop_scale: float = 1.5
     iou_thresh: float = 0.5
     max_crops_per_image: int = 0
+    merge_crops_iou: float = 1.0
     average_over: str = "points"
     close_modality_gap: bool = False
 
@@ -99,6 +101,10 @@ class IKD:
         _check_choice("MODEL.IKD.LOSS_TYPE", self.loss_type, tuple(_EMBEDDING_LOSSES))
         _check_choice("MODEL.IKD.BOXES", self.boxes, ("predicted", "gt"))
         _check_choice("MODEL.IKD.AVERAGE_OVER", self.average_over, ("points", "levels"))
+        if not 0 <= self.merge_crops_iou <= 1:
+            raise ValueError(
+                f"MODEL.IKD.MERGE_CROPS_IOU must be between 0 and 1, got {self.merge_crops_iou}"
+            )
 
 
 @dataclass(frozen=True)
@@ -357,6 +363,7 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
                 crop_scale=ikd.CROP_SCALE,
                 iou_thresh=ikd.IOU_THRESH,
                 max_crops_per_image=ikd.MAX_CROPS_PER_IMAGE,
+                merge_crops_iou=ikd.MERGE_CROPS_IOU,
                 average_over=ikd.AVERAGE_OVER,
                 close_modality_gap=ikd.CLOSE_MODALITY_GAP,
             )
@@ -548,19 +555,16 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
         """
         if self.ikd is None:
             return None
-        keep = (positives.ious >= self.ikd.iou_thresh).nonzero().squeeze(1)
-        limit = self.ikd.max_crops_per_image * len(batched_inputs)
-        if 0 < limit < len(keep):
-            keep = keep[torch.randperm(len(keep), device=keep.device)[:limit].sort().values]
-        image_idxs, point_idxs = positives.image_idxs[keep], positives.point_idxs[keep]
+        points, crops, crop_of_point = self._choose_crops(self.ikd, positives, len(batched_inputs))
+        image_idxs, point_idxs = positives.image_idxs[points], positives.point_idxs[points]
         boxes = positives.pred_boxes if self.ikd.boxes == "predicted" else positives.gt_boxes
-        boxes = boxes[keep].detach()
-        per_image = image_idxs.bincount(minlength=len(batched_inputs)).tolist()
+        boxes = boxes[crops].detach()
+        per_image = positives.image_idxs[crops].bincount(minlength=len(batched_inputs)).tolist()
         teacher = self._teacher_or_raise().encode_regions(
             [x["image"].to(self.device) for x in batched_inputs],
             boxes.split(per_image),
             self.ikd.crop_scale,
-        )
+        )[crop_of_point]
         if self.ikd.close_modality_gap and len(teacher) > 0:
             text_center = self.text_classifier.text_embeddings.mean(dim=0)
             teacher = F.normalize(teacher - teacher.mean(dim=0) + text_center, dim=1)
@@ -570,6 +574,46 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
             teacher=teacher,
             levels=torch.bucketize(point_idxs, level_ends, right=True),
         )
+
+    @staticmethod
+    @torch.no_grad()
+    def _choose_crops(
+        ikd: IKD, positives: PositivePoints, num_images: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Choose the points to distil and the boxes that the teacher looks at for them.
+
+        Boxes are merged first and drawn then, so that the limit is one of crops, and each crop
+        drawn serves all of its points.
+
+        Returns:
+            points (P,) and crops (U,), increasing indices of positives; crop_of_point (P,), the
+            position in ``crops`` of each point's.
+        """
+        points = (positives.ious >= ikd.iou_thresh).nonzero().squeeze(1)
+
+        def merge(iou_thresh: float) -> tuple[Tensor, Tensor]:
+            boxes = positives.pred_boxes if ikd.boxes == "predicted" else positives.gt_boxes
+            objects = number_objects(positives.image_idxs[points], positives.gt_boxes[points])
+            chosen, stand_in = merge_boxes(
+                boxes[points], positives.ious[points], objects, iou_thresh
+            )
+            return points[chosen], stand_in
+
+        crops, crop_of_point = points, torch.arange(len(points), device=points.device)
+        if ikd.merge_crops_iou < 1:
+            crops, crop_of_point = merge(ikd.merge_crops_iou)
+        limit = ikd.max_crops_per_image * num_images
+        if 0 < limit < len(crops):
+            drawn = torch.randperm(len(crops), device=crops.device)[:limit].sort().values
+            position = torch.full_like(crops, -1)
+            position[drawn] = torch.arange(limit, device=crops.device)
+            crop_of_point = position[crop_of_point]
+            points, crop_of_point = points[crop_of_point >= 0], crop_of_point[crop_of_point >= 0]
+            crops = crops[drawn]
+        if ikd.boxes == "gt" and ikd.merge_crops_iou == 1:
+            # The points of an object have the same box: any threshold below 1 finds them.
+            crops, crop_of_point = merge(0.5)
+        return points, crops, crop_of_point
 
     def match_captions(
         self, batched_inputs: list[dict[str, Any]], embedding_maps: list[Tensor]
