@@ -163,6 +163,64 @@ def test_only_well_localised_positives_are_distilled_and_crops_are_limited(build
     assert sum(len(b) for b in limited.teacher.regions[-1][1]) == 2 * 3
 
 
+def distilled(model, inputs):
+    """The positives and the pairs of one training step."""
+    seen = []
+    original = model.distill_regions
+    model.distill_regions = lambda *args: seen.append((args[2], original(*args))) or seen[-1][1]
+    train_losses(model, inputs)
+    return seen[0]
+
+
+def test_the_points_of_an_object_share_its_ground_truth_crop(build):
+    model = build("MODEL.IKD.IOU_THRESH", 0.0, "MODEL.IKD.BOXES", "gt")
+    positives, pairs = distilled(model, batch())
+    objects = torch.cat([positives.image_idxs[:, None], positives.gt_boxes], dim=1)
+    distinct = objects.unique(dim=0)
+    _, boxes, _ = model.teacher.regions[-1]
+    assert sum(map(len, boxes)) == len(distinct) < len(positives.image_idxs) == len(pairs.teacher)
+    for one in distinct:
+        rows = pairs.teacher[(objects == one).all(dim=1)]
+        assert (rows == rows[0]).all()
+    assert len(pairs.teacher.unique(dim=0)) == len(distinct)
+
+
+def test_near_duplicates_are_looked_at_once(build):
+    keys = ("MODEL.IKD.IOU_THRESH", 0.0, "MODEL.IKD.MAX_CROPS_PER_IMAGE", 0)
+    every, merged = build(*keys), build(*keys, "MODEL.IKD.MERGE_CROPS_IOU", 0.3)
+    _, expected = distilled(every, batch())
+    positives, pairs = distilled(merged, batch())
+    assert torch.equal(pairs.student, expected.student)
+    assert torch.equal(pairs.levels, expected.levels)
+    looked_at = every.teacher.regions[-1][1], merged.teacher.regions[-1][1]
+    crops = torch.cat(list(looked_at[1]))
+    assert len(crops) < len(torch.cat(list(looked_at[0]))) == len(pairs.teacher)
+    # Which crop each point got: the fake teacher embeds them by their number.
+    rows = merged.teacher._embed([f"region {i}" for i in range(len(crops))])
+    crop_of_point = (pairs.teacher @ rows.T).argmax(dim=1)
+    image_of_crop = torch.arange(3).repeat_interleave(torch.tensor([*map(len, looked_at[1])]))
+    assert torch.equal(image_of_crop[crop_of_point], positives.image_idxs)
+    ious = pairwise_iou(
+        Boxes(crops[crop_of_point]), Boxes(positives.pred_boxes.detach())
+    ).diagonal()
+    assert (ious > 0.3).all()
+
+
+def test_the_limit_counts_crops_that_are_left_after_merging(build):
+    keys = ("MODEL.IKD.IOU_THRESH", 0.0, "MODEL.IKD.MAX_CROPS_PER_IMAGE", 1)
+    plain, merged = build(*keys), build(*keys, "MODEL.IKD.MERGE_CROPS_IOU", 0.3)
+    _, few = distilled(plain, batch())
+    _, more = distilled(merged, batch())
+    assert sum(map(len, plain.teacher.regions[-1][1])) == len(few.teacher) == 3
+    assert sum(map(len, merged.teacher.regions[-1][1])) == 3 < len(more.teacher)
+    assert len(more.teacher.unique(dim=0)) == 3
+
+
+def test_a_threshold_of_merging_beyond_an_iou_is_refused(build):
+    with pytest.raises(ValueError, match=r"MERGE_CROPS_IOU must be between 0 and 1, got 1\.5"):
+        build("MODEL.IKD.MERGE_CROPS_IOU", 1.5)
+
+
 def test_the_mean_over_levels_by_hand(build):
     """The release averages Eq. 2 level by level, and a level without a point counts as zero."""
     everything = ("MODEL.IKD.IOU_THRESH", 0.0, "MODEL.IKD.MAX_CROPS_PER_IMAGE", 0)
