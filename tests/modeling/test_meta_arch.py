@@ -173,7 +173,8 @@ def distilled(model, inputs):
 
 
 def test_the_points_of_an_object_share_its_ground_truth_crop(build):
-    model = build("MODEL.IKD.IOU_THRESH", 0.0, "MODEL.IKD.BOXES", "gt")
+    keys = ("MODEL.IKD.IOU_THRESH", 0.0, "MODEL.IKD.MAX_CROPS_PER_IMAGE", 0)
+    model = build(*keys, "MODEL.IKD.BOXES", "gt")
     positives, pairs = distilled(model, batch())
     objects = torch.cat([positives.image_idxs[:, None], positives.gt_boxes], dim=1)
     distinct = objects.unique(dim=0)

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 import clip_files
 from hierkd.modeling import teacher as teacher_module
+from hierkd.modeling.frozen_encoder import make_batch
 from hierkd.modeling.teacher import (
     CLIPTeacher,
     StoredTextTeacher,
@@ -86,6 +87,7 @@ def test_regions_are_normalised_float32_without_gradient(make_teacher):
     assert found.shape == (3, 16)
     assert found.dtype == torch.float32
     assert not found.requires_grad
+    assert not found.is_inference()
     torch.testing.assert_close(found.norm(dim=-1), torch.ones(3))
 
 
@@ -107,6 +109,63 @@ def test_embeddings_made_in_inference_mode_serve_in_a_loss(make_teacher):
     student = torch.ones(3, 16, requires_grad=True)
     ((student * regions).sum() + (student @ texts.T).sum()).backward()
     torch.testing.assert_close(student.grad, regions + texts)
+
+
+@pytest.mark.parametrize("shape", ["tiny_vit", "tiny_resnet"])
+def test_the_faster_encoder_computes_what_the_released_one_does(make_teacher, tmp_path, shape):
+    clip = clip_files.random_clip(shape)
+    for part in clip.visual.modules():
+        if isinstance(part, nn.BatchNorm2d):  # else folding one that does nothing
+            nn.init.uniform_(part.weight, 0.5, 1.5)
+            nn.init.uniform_(part.running_mean, -0.1, 0.1)
+            nn.init.uniform_(part.running_var, 0.5, 2.0)
+    path = clip_files.write_state_dict(tmp_path / "other.pt", clip)
+    seen = []
+    teacher = make_teacher(path)
+    teacher._clip().visual.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    found = teacher.encode_regions([smooth_image(70, 90)], [BOXES], 1.5)
+    model, _ = released_clip(path)
+    with torch.no_grad():
+        expected = F.normalize(model.float().encode_image(seen[0].contiguous()), dim=-1)
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)  # files may be in half precision
+    assert seen[0].is_contiguous(memory_format=torch.channels_last)
+    assert not any(isinstance(part, nn.BatchNorm2d) for part in teacher._clip().visual.modules())
+
+
+def test_rows_that_fill_up_a_batch_are_not_seen(make_teacher, monkeypatch):
+    teacher = make_teacher()
+    expected = teacher.encode_regions([smooth_image(70, 90)], [BOXES], 1.5)
+    sizes = []
+
+    def fill_up(crops, dtype, multiple):
+        assert multiple == 1  # on a CPU
+        sizes.append(len(batch := make_batch(crops, dtype, 8)))
+        return batch
+
+    monkeypatch.setattr(teacher_module, "make_batch", fill_up)
+    found = teacher.encode_regions([smooth_image(70, 90)], [BOXES], 1.5)
+    assert sizes == [8]
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("shape", ["tiny_vit", "tiny_resnet"])
+def test_half_precision_reaches_through_the_visual_encoder(make_teacher, tmp_path, shape):
+    path = clip_files.write_state_dict(tmp_path / "other.pt", clip_files.random_clip(shape))
+    teacher = make_teacher(path, precision="fp16")
+    layers = [
+        part
+        for part in teacher._clip().visual.modules()
+        if isinstance(part, nn.Conv2d | nn.Linear | nn.MultiheadAttention)
+    ]
+    seen = []
+    for layer in layers:
+        layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
+    found = teacher.encode_regions([smooth_image(70, 90)], [BOXES], 1.5)
+    assert len(seen) >= 4
+    assert set(seen) == {torch.float16}
+    assert found.dtype == torch.float32
+    expected = make_teacher(path).encode_regions([smooth_image(70, 90)], [BOXES], 1.5)
+    assert F.cosine_similarity(found, expected).min() > 0.999
 
 
 def test_bgr_is_rgb_with_the_channels_turned_round(make_teacher):

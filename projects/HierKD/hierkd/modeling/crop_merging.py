@@ -22,7 +22,8 @@ def number_objects(image_idxs: Tensor, gt_boxes: Tensor) -> Tensor:
         (P,) int64, from 0; points agree exactly if image and box do.
     """
     keys = torch.cat([image_idxs[:, None].to(gt_boxes), gt_boxes], dim=1)
-    return torch.unique(keys, dim=0, return_inverse=True)[1].view(len(keys))
+    numbers: Tensor = torch.unique(keys, dim=0, return_inverse=True)[1]
+    return numbers.view(len(keys))
 
 
 def merge_boxes(

@@ -35,12 +35,11 @@ def fold_batch_norms(module: nn.Module) -> int:
             pairs = list(pairwise(names))
         else:
             pairs = [(name, f"bn{name[4:]}") for name in names if name.startswith("conv")]
-        for conv, norm in pairs:
-            if isinstance(children[conv], nn.Conv2d) and isinstance(
-                children.get(norm), nn.BatchNorm2d
-            ):
-                setattr(part, conv, fuse_conv_bn_eval(children[conv], children[norm]))
-                setattr(part, norm, nn.Identity())
+        for conv_name, norm_name in pairs:
+            conv, norm = children[conv_name], children.get(norm_name)
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                setattr(part, conv_name, fuse_conv_bn_eval(conv, norm))
+                setattr(part, norm_name, nn.Identity())
                 folded += 1
     return folded
 

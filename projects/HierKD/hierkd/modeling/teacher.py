@@ -343,7 +343,7 @@ class CLIPTeacher:
             # not depend on whether the cache had the answer.  Parameters made inside inference mode
             # could not be used outside of it.
             with torch.random.fork_rng(devices=[]), torch.inference_mode(False):
-                model: nn.Module = _build(clip, path, state_dict)
+                model: Any = _build(clip, path, state_dict)
                 model = model.float().to(self.device).eval().requires_grad_(False)
                 # What the visual encoder computes stays the same up to rounding.
                 fold_batch_norms(model.visual)
