@@ -82,7 +82,9 @@ def run(args: Namespace, device: torch.device) -> Report:
             "embeddings of the loop's crop and this one; in the loop's row, for comparison, the "
             "smallest between its crops of two different boxes.",
             "uint8 rounds and clips like Pillow, that is, like CLIP's own preprocessing. "
-            "roi_align and grid_sample are told where the letterboxed squares lie.",
+            "roi_align and grid_sample are "
+            "told where the letterboxed squares lie, and what they show around is blanked for the "
+            "embedding.",
         ],
     )
 
@@ -134,7 +136,8 @@ def _rows(task: _Task, rounds: int, encoded: int, device: torch.device) -> list[
             others = (reference @ reference.T).fill_diagonal_(-1).max()
             angle = 1 - float(others) if len(reference) > 1 else None
         else:
-            angle = 1 - float((embed(crops[:encoded]) * reference).sum(dim=1).min())
+            letterboxed = crops[:encoded] * inside[:encoded]
+            angle = 1 - float((embed(letterboxed) * reference).sum(dim=1).min())
         del crops
         rows.append(
             {
