@@ -205,10 +205,27 @@ def _crop_together(
     """Resize the regions in groups of similar shape."""
     source = _flatten_images(images, mean, std)
     crops = source.new_zeros((len(windows.image), 3, size, size))
-    for group in _groups(windows, size):
+    groups = _groups(windows, size)
+    # Of all regions at once: these are many small operations, of which a group then needs no more.
+    taps = max(group.taps for group in groups)
+    rows, columns = (
+        _bicubic_taps(extent, content, (size - content) // 2, size + _ROWS_PER_BLOCK, taps)
+        for extent, content in [
+            (windows.height, windows.content_height),
+            (windows.width, windows.content_width),
+        ]
+    )
+    for group in groups:
         top, left = (size - group.content_height) // 2, (size - group.content_width) // 2
         bottom, right = top + group.content_height, left + group.content_width
-        content = _resize_group(source, windows, group, size)
+        blocks = -(-group.content_height // _ROWS_PER_BLOCK)
+        content = _resize_group(
+            source,
+            windows,
+            group,
+            _part_of_taps(rows, group, top, blocks * _ROWS_PER_BLOCK),
+            _part_of_taps(columns, group, left, group.content_width),
+        )
         crops[group.members, :, top:bottom, left:right] = content
     return crops
 
@@ -287,7 +304,21 @@ def _groups(windows: _Windows, size: int) -> list[_Group]:
     return [_Group(group, *numbers) for group, numbers in zip(members, maxima, strict=True)]
 
 
-def _resize_group(source: Tensor, windows: _Windows, group: _Group, size: int) -> Tensor:
+def _part_of_taps(
+    table: tuple[Tensor, Tensor], group: _Group, start: int, outputs: int
+) -> tuple[Tensor, Tensor]:
+    """Rows of a group and outputs start, start + 1, ... of what :func:`_bicubic_taps` gives."""
+    first, weights = (part[group.members, start : start + outputs] for part in table)
+    return first, weights[..., : group.taps]
+
+
+def _resize_group(
+    source: Tensor,
+    windows: _Windows,
+    group: _Group,
+    row_taps: tuple[Tensor, Tensor],
+    column_taps: tuple[Tensor, Tensor],
+) -> Tensor:
     """Resize n regions and letterbox them up to the largest content of the group.
 
     Returns:
@@ -295,21 +326,13 @@ def _resize_group(source: Tensor, windows: _Windows, group: _Group, size: int) -
     """
     windows = _Windows(*(field[group.members] for field in windows))
     n, rows, columns = len(group.members), group.rows, group.columns
-    blocks = -(-group.content_height // _ROWS_PER_BLOCK)
-    padded = blocks * _ROWS_PER_BLOCK
-
-    # The margin of the group's middle and the region's margin are rounded on their own, so that a
-    # region lies where it would lie in the full square.
-    top = (size - windows.content_height) // 2 - (size - group.content_height) // 2
-    left = (size - windows.content_width) // 2 - (size - group.content_width) // 2
-    first, weights = _bicubic_taps(windows.height, windows.content_height, top, padded, group.taps)
+    first, weights = row_taps
+    padded = first.shape[1]
+    blocks = padded // _ROWS_PER_BLOCK
     block_first = first[:, ::_ROWS_PER_BLOCK]  # (n, B)
     within_block = first - block_first.repeat_interleave(_ROWS_PER_BLOCK, dim=1)
     row_weights = _scatter_taps(within_block, weights, rows).view(n * blocks, _ROWS_PER_BLOCK, rows)
-    column_weights = _scatter_taps(
-        *_bicubic_taps(windows.width, windows.content_width, left, group.content_width, group.taps),
-        columns,
-    )
+    column_weights = _scatter_taps(*column_taps, columns)
 
     # Where each run of w pixels starts: (n, B, 3, k).  Rows past the region have weight zero.
     row = block_first[..., None] + torch.arange(rows, device=source.device)
