@@ -22,12 +22,14 @@ LAYERS = [
     " modeling.losses modeling.sampling modeling.region_crops modeling.mlca"
     " modeling.text_classifier modeling.text_embeddings modeling.head modeling.atss"
     " modeling.backbone modeling.gathering modeling.frozen_encoder modeling.crop_merging"
+    " modeling.teacher_cache"
     " engine.checkpoint engine.optimizer engine.results engine.visualization"
     " engine.paper_tables benchmarks.timing",
     "data.datasets data.dataset_mapper data.official_coco modeling.teacher engine.config"
     " engine.warm_start engine.runs engine.reproduction",
+    "modeling.cached_teacher",
     "data.miniature data.prepare modeling.meta_arch evaluation.split_coco_evaluation"
-    " engine.predictor",
+    " engine.predictor engine.cache_teacher",
     "evaluation.direct_inference evaluation.proposal_evaluation evaluation.upper_bound"
     " evaluation.heat_maps engine.gallery engine.tiny_clip",
     "engine.report engine.figures",

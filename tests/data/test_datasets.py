@@ -82,8 +82,8 @@ def test_loads_records_in_image_order(load, content, tmp_path):
     assert second["captions"] == ["a tv"]
     mode = BoxMode.XYWH_ABS
     assert second["annotations"] == [
-        {"bbox": [10, 20, 30, 40], "bbox_mode": mode, "category_id": 2, "iscrowd": 1},
-        {"bbox": [0.5, 0.5, 10.25, 3], "bbox_mode": mode, "category_id": 0, "iscrowd": 0},
+        {"id": 1, "bbox": [10, 20, 30, 40], "bbox_mode": mode, "category_id": 2, "iscrowd": 1},
+        {"id": 2, "bbox": [0.5, 0.5, 10.25, 3], "bbox_mode": mode, "category_id": 0, "iscrowd": 0},
     ]
 
 

@@ -151,6 +151,10 @@ def _add_distillation_keys(cfg: CN) -> None:
     cfg.MODEL.TEACHER.DOWNLOAD_ROOT = ""
     # Folder of the text embedding cache; "" = $HIERKD_CACHE or ~/.cache/hierkd/text_embeddings.
     cfg.MODEL.TEACHER.TEXT_CACHE_DIR = ""
+    # Folder that tools/cache_teacher.py has filled with the embeddings of all training boxes and
+    # captions: training with MODEL.IKD.BOXES "gt" then does without CLIP. "" = none. [ours, after
+    # Table 2: ground-truth boxes distil as well as predicted ones]
+    cfg.MODEL.TEACHER.CACHE = ""
 
 
 def _add_miniature_and_training_keys(cfg: CN) -> None:

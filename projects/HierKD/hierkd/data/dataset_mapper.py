@@ -9,8 +9,15 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.data import DatasetMapper, detection_utils
+from detectron2.data.transforms import (
+    HFlipTransform,
+    NoOpTransform,
+    ResizeTransform,
+    TransformList,
+)
 from detectron2.utils import comm
 from numpy.typing import NDArray
 from PIL import Image
@@ -32,6 +39,10 @@ class HierKDDatasetMapper(DatasetMapper):  # type: ignore[misc]
     step (§4.2) and put into the result as ``caption``. The draw uses numpy's global generator,
     which detectron2 seeds in every data loading process, as its augmentations do. The list
     ``captions`` itself is not passed on.
+
+    With a cache of the teacher the result also says which annotation each box is of
+    (``instances.gt_annotation_ids``) and whether the image is mirrored
+    (``horizontally_flipped``).
     """
 
     @configurable
@@ -41,6 +52,7 @@ class HierKDDatasetMapper(DatasetMapper):  # type: ignore[misc]
         *,
         with_caption: bool,
         skip_broken_images: bool = False,
+        with_annotation_ids: bool = False,
         **kwargs: Any,
     ) -> None:
         """Create the mapper.
@@ -51,20 +63,33 @@ class HierKDDatasetMapper(DatasetMapper):  # type: ignore[misc]
             skip_broken_images: In training, leave out images that cannot be decoded (another
                 image takes the place) instead of raising. Never at inference, where a result
                 would silently be missing.
+            with_annotation_ids: Whether to name the annotation of each box; ignored unless
+                ``is_train``. Only resizing and mirroring are then possible: a cached embedding is
+                of the whole box.
             **kwargs: See :class:`detectron2.data.DatasetMapper`.
         """
         super().__init__(is_train, **kwargs)
         self.with_caption = with_caption and is_train
         self.skip_broken_images = skip_broken_images and is_train
+        self.with_annotation_ids = with_annotation_ids and is_train
         self.num_skipped = 0  # in this data loading process
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
-        """Return the constructor's arguments for ``cfg``."""
+        """Return the constructor's arguments for ``cfg``.
+
+        Raises:
+            ValueError: ``MODEL.TEACHER.CACHE`` together with augmentations that it cannot follow.
+        """
+        cached = bool(cfg.MODEL.TEACHER.CACHE) and cfg.MODEL.IKD.LOSS_WEIGHT > 0
+        if cached and is_train:
+            _check_cacheable("INPUT.CROP.ENABLED", cfg.INPUT.CROP.ENABLED, (False,))
+            _check_cacheable("INPUT.RANDOM_FLIP", cfg.INPUT.RANDOM_FLIP, ("horizontal", "none"))
         return {
             **super().from_config(cfg, is_train),
             "with_caption": cfg.MODEL.GKD.LOSS_WEIGHT > 0,
             "skip_broken_images": cfg.DATALOADER.SKIP_BROKEN_IMAGES,
+            "with_annotation_ids": cached,
         }
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any] | None:
@@ -76,8 +101,9 @@ class HierKDDatasetMapper(DatasetMapper):  # type: ignore[misc]
 
         Returns:
             The model's input: ``image`` (3, H, W) uint8 in ``INPUT.FORMAT``, in training also
-            ``instances`` (``gt_boxes`` in absolute px of ``image``, ``gt_classes``) and
-            ``caption``; or ``None`` for an image that is left out (detectron2's
+            ``instances`` (``gt_boxes`` in absolute px of ``image``, ``gt_classes`` and, with a
+            cache, ``gt_annotation_ids``), ``caption`` and, with a cache,
+            ``horizontally_flipped``; or ``None`` for an image that is left out (detectron2's
             ``MapDataset`` then takes another).
 
         Raises:
@@ -113,6 +139,53 @@ class HierKDDatasetMapper(DatasetMapper):  # type: ignore[misc]
                 )
             result["caption"] = captions[np.random.randint(len(captions))]
         return result
+
+    def _transform_annotations(
+        self, dataset_dict: dict[str, Any], transforms: TransformList, image_shape: tuple[int, int]
+    ) -> None:
+        """detectron2's, which also keeps the annotations' ids beside the boxes."""
+        if not self.with_annotation_ids:
+            super()._transform_annotations(dataset_dict, transforms, image_shape)
+            return
+        dataset_dict["horizontally_flipped"] = _is_flipped(transforms)
+        annotations = [a for a in dataset_dict.pop("annotations") if not a.get("iscrowd", 0)]
+        ids = [annotation.get("id") for annotation in annotations]
+        if not all(isinstance(each, int) for each in ids):
+            raise ValueError(
+                f"Image {dataset_dict['file_name']}: MODEL.TEACHER.CACHE needs annotations with "
+                f"integer ids, found {ids}."
+            )
+        instances = detection_utils.annotations_to_instances(
+            [
+                detection_utils.transform_instance_annotations(each, transforms, image_shape)
+                for each in annotations
+            ],
+            image_shape,
+        )
+        instances.gt_annotation_ids = torch.tensor(ids, dtype=torch.int64)
+        dataset_dict["instances"] = detection_utils.filter_empty_instances(instances)
+
+
+def _check_cacheable(key: str, found: object, allowed: tuple[object, ...]) -> None:
+    if found not in allowed:
+        raise ValueError(
+            f"{key} is {found!r}, but MODEL.TEACHER.CACHE knows whole boxes and their mirror "
+            f"images only: set {key} to {' or '.join(map(repr, allowed))}, or MODEL.TEACHER.CACHE "
+            "''"
+        )
+
+
+def _is_flipped(transforms: TransformList) -> bool:
+    """Whether an image ends up mirrored; ValueError for other changes than that and its size."""
+    flips = 0
+    for transform in transforms.transforms:
+        if not isinstance(transform, ResizeTransform | HFlipTransform | NoOpTransform):
+            raise ValueError(
+                "MODEL.TEACHER.CACHE knows whole boxes and their mirror images only, but the "
+                f"augmentations made a {type(transform).__name__}"
+            )
+        flips += isinstance(transform, HFlipTransform)
+    return flips % 2 == 1
 
 
 def read_picture(file_name: str, image_format: str = "BGR") -> NDArray[np.uint8]:

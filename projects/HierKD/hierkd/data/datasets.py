@@ -168,9 +168,9 @@ def load_ovd_json(
 
     Returns:
         detectron2 dataset dicts sorted by image id: ``file_name``, ``height``, ``width`` (px),
-        ``image_id``, ``annotations`` (each with ``bbox``, absolute px of the stored image in
-        ``bbox_mode`` XYWH_ABS, ``category_id``, an index into ``vocabulary``, and ``iscrowd``)
-        and, where the file has them, ``captions``.
+        ``image_id``, ``annotations`` (each with the file's ``id``, ``bbox``, absolute px of the
+        stored image in ``bbox_mode`` XYWH_ABS, ``category_id``, an index into ``vocabulary``, and
+        ``iscrowd``) and, where the file has them, ``captions``.
 
     Raises:
         FileNotFoundError: The JSON file, the image folder or images in it do not exist.
@@ -326,6 +326,7 @@ def _add_annotations(
         if box is not None:
             record["annotations"].append(
                 {
+                    "id": annotation["id"],
                     "bbox": box,
                     "bbox_mode": BoxMode.XYWH_ABS,
                     "category_id": category,

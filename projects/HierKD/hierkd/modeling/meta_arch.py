@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hierkd.modeling.atss import ATSSMatcher
+from hierkd.modeling.cached_teacher import CachedTeacher, build_cached_teacher
 from hierkd.modeling.crop_merging import merge_boxes, number_objects
 from hierkd.modeling.gathering import gather_rows
 from hierkd.modeling.head import ATSSHead
@@ -149,6 +150,7 @@ class PositivePoints(NamedTuple):
     point_idxs: Tensor  # (p,) in [0, R)
     pred_boxes: Tensor  # (p, 4), decoded, with gradient
     gt_boxes: Tensor  # (p, 4)
+    gt_idxs: Tensor  # (p,) positions among the M boxes of the image
     ious: Tensor  # (p,) IoU of the two, no gradient
 
 
@@ -247,6 +249,7 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
         pixel_std: Sequence[float],
         channels_last: bool = False,
         gather_captions: bool = False,
+        region_cache: CachedTeacher | None = None,
     ) -> None:
         """Assemble the detector from its parts.
 
@@ -271,6 +274,8 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
             pixel_std: likewise.
             channels_last: keep maps in channels-last memory order.
             gather_captions: contrast images and captions over all processes.
+            region_cache: what CLIP sees in the ground-truth boxes, known beforehand; None = the
+                teacher looks at each step.
         """
         super().__init__(
             backbone, head, list(head_in_features), pixel_mean=pixel_mean, pixel_std=pixel_std
@@ -291,6 +296,7 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
         self.mlca = mlca
         self.gkd_loss_weight = gkd_loss_weight
         self.gather_captions = gather_captions
+        self.region_cache = region_cache
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         # w of the learned classification weight: loss exp(-w) * L + |w|
         self.cls_loss_log_weight = (
@@ -309,7 +315,8 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
         """Read the config: the only place in this file that knows ``cfg``."""
         backbone = build_backbone(cfg)
         shapes = [backbone.output_shape()[f] for f in cfg.MODEL.ATSS.IN_FEATURES]
-        teacher = build_teacher(cfg)
+        cached = build_cached_teacher(cfg) if cfg.MODEL.TEACHER.CACHE else None
+        teacher: Teacher = cached or build_teacher(cfg)
         text = cfg.MODEL.TEXT_CLASSIFIER
         check_embed_dim(teacher, text.EMBED_DIM)
         atss, ikd, gkd = cfg.MODEL.ATSS, cfg.MODEL.IKD, cfg.MODEL.GKD
@@ -378,6 +385,7 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
             else None,
             "gkd_loss_weight": gkd.LOSS_WEIGHT,
             "gather_captions": gkd.GATHER and contrastive,
+            "region_cache": cached if ikd.LOSS_WEIGHT > 0 else None,
             "vocabulary": MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).get("thing_classes", [])
             if cfg.DATASETS.TRAIN
             else [],
@@ -457,8 +465,10 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
             # §3.1: classify and localise the base classes
             predictions = self._flatten(pred_maps)
             anchors = self.anchor_generator(features)
-            gt_labels, matched_gt_boxes = self.label_anchors(anchors, gt_instances)
-            positives = self.positive_points(predictions, anchors, gt_labels, matched_gt_boxes)
+            gt_labels, matched_gt_boxes, matched_idxs = self.label_anchors(anchors, gt_instances)
+            positives = self.positive_points(
+                predictions, anchors, gt_labels, matched_gt_boxes, matched_idxs
+            )
             level_sizes = [len(level) for level in anchors]
             gt_labels = self.sample_negatives(gt_labels, level_sizes)  # §3.4
             # §3.2: what CLIP sees in the regions of the positive points
@@ -472,7 +482,7 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
     @torch.no_grad()
     def label_anchors(
         self, anchors: list[Boxes], gt_instances: list[Instances]
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Assign each anchor a class and a box.
 
         Args:
@@ -481,10 +491,11 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
 
         Returns:
             gt_labels (N, R): class in [0, K), K = background; matched_gt_boxes (N, R, 4): of the
-            positives, zero elsewhere.
+            positives, zero elsewhere; matched_idxs (N, R): their positions among the image's M
+            boxes, of the positives.
         """
         background = self.text_classifier.num_classes
-        all_labels, all_boxes = [], []
+        all_labels, all_boxes, all_idxs = [], [], []
         for gt in gt_instances:
             matches, match_labels = self.anchor_matcher(gt.gt_boxes, anchors)
             labels = torch.full_like(matches, background)
@@ -494,7 +505,8 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
             boxes[positive] = gt.gt_boxes.tensor[matches[positive]]
             all_labels.append(labels)
             all_boxes.append(boxes)
-        return torch.stack(all_labels), torch.stack(all_boxes)
+            all_idxs.append(matches)
+        return torch.stack(all_labels), torch.stack(all_boxes), torch.stack(all_idxs)
 
     def sample_negatives(self, gt_labels: Tensor, level_sizes: list[int]) -> Tensor:
         """Ignore most of the negatives (§3.4).
@@ -529,6 +541,7 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
         anchors: list[Boxes],
         gt_labels: Tensor,
         matched_gt_boxes: Tensor,
+        matched_idxs: Tensor,
     ) -> PositivePoints:
         """Decode the boxes of the positive points and compare them with their objects."""
         is_positive = (gt_labels >= 0) & (gt_labels != self.text_classifier.num_classes)
@@ -538,7 +551,12 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
         )
         gt_boxes = matched_gt_boxes[image_idxs, point_idxs]
         return PositivePoints(
-            image_idxs, point_idxs, pred_boxes, gt_boxes, box_iou_targets(pred_boxes, gt_boxes)
+            image_idxs,
+            point_idxs,
+            pred_boxes,
+            gt_boxes,
+            matched_idxs[image_idxs, point_idxs],
+            box_iou_targets(pred_boxes, gt_boxes),
         )
 
     def distill_regions(
@@ -555,16 +573,21 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
         """
         if self.ikd is None:
             return None
-        points, crops, crop_of_point = self._choose_crops(self.ikd, positives, len(batched_inputs))
+        points, crops, crop_of_point = self._choose_crops(
+            self.ikd, positives, len(batched_inputs), looked_up=self.region_cache is not None
+        )
         image_idxs, point_idxs = positives.image_idxs[points], positives.point_idxs[points]
-        boxes = positives.pred_boxes if self.ikd.boxes == "predicted" else positives.gt_boxes
-        boxes = boxes[crops].detach()
-        per_image = positives.image_idxs[crops].bincount(minlength=len(batched_inputs)).tolist()
-        teacher = self._teacher_or_raise().encode_regions(
-            [x["image"].to(self.device) for x in batched_inputs],
-            boxes.split(per_image),
-            self.ikd.crop_scale,
-        )[crop_of_point]
+        if self.region_cache is not None:
+            teacher = self._look_up_regions(batched_inputs, image_idxs, positives.gt_idxs[points])
+        else:
+            boxes = positives.pred_boxes if self.ikd.boxes == "predicted" else positives.gt_boxes
+            boxes = boxes[crops].detach()
+            crop_images = positives.image_idxs[crops]
+            teacher = self._teacher_or_raise().encode_regions(
+                [x["image"].to(self.device) for x in batched_inputs],
+                boxes.split(crop_images.bincount(minlength=len(batched_inputs)).tolist()),
+                self.ikd.crop_scale,
+            )[crop_of_point]
         if self.ikd.close_modality_gap and len(teacher) > 0:
             text_center = self.text_classifier.text_embeddings.mean(dim=0)
             teacher = F.normalize(teacher - teacher.mean(dim=0) + text_center, dim=1)
@@ -578,12 +601,12 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
     @staticmethod
     @torch.no_grad()
     def _choose_crops(
-        ikd: IKD, positives: PositivePoints, num_images: int
+        ikd: IKD, positives: PositivePoints, num_images: int, *, looked_up: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Choose the points to distil and the boxes that the teacher looks at for them.
 
         Boxes are merged first and drawn then, so that the limit is one of crops, and each crop
-        drawn serves all of its points.
+        drawn serves all of its points. Where regions are looked up, only the points count.
 
         Returns:
             points (P,) and crops (U,), increasing indices of positives; crop_of_point (P,), the
@@ -610,10 +633,29 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
             crop_of_point = position[crop_of_point]
             points, crop_of_point = points[crop_of_point >= 0], crop_of_point[crop_of_point >= 0]
             crops = crops[drawn]
-        if ikd.boxes == "gt" and ikd.merge_crops_iou == 1:
+        if ikd.boxes == "gt" and ikd.merge_crops_iou == 1 and not looked_up:
             # The points of an object have the same box: any threshold below 1 finds them.
             crops, crop_of_point = merge(0.5)
         return points, crops, crop_of_point
+
+    def _look_up_regions(
+        self, batched_inputs: list[dict[str, Any]], image_idxs: Tensor, gt_idxs: Tensor
+    ) -> Tensor:
+        """(P, D) cached embeddings of the objects of P points; each object is looked up once."""
+        if self.region_cache is None:
+            raise RuntimeError("this detector was built without a cache of the teacher")
+        instances = [x["instances"] for x in batched_inputs]
+        if not all(each.has("gt_annotation_ids") for each in instances):
+            raise ValueError(
+                "MODEL.TEACHER.CACHE is looked up by annotation, but the batch has no "
+                "gt_annotation_ids: the loader needs HierKDDatasetMapper with the same config"
+            )
+        rows = self.region_cache.encode_annotations(
+            [each.gt_annotation_ids for each in instances],
+            [x["horizontally_flipped"] for x in batched_inputs],
+        ).to(self.device)
+        counts = torch.tensor([0, *(len(each) for each in instances[:-1])], device=self.device)
+        return rows[counts.cumsum(0)[image_idxs] + gt_idxs]
 
     def match_captions(
         self, batched_inputs: list[dict[str, Any]], embedding_maps: list[Tensor]

@@ -48,7 +48,9 @@ __all__ = [
     "Teacher",
     "build_teacher",
     "check_embed_dim",
+    "encode_prompts",
     "import_clip",
+    "known_weights_sha256",
 ]
 
 logger = logging.getLogger(__name__)
@@ -263,14 +265,7 @@ class CLIPTeacher:
         Returns:
             (K, D), as `encode_captions`.
         """
-        _check_sequence_of_names(names)
-        per_template = [
-            self.encode_captions([template.format(name) for name in names])
-            for template in self.templates
-        ]
-        if len(per_template) == 1:
-            return per_template[0]
-        return F.normalize(torch.stack(per_template).mean(dim=0), dim=-1)
+        return encode_prompts(self.encode_captions, self.templates, names)
 
     def _encode_crops(
         self, images: Sequence[Tensor], boxes: Sequence[Tensor], crop_scale: float
@@ -481,11 +476,10 @@ def build_teacher(cfg: Any) -> Teacher:
             f"MODEL.TEXT_CLASSIFIER.EMBED_DIM is {text.EMBED_DIM}"
         )
     weights = cfg.MODEL.TEACHER.WEIGHTS
-    known = os.path.isfile(weights) or weights in _model_urls()
     unknown = check_provenance(
         stored,
         weights=weights,
-        weights_sha256=_weights_digest(weights) if known else None,
+        weights_sha256=known_weights_sha256(weights),
         templates=text.TEMPLATES or (text.TEMPLATE,),
     )
     if unknown:
@@ -503,6 +497,38 @@ def check_embed_dim(
             f"set {key} to {teacher.embed_dim}, or MODEL.TEACHER.WEIGHTS to a CLIP of size "
             f"{expected}"
         )
+
+
+def encode_prompts(
+    encode_texts: Callable[[Sequence[str]], Tensor], templates: Sequence[str], names: Sequence[str]
+) -> Tensor:
+    """Embed class names, each put into every template.
+
+    Of several templates, the normalised embeddings are averaged and normalised again, which is how
+    CLIP's authors build a classifier from a prompt ensemble.
+
+    Args:
+        encode_texts: C texts -> (C, D), L2-normalised.
+        templates: at least one, each with one "{}".
+        names: K class names.
+
+    Returns:
+        (K, D), L2-normalised.
+    """
+    _check_sequence_of_names(names)
+    per_template = [
+        encode_texts([template.format(name) for name in names]) for template in templates
+    ]
+    if len(per_template) == 1:
+        return per_template[0]
+    return F.normalize(torch.stack(per_template).mean(dim=0), dim=-1)
+
+
+def known_weights_sha256(weights: str) -> str | None:
+    """SHA-256 (hex) of CLIP's weights, None if they are neither a file nor a published model."""
+    if os.path.isfile(weights) or weights in _model_urls():
+        return _weights_digest(weights)
+    return None
 
 
 def _check_sequence_of_names(names: Sequence[str]) -> None:

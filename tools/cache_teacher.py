@@ -1,0 +1,83 @@
+#!/usr/bin/env python
+"""Write what CLIP says of all training boxes and captions to disk, for training without CLIP.
+
+    python tools/cache_teacher.py --config-file configs/hierkd_R50.yaml MODEL.IKD.BOXES gt \\
+        --output output/teacher_cache
+    python train_net.py --config-file configs/hierkd_R50.yaml --num-gpus 4 MODEL.IKD.BOXES gt \\
+        MODEL.TEACHER.CACHE output/teacher_cache
+
+An interrupted run goes on where it stopped when it is started again. DATASETS.TRAIN, MODEL.TEACHER,
+MODEL.IKD.CROP_SCALE and the prompts of the config count; the detector does not.
+"""
+
+from __future__ import annotations
+
+import hierkd  # noqa: F401  (first: it quiets two deprecation warnings inside libraries)
+
+# isort: split
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from detectron2.utils.logger import setup_logger
+
+from hierkd.engine.cache_teacher import IMAGES_PER_CHUNK, fill_cache
+from hierkd.engine.config import load_config
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """Build the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", required=True, metavar="YAML", help="of the training")
+    parser.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="of the cache")
+    parser.add_argument(
+        "--images-per-chunk",
+        type=int,
+        default=IMAGES_PER_CHUNK,
+        metavar="N",
+        help="encoded and written together; default: %(default)s",
+    )
+    parser.add_argument(
+        "--threads", type=int, metavar="N", help="that read images; default: one per core"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="begin anew, whatever FOLDER holds"
+    )
+    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Fill the cache; wrong input ends with exit status 2 and a message."""
+    parser = get_parser()
+    args = parser.parse_intermixed_args(argv)
+    for option in ("images_per_chunk", "threads"):
+        value = getattr(args, option)
+        if value is not None and value < 1:
+            parser.error(f"--{option.replace('_', '-')} must be at least 1, got {value}")
+    setup_logger(name="hierkd")
+    try:
+        cache = fill_cache(
+            load_config(args.config_file, args.opts),
+            args.output,
+            images_per_chunk=args.images_per_chunk,
+            num_threads=args.threads,
+            overwrite=args.overwrite,
+        )
+    except (FileNotFoundError, ValueError) as error:
+        print(f"cache_teacher.py: error: {error}", file=sys.stderr)
+        return 2
+    size = sum(path.stat().st_size for path in args.output.iterdir()) / 2**20
+    print(
+        f"{args.output}: {cache.contents.num_boxes:,} boxes, original and mirrored, and "
+        f"{cache.contents.num_texts:,} texts of {', '.join(cache.contents.datasets)}; {size:,.1f} "
+        f"MiB. Train with MODEL.IKD.BOXES gt MODEL.TEACHER.CACHE {args.output}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
