@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import get_cfg
 from detectron2.data import MapDataset
+from detectron2.data import transforms as T
 from detectron2.structures import BoxMode
 from PIL import Image
 
+from hierkd.config import add_hierkd_config
 from hierkd.data.dataset_mapper import HierKDDatasetMapper, check_images, read_picture
 
 CAPTIONS = ["a cat", "two cats", "a cat on a mat"]
@@ -59,8 +61,7 @@ def make(is_train=True, **kwargs):
 
 def make_cfg(gkd_weight=1.0, skip=False):
     cfg = get_cfg()
-    if "GKD" not in cfg.MODEL:
-        cfg.MODEL.GKD = CfgNode()
+    add_hierkd_config(cfg)
     cfg.MODEL.GKD.LOSS_WEIGHT = gkd_weight
     cfg.DATALOADER.SKIP_BROKEN_IMAGES = skip
     cfg.INPUT.FORMAT = "RGB"
@@ -189,3 +190,62 @@ def test_read_picture(tmp_path, broken):
     for path in (str(broken["file_name"]), str(tmp_path / "absent.png")):
         with pytest.raises(ValueError, match=Path(path).name):
             read_picture(path)
+
+
+# --- for a cache of the teacher -------------------------------------------------------------------
+
+
+def with_ids(record):
+    """The record with ids; a box that no resizing to 20 x 15 leaves room for comes first."""
+    box = record["annotations"][0]
+    flat = {**box, "bbox": [4.0, 6.0, 10.0, 1e-6], "id": 5}
+    crowd = {**record["annotations"][1], "id": 6}
+    return {**record, "annotations": [flat, crowd, {**box, "id": 7}, {**box, "id": 900_000_000}]}
+
+
+def test_annotation_ids_stay_beside_their_boxes(record):
+    mapper = make(with_annotation_ids=True, augmentations=[T.Resize((15, 20))])
+    result = mapper(with_ids(record))
+    assert result["instances"].gt_annotation_ids.tolist() == [7, 900_000_000]
+    assert result["instances"].gt_annotation_ids.dtype == torch.int64
+    plain = make(augmentations=[T.Resize((15, 20))])(with_ids(record))
+    assert torch.equal(result["instances"].gt_boxes.tensor, plain["instances"].gt_boxes.tensor)
+    assert torch.equal(result["instances"].gt_classes, plain["instances"].gt_classes)
+    assert result["horizontally_flipped"] is False
+    assert "horizontally_flipped" not in plain
+    assert not plain["instances"].has("gt_annotation_ids")
+
+
+@pytest.mark.parametrize("flips", [0, 1, 2])
+def test_mirroring_is_known(record, flips):
+    result = make(
+        with_annotation_ids=True,
+        augmentations=[T.ResizeShortestEdge(60), *[T.RandomFlip(1.0)] * flips],
+    )(with_ids(record))
+    assert result["horizontally_flipped"] is (flips == 1)
+    left = result["instances"].gt_boxes.tensor[0, 0].item()
+    assert left == pytest.approx(2 * (40 - 14 if flips == 1 else 4))
+
+
+def test_without_ids_or_with_other_augmentations_the_cache_is_refused(record):
+    with pytest.raises(ValueError, match=r"good\.png.*integer ids.*None"):
+        make(with_annotation_ids=True)(record)
+    cropping = make(with_annotation_ids=True, augmentations=[T.RandomCrop("absolute", (20, 20))])
+    with pytest.raises(ValueError, match="CropTransform"):
+        cropping(with_ids(record))
+
+
+def test_the_cache_is_read_from_the_config():
+    cfg = make_cfg()
+    assert not HierKDDatasetMapper(cfg).with_annotation_ids
+    cfg.MODEL.TEACHER.CACHE = "somewhere"
+    assert HierKDDatasetMapper(cfg, is_train=True).with_annotation_ids
+    assert not HierKDDatasetMapper(cfg, is_train=False).with_annotation_ids
+    cfg.INPUT.RANDOM_FLIP = "vertical"
+    with pytest.raises(ValueError, match=r"INPUT\.RANDOM_FLIP is 'vertical'.*'horizontal'"):
+        HierKDDatasetMapper(cfg, is_train=True)
+    cfg.INPUT.RANDOM_FLIP, cfg.INPUT.CROP.ENABLED = "none", True
+    with pytest.raises(ValueError, match=r"INPUT\.CROP\.ENABLED"):
+        HierKDDatasetMapper(cfg, is_train=True)
+    cfg.MODEL.IKD.LOSS_WEIGHT = 0.0  # the cache then serves texts alone
+    assert not HierKDDatasetMapper(cfg, is_train=True).with_annotation_ids

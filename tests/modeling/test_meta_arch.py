@@ -629,3 +629,73 @@ def test_class_agnostic_nms_leaves_one_name_per_object(build, agnostic):
 def test_a_shift_that_is_not_finite_is_refused(shift):
     with pytest.raises(ValueError, match=f"MODEL.ATSS.NOVEL_LOGIT_SHIFT.*{shift}"):
         meta_arch.InferenceSettings(novel_logit_shift=shift)
+
+
+# ------------------------------------------------------------------- regions looked up beforehand
+
+
+class RegionTable:
+    """Stands for the cache of the teacher: row i of annotation 10 + i, mirrored 100 + i."""
+
+    def __init__(self, embed_dim: int) -> None:
+        self.rows = torch.nn.functional.normalize(torch.randn(200, embed_dim), dim=1)
+
+    def encode_annotations(self, annotation_ids, flipped):
+        return torch.cat(
+            [
+                self.rows[ids - 10 + 100 * mirrored]
+                for ids, mirrored in zip(annotation_ids, flipped, strict=True)
+            ]
+        )
+
+
+def with_annotations(inputs: list[dict]) -> list[dict]:
+    start = 10
+    for number, one in enumerate(inputs):
+        count = len(one["instances"])
+        one["instances"].gt_annotation_ids = torch.arange(start, start + count)
+        one["horizontally_flipped"] = number % 2 == 1
+        start += count
+    return inputs
+
+
+def test_cached_regions_are_those_of_the_matched_objects(build):
+    model = build(
+        *("MODEL.IKD.BOXES", "gt", "MODEL.IKD.IOU_THRESH", 0.0),
+        *("MODEL.IKD.MAX_CROPS_PER_IMAGE", 0),
+    ).train()
+    model.region_cache = RegionTable(64)
+    inputs = with_annotations([*batch(), sample([[5, 5, 60, 60], [70, 60, 125, 120]], seed=4)])
+    features, maps = model._predict_maps(model.preprocess_image(inputs))
+    predictions, anchors = model._flatten(maps), model.anchor_generator(features)
+    gt_labels, gt_boxes, idxs = model.label_anchors(anchors, [x["instances"] for x in inputs])
+    positives = model.positive_points(predictions, anchors, gt_labels, gt_boxes, idxs)
+    pairs = model.distill_regions(inputs, predictions, positives, [len(a) for a in anchors])
+    # By another way: the image and the box of the point say which annotation it is.
+    assert len(pairs.teacher) == len(positives.gt_boxes) > 10
+    seen = set()
+    for row, image, box in zip(
+        pairs.teacher, positives.image_idxs, positives.gt_boxes, strict=True
+    ):
+        instances = inputs[image]["instances"]
+        (place,) = (instances.gt_boxes.tensor == box).all(dim=1).nonzero().flatten().tolist()
+        annotation = int(instances.gt_annotation_ids[place])
+        seen.add(annotation)
+        assert torch.equal(row, model.region_cache.rows[annotation - 10 + 100 * (image % 2)])
+    assert seen == {10, 11, 12, 13, 14}
+    assert model.teacher.regions == []  # CLIP was not asked
+
+
+def test_cached_regions_of_a_batch_without_objects(build):
+    model = build("MODEL.IKD.BOXES", "gt")
+    model.region_cache = RegionTable(64)
+    losses = train_losses(model, with_annotations([sample([], seed=3), sample([], seed=4)]))
+    assert losses["loss_ikd"] == 0
+    sum(losses.values()).backward()
+
+
+def test_a_cache_without_annotation_ids_says_what_is_missing(build):
+    model = build("MODEL.IKD.BOXES", "gt")
+    model.region_cache = RegionTable(64)
+    with pytest.raises(ValueError, match=r"gt_annotation_ids.*HierKDDatasetMapper"):
+        train_losses(model, batch())

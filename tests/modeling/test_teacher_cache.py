@@ -121,7 +121,7 @@ def test_an_interrupted_cache_is_refused_and_can_be_completed(tmp_path, folder, 
         writer.write_texts(texts[2 * step : 2 * step + 2])
     for step in range(stops[1]):
         writer.write_regions(regions[2 * step : 2 * step + 2])
-    with pytest.raises(FileNotFoundError, match="is not complete.*cache_teacher.py"):
+    with pytest.raises(FileNotFoundError, match=r"is not complete.*cache_teacher\.py"):
         TeacherCache(part)
     with pytest.raises(ValueError, match="not written"):
         writer.finish()
@@ -202,7 +202,8 @@ def test_a_stale_cache_is_refused_with_both_sides_and_the_command(
 ):
     cache = TeacherCache(folder)
     annotations.write_text(changed.get("annotations", "{}"))
-    with pytest.raises(ValueError, match=f"manifest.json.*{message}.*--overwrite"):
+
+    def check() -> None:
         cache.check_source(
             weights="t",
             weights_sha256=changed.get("weights_sha256", "ab" * 32),
@@ -213,6 +214,9 @@ def test_a_stale_cache_is_refused_with_both_sides_and_the_command(
             pixel_statistics=changed.get("pixel_statistics", "clip"),
             annotation_files={"world": str(annotations)},
         )
+
+    with pytest.raises(ValueError, match=f"manifest.json.*{message}.*--overwrite"):
+        check()
 
 
 def test_what_is_not_at_hand_is_named_but_allowed(folder):

@@ -1,0 +1,179 @@
+"""tools/cache_teacher.py: what it writes, resuming after a kill, and training without CLIP."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hierkd.engine.config import load_config
+from hierkd.modeling.teacher import build_teacher
+from hierkd.modeling.teacher_cache import TeacherCache
+from tiny_training import (
+    BASE,
+    PICTURES,
+    call_main,
+    command_line,
+    miniature_at,
+    write_clip,
+    write_world,
+)
+from tools import cache_teacher
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """A folder with a world and a CLIP."""
+    folder = tmp_path_factory.mktemp("world")
+    write_world(folder)
+    write_clip(folder / "clip.pt")
+    return folder
+
+
+def tool_arguments(world: Path, output: Path, *extra: str) -> list[str]:
+    """The training's command line as the tool takes it, two images a chunk."""
+    overrides = ("MODEL.IKD.BOXES", "gt", "MODEL.TEACHER.TEXT_CACHE_DIR", str(world / "texts"))
+    training = command_line(world / "output", world / "clip.pt", *overrides)
+    flags = ["--output", str(output), "--images-per-chunk", "2", "--threads", "1"]
+    return [*training[:2], *flags, *training[2:], *extra]
+
+
+@pytest.fixture(scope="module")
+def folder(world) -> Path:
+    """A finished cache."""
+    with miniature_at(world):
+        assert cache_teacher.main(tool_arguments(world, world / "cache")) == 0
+    return world / "cache"
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir()}
+
+
+def test_rows_are_clips_own_of_the_image_and_its_mirror_image(world, folder) -> None:
+    arguments = tool_arguments(world, folder)
+    cfg = load_config(arguments[1], [*arguments[8:]])
+    teacher, cache = build_teacher(cfg), TeacherCache(folder)
+    boxes = 0
+    for number, objects in enumerate(PICTURES, start=1):
+        picture = np.array(Image.open(world / "miniature" / "train" / f"{number}.png"))
+        for place, (name, (x0, y0, x1, y1)) in enumerate(objects):
+            if name not in BASE:
+                continue
+            boxes += 1
+            for flipped, (left, right) in enumerate(((x0, x1), (96 - x1, 96 - x0))):
+                pixels = picture[:, ::-1].copy() if flipped else picture
+                image = torch.from_numpy(pixels).permute(2, 0, 1)
+                box = torch.tensor([[left, y0, right, y1]], dtype=torch.float32)
+                (expected,) = teacher.encode_regions([image], [box], 1.5)
+                (found,) = cache.regions(np.array([100 * number + place]), np.array([flipped > 0]))
+                assert float(expected @ torch.from_numpy(found)) > 0.9999
+    assert cache.contents.num_boxes == boxes
+    texts = ["a photo of background.", f"a photo of a {BASE[0]}.", f"a picture of {BASE[0]}."]
+    found_texts = cache.texts(texts)
+    for text in texts:
+        expected = teacher.encode_captions([text])[0]
+        assert float(expected @ torch.from_numpy(found_texts[text])) > 0.9999
+
+
+def test_a_second_run_changes_nothing(world, folder, capsys) -> None:
+    before = digests(folder)
+    with miniature_at(world):
+        assert cache_teacher.main(tool_arguments(world, folder)) == 0
+    assert digests(folder) == before
+    assert "MODEL.TEACHER.CACHE" in capsys.readouterr().out
+
+
+KILLED = """
+import os, signal, sys
+from hierkd.modeling.teacher_cache import TeacherCacheWriter
+write, calls = TeacherCacheWriter._write, []
+def kill_in_the_third_call(target, start, rows):
+    calls.append(start)
+    if len(calls) == 3:
+        target[start] = 5.0  # part of a row reaches the file
+        target.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(target, start, rows)
+TeacherCacheWriter._write = staticmethod(kill_in_the_third_call)
+from tools import cache_teacher
+cache_teacher.main(sys.argv[1:])
+"""
+
+
+def test_after_a_kill_it_goes_on_and_the_files_are_the_same(world, folder, tmp_path) -> None:
+    arguments = tool_arguments(world, tmp_path / "cache")
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "DETECTRON2_DATASETS": str(world), "PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+        timeout=300,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    progress = json.loads((tmp_path / "cache" / "progress.json").read_text())
+    assert (progress["texts_done"] > 0, progress["boxes_done"]) == (True, 2)
+    with pytest.raises(FileNotFoundError, match="not complete"):
+        TeacherCache(tmp_path / "cache")
+    with miniature_at(world):
+        assert cache_teacher.main(arguments) == 0
+    assert digests(tmp_path / "cache") == digests(folder)
+
+
+def metrics(output: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
+
+
+def train(world: Path, clip: Path, output: Path, *extra: str) -> dict[str, Any]:
+    """Losses of the last iteration; the text cache is empty."""
+    texts = ("MODEL.TEACHER.TEXT_CACHE_DIR", str(output / "texts"), "MODEL.IKD.BOXES", "gt")
+    one_step = ("SOLVER.MAX_ITER", "3", "MODEL.IKD.IOU_THRESH", "0.0", "DATASETS.TEST", "()")
+    with miniature_at(world):
+        call_main(command_line(output, clip, *texts, *one_step, *extra))
+    return metrics(output)[-1]
+
+
+def test_training_with_the_cache_has_the_losses_of_training_with_clip(
+    world, folder, tmp_path
+) -> None:
+    clip = tmp_path / "clip.pt"
+    shutil.copy(world / "clip.pt", clip)
+    expected = train(world, clip, tmp_path / "clip_output")
+    clip.unlink()  # from here on nothing can load CLIP
+    found = train(world, clip, tmp_path / "output", "MODEL.TEACHER.CACHE", str(folder))
+    losses = [key for key in expected if "loss" in key]
+    assert {"loss_ikd", "loss_gkd_image", "loss_cls"} <= set(losses)
+    assert found["num_distilled_regions"] == expected["num_distilled_regions"] > 0
+    for key in losses:
+        assert found[key] == pytest.approx(expected[key], rel=1e-3, abs=1e-3), key
+
+
+def test_training_with_a_stale_cache_stops_before_the_first_step(world, folder, tmp_path) -> None:
+    stale = ("MODEL.TEACHER.CACHE", str(folder), "MODEL.IKD.CROP_SCALE", "1.2")
+    with pytest.raises(ValueError, match=r"crop_scale found 1.5, expected 1.2.*cache_teacher\.py"):
+        train(world, world / "clip.pt", tmp_path / "output", *stale)
+    assert not (tmp_path / "output" / "metrics.json").exists()
+
+
+def test_wrong_input_ends_with_a_message(world, folder, tmp_path, capsys) -> None:
+    with miniature_at(world):
+        other = tool_arguments(world, folder, "MODEL.IKD.CROP_SCALE", "1.2")
+        assert cache_teacher.main(other) == 2
+        assert "crop_scale: found 1.5, expected 1.2" in capsys.readouterr().err
+        gone = tool_arguments(world, tmp_path / "x", "MODEL.TEACHER.WEIGHTS", "/gone.pt")
+        assert cache_teacher.main(gone) == 2
+        assert "/gone.pt" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cache_teacher.main([*tool_arguments(world, tmp_path / "x"), "--images-per-chunk", "0"])
