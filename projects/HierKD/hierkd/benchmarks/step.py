@@ -229,7 +229,7 @@ def build_steps(
         for label, (path, own) in rows.items():
             cfg = load_config(path, [*own, *common])
             if cfg.MODEL.TEACHER.CACHE and not cache.exists():
-                _write_cache(cfg, batch, clip, cache)
+                _build_cache(cfg, batch, clip, cache)
             model = _build_model(cfg)
             if not cfg.MODEL.TEACHER.CACHE:
                 clip_teacher = model.teacher = clip_teacher or model.teacher
@@ -291,7 +291,7 @@ def _write_clip(path: Path, *, miniature: bool) -> None:
     save_clip(model, path)
 
 
-def _write_cache(cfg: Any, batch: Sequence[dict[str, Any]], clip: Path, folder: Path) -> None:
+def _build_cache(cfg: Any, batch: Sequence[dict[str, Any]], clip: Path, folder: Path) -> None:
     """A cache of random embeddings for the boxes of a batch and all texts."""
     text = cfg.MODEL.TEXT_CLASSIFIER
     prompts = [text.TEMPLATE.format(name) for name in _class_names()]
