@@ -246,10 +246,11 @@ def build_steps(
 
 def _build_model(cfg: Any) -> HierKD:
     torch.manual_seed(0)
-    model: HierKD = build_model(cfg)
+    model: Any = build_model(cfg)
     tame(model)
     model.set_vocabulary(_class_names())
-    return model.train()
+    detector: HierKD = model.train()
+    return detector
 
 
 def _class_names() -> list[str]:
