@@ -132,6 +132,22 @@ def test_after_a_kill_it_goes_on_and_the_files_are_the_same(world, folder, tmp_p
     assert digests(tmp_path / "cache") == digests(folder)
 
 
+def test_a_broken_image_stops_the_tool_or_is_left_out(world, tmp_path, capsys) -> None:
+    for name in ("miniature", "clip.pt"):
+        copy = shutil.copytree if (world / name).is_dir() else shutil.copy
+        copy(world / name, tmp_path / name)
+    (tmp_path / "miniature" / "train" / "1.png").write_bytes(b"no picture")
+    arguments = tool_arguments(tmp_path, tmp_path / "cache")
+    with miniature_at(tmp_path):
+        assert cache_teacher.main(arguments) == 2
+        assert "train/1.png cannot be decoded" in capsys.readouterr().err
+        assert cache_teacher.main([*arguments, "DATALOADER.SKIP_BROKEN_IMAGES", "True"]) == 0
+    cache = TeacherCache(tmp_path / "cache")
+    assert cache.regions(np.array([200, 300]), np.array([False, True])).any(axis=1).all()
+    with pytest.raises(ValueError, match=r"\[100\]"):  # of that image: training leaves it out, too
+        cache.regions(np.array([200, 100]), np.array([False, True]))
+
+
 def metrics(output: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
 

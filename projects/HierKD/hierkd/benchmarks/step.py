@@ -70,7 +70,7 @@ _CACHED = "HierKD, ground-truth boxes, cached"
 _NUM_CLASSES = 48
 # Captions that the cache holds; a step takes the next ones in turn.
 _NUM_CACHED_CAPTIONS = 64
-_STEPS_FOR_SHARES = 3
+_STEPS_FOR_SHARES = 2
 _VIT_B_32 = (512, 224, 12, 768, 32, 77, 49408, 512, 8, 12)  # arguments of clip.model.CLIP
 
 Sizes = tuple[int, int, int, int]  # images, height, width, boxes per image
@@ -99,6 +99,7 @@ def run(args: Namespace, device: torch.device) -> Report:
     gpu = device.type == "cuda"
     sizes = _MINIATURE_SIZES if args.miniature else _GPU_SIZES if gpu else _CPU_SIZES
     asked = (args.images, *(args.size or (None, None)), args.boxes)
+    rounds = args.rounds or (20 if gpu else 8 if args.miniature else 2)
     images, height, width, boxes = (
         default if own is None else own for own, default in zip(asked, sizes, strict=True)
     )
@@ -108,7 +109,7 @@ def run(args: Namespace, device: torch.device) -> Report:
         times = measure(
             steps,
             device=device,
-            rounds=args.rounds or (20 if gpu else 3),
+            rounds=rounds,
         )
         plain = {step.amp: times[name] for name, step in reversed(steps.items())}
         rows = []
@@ -132,7 +133,7 @@ def run(args: Namespace, device: torch.device) -> Report:
             "size": f"{height} x {width}",
             "boxes per image": boxes,
             "distilled points per image": distilled,
-            "rounds": args.rounds or (20 if gpu else 3),
+            "rounds": rounds,
             "configs": "miniature" if args.miniature else "configs/ablations/table4_*",
         },
         rows,
