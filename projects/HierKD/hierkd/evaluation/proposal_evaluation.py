@@ -21,9 +21,9 @@ from detectron2.structures import Boxes, BoxMode
 from detectron2.utils import comm
 from numpy.typing import NDArray
 from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 from tabulate import tabulate  # type: ignore[import-untyped]
 
+from hierkd.evaluation.coco_eval import COCOLibrary, choose_library
 from hierkd.evaluation.split_coco_evaluation import class_groups
 
 __all__ = ["ProposalEvaluator"]
@@ -57,6 +57,7 @@ class ProposalEvaluator(DatasetEvaluator):  # type: ignore[misc]  # detectron2 i
         *,
         distributed: bool = True,
         limits: Sequence[int] = (100, 300, 1000),
+        use_fast_impl: bool = True,
     ) -> None:
         """Read the ground truth of a registered dataset.
 
@@ -65,6 +66,8 @@ class ProposalEvaluator(DatasetEvaluator):  # type: ignore[misc]  # detectron2 i
                 ``base_classes`` and ``novel_classes``.
             distributed: Gather the proposals of all processes and evaluate in the main one.
             limits: Numbers of proposals per image to report. [Table 1]
+            use_fast_impl: Evaluate with faster-coco-eval where it can be imported. The figures are
+                those of pycocotools, which serves otherwise.
 
         Raises:
             ValueError: The dataset lacks one of these metadata, or its JSON lacks a class of the
@@ -91,6 +94,8 @@ class ProposalEvaluator(DatasetEvaluator):  # type: ignore[misc]  # detectron2 i
             ),
             json_file,
         )
+        image_ids = [image["id"] for image in self._dataset["images"]]
+        self._library = choose_library(image_ids, use_fast_impl=use_fast_impl)
         self.reset()
 
     def reset(self) -> None:
@@ -117,15 +122,21 @@ class ProposalEvaluator(DatasetEvaluator):  # type: ignore[misc]  # detectron2 i
             proposals = list(itertools.chain(*comm.gather(proposals, dst=0)))
             if not comm.is_main_process():
                 return {}
-        images = self._dataset["images"]
-        found = _index(images, _as_annotations(proposals))
+        one_class = {"images": self._dataset["images"], "categories": [{"id": _ANY_CLASS}]}
+        found = self._library.index(one_class, _as_annotations(proposals))
         results: dict[str, float] = {}
         for group, boxes in self._groups.items():
-            wanted = _index(images, [{**box, "category_id": _ANY_CLASS} for box in boxes])
-            recalls = _recalls(wanted, found, self._limits)
+            of_group = [{**box, "category_id": _ANY_CLASS} for box in boxes]
+            wanted = self._library.index(one_class, of_group)
+            recalls = _recalls(self._library, wanted, found, self._limits)
             for (threshold, limit), recall in recalls.items():
                 results[f"{group}/AR{round(100 * threshold)}@{limit}"] = recall
-        logger.info("%s (percent):\n%s", self._dataset_name, self._format_table(results))
+        logger.info(
+            "%s (percent; %s):\n%s",
+            self._dataset_name,
+            self._library.name,
+            self._format_table(results),
+        )
         return {"box_proposals": results}
 
     def _find_groups(
@@ -183,23 +194,13 @@ def _as_annotations(
     ]
 
 
-def _index(images: list[dict[str, Any]], annotations: list[dict[str, Any]]) -> COCO:
-    """Annotations of one class as COCO's object (its ``loadRes`` refuses an empty list)."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        coco = COCO()
-        coco.dataset = {
-            "images": images,
-            "annotations": annotations,
-            "categories": [{"id": _ANY_CLASS}],
-        }
-        coco.createIndex()
-    return coco
-
-
-def _recalls(wanted: COCO, found: COCO, limits: Sequence[int]) -> dict[tuple[float, int], float]:
+def _recalls(
+    library: COCOLibrary, wanted: Any, found: Any, limits: Sequence[int]
+) -> dict[tuple[float, int], float]:
     """Recall, in percent, per IoU threshold and number of proposals.
 
     Args:
+        library: Whose indices the next two are.
         wanted: The boxes to be found, of one class.
         found: The proposals, likewise.
         limits: Numbers of proposals per image, ascending.
@@ -207,13 +208,14 @@ def _recalls(wanted: COCO, found: COCO, limits: Sequence[int]) -> dict[tuple[flo
     Returns:
         (IoU threshold, limit) -> percent; NaN if there is no box to be found.
     """
-    with contextlib.redirect_stdout(io.StringIO()):
-        run = COCOeval(wanted, found, "bbox")
-        run.params.iouThrs = np.array(_IOU_THRESHOLDS)
-        run.params.areaRng, run.params.areaRngLbl = [[0, 1e10]], ["all"]
-        run.params.maxDets = list(limits)
-        run.evaluate()
-        run.accumulate()
+    run = library.run(
+        wanted,
+        found,
+        iouThrs=np.array(_IOU_THRESHOLDS),
+        areaRng=[[0, 1e10]],
+        areaRngLbl=["all"],
+        maxDets=list(limits),
+    )
     recall = run.eval["recall"][:, 0, 0, :]  # (IoU, class, area, maxDets); -1: no box
     return {
         (threshold, limit): 100.0 * float(recall[t, m]) if recall[t, m] >= 0 else float("nan")

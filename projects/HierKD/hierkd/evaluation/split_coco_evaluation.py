@@ -8,20 +8,22 @@ vocabulary is the union.
 
 from __future__ import annotations
 
-import contextlib
-import io
+import itertools
+import json
 import logging
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from detectron2.evaluation import COCOEvaluator
 from detectron2.utils import comm
 from numpy.typing import NDArray
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 from tabulate import tabulate  # type: ignore[import-untyped]
+
+from hierkd.atomic_files import replacing
+from hierkd.evaluation.coco_eval import choose_library
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +43,8 @@ class SplitCOCOEvaluator(COCOEvaluator):  # type: ignore[misc]
     """Box AP and recall for the base classes, the novel classes and all classes of a dataset.
 
     Collecting predictions, gathering them over processes and writing them to ``output_dir`` is
-    :class:`detectron2.evaluation.COCOEvaluator`'s; this class decides what is averaged.
+    :class:`detectron2.evaluation.COCOEvaluator`'s; this class decides what is averaged. Matching is
+    faster-coco-eval's, or pycocotools' where that cannot be imported; the log says whose.
 
     ``evaluate()`` returns ``{"bbox": {...}}`` (``{}`` outside the main process) with keys
     ``"<group>/<metric>"``, group one of base, novel, all and metric one of AP, AP50, AP75, APs,
@@ -61,6 +64,7 @@ class SplitCOCOEvaluator(COCOEvaluator):  # type: ignore[misc]
         distributed: bool = True,
         output_dir: str | None = None,
         max_dets_per_image: int = 100,
+        use_fast_impl: bool = True,
     ) -> None:
         """Read the ground truth of a registered dataset.
 
@@ -72,6 +76,8 @@ class SplitCOCOEvaluator(COCOEvaluator):  # type: ignore[misc]
             output_dir: Folder for the raw predictions; none are written without it.
             max_dets_per_image: Detections kept per image and class, highest scores first. 100 is
                 COCO's and the paper's.
+            use_fast_impl: Evaluate with faster-coco-eval where it can be imported. The figures are
+                those of pycocotools, which serves otherwise.
 
         Raises:
             ValueError: The dataset lacks one of these metadata, or its JSON lacks a class of the
@@ -93,32 +99,84 @@ class SplitCOCOEvaluator(COCOEvaluator):  # type: ignore[misc]
             self._metadata.get("base_classes", ()),
             self._metadata.get("novel_classes", ()),
         )
-        for annotation in self._coco_api.dataset.get("annotations", []):
+        dataset = self._coco_api.dataset
+        for annotation in dataset.get("annotations", []):
             # COCOeval reads both without asking; detectron2's loader demands neither.
             annotation.setdefault("iscrowd", 0)
             annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
+        image_ids = [image["id"] for image in dataset["images"]]
+        self._image_ids = frozenset(image_ids)
+        self._library = choose_library(image_ids, use_fast_impl=use_fast_impl)
 
     def evaluate(self, img_ids: Iterable[int] | None = None) -> dict[str, dict[str, float]]:
-        """Compute the figures; no processed image at all counts as no detections."""
+        """Compute the figures; no processed image at all counts as no detections.
+
+        Args:
+            img_ids: Images that count; None: all of the dataset.
+
+        Raises:
+            ValueError: A detection is of an image that the dataset does not have, or of a class
+                beyond the vocabulary.
+        """
         results: dict[str, dict[str, float]] = super().evaluate(img_ids)
         if not results and self._do_evaluation and comm.is_main_process():
-            results = OrderedDict(bbox=self._derive_coco_results(None, "bbox"))
+            results = OrderedDict(bbox=self._figures([], img_ids))
         return results
 
     def _eval_predictions(
         self, predictions: list[dict[str, Any]], img_ids: Iterable[int] | None = None
     ) -> None:
-        """Evaluate as the parent does, without what COCOeval prints: the table says it better."""
-        with contextlib.redirect_stdout(io.StringIO()):
-            super()._eval_predictions(predictions, img_ids=img_ids)
+        """Write the detections, if wanted, and evaluate them; called by the parent."""
+        found = self._as_coco_results(predictions)
+        if self._output_dir:
+            path = Path(self._output_dir) / "coco_instances_results.json"
+            with replacing(path) as temporary:
+                temporary.write_text(json.dumps(found), encoding="utf-8")
+        if self._do_evaluation:
+            self._results["bbox"] = self._figures(found, img_ids)
 
-    def _derive_coco_results(
-        self, coco_eval: COCOeval | None, iou_type: str, class_names: list[str] | None = None
+    def _as_coco_results(self, predictions: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Detections in COCO's result format; the given ones stay as they are."""
+        ids = list(self._category_ids.values())
+        found = []
+        for result in itertools.chain.from_iterable(each["instances"] for each in predictions):
+            index = result["category_id"]
+            if not 0 <= index < len(ids):
+                raise ValueError(
+                    f"dataset {self._dataset_name!r} has {len(ids)} classes, got a detection of "
+                    f"class {index}"
+                )
+            found.append({**result, "category_id": ids[index]})
+        return found
+
+    def _figures(
+        self, found: list[dict[str, Any]], img_ids: Iterable[int] | None
     ) -> dict[str, float]:
-        """Average per-class figures over the groups (``None``: there are no detections)."""
-        if coco_eval is None:
+        """Average per-class figures over the groups, and log them.
+
+        Args:
+            found: In COCO's result format, with the ids of the JSON; changed here.
+            img_ids: Images that count; None: all.
+        """
+        if not found:
             logger.warning("No detections on %s: every class counts as missed.", self._dataset_name)
-            coco_eval = self._evaluate_without_detections()
+        unknown = {result["image_id"] for result in found} - self._image_ids
+        if unknown:
+            raise ValueError(
+                f"{self._metadata.json_file}: detections of {len(unknown)} images that are not in "
+                f"dataset {self._dataset_name!r}, such as {sorted(unknown, key=str)[:5]}"
+            )
+        for number, result in enumerate(found, start=1):
+            width, height = result["bbox"][2:]
+            result.update(id=number, area=width * height, iscrowd=0)
+        dataset = self._coco_api.dataset
+        coco_eval = self._library.run(
+            self._library.index(dataset, dataset["annotations"]),
+            self._library.index(dataset, found),
+            catIds=list(self._category_ids.values()),
+            imgIds=sorted(self._image_ids) if img_ids is None else list(img_ids),
+            maxDets=self._max_dets_per_image,
+        )
         per_class = per_class_metrics(coco_eval, self._category_ids, self._max_dets)
         positions = {name: k for k, name in enumerate(self._category_ids)}
         results = {
@@ -126,7 +184,12 @@ class SplitCOCOEvaluator(COCOEvaluator):  # type: ignore[misc]
             for group, names in self._groups.items()
             for metric in METRICS
         }
-        logger.info("%s (percent):\n%s", self._dataset_name, self._format_table(results))
+        logger.info(
+            "%s (percent; %s):\n%s",
+            self._dataset_name,
+            self._library.name,
+            self._format_table(results),
+        )
         results.update(  # detectron2's one-line summary leaves keys with a hyphen out
             {
                 f"AP50-{name}": float(value)
@@ -134,18 +197,6 @@ class SplitCOCOEvaluator(COCOEvaluator):  # type: ignore[misc]
             }
         )
         return results
-
-    def _evaluate_without_detections(self) -> COCOeval:
-        """Run COCOeval against an empty result set, which COCO's own ``loadRes`` refuses."""
-        with contextlib.redirect_stdout(io.StringIO()):
-            detections = COCO()
-            detections.dataset = {**self._coco_api.dataset, "annotations": []}
-            detections.createIndex()
-            coco_eval = COCOeval(self._coco_api, detections, "bbox")
-            coco_eval.params.maxDets = self._max_dets_per_image
-            coco_eval.evaluate()
-            coco_eval.accumulate()
-        return coco_eval
 
     def _find_category_ids(self) -> dict[str, int]:
         """Map each class of the vocabulary, in order, to its id in the JSON; both must agree."""
@@ -210,12 +261,13 @@ def class_groups(
 
 
 def per_class_metrics(
-    coco_eval: COCOeval, category_ids: Mapping[str, int], max_dets_per_image: int = 100
+    coco_eval: Any, category_ids: Mapping[str, int], max_dets_per_image: int = 100
 ) -> dict[str, FloatArray]:
     """Every metric of :data:`METRICS` for every class, in percent; NaN without ground truth.
 
     Args:
-        coco_eval: An accumulated ``COCOeval`` with COCO's IoU thresholds and areas.
+        coco_eval: An accumulated ``COCOeval`` of either library, with COCO's IoU thresholds and
+            areas.
         category_ids: Class name to COCO id: the K classes wanted, in the order wanted.
         max_dets_per_image: Which of the run's ``maxDets``.
 
