@@ -95,9 +95,11 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # detectron2 is untyped
 
     @classmethod
     def build_test_loader(cls, cfg: Any, dataset_name: str) -> Any:
-        """detectron2's, with errors that name the image."""
+        """detectron2's, with errors that name the image and batches of any size."""
         mapper = HierKDDatasetMapper(cfg, is_train=False)
-        return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+        return build_detection_test_loader(
+            cfg, dataset_name, mapper=mapper, batch_size=cfg.TEST.IMS_PER_BATCH
+        )
 
     @classmethod
     def build_evaluator(cls, cfg: Any, dataset_name: str) -> DatasetEvaluator:

@@ -18,6 +18,7 @@ import tiny_training
 import train_net
 from hierkd.data.miniature import MINIATURE_BASE, MINIATURE_CLASSES, MINIATURE_NOVEL
 from hierkd.engine.config import load_config
+from hierkd.modeling.meta_arch import HierKD
 from hierkd.modeling.teacher import CLIPTeacher
 from tiny_training import call_main, command_line
 
@@ -256,6 +257,24 @@ def test_eval_only_with_a_cold_cache_gives_the_same(folder, finished, monkeypatc
     for key, value in flat(figures).items():
         assert flat(results)[key] == pytest.approx(value, abs=0.01, nan_ok=True), key
     assert list(tmp_path.rglob("*.sqlite"))
+
+
+def test_evaluating_several_images_at_once_gives_the_same(folder, finished, monkeypatch):
+    sizes = []
+    forward = HierKD.forward
+
+    def recording_forward(self, batched_inputs):
+        sizes.append(len(batched_inputs))
+        return forward(self, batched_inputs)
+
+    monkeypatch.setattr(HierKD, "forward", recording_forward)
+    output, figures = finished
+    results = evaluate(
+        folder, folder / "batched", output / "model_final.pth", "TEST.IMS_PER_BATCH", "4"
+    )
+    assert max(sizes) == 4
+    for key, value in flat(figures).items():  # other batches may round differently
+        assert flat(results)[key] == pytest.approx(value, abs=0.01, nan_ok=True), key
 
 
 def test_one_dataset_is_reported_under_its_name_too(folder, finished):

@@ -228,3 +228,9 @@ def test_half_precision_without_cuda_is_left_out_with_a_note(monkeypatch, caplog
         cfg = load_config("", ["SOLVER.AMP.ENABLED", "True"])
     assert cfg.SOLVER.AMP.ENABLED is False
     assert "SOLVER.AMP.ENABLED" in caplog.text
+
+
+@pytest.mark.parametrize("number", [0, -4])
+def test_an_evaluation_step_has_at_least_one_image(number):
+    with pytest.raises(ValueError, match=rf"TEST\.IMS_PER_BATCH must be 1 or more, got {number}"):
+        load_config("", ["TEST.IMS_PER_BATCH", str(number)])

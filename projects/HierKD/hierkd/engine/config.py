@@ -34,7 +34,8 @@ def load_config(config_file: str, overrides: Sequence[str] = ()) -> Any:
     Raises:
         FileNotFoundError: if the file, or its ``_BASE_``, does not exist.
         ValueError: if the file is not YAML, a key is unknown or a value has the wrong type (names
-            the file or the command line, and the key), or MODEL.DEVICE is no kind of device.
+            the file or the command line, and the key), MODEL.DEVICE is no kind of device, or
+            TEST.IMS_PER_BATCH is no number of images.
     """
     cfg = get_cfg()
     add_hierkd_config(cfg)
@@ -59,6 +60,8 @@ def load_config(config_file: str, overrides: Sequence[str] = ()) -> Any:
     if cfg.SOLVER.AMP.ENABLED and torch.device(cfg.MODEL.DEVICE).type != "cuda":
         logger.warning("SOLVER.AMP.ENABLED needs a CUDA device: training in float32")
         cfg.SOLVER.AMP.ENABLED = False
+    if cfg.TEST.IMS_PER_BATCH < 1:
+        raise ValueError(f"TEST.IMS_PER_BATCH must be 1 or more, got {cfg.TEST.IMS_PER_BATCH}")
     cfg.freeze()
     return cfg
 
