@@ -232,3 +232,25 @@ def test_mistakes_are_named(tmp_path):
         ProposalEvaluator(name)
     with pytest.raises(ValueError, match=r"nowhere.*thing_classes.*json_file"):
         ProposalEvaluator("nowhere")
+
+
+def test_either_library_gives_the_same_figures(tmp_path):
+    """With equal logits, crowds, an image without proposals and one without boxes."""
+    rng = np.random.default_rng(4)
+    grid = [(x, y, x + 32, y + 48) for x in range(0, 160, 16) for y in range(0, 160, 32)]
+    classes = list(IDS)
+    images = [
+        [
+            (classes[k % 4], grid[k], *(("crowd",) if rng.random() < 0.2 else ()))
+            for k in rng.choice(len(grid), size=number, replace=False)
+        ]
+        for number in (6, 9, 0, 5)
+    ]
+    proposals = [
+        [(grid[k], float(rng.integers(3))) for k in rng.choice(len(grid), size=number)]
+        for number in (30, 12, 20, 0)
+    ]
+    name = register(tmp_path, images)
+    fast, slow = (evaluate(name, proposals, limits=(3, 10, 40), use_fast_impl=f) for f in (1, 0))
+    assert fast == pytest.approx(slow, abs=1e-9, nan_ok=True)
+    assert 0 < fast["all/AR50@3"] < fast["all/AR50@40"]

@@ -209,6 +209,51 @@ def test_agrees_with_pycocotools_run_class_by_class(tmp_path, seed):
     assert 0 < results["all/AP50"] < 100  # the scene says something
 
 
+@pytest.mark.parametrize("max_dets", [100, 2])
+def test_either_library_gives_the_same_figures_and_is_named(tmp_path, caplog, max_dets):
+    images, detections = random_scene(5)
+    name = register(tmp_path, images)
+    results = []
+    for library, use_fast_impl in (("faster-coco-eval", True), ("pycocotools", False)):
+        caplog.clear()
+        with caplog.at_level(logging.INFO, logger="hierkd"):
+            results.append(
+                evaluate(name, detections, use_fast_impl=use_fast_impl, max_dets_per_image=max_dets)
+            )
+        assert f"{name} (percent; {library} " in caplog.text
+    assert results[0] == pytest.approx(results[1], abs=1e-9, nan_ok=True)
+
+
+def test_some_images_alone_count_and_evaluating_again_changes_nothing(tmp_path):
+    """The second image has a miss: without it the figure is 100."""
+    images = [[("car", (0, 0, 50, 50))], [("car", (0, 0, 50, 50))]]
+    evaluator = SplitCOCOEvaluator(register(tmp_path, images), distributed=False)
+    evaluator.reset()
+    instances = Instances((SIZE, SIZE))
+    instances.pred_boxes = Boxes(torch.tensor([[0.0, 0.0, 50.0, 50.0]]))
+    instances.scores = torch.tensor([0.9])
+    instances.pred_classes = torch.tensor([0])
+    evaluator.process([{"image_id": 1}], [{"instances": instances}])
+    for _ in range(2):
+        assert evaluator.evaluate()["bbox"]["base/AR50"] == pytest.approx(50.0)
+        assert evaluator.evaluate(img_ids=[1])["bbox"]["base/AR50"] == pytest.approx(100.0)
+
+
+@pytest.mark.parametrize(
+    ("image_id", "index", "found"), [(7, 0, r"such as \[7\]"), (1, 4, "detection of class 4")]
+)
+def test_detections_of_unknown_images_and_classes_are_named(tmp_path, image_id, index, found):
+    evaluator = SplitCOCOEvaluator(register(tmp_path, [[]]), distributed=False)
+    evaluator.reset()
+    instances = Instances((SIZE, SIZE))
+    instances.pred_boxes = Boxes(torch.tensor([[0.0, 0.0, 50.0, 50.0]]))
+    instances.scores = torch.tensor([0.9])
+    instances.pred_classes = torch.tensor([index])
+    evaluator.process([{"image_id": image_id}], [{"instances": instances}])
+    with pytest.raises(ValueError, match=found):
+        evaluator.evaluate()
+
+
 def test_all_equals_cocos_own_summary(tmp_path):
     """COCO's AP over all classes is the mean of the per-class APs, by another route."""
     images, detections = random_scene(7)

@@ -31,7 +31,15 @@ from hierkd.atomic_files import replacing
 
 __all__ = ["Measurement", "Report", "describe_machine", "measure", "peak_memory", "ratio"]
 
-_PACKAGES = ("torch", "torchvision", "detectron2", "sal-detectron2", "numpy", "pycocotools")
+_PACKAGES = (
+    "torch",
+    "torchvision",
+    "detectron2",
+    "sal-detectron2",
+    "numpy",
+    "pycocotools",
+    "faster-coco-eval",
+)
 # Seconds between two looks at the resident memory of the process.
 _SAMPLING_INTERVAL = 0.002
 _MIB = 2**20
