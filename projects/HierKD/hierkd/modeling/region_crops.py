@@ -150,8 +150,8 @@ def _statistics(
 ) -> tuple[Tensor, Tensor]:
     """Mean and deviation as (3, 1, 1) each."""
     return (
-        torch.tensor(mean, device=device).view(3, 1, 1),
-        torch.tensor(std, device=device).view(3, 1, 1),
+        torch.tensor(mean, dtype=torch.float32, device=device).view(3, 1, 1),
+        torch.tensor(std, dtype=torch.float32, device=device).view(3, 1, 1),
     )
 
 
