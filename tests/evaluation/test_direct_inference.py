@@ -20,6 +20,7 @@ from hierkd.evaluation.direct_inference import (
     DirectInference,
     clip_direct_inference,
 )
+from hierkd.modeling.class_probabilities import ClassProbabilities
 from hierkd.modeling.meta_arch import ForeAnchors, HierKD
 from toy_world import COLOURS, VOCABULARY, register_toy_world
 
@@ -279,7 +280,11 @@ class PerfectDetector:
     def __call__(self, batched_inputs):
         boxes = [self.boxes[x["file_name"]] for x in batched_inputs]
         return [
-            ForeAnchors(b, torch.full((len(b), self.num_classes), 0.2), torch.full((len(b),), 0.5))
+            ForeAnchors(
+                b,
+                ClassProbabilities.of(torch.full((len(b), self.num_classes), 0.2)),
+                torch.full((len(b),), 0.5),
+            )
             for b in boxes
         ]
 

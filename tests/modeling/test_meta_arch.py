@@ -598,7 +598,7 @@ def test_without_both_kinds_or_without_a_shift_nothing_changes(build, names):
 
 def hand_made(model: HierKD, probs: list[list[float]], boxes: list[list[float]]) -> Instances:
     """Detections from given class probabilities (point x class) and boxes, one level, no IoU."""
-    model._class_probabilities = lambda embeddings: torch.tensor(probs)
+    model._class_probabilities = lambda embeddings, weight: torch.tensor(probs)
     predictions = meta_arch.DensePredictions(
         torch.zeros(len(boxes), 1), torch.zeros(len(boxes), 4), None
     )

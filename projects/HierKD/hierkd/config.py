@@ -167,6 +167,16 @@ def _add_miniature_and_training_keys(cfg: CN) -> None:
     # AMP on recent GPUs. [ours]
     cfg.MODEL.CHANNELS_LAST = False
 
+    # Inference with backbone and head in half precision: float16 on a GPU, bfloat16 on a CPU, where
+    # it pays on processors with AVX512-BF16 or AMX. What follows them, from the normalised
+    # embeddings to NMS, stays float32. [ours; named after detectron2's SOLVER.AMP]
+    cfg.TEST.AMP = CN()
+    cfg.TEST.AMP.ENABLED = False
+    # Inference with backbone and head compiled by torch.compile, which takes a minute at the first
+    # image and at the first of another size. Needs a C++ compiler on a CPU, Triton on a GPU; where
+    # that is missing, a warning is logged and nothing is compiled. [ours]
+    cfg.TEST.COMPILE = False
+
     # "SGD" [paper §4.2] or "ADAMW" (the miniature).
     cfg.SOLVER.OPTIMIZER = "SGD"
     # CLIP_GRADIENTS.CLIP_TYPE "full_model" clips the norm of all gradients together, as the release

@@ -34,6 +34,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from hierkd.evaluation.split_coco_evaluation import SplitCOCOEvaluator
+from hierkd.modeling.class_probabilities import ClassProbabilities
 from hierkd.modeling.meta_arch import ForeAnchors, HierKD
 from hierkd.modeling.teacher import Teacher
 
@@ -154,7 +155,7 @@ class DirectInference:
             self.crop_scale,
         )
         embeddings = regions.to(self.model.device).split([len(f.boxes) for f in fore])
-        outputs = {DETECTOR: self._detect(batched_inputs, fore, [f.probs for f in fore])}
+        outputs = {DETECTOR: self._detect(batched_inputs, fore, [f.classes for f in fore])}
         for scoring in self.scorings:
             probs = [self.class_probabilities(v, scoring) for v in embeddings]  # line 6
             outputs[scoring.name] = self._detect(
@@ -186,7 +187,7 @@ class DirectInference:
         self,
         batched_inputs: list[dict[str, Any]],
         fore: Sequence[ForeAnchors],
-        probs: Sequence[Tensor],
+        probs: Sequence[Tensor | ClassProbabilities],
         *,
         fuse_quality: bool = True,
     ) -> list[dict[str, Any]]:

@@ -17,29 +17,33 @@ classified, distilled per point, distilled globally. ``pred_anchor_deltas``, ``g
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from detectron2.config import configurable
 from detectron2.data import MetadataCatalog
-from detectron2.layers import batched_nms
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator, build_anchor_generator
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector, permute_to_N_HWA_K
+from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
 from torch.nn import functional as F
 
 from hierkd.modeling.atss import ATSSMatcher
 from hierkd.modeling.cached_teacher import CachedTeacher, build_cached_teacher
+from hierkd.modeling.class_probabilities import ClassProbabilities, best_pairs, nms_of_classes
 from hierkd.modeling.crop_merging import merge_boxes, number_objects
 from hierkd.modeling.gathering import gather_rows
 from hierkd.modeling.head import ATSSHead
@@ -61,6 +65,11 @@ from hierkd.modeling.text_classifier import TextClassifier
 
 __all__ = ["IKD", "DetectionSettings", "ForeAnchors", "HierKD", "InferenceSettings"]
 
+logger = logging.getLogger(__name__)
+
+PredictedMaps = tuple[list[Tensor], list[Tensor], list[Tensor] | None]  # what ATSSHead returns
+
+_SIZE = ("height", "width")
 _EMBEDDING_LOSSES = {"l1": embedding_l1_loss, "l2": embedding_l2_loss}
 
 
@@ -166,20 +175,25 @@ class ForeAnchors(NamedTuple):
     """The A anchors of an image that inference ranks: the best of each level, finest first."""
 
     boxes: Tensor  # (A, 4) decoded, clipped to the image
-    probs: Tensor  # (A, K), the background left out
+    classes: ClassProbabilities  # (A, K), the background left out
     qualities: Tensor  # (A,) 0..1; ones without a quality branch
+
+    @property
+    def probs(self) -> Tensor:
+        """(A, K) all class probabilities as one array, however large that is."""
+        return self.classes.whole
 
     @property
     def scores(self) -> Tensor:
         """(A,) score of each anchor's best class."""
-        return self.probs.amax(dim=1) * self.qualities
+        return self.classes.best * self.qualities
 
     def best(self, count: int) -> ForeAnchors:
         """The ``count`` best over all levels; all of them where there are no more."""
         if count >= len(self.boxes):
             return self
         top = self.scores.topk(count).indices
-        return ForeAnchors(self.boxes[top], self.probs[top], self.qualities[top])
+        return ForeAnchors(self.boxes[top], self.classes.select(top), self.qualities[top])
 
 
 def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
@@ -211,6 +225,33 @@ def _embedding_loss(loss_type: str, pairs: RegionPairs, num_regions: list[Tensor
         for i, number in enumerate(num_regions)
     ]
     return torch.stack(of_levels).mean()
+
+
+def _half_precision(device: torch.device, *, enabled: bool) -> AbstractContextManager[Any]:
+    """Autocast to the half precision that is fast there: float16 on a GPU, bfloat16 on a CPU.
+
+    Without ``enabled`` the precision stays what it is, also inside somebody else's autocast.
+    """
+    if not enabled:
+        return nullcontext()
+    dtype = torch.bfloat16 if device.type == "cpu" else torch.float16
+    return torch.autocast(device.type, dtype=dtype)
+
+
+def _maps_of(
+    backbone: nn.Module, head: nn.Module, head_in_features: list[str], images: Tensor
+) -> tuple[list[Tensor], PredictedMaps]:
+    """The L feature maps of (N, 3, H, W) images and the head's outputs on them."""
+    by_name = backbone(images)
+    features = [by_name[f] for f in head_in_features]
+    return features, head(features)
+
+
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``torch.compile`` of a function: for the first size of images by itself, then for any."""
+    result: Callable[..., Any] = torch.compile(function)
+    return result
 
 
 @META_ARCH_REGISTRY.register()
@@ -248,6 +289,8 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
         pixel_mean: Sequence[float],
         pixel_std: Sequence[float],
         channels_last: bool = False,
+        amp_test: bool = False,
+        compile_test: bool = False,
         gather_captions: bool = False,
         region_cache: CachedTeacher | None = None,
     ) -> None:
@@ -273,6 +316,8 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
             pixel_mean: per channel, in the order of the input image.
             pixel_std: likewise.
             channels_last: keep maps in channels-last memory order.
+            amp_test: run backbone and head in half precision in inference.
+            compile_test: run them through ``torch.compile`` in inference.
             gather_captions: contrast images and captions over all processes.
             region_cache: what CLIP sees in the ground-truth boxes, known beforehand; None = the
                 teacher looks at each step.
@@ -297,6 +342,8 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
         self.gkd_loss_weight = gkd_loss_weight
         self.gather_captions = gather_captions
         self.region_cache = region_cache
+        self.amp_test = amp_test
+        self.compile_test = compile_test
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         # w of the learned classification weight: loss exp(-w) * L + |w|
         self.cls_loss_log_weight = (
@@ -392,6 +439,8 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
             "channels_last": cfg.MODEL.CHANNELS_LAST,
+            "amp_test": cfg.TEST.AMP.ENABLED,
+            "compile_test": cfg.TEST.COMPILE,
         }
 
     # ------------------------------------------------------------------ vocabulary
@@ -446,18 +495,30 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
         images.tensor = images.tensor.contiguous(memory_format=self.memory_format)
         return images
 
-    def _predict_maps(
-        self, images: ImageList
-    ) -> tuple[list[Tensor], tuple[list[Tensor], list[Tensor], list[Tensor] | None]]:
-        """The L feature maps of a preprocessed batch and the head's outputs on them."""
-        by_name = self.backbone(images.tensor)
-        features = [by_name[f] for f in self.head_in_features]
-        return features, self.head(features)
+    def _predict_maps(self, images: ImageList) -> tuple[list[Tensor], PredictedMaps]:
+        """The L feature maps of a preprocessed batch and the head's outputs on them.
+
+        In inference under ``TEST.AMP`` and ``TEST.COMPILE``.
+        """
+        arguments = self.backbone, self.head, self.head_in_features, images.tensor
+        if self.training:
+            return _maps_of(*arguments)
+        with _half_precision(self.device, enabled=self.amp_test):
+            if self.compile_test:
+                try:
+                    return _compiled(_maps_of)(*arguments)
+                except TorchDynamoException as error:
+                    self.compile_test = False
+                    logger.warning(
+                        "TEST.COMPILE: torch.compile does not work here, running without it: %s",
+                        str(error).strip().split("\n")[0],
+                    )
+            return _maps_of(*arguments)
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
         """Losses in training, detections in inference; see the class for inputs and outputs."""
         if not self.training:
-            return super().forward(batched_inputs)
+            return self._detect(batched_inputs)
         features, pred_maps = self._predict_maps(self.preprocess_image(batched_inputs))
         gt_instances = [x["instances"].to(self.device) for x in batched_inputs]
 
@@ -780,7 +841,7 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
 
     @staticmethod
     def _flatten(
-        pred_maps: tuple[list[Tensor], list[Tensor], list[Tensor] | None],
+        pred_maps: PredictedMaps,
     ) -> DensePredictions:
         """Lay the L maps of each output end to end as R points."""
         embeddings, deltas, qualities = pred_maps
@@ -792,13 +853,14 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
             else torch.cat([permute_to_N_HWA_K(x, 1) for x in qualities], dim=1).squeeze(2),
         )
 
-    def _class_probabilities(self, embeddings: Tensor) -> Tensor:
+    def _class_probabilities(self, embeddings: Tensor, weight: Tensor | None = None) -> Tensor:
         """(..., D) -> (..., K) probabilities of the classes, the background left out.
 
+        ``weight`` is the text classifier's, where it serves several calls.
         ``novel_logit_shift`` moves the novel logits where base and novel classes compete (GZSD).
         They compete for the probability that there is an object at all, which stays what it was.
         """
-        logits: Tensor = self.text_classifier(embeddings)
+        logits: Tensor = self.text_classifier(embeddings, weight)
         probs = logits.softmax(dim=-1)[..., :-1]
         shift = self.inference_settings.novel_logit_shift
         if shift:
@@ -808,12 +870,24 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
                 probs = probs.sum(dim=-1, keepdim=True) * shifted.softmax(dim=-1)
         return probs
 
+    def _detect(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Instances]]:
+        """Inference: detectron2's standard output."""
+        images = self.preprocess_image(batched_inputs)
+        features, predictions = self._predict_maps(images)
+        with torch.autocast(self.device.type, enabled=False):  # all that follows is float32
+            detections = self.forward_inference(images, features, predictions)
+        outputs = []
+        for given, found in zip(batched_inputs, detections, strict=True):
+            height, width = (given.get(k, n) for k, n in zip(_SIZE, found.image_size, strict=True))
+            outputs.append({"instances": detector_postprocess(found, height, width)})
+        return outputs
+
     def forward_inference(
         self, images: ImageList, features: list[Tensor], predictions: Any
     ) -> list[Instances]:
         """Detections of each image: best anchors per level, best pairs, class-wise NMS."""
         return [
-            self.detect_classes(fore.boxes, fore.probs, fore.qualities, size)
+            self.detect_classes(fore.boxes, fore.classes, fore.qualities, size)
             for fore, size in zip(
                 self._select_fore_anchors(images, features, predictions),
                 images.image_sizes,
@@ -850,13 +924,18 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
     def _select_of_image(
         self, predictions: DensePredictions, anchors: list[Boxes], image_size: tuple[int, int]
     ) -> ForeAnchors:
-        probs = self._class_probabilities(predictions.embeddings)  # (R, K)
+        weight = self.text_classifier.weight()
+        classes = ClassProbabilities(
+            lambda embeddings: self._class_probabilities(embeddings, weight),
+            predictions.embeddings,
+            len(weight) - 1,
+        )
         qualities = (
-            torch.ones_like(probs[:, 0])
+            torch.ones_like(classes.best)
             if predictions.qualities is None
             else predictions.qualities.sigmoid()
         )
-        anchor_scores = (probs * qualities[:, None]).amax(dim=1)
+        anchor_scores = classes.best * qualities
         kept, start = [], 0
         for level in anchors:
             of_level = anchor_scores[start : start + len(level)]
@@ -870,10 +949,14 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
             )
         )
         boxes.clip(image_size)
-        return ForeAnchors(boxes.tensor, probs[idxs], qualities[idxs])
+        return ForeAnchors(boxes.tensor, classes.select(idxs), qualities[idxs])
 
     def detect_classes(
-        self, boxes: Tensor, probs: Tensor, qualities: Tensor, image_size: tuple[int, int]
+        self,
+        boxes: Tensor,
+        probs: Tensor | ClassProbabilities,
+        qualities: Tensor,
+        image_size: tuple[int, int],
     ) -> Instances:
         """Make detections of one image's boxes: best (box, class) pairs, then class-wise NMS.
 
@@ -887,14 +970,14 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
             At most ``TEST.DETECTIONS_PER_IMAGE`` detections, best first, scored by the product.
         """
         settings = self.inference_settings
-        scores = probs * qualities[:, None]
-        scores = scores.masked_fill(probs <= settings.score_thresh, -1.0)
-        num_pairs = min(settings.topk_pairs or scores.numel(), scores.numel())
-        pair_scores, pairs = scores.flatten().topk(num_pairs)
-        pairs, pair_scores = pairs[pair_scores >= 0], pair_scores[pair_scores >= 0]
-        rows, classes = pairs // scores.shape[1], pairs % scores.shape[1]
+        pair_scores, rows, classes = best_pairs(
+            ClassProbabilities.of(probs) if isinstance(probs, Tensor) else probs,
+            qualities,
+            limit=settings.topk_pairs,
+            score_thresh=settings.score_thresh,
+        )
         groups = torch.zeros_like(classes) if settings.class_agnostic_nms else classes
-        keep = batched_nms(boxes[rows], pair_scores, groups, settings.nms_thresh)
+        keep = nms_of_classes(boxes[rows], pair_scores, groups, settings.nms_thresh)
         keep = keep[: settings.max_detections]
         return Instances(
             image_size,

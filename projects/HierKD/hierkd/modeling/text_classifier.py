@@ -90,14 +90,11 @@ class TextClassifier(nn.Module):
         embeddings = text_embeddings.detach().to(self.background_embedding.device).float()
         self.text_embeddings = F.normalize(embeddings, dim=1)
 
-    def forward(self, embeddings: Tensor) -> Tensor:
-        """Logits of L2-normalised embeddings.
-
-        Args:
-            embeddings: (..., D), L2-normalised.
+    def weight(self) -> Tensor:
+        """What embeddings are compared with.
 
         Returns:
-            (..., K+1) logits, background last.
+            (K+1, D), L2-normalised; the background last.
         """
         if self.num_classes == 0:
             raise RuntimeError("no vocabulary is set: call set_vocabulary first")
@@ -107,5 +104,17 @@ class TextClassifier(nn.Module):
             background = self.background_embedding[None]
         else:
             background = F.normalize(self.background_embedding, dim=0)[None]
-        weight = torch.cat([self.text_embeddings, background])
+        return torch.cat([self.text_embeddings, background])
+
+    def forward(self, embeddings: Tensor, weight: Tensor | None = None) -> Tensor:
+        """Logits of L2-normalised embeddings.
+
+        Args:
+            embeddings: (..., D), L2-normalised.
+            weight: :meth:`weight`, where it serves several calls; by default it is made anew.
+
+        Returns:
+            (..., K+1) logits, background last.
+        """
+        weight = self.weight() if weight is None else weight
         return self.logit_scale * F.linear(embeddings, weight)
