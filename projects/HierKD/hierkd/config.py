@@ -74,6 +74,12 @@ def _add_detector_keys(cfg: CN) -> None:
     # the odds of novel against base classes are multiplied by its exponential, the probability of
     # an object of any class stays. [ours, after the calibrated stacking of Chao et al., ECCV 2016]
     cfg.MODEL.ATSS.NOVEL_LOGIT_SHIFT = 0.0
+    # With more classes than this, only the best PRESELECT_POINTS_TEST points of each level are
+    # compared with all of them, ranked by their best score against some hundred representatives of
+    # the vocabulary; 0 = never. Exact for what is kept. Without it, 20,000 classes take as many
+    # operations as the rest of the network. Never fewer points than TOPK_ANCHORS_TEST. [ours]
+    cfg.MODEL.ATSS.PRESELECT_ABOVE = 4000
+    cfg.MODEL.ATSS.PRESELECT_POINTS_TEST = 2000
 
     cfg.MODEL.TEXT_CLASSIFIER = CN()
     # D, width of the CLIP space the detector learns; 512 for ViT-B/32. Must equal the teacher's.

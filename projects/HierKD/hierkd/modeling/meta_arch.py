@@ -59,6 +59,7 @@ from hierkd.modeling.losses import (
     weighted_giou_loss,
 )
 from hierkd.modeling.mlca import MLCA
+from hierkd.modeling.preselection import preselect, vocabulary_representatives
 from hierkd.modeling.sampling import subsample_negatives
 from hierkd.modeling.teacher import Teacher, build_teacher, check_embed_dim
 from hierkd.modeling.text_classifier import TextClassifier
@@ -128,6 +129,8 @@ class InferenceSettings:
     max_detections: int = 100
     class_agnostic_nms: bool = False
     novel_logit_shift: float = 0.0
+    preselect_above: int = 0
+    preselect_points: int = 2000
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.novel_logit_shift):
@@ -143,8 +146,8 @@ class DensePredictions(NamedTuple):
     anchor_deltas: Tensor  # (N, R, 4)
     qualities: Tensor | None  # (N, R) logits
 
-    def of_image(self, index: int) -> DensePredictions:
-        """The same of one image, without N."""
+    def at(self, index: int | Tensor) -> DensePredictions:
+        """The same of one image, without N; or, of one image, of some points."""
         return DensePredictions(
             self.embeddings[index],
             self.anchor_deltas[index],
@@ -355,6 +358,10 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
         self.vocabulary_names: tuple[str, ...] = ()
         if vocabulary:
             self.set_vocabulary(vocabulary)
+        # Where objects are, the training vocabulary knows best; see _representative_scores.
+        training_embeddings = self.text_classifier.text_embeddings
+        self.register_buffer("training_embeddings", training_embeddings, persistent=False)
+        self._represented: tuple[Tensor, Tensor] | None = None
         self.to(memory_format=self.memory_format)
 
     @classmethod
@@ -409,6 +416,8 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
                 max_detections=cfg.TEST.DETECTIONS_PER_IMAGE,
                 class_agnostic_nms=atss.CLASS_AGNOSTIC_NMS,
                 novel_logit_shift=atss.NOVEL_LOGIT_SHIFT,
+                preselect_above=atss.PRESELECT_ABOVE,
+                preselect_points=atss.PRESELECT_POINTS_TEST,
             ),
             "ikd": IKD(
                 loss_weight=ikd.LOSS_WEIGHT,
@@ -917,13 +926,20 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
         with torch.autocast(self.device.type, enabled=False):
             flat = self._flatten(predictions)
             return [
-                self._select_of_image(flat.of_image(i), anchors, size)
+                self._select_of_image(flat.at(i), anchors, size)
                 for i, size in enumerate(images.image_sizes)
             ]
 
     def _select_of_image(
         self, predictions: DensePredictions, anchors: list[Boxes], image_size: tuple[int, int]
     ) -> ForeAnchors:
+        all_anchors, level_sizes = Boxes.cat(anchors).tensor, [len(level) for level in anchors]
+        settings = self.inference_settings
+        if 0 < settings.preselect_above < self.text_classifier.num_classes:
+            scores = self._representative_scores(predictions)
+            number = max(settings.preselect_points, settings.topk_anchors)
+            points, level_sizes = preselect(scores, level_sizes, number)
+            predictions, all_anchors = predictions.at(points), all_anchors[points]
         weight = self.text_classifier.weight()
         classes = ClassProbabilities(
             lambda embeddings: self._class_probabilities(embeddings, weight),
@@ -937,19 +953,32 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
         )
         anchor_scores = classes.best * qualities
         kept, start = [], 0
-        for level in anchors:
-            of_level = anchor_scores[start : start + len(level)]
-            top = of_level.topk(min(self.inference_settings.topk_anchors, len(level))).indices
-            kept.append(top + start)
-            start += len(level)
+        for of_level in anchor_scores.split(level_sizes):
+            kept.append(of_level.topk(min(settings.topk_anchors, len(of_level))).indices + start)
+            start += len(of_level)
         idxs = torch.cat(kept)
         boxes = Boxes(
-            self.box2box_transform.apply_deltas(
-                predictions.anchor_deltas[idxs], Boxes.cat(anchors).tensor[idxs]
-            )
+            self.box2box_transform.apply_deltas(predictions.anchor_deltas[idxs], all_anchors[idxs])
         )
         boxes.clip(image_size)
         return ForeAnchors(boxes.tensor, classes.select(idxs), qualities[idxs])
+
+    def _representative_scores(self, predictions: DensePredictions) -> Tensor:
+        """(R,) score of each point's best among the representatives of a large vocabulary.
+
+        Those are the means of the vocabulary's groups, and the training vocabulary: what the
+        detector takes for an object at all was learned with its embeddings.
+        """
+        texts = self.text_classifier.text_embeddings
+        if self._represented is None or self._represented[0] is not texts:
+            self._represented = texts, vocabulary_representatives(texts)
+        background = self.text_classifier.background()
+        rows = torch.cat([self._represented[1], self.training_embeddings, background[None]])
+        logits = self.text_classifier(predictions.embeddings, rows)
+        scores = logits.softmax(dim=-1)[..., :-1].amax(dim=-1)
+        if predictions.qualities is None:
+            return scores
+        return scores * predictions.qualities.sigmoid()
 
     def detect_classes(
         self,

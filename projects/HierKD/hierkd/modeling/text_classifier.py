@@ -90,6 +90,14 @@ class TextClassifier(nn.Module):
         embeddings = text_embeddings.detach().to(self.background_embedding.device).float()
         self.text_embeddings = F.normalize(embeddings, dim=1)
 
+    def background(self) -> Tensor:
+        """(D,) the background's embedding as it is used, L2-normalised."""
+        if self.project_background and self.training:
+            with torch.no_grad():
+                self.background_embedding.copy_(F.normalize(self.background_embedding, dim=0))
+            return self.background_embedding
+        return F.normalize(self.background_embedding, dim=0)
+
     def weight(self) -> Tensor:
         """What embeddings are compared with.
 
@@ -98,13 +106,7 @@ class TextClassifier(nn.Module):
         """
         if self.num_classes == 0:
             raise RuntimeError("no vocabulary is set: call set_vocabulary first")
-        if self.project_background and self.training:
-            with torch.no_grad():
-                self.background_embedding.copy_(F.normalize(self.background_embedding, dim=0))
-            background = self.background_embedding[None]
-        else:
-            background = F.normalize(self.background_embedding, dim=0)[None]
-        return torch.cat([self.text_embeddings, background])
+        return torch.cat([self.text_embeddings, self.background()[None]])
 
     def forward(self, embeddings: Tensor, weight: Tensor | None = None) -> Tensor:
         """Logits of L2-normalised embeddings.
