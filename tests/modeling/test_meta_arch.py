@@ -1,6 +1,7 @@
 """The detector as a whole: losses in training, detections in inference, vocabularies."""
 
 import copy
+import functools
 from typing import Any
 
 import pytest
@@ -8,10 +9,12 @@ import torch
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances, pairwise_iou
 from detectron2.utils.events import EventStorage
+from torch._dynamo.exc import TorchDynamoException
 
 import hierkd.modeling.meta_arch as meta_arch
 from fake_teacher import FakeTeacher
 from hierkd.engine.config import load_config
+from hierkd.modeling.class_probabilities import ClassProbabilities
 from hierkd.modeling.meta_arch import HierKD
 
 SIZE = 128
@@ -699,3 +702,113 @@ def test_a_cache_without_annotation_ids_says_what_is_missing(build):
     model.region_cache = RegionTable(64)
     with pytest.raises(ValueError, match=r"gt_annotation_ids.*HierKDDatasetMapper"):
         train_losses(model, batch())
+# ---------------------------------------------------------------------------- large vocabularies
+
+
+def test_a_large_vocabulary_in_blocks_gives_the_same_detections(build, monkeypatch):
+    model = build("MODEL.ATSS.TOPK_ANCHORS_TEST", 40, "MODEL.ATSS.TOPK_PAIRS_TEST", 200).eval()
+    torch.nn.init.normal_(model.head.quality.weight, std=0.2)
+    model.set_vocabulary([f"name {i}" for i in range(300)])
+    inputs = [sample([], seed=1), sample([], seed=2)]
+    with torch.no_grad():
+        whole = model(inputs)
+        blocks = functools.partial(ClassProbabilities, block_elements=300 * 9)
+        monkeypatch.setattr(meta_arch, "ClassProbabilities", blocks)
+        for one, other in zip(model(inputs), whole, strict=True):
+            found, expected = one["instances"], other["instances"]
+            assert len(found) == len(expected) > 20
+            torch.testing.assert_close(found.scores, expected.scores)
+            assert torch.equal(found.pred_classes, expected.pred_classes)
+
+
+def preselecting(build, above: int, points: int = 30) -> HierKD:
+    keys = {"PRESELECT_ABOVE": above, "PRESELECT_POINTS_TEST": points, "TOPK_ANCHORS_TEST": 6}
+    pairs = [each for key, value in keys.items() for each in (f"MODEL.ATSS.{key}", value)]
+    model = build(*pairs).eval()
+    torch.manual_seed(3)
+    for conv in (model.head.embedding, model.head.quality):
+        torch.nn.init.normal_(conv.weight, std=0.2)
+    return model
+
+
+def test_preselected_points_are_scored_as_without_preselection(build):
+    inputs = [sample([], seed=1)]
+    (fore,) = preselecting(build, 4).fore_anchors(inputs)
+    maps = preselecting(build, 4).score_maps(inputs)  # of every point and class
+    scores = torch.cat([m[0].flatten(1).amax(0) for m in maps])
+    assert fore.boxes.shape == (18, 4)
+    assert ((scores[:, None] - fore.scores).abs() < 1e-6).any(dim=0).all()
+
+
+@pytest.mark.parametrize(("above", "points"), [(0, 30), (5, 30), (4, 256)])
+def test_preselection_is_off_or_without_effect(build, above, points):
+    inputs = [sample([], seed=1)]
+    plain = preselecting(build, 0).fore_anchors(inputs)[0]
+    other = preselecting(build, above, points).fore_anchors(inputs)[0]
+    assert torch.equal(other.boxes, plain.boxes)
+    torch.testing.assert_close(other.scores, plain.scores)
+
+
+def test_representatives_follow_the_vocabulary(build):
+    model = preselecting(build, 4)
+    inputs = [sample([], seed=1)]
+    model(inputs)
+    first = model._represented[1]
+    model(inputs)
+    assert model._represented[1] is first
+    model.set_vocabulary([f"other {i}" for i in range(80)])
+    model(inputs)
+    assert model._represented[1].shape == (10, first.shape[1])
+    assert "training_embeddings" not in model.state_dict()
+
+
+# ---------------------------------------------------------------------------- speed
+
+
+@torch.no_grad()
+def test_half_precision_moves_the_scores_a_little(build):
+    plain, half = build().eval(), build("TEST.AMP.ENABLED", True).eval()
+    inputs = [sample([], seed=1)]
+    maps = [model.score_maps(inputs) for model in (plain, half)]
+    for one, other in zip(*maps, strict=True):
+        assert other.dtype == torch.float32
+        assert not torch.equal(one, other)
+        torch.testing.assert_close(one, other, atol=0.02, rtol=0.1)
+    found = half(inputs)[0]["instances"]
+    assert found.scores.dtype == found.pred_boxes.tensor.dtype == torch.float32
+    train_losses(half, batch())  # training is not concerned
+
+
+@torch.no_grad()
+def test_compiling_falls_back_with_a_warning(build, monkeypatch, caplog):
+    def fails(function):
+        def call(*_):
+            raise TorchDynamoException("no compiler\nand more")
+
+        return call
+
+    monkeypatch.setattr(meta_arch, "_compiled", fails)
+    inputs = [sample([], seed=1)]
+    model = build("TEST.COMPILE", True).eval()
+    for _ in range(2):
+        found = model(inputs)[0]["instances"]
+    assert [r.getMessage() for r in caplog.records if r.name == meta_arch.__name__] == [
+        "TEST.COMPILE: torch.compile does not work here, running without it: no compiler"
+    ]
+    assert torch.equal(found.scores, build().eval()(inputs)[0]["instances"].scores)
+
+
+@torch.no_grad()
+def test_compiled_maps_are_used_in_inference_only(build, monkeypatch):
+    calls = []
+
+    def counting(function):
+        return lambda *arguments: calls.append(1) or function(*arguments)
+
+    monkeypatch.setattr(meta_arch, "_compiled", counting)
+    model = build("TEST.COMPILE", True).eval()
+    model([sample([], seed=1)])
+    assert len(calls) == 1
+    with torch.enable_grad():
+        train_losses(model, batch())
+    assert len(calls) == 1

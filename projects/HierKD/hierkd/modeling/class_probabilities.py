@@ -182,8 +182,11 @@ def nms_of_classes(boxes: Tensor, scores: Tensor, classes: Tensor, iou_thresh: f
         Indices of what is kept, best first.
     """
     names, ranks = classes.unique(return_inverse=True)
+    keep: Tensor
     if len(names) < _MANY_CLASSES:
-        return batched_nms(boxes, scores, classes, iou_thresh)
-    boxes = boxes.double()
-    extent = boxes.max() - boxes.min() + 1
-    return nms(boxes + (ranks * extent)[:, None], scores.double(), iou_thresh)
+        keep = batched_nms(boxes, scores, classes, iou_thresh)
+    else:
+        boxes = boxes.double()
+        extent = boxes.max() - boxes.min() + 1
+        keep = nms(boxes + (ranks * extent)[:, None], scores.double(), iou_thresh)
+    return keep

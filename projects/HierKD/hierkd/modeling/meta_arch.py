@@ -515,7 +515,8 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
         with _half_precision(self.device, enabled=self.amp_test):
             if self.compile_test:
                 try:
-                    return _compiled(_maps_of)(*arguments)
+                    maps: tuple[list[Tensor], PredictedMaps] = _compiled(_maps_of)(*arguments)
+                    return maps
                 except TorchDynamoException as error:
                     self.compile_test = False
                     logger.warning(
@@ -975,7 +976,7 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
         background = self.text_classifier.background()
         rows = torch.cat([self._represented[1], self.training_embeddings, background[None]])
         logits = self.text_classifier(predictions.embeddings, rows)
-        scores = logits.softmax(dim=-1)[..., :-1].amax(dim=-1)
+        scores: Tensor = logits.softmax(dim=-1)[..., :-1].amax(dim=-1)
         if predictions.qualities is None:
             return scores
         return scores * predictions.qualities.sigmoid()
