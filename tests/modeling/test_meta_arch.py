@@ -702,6 +702,8 @@ def test_a_cache_without_annotation_ids_says_what_is_missing(build):
     model.region_cache = RegionTable(64)
     with pytest.raises(ValueError, match=r"gt_annotation_ids.*HierKDDatasetMapper"):
         train_losses(model, batch())
+
+
 # ---------------------------------------------------------------------------- large vocabularies
 
 

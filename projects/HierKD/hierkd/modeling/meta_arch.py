@@ -70,7 +70,6 @@ logger = logging.getLogger(__name__)
 
 PredictedMaps = tuple[list[Tensor], list[Tensor], list[Tensor] | None]  # what ATSSHead returns
 
-_SIZE = ("height", "width")
 _EMBEDDING_LOSSES = {"l1": embedding_l1_loss, "l2": embedding_l2_loss}
 
 
@@ -888,7 +887,8 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
             detections = self.forward_inference(images, features, predictions)
         outputs = []
         for given, found in zip(batched_inputs, detections, strict=True):
-            height, width = (given.get(k, n) for k, n in zip(_SIZE, found.image_size, strict=True))
+            height = given.get("height", found.image_size[0])
+            width = given.get("width", found.image_size[1])
             outputs.append({"instances": detector_postprocess(found, height, width)})
         return outputs
 
