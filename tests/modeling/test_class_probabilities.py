@@ -49,8 +49,8 @@ def test_a_small_array_is_computed_once(probs):
 
 
 @pytest.mark.parametrize("rows", [1, 7, 50])
-@pytest.mark.parametrize("limit", [1, 60, 0])
-@pytest.mark.parametrize("thresh", [0.0, 0.1])
+@pytest.mark.parametrize("limit", [1, 20, 45, 60, 0])
+@pytest.mark.parametrize("thresh", [0.0, 0.1, 0.6])
 def test_best_pairs_are_those_of_a_sorted_list(probs, rows, limit, thresh):
     blocks, _ = in_blocks(probs, rows)
     factors = qualities()

