@@ -28,7 +28,7 @@ def in_blocks(probs: torch.Tensor, rows: int) -> tuple[ClassProbabilities, list[
         return probs[idxs[:, 0]]
 
     points = torch.arange(len(probs))[:, None]
-    return ClassProbabilities(classify, points, CLASSES, block_elements=rows * CLASSES), asked
+    return ClassProbabilities(classify, points, CLASSES, block_rows=rows), asked
 
 
 @pytest.mark.parametrize("rows", [1, 7, 49, 50, 1000])

@@ -714,7 +714,7 @@ def test_a_large_vocabulary_in_blocks_gives_the_same_detections(build, monkeypat
     inputs = [sample([], seed=1), sample([], seed=2)]
     with torch.no_grad():
         whole = model(inputs)
-        blocks = functools.partial(ClassProbabilities, block_elements=300 * 9)
+        blocks = functools.partial(ClassProbabilities, block_rows=9)
         monkeypatch.setattr(meta_arch, "ClassProbabilities", blocks)
         for one, other in zip(model(inputs), whole, strict=True):
             found, expected = one["instances"], other["instances"]

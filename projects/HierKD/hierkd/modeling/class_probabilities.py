@@ -12,11 +12,14 @@ from detectron2.layers import batched_nms
 from torch import Tensor
 from torchvision.ops import nms
 
-__all__ = ["BLOCK_ELEMENTS", "ClassProbabilities", "best_pairs", "nms_of_classes"]
+__all__ = ["ClassProbabilities", "best_pairs", "nms_of_classes"]
 
-# Elements of one block of (points, classes), 32 MiB of float32. 1333 x 800 pixels and 80 classes
-# are one block, so that what is computed for COCO does not depend on it. [ours]
-BLOCK_ELEMENTS = 2**23
+# Elements of one block of (points, classes), 8 MiB of float32: larger ones leave the processor's
+# cache, and 1203 classes take 1.5 times as long with 32 MiB. 1333 x 800 pixels and 80 classes are
+# one block, so that what is computed for COCO does not depend on it. [ours]
+_BLOCK_ELEMENTS = 2**21
+# A block has no fewer rows, below which matrix products slow down: 20 MiB with 20,000 classes.
+_MIN_BLOCK_ROWS = 256
 # From so many different classes on, NMS of all of them at once is cheaper than class by class.
 _MANY_CLASSES = 128
 # Relative difference of a probability that is computed twice, in blocks of other sizes.
@@ -28,8 +31,8 @@ class ClassProbabilities:
 
     A vocabulary of 20,000 names makes 1.8 GB of the 22,000 points of a picture, of which inference
     needs the maximum of each row and then the rows of the best points. Where the array has more
-    than ``block_elements`` elements, rows are therefore computed when they are asked for, in blocks
-    that are not larger than that, and thrown away after use. The numbers are the same.
+    rows than a block, they are therefore computed when they are asked for, a block at a time, and
+    thrown away after use. The numbers are the same.
     """
 
     def __init__(
@@ -38,7 +41,7 @@ class ClassProbabilities:
         points: Tensor,
         num_classes: int,
         *,
-        block_elements: int = BLOCK_ELEMENTS,
+        block_rows: int | None = None,
         best: Tensor | None = None,
     ) -> None:
         """Hold what is needed to classify.
@@ -47,21 +50,20 @@ class ClassProbabilities:
             classify: (n, D) to (n, K) probabilities, each row by itself.
             points: (R, D) what it is applied to.
             num_classes: K.
-            block_elements: of a block of rows; a block has one row at least.
+            block_rows: rows of a block; by default as many as suit the processor's cache.
             best: (R,) the maximum of each row, where it is known already.
         """
         self.num_classes = num_classes
-        self.block_rows = max(1, block_elements // num_classes)
-        self._block_elements = block_elements
+        self.block_rows = block_rows or max(_MIN_BLOCK_ROWS, _BLOCK_ELEMENTS // num_classes)
         self._classify = classify
         self._points = points
         self._best = best
         self._whole = classify(points) if len(points) <= self.block_rows else None
 
     @classmethod
-    def of(cls, probs: Tensor, *, block_elements: int = BLOCK_ELEMENTS) -> ClassProbabilities:
+    def of(cls, probs: Tensor) -> ClassProbabilities:
         """Wrap probabilities (R, K) that are there already."""
-        return cls(lambda rows: rows, probs, probs.shape[1], block_elements=block_elements)
+        return cls(_given, probs, probs.shape[1])
 
     def __len__(self) -> int:
         """R."""
@@ -94,7 +96,7 @@ class ClassProbabilities:
         else:
             classify, points = _given, self._whole[idxs]
         return ClassProbabilities(
-            classify, points, self.num_classes, block_elements=self._block_elements, best=best
+            classify, points, self.num_classes, block_rows=self.block_rows, best=best
         )
 
     def blocks(self) -> Iterator[tuple[int, Tensor]]:
