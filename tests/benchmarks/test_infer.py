@@ -25,11 +25,11 @@ def test_rows_say_what_each_variant_costs():
         "RetinaNet",
         "RetinaNet, batch of 2",
         "HierKD",
-        "HierKD, channels-last",
-        "HierKD, channels-last, AMP",
+        "HierKD, contiguous",
+        "HierKD, AMP",
         "HierKD, batch of 2",
-        "HierKD, channels-last, batch of 2",
-        "HierKD, channels-last, AMP, batch of 2",
+        "HierKD, contiguous, batch of 2",
+        "HierKD, AMP, batch of 2",
     ]
     assert rows[0]["over RetinaNet"] == rows[2]["over HierKD"] == 1
     assert all(row["seconds"] > 0 for row in rows)
@@ -50,7 +50,7 @@ def test_as_many_pairs_of_retinanet_pass_its_threshold_as_asked():
 def test_channels_last_and_a_batch_detect_the_same():
     inputs = [{"image": torch.randint(0, 256, (3, 64, 96), dtype=torch.uint8)}]
     scores = []
-    for opts in ((), ("MODEL.CHANNELS_LAST", "True")):
+    for opts in ((), ("MODEL.CHANNELS_LAST", "False")):
         torch.manual_seed(0)
         opts = ("MODEL.WEIGHTS", "", *opts)
         model = random_hierkd("configs/hierkd_R50.yaml", 65, CPU, opts)

@@ -22,16 +22,16 @@ from hierkd.benchmarks.timing import Report, measure, peak_memory, ratio
 
 __all__ = ["add_arguments", "run"]
 
-_CHANNELS_LAST = ("MODEL.CHANNELS_LAST", "True")
+_CONTIGUOUS = ("MODEL.CHANNELS_LAST", "False")
 _AMP = ("TEST.AMP.ENABLED", "True")
 _COMPILE = ("TEST.COMPILE", "True")
 # Name to the KEY VALUE pairs on top of the config.
 _VARIANTS = {
     "HierKD": (),
-    "HierKD, channels-last": _CHANNELS_LAST,
-    "HierKD, channels-last, AMP": (*_CHANNELS_LAST, *_AMP),
+    "HierKD, contiguous": _CONTIGUOUS,
+    "HierKD, AMP": _AMP,
     "HierKD, compiled": _COMPILE,
-    "HierKD, compiled, channels-last, AMP": (*_CHANNELS_LAST, *_AMP, *_COMPILE),
+    "HierKD, compiled, AMP": (*_AMP, *_COMPILE),
 }
 _RETINANET = "RetinaNet"
 
