@@ -36,8 +36,10 @@ from torch import nn
 from hierkd.data.dataset_mapper import HierKDDatasetMapper, check_images
 from hierkd.data.datasets import check_captions, check_datasets
 from hierkd.data.loader import build_resumable_train_loader
-from hierkd.engine.checkpoint import HierKDCheckpointer
+from hierkd.engine.checkpoint import HierKDCheckpointer, warn_of_little_space
 from hierkd.engine.config import load_config
+from hierkd.engine.interruption import Interruption
+from hierkd.engine.metrics_file import mend_metrics
 from hierkd.engine.optimizer import build_optimizer
 from hierkd.evaluation.proposal_evaluation import ProposalEvaluator
 from hierkd.evaluation.split_coco_evaluation import SplitCOCOEvaluator
@@ -52,8 +54,38 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # detectron2 is untyped
         self.checkpointer = HierKDCheckpointer(
             self.model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
         )
+        self._interruption = Interruption(self.checkpointer)
         hooks: list[Any] = super().build_hooks()
-        return hooks
+        return [*hooks, self._interruption]
+
+    def build_writers(self) -> list[Any]:
+        """detectron2's writers, which append to what a killed run has left."""
+        mend_metrics(f"{self.cfg.OUTPUT_DIR}/metrics.json")
+        writers: list[Any] = super().build_writers()
+        return writers
+
+    def train(self) -> dict[str, Any] | None:
+        """Train to the end, or until a signal comes; see :mod:`hierkd.engine.interruption`.
+
+        Raises:
+            SystemExit: after a signal, with 128 + its number.
+        """
+        if comm.is_main_process():
+            period = self.cfg.SOLVER.CHECKPOINT_PERIOD
+            remaining = self.max_iter // period - self.start_iter // period + 1
+            warn_of_little_space(self.cfg.OUTPUT_DIR, self.model, self.optimizer, remaining)
+            last = self.checkpointer.get_checkpoint_file() if self.start_iter else ""
+            if self.start_iter == self.max_iter and not last.endswith("model_final.pth"):
+                # killed behind the last step: detectron2 writes this file in a step alone
+                self.checkpointer.save("model_final", iteration=self.iter)
+        with self._interruption.listening():
+            results: dict[str, Any] | None = super().train()
+        return results
+
+    def after_train(self) -> None:
+        """Let the hooks end; the iteration is the same whether the last step was done before."""
+        self.iter = min(self.iter, self.max_iter)  # one too many if no step was left
+        super().after_train()
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Load weights, or the last checkpoint together with the place in the data stream."""

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "projects" / "HierKD" / "hierkd"
 # A module imports only from layers above its own, that is, from lines before its own.
 # A package's __init__ may import the package's own modules, and hierkd/__init__ the packages.
 LAYERS = [
-    "atomic_files",
+    "atomic_files engine.metrics_file",
     "config data.splits data.coco_json data.loader"
     " modeling.losses modeling.sampling modeling.region_crops modeling.mlca"
     " modeling.text_classifier modeling.text_embeddings modeling.head modeling.atss"
@@ -27,7 +27,7 @@ LAYERS = [
     " engine.checkpoint engine.optimizer engine.results engine.visualization"
     " engine.paper_tables evaluation.coco_eval benchmarks.timing",
     "data.datasets data.dataset_mapper data.official_coco modeling.teacher engine.config"
-    " engine.warm_start engine.runs engine.reproduction",
+    " engine.warm_start engine.runs engine.reproduction engine.interruption",
     "modeling.cached_teacher",
     "data.miniature data.prepare modeling.meta_arch evaluation.split_coco_evaluation"
     " engine.predictor engine.cache_teacher",

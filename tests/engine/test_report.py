@@ -105,9 +105,14 @@ def test_metrics_of_a_resumed_run(tmp_path):
 def test_missing_and_broken_metrics_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"metrics\.json"):
         read_metrics(tmp_path)
-    (tmp_path / "metrics.json").write_text('{"iteration": 1, "loss_cls": 1}\n{"iter')
+    (tmp_path / "metrics.json").write_text('{"iteration": 1, "loss_cls": 1}\n{"iter\n')
     with pytest.raises(ValueError, match=r"metrics\.json, line 2"):
         read_metrics(tmp_path)
+
+
+def test_a_last_line_that_was_not_finished_is_left_out(tmp_path):
+    (tmp_path / "metrics.json").write_text('{"iteration": 1, "loss_cls": 2}\n{"iteration": 3, "lo')
+    assert read_metrics(tmp_path) == {"loss_cls": ([1], [2.0])}
 
 
 class Page(HTMLParser):

@@ -9,6 +9,7 @@ have seen, with any number of worker processes.
 from __future__ import annotations
 
 import random
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -21,13 +22,21 @@ from detectron2.data.samplers import TrainingSampler
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-__all__ = ["TrainingBatchSampler", "build_resumable_train_loader", "seeded_rng"]
+__all__ = [
+    "TrainingBatchSampler",
+    "await_main_process",
+    "build_resumable_train_loader",
+    "seeded_rng",
+]
 
 _SampleKey = tuple[int, int]  # (position in the stream of all processes, index of the image)
 _Mapper = Callable[[dict[str, Any]], dict[str, Any] | None]
 
 # How many other images stand in for one that the mapper refuses before giving up. [ours]
 _MAX_STAND_INS = 100
+
+_GRACE = 60.0  # [ours] seconds; twice what SLURM and torchrun give by default
+_LEAVING = (signal.ITIMER_REAL, _GRACE)
 
 
 @contextmanager
@@ -115,6 +124,22 @@ class _SeededSamples(Dataset[dict[str, Any]]):
         )
 
 
+def await_main_process(worker_id: int) -> None:
+    """Let a loader process outlive the signals that end a training; its main process ends it.
+
+    The main process finishes its step and saves first, and may still need samples for that. A
+    loader process that is not gone ``_GRACE`` seconds after a SIGTERM goes by itself; one whose
+    main process was killed notices that within seconds (torch).
+
+    Args:
+        worker_id: as torch passes it.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.setitimer(*_LEAVING))
+
+
 def build_resumable_train_loader(
     dataset_dicts: list[dict[str, Any]],
     mapper: _Mapper,
@@ -159,6 +184,7 @@ def build_resumable_train_loader(
         num_workers=num_workers,
         collate_fn=trivial_batch_collator,
         persistent_workers=num_workers > 0,
+        worker_init_fn=await_main_process,
         # Else starting to iterate would draw from torch's global generator: a resumed run does that
         # in the middle of training, and its first step would see other random numbers.
         generator=torch.Generator().manual_seed(seed),

@@ -1,21 +1,198 @@
-"""Checkpoints: detectron2's checkpointer, with errors that say what to do."""
+"""Checkpoints: detectron2's checkpointer, safe against kills, with errors that say what to do.
+
+The files are detectron2's. What differs is how they come to be (whole or not at all) and what
+``--resume`` does when some of them are not whole.
+"""
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
+import shutil
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from urllib.error import URLError
 
+import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.utils import comm
+from torch import Tensor
 
-__all__ = ["HierKDCheckpointer"]
+from hierkd.atomic_files import remove_unfinished, replacing
+
+__all__ = ["HierKDCheckpointer", "find_damage", "warn_of_little_space"]
+
+logger = logging.getLogger(__name__)
 
 _BACKGROUND = "text_classifier.background_embedding"
+_LAST = "last_checkpoint"
+_PATTERN = "model_*.pth"  # what detectron2's PeriodicCheckpointer writes
+
+# What zipfile and torch.load raise for files that were cut short or overwritten.
+_UNREADABLE = (
+    *(zipfile.BadZipFile, zlib.error, pickle.UnpicklingError, EOFError, OSError),
+    *(RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError),
+    *(OverflowError, MemoryError, ImportError),
+)
 
 
 class HierKDCheckpointer(DetectionCheckpointer):  # type: ignore[misc]  # detectron2 is untyped
-    """Loads and saves detectors; a checkpoint holds the detector alone, never the teacher."""
+    """Loads and saves detectors; a checkpoint holds the detector alone, never the teacher.
+
+    Attributes:
+        saved_iteration: of the last checkpoint that this object wrote; None before.
+    """
+
+    saved_iteration: int | None = None
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        """Write a checkpoint, then let ``last_checkpoint`` name it.
+
+        Each of the two files appears whole or not at all: it is written beside its final place,
+        brought to the disk, and renamed. What killed runs had begun is removed first. In a folder
+        that is not local (``s3://`` and the like) there is no renaming; there detectron2 writes.
+
+        Args:
+            name: without ``.pth``.
+            **kwargs: what the checkpoint holds besides model and trainer, such as ``iteration``.
+
+        Raises:
+            OSError: if it cannot be written, e.g. on a full disk. Names the file, the bytes needed
+                and free, and the last checkpoint, which is what it was.
+        """
+        if not self.save_dir or not self.save_to_disk:
+            return
+        if "://" in self.save_dir:
+            super().save(name, **kwargs)
+        else:
+            data = {"model": self.model.state_dict()}
+            data.update({key: each.state_dict() for key, each in self.checkpointables.items()})
+            data.update(kwargs)
+            self._save_whole(Path(self.save_dir) / f"{name}.pth", data)
+        self.saved_iteration = kwargs.get("iteration")
+
+    def _save_whole(self, path: Path, data: dict[str, Any]) -> None:
+        for pattern in (_PATTERN, _LAST):
+            for left in remove_unfinished(path.parent, pattern):
+                logger.warning("Removed %s, which a killed run had begun to write", left)
+        self.logger.info("Saving checkpoint to %s", path)
+        try:
+            with replacing(path, durable=True) as making, making.open("wb") as file:
+                torch.save(data, file)
+            self.tag_last_checkpoint(path.name)
+        except (OSError, RuntimeError) as error:
+            cause = _os_error(error)
+            if cause is None:
+                raise
+            raise OSError(
+                cause.errno,
+                f"{path}: the checkpoint could not be written: {cause.strerror or cause}. It needs "
+                f"{_megabytes(_num_bytes(data))}, and the file system has "
+                f"{_megabytes(_free_bytes(path.parent))} free. {self._what_is_left()}",
+            ) from error
+
+    def _what_is_left(self) -> str:
+        last = self.get_checkpoint_file() if super().has_checkpoint() else ""
+        if not os.path.isfile(last):
+            return "There was no checkpoint before it"
+        return f"The checkpoint before it, {last!r}, is intact: make room and go on with --resume"
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        """Let ``last_checkpoint`` name a file; at no moment does it name another or nothing."""
+        if "://" in self.save_dir:
+            super().tag_last_checkpoint(last_filename_basename)
+            return
+        with replacing(Path(self.save_dir) / _LAST, durable=True) as making:
+            making.write_text(last_filename_basename, encoding="utf-8")
+
+    def has_checkpoint(self) -> bool:
+        """Whether there is anything to resume from, be it ``last_checkpoint`` or a checkpoint."""
+        return bool(super().has_checkpoint() or any(Path(self.save_dir).glob(_PATTERN)))
+
+    def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
+        """Resume from the last checkpoint that is whole, or load ``path`` if there is none at all.
+
+        With several processes the first one decides for all.
+
+        Args:
+            path: ``MODEL.WEIGHTS``.
+            resume: False: load the weights of ``path`` and nothing else.
+
+        Returns:
+            As :meth:`load`.
+
+        Raises:
+            ValueError: if there are checkpoints or a ``last_checkpoint``, but nothing is whole.
+            FileNotFoundError: as :meth:`load`; also if only other processes see the checkpoint.
+            ConnectionError: as :meth:`load`.
+        """
+        if resume:
+            last = self._agree_on_checkpoint()
+            if last:
+                return self.load(last)
+            logger.info("--resume: %r holds no checkpoint: starting afresh", self.save_dir)
+        elif self.save_to_disk and self.checkpointables and self.has_checkpoint():
+            logger.warning(
+                "%r holds checkpoints of an earlier run, which this one will overwrite; --resume "
+                "would go on with them",
+                self.save_dir,
+            )
+        return self.load(path, checkpointables=[])
+
+    def _agree_on_checkpoint(self) -> str:
+        """The checkpoint to resume from; "" = there is none and never was."""
+        found, error = "", ""
+        if comm.is_main_process():
+            try:
+                found = self._find_checkpoint()
+            except ValueError as caught:
+                error = str(caught)
+        found, error = comm.all_gather((found, error))[0]
+        if error:
+            raise ValueError(error)
+        if found and "://" not in found and not os.path.isfile(found):
+            raise FileNotFoundError(
+                f"--resume: process {comm.get_rank()} does not see {found!r}, from which the first "
+                "process resumes: OUTPUT_DIR must be a folder that all machines share"
+            )
+        return found
+
+    def _find_checkpoint(self) -> str:
+        if "://" in self.save_dir:
+            return str(self.get_checkpoint_file()) if super().has_checkpoint() else ""
+        folder = Path(self.save_dir)
+        files = [path for path in folder.glob(_PATTERN) if path.is_file()]
+        tagged = super().has_checkpoint()
+        if not files and not tagged:
+            return ""
+        last, wrong = self._read_tag() if tagged else (None, "there is no last_checkpoint")
+        if last is not None and not wrong:
+            return str(last)
+        for path in _newest_first(set(files) - {last}):
+            damage = find_damage(path)
+            if damage is None:
+                logger.warning("--resume: %s: %s. Going on from %s", folder, wrong, path)
+                return str(path)
+            wrong += f"; {path.name} {damage}"
+        raise ValueError(
+            f"--resume: {str(folder)!r}: no checkpoint is whole: {wrong}. Put a whole one there, "
+            "or, to start afresh, leave --resume out"
+        )
+
+    def _read_tag(self) -> tuple[Path | None, str]:
+        """What ``last_checkpoint`` names, and what is wrong with that ("" = nothing)."""
+        name = (Path(self.save_dir) / _LAST).read_bytes().decode("utf-8", "replace").strip()
+        if not name:
+            return None, "last_checkpoint is empty"
+        if "\0" in name:
+            return None, f"last_checkpoint holds {name[:50]!r}"
+        path = Path(self.save_dir) / name
+        damage = find_damage(path)
+        return path, "" if damage is None else f"last_checkpoint names {name!r}, which {damage}"
 
     def load_detector(self, path: str) -> None:
         """Load the weights of a trained detector, for uses that make no sense with random ones.
@@ -96,3 +273,110 @@ class HierKDCheckpointer(DetectionCheckpointer):  # type: ignore[misc]  # detect
         incompatible = super()._load_model(checkpoint)
         self._missing_keys = list(incompatible.missing_keys)
         return incompatible
+
+
+def find_damage(path: str | os.PathLike[str]) -> str | None:
+    """Say what is wrong with a checkpoint file.
+
+    Reads the file once and compares its checksums, which ``torch.load`` does not; then has torch
+    map it, which reads no tensor. Half a second per gigabyte or so.
+
+    Args:
+        path: of a local file.
+
+    Returns:
+        The end of a sentence, e.g. "is not there", or None if the file is whole.
+    """
+    path = Path(path)
+    if not path.is_file():
+        return "is not there"
+    if path.stat().st_size == 0:
+        return "is empty"
+    try:
+        mapped = zipfile.is_zipfile(path)
+        if mapped:
+            with zipfile.ZipFile(path) as archive:
+                broken = archive.testzip()
+            if broken is not None:
+                return f"is damaged (in {broken!r})"
+        # torch's format before 1.6 has neither a directory nor checksums: all of it is read
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except _UNREADABLE as error:
+        return f"is damaged ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+    return None if isinstance(content, dict) and "model" in content else "holds no model"
+
+
+def warn_of_little_space(
+    folder: str, model: torch.nn.Module, optimizer: torch.optim.Optimizer, num_checkpoints: int
+) -> None:
+    """Log a warning if the checkpoints of a run will not fit on the disk.
+
+    Args:
+        folder: where they will be; must exist if it is local.
+        model: whose weights they hold.
+        optimizer: whose moments they hold.
+        num_checkpoints: how many the run is going to write.
+    """
+    if "://" in folder:
+        return
+    moments = 2 if isinstance(optimizer, torch.optim.Adam) else 1  # AdamW is an Adam
+    trained = [each for group in optimizer.param_groups for each in group["params"]]
+    size = _num_bytes(model.state_dict()) + moments * _num_bytes(trained)
+    free = _free_bytes(Path(folder))
+    if free < num_checkpoints * size:
+        logger.warning(
+            "%s: this run writes %d checkpoints of about %s, and the file system has %s free: make "
+            "room, or raise SOLVER.CHECKPOINT_PERIOD",
+            folder,
+            num_checkpoints,
+            _megabytes(size),
+            _megabytes(free),
+        )
+
+
+def _newest_first(paths: set[Path]) -> list[Path]:
+    """By iteration: the one in the name, else the one inside; unknown ones last."""
+
+    def iteration(path: Path) -> tuple[int, str]:
+        digits = path.stem.removeprefix("model_")
+        if digits.isdigit():
+            return int(digits), path.name
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            return int(content["iteration"]), path.name
+        except _UNREADABLE:
+            return -1, path.name
+
+    return sorted(paths, key=iteration, reverse=True)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for each in value.values():
+            yield from _tensors(each)
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from _tensors(each)
+
+
+def _num_bytes(value: Any) -> int:
+    return sum(each.numel() * each.element_size() for each in _tensors(value))
+
+
+def _free_bytes(folder: Path) -> int:
+    return shutil.disk_usage(folder).free
+
+
+def _megabytes(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:,.1f} MB"
+
+
+def _os_error(error: BaseException | None) -> OSError | None:
+    """The operating system's error behind ``error``: torch reports its own one instead."""
+    while error is not None:
+        if isinstance(error, OSError):
+            return error
+        error = error.__cause__ or error.__context__
+    return None

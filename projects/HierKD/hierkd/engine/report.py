@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import html
 import io
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -32,6 +31,7 @@ from hierkd.engine.gallery import (
     draw_sample,
     keep_as_many_as_objects,
 )
+from hierkd.engine.metrics_file import read_metric_lines
 from hierkd.engine.predictor import OpenVocabularyPredictor
 from hierkd.engine.results import Results, summary_rows
 from hierkd.engine.visualization import Color, Image, enlarge
@@ -119,21 +119,15 @@ def read_metrics(run_dir: str | os.PathLike[str]) -> dict[str, Curve]:
 
     Returns:
         Loss name to (iterations, values), ``total_loss`` first. Where a resumed run wrote an
-        iteration again, the last value counts.
+        iteration again, the last value counts; a last line that a killed run did not finish is
+        left out.
 
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: A line is not JSON; the line is named.
     """
-    path = Path(run_dir) / "metrics.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no metrics of a training run")
     values: dict[str, dict[int, float]] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
+    for entry in read_metric_lines(Path(run_dir) / "metrics.json"):
         for name in entry:
             if name == "total_loss" or name.startswith("loss_"):
                 values.setdefault(name, {})[int(entry["iteration"])] = float(entry[name])

@@ -22,6 +22,7 @@ import torch
 from tqdm import tqdm
 
 from hierkd.data.coco_json import write_json_atomically
+from hierkd.engine.metrics_file import read_metric_lines
 
 __all__ = ["Run", "execute", "find_figure", "git_commit", "read_record"]
 
@@ -50,7 +51,7 @@ class Run:
 
     def command(self) -> list[str]:
         """The command line that trains and evaluates it, or goes on with it."""
-        resume = (self.folder / "last_checkpoint").is_file()
+        resume = any(self.folder.glob("model_*.pth")) or (self.folder / "last_checkpoint").exists()
         return [
             *(sys.executable, "train_net.py", "--config-file", self.config),
             *(["--num-gpus", str(self.num_gpus)] if self.num_gpus else []),
@@ -163,14 +164,14 @@ def _train(run: Run, root: Path, threads: int) -> int:
             check=False,
         ).returncode
     if code == 0:
-        lines = (run.folder / "metrics.json").read_text().splitlines()
+        last = read_metric_lines(run.folder / "metrics.json")[-1]
         record = {
             **run.identity(),
             "name": run.name,
             "commit": commit,
             "torch": torch.__version__,
             "seconds_of_last_start": round(time.monotonic() - started, 1),
-            "metrics": {k: v for k, v in json.loads(lines[-1]).items() if "/" in k},
+            "metrics": {k: v for k, v in last.items() if "/" in k},
         }
         write_json_atomically(run.folder / RECORD, record)
     return code
