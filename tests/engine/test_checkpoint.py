@@ -1,17 +1,32 @@
 """Checkpoints: what they hold, what they give back, and errors that say what to do."""
 
+import contextlib
+import errno
+import logging
+import math
+import os
+import random
 import re
+import resource
+import shutil
+import signal
+import subprocess
+import zipfile
+from pathlib import Path
 from urllib.error import URLError
 
 import pytest
 import torch
+from detectron2.checkpoint import DetectionCheckpointer, PeriodicCheckpointer
+from detectron2.engine.train_loop import AMPTrainer
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.modeling.backbone import FPN, BasicStem, ResNet
 from detectron2.modeling.backbone.resnet import BasicBlock
 from detectron2.modeling.box_regression import Box2BoxTransform
+from iopath.common.file_io import NativePathHandler, PathManager
 
 from fake_teacher import FakeTeacher
-from hierkd.engine.checkpoint import HierKDCheckpointer
+from hierkd.engine.checkpoint import HierKDCheckpointer, find_damage, warn_of_little_space
 from hierkd.modeling.atss import ATSSMatcher
 from hierkd.modeling.head import ATSSHead
 from hierkd.modeling.meta_arch import IKD, DetectionSettings, HierKD, InferenceSettings
@@ -207,3 +222,365 @@ def test_a_trained_detector_is_told_from_a_backbone(saved, tmp_path):
         HierKDCheckpointer(model).load_detector(str(tmp_path / "warm_start.pth"))
     with pytest.raises(ValueError, match="no trained detector"):
         HierKDCheckpointer(model).load_detector("")
+
+
+# --------------------------------------------------------------------------- whole or not at all
+
+
+def checkpoints(folder, *iterations, final=None):
+    """Checkpoints of distinct detectors, saved one after the other as detectron2 names them."""
+    names = {f"model_{i:07d}": i for i in iterations}
+    if final is not None:
+        names["model_final"] = final
+    for name, iteration in names.items():
+        checkpointer = HierKDCheckpointer(make_detector(seed=iteration), str(folder))
+        checkpointer.save(name, iteration=iteration)
+
+
+def resumed(folder):
+    """The iteration that ``--resume`` finds in the folder; the weights are those of it."""
+    model = make_detector(seed=99)
+    rest = HierKDCheckpointer(model, str(folder)).resume_or_load("", resume=True)
+    if "iteration" in rest:
+        expected = make_detector(seed=rest["iteration"]).state_dict()
+        assert all(torch.equal(v, expected[k]) for k, v in model.state_dict().items())
+    return rest.get("iteration")
+
+
+def truncate(path, keep=0.5):
+    os.truncate(path, int(path.stat().st_size * keep))
+
+
+def test_stock_detectron2_loads_our_files(saved):
+    model = make_detector(seed=2)
+    assert DetectionCheckpointer(model).load(saved)["iteration"] == 41
+    original = make_detector(seed=1).state_dict()
+    assert all(torch.equal(v, original[k]) for k, v in model.state_dict().items())
+
+
+def test_our_file_is_that_of_stock_detectron2_byte_for_byte(saved, tmp_path):
+    stock = tmp_path / "stock"
+    stock.mkdir()
+    DetectionCheckpointer(make_detector(seed=1), str(stock)).save("model_0000041", iteration=41)
+    assert (stock / "model_0000041.pth").read_bytes() == Path(saved).read_bytes()
+    for name in ("last_checkpoint",):
+        assert (stock / name).read_bytes() == (tmp_path / name).read_bytes()
+
+
+def test_periodic_checkpointer_keeps_the_newest(tmp_path):
+    checkpointer = HierKDCheckpointer(make_detector(), str(tmp_path))
+    periodic = PeriodicCheckpointer(checkpointer, period=2, max_iter=8, max_to_keep=2)
+    for iteration in range(8):
+        periodic.step(iteration)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == [
+        "last_checkpoint",
+        *(f"model_{i}.pth" for i in ("0000005", "0000007", "final")),
+    ]
+    assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
+    assert checkpointer.saved_iteration == 7
+
+
+def test_a_remote_folder_is_written_as_detectron2_does(tmp_path):
+    # no renaming there: through detectron2's path manager, which writes where it is told
+    class Store(NativePathHandler):
+        def _get_supported_prefixes(self):
+            return ["store://"]
+
+        def _inside(self, path):
+            return str(tmp_path / path.removeprefix("store://"))
+
+        def _open(self, path, *args, **kwargs):
+            return open(self._inside(path), *args, **kwargs)
+
+        def _exists(self, path, **kwargs):
+            return os.path.exists(self._inside(path))
+
+        def _get_local_path(self, path, **kwargs):
+            return self._inside(path)
+
+    manager = PathManager()
+    manager.register_handler(Store())
+    (tmp_path / "run").mkdir()
+    checkpointer = HierKDCheckpointer(make_detector(seed=3), "store://run")
+    checkpointer.path_manager = manager
+    checkpointer.save("model_0000003", iteration=3)
+    assert resumed(tmp_path / "run") == 3
+    assert checkpointer.resume_or_load("", resume=True)["iteration"] == 3
+
+
+# ------------------------------------------------------------------- what --resume falls back to
+
+
+def test_a_sound_folder_is_resumed_without_a_word(tmp_path, caplog):
+    checkpoints(tmp_path, 1, 3, final=4)
+    assert resumed(tmp_path) == 4
+    assert [r.message for r in caplog.records if r.levelno >= logging.WARNING] == []
+
+
+def test_last_checkpoint_is_obeyed_when_it_names_an_older_one(tmp_path):
+    checkpoints(tmp_path, 1, 3)
+    (tmp_path / "last_checkpoint").write_text("model_0000001.pth\n")
+    assert resumed(tmp_path) == 1
+
+
+BROKEN_TAGS = {
+    "missing": (lambda f: (f / "last_checkpoint").unlink(), "there is no last_checkpoint"),
+    "empty": (lambda f: (f / "last_checkpoint").write_text(""), "last_checkpoint is empty"),
+    "zeros": (lambda f: (f / "last_checkpoint").write_bytes(bytes(17)), "last_checkpoint holds"),
+    "garbage": (lambda f: (f / "last_checkpoint").write_bytes(b"\xff\xfe\x80m"), "is not there"),
+    "cut short": (lambda f: (f / "last_checkpoint").write_text("model_00"), "'model_00', which is"),
+    "gone": (
+        lambda f: (f / "last_checkpoint").write_text("model_0000099.pth"),
+        "names 'model_0000099.pth', which is not there",
+    ),
+    "the folder": (lambda f: (f / "last_checkpoint").write_text("."), "is not there"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_TAGS)
+def test_a_broken_last_checkpoint_falls_back_to_the_newest(tmp_path, caplog, case):
+    checkpoints(tmp_path, 9, 10, 100)
+    os.utime(tmp_path / "model_0000009.pth", (2**31, 2**31))  # by iteration, not by date
+    spoil, message = BROKEN_TAGS[case]
+    spoil(tmp_path)
+    assert resumed(tmp_path) == 100
+    (warning,) = [r.getMessage() for r in caplog.records if "--resume" in r.getMessage()]
+    assert message in warning
+    assert warning.endswith(f"Going on from {tmp_path / 'model_0000100.pth'}")
+
+
+DAMAGES = {
+    "truncated": (truncate, "is damaged"),
+    "one byte short": (lambda p: os.truncate(p, p.stat().st_size - 1), "is damaged"),
+    "empty": (lambda p: p.write_bytes(b""), "is empty"),
+    "zeros": (lambda p: p.write_bytes(bytes(p.stat().st_size)), "is damaged"),
+    "text": (lambda p: p.write_text("404: not found"), "is damaged"),
+    "gone": (lambda p: p.unlink(), "is not there"),
+    "a bit in a tensor": (lambda p: flip(p, largest_tensor(p)), "is damaged (in 'archive/data"),
+    "no model": (lambda p: torch.save({"iteration": 7}, p), "holds no model"),
+}
+
+
+def flip(path, at, mask=1):
+    content = bytearray(path.read_bytes())
+    content[at] ^= mask
+    path.write_bytes(content)
+
+
+def largest_tensor(path):
+    """An offset inside of the longest stretch of numbers."""
+    with zipfile.ZipFile(path) as archive:
+        info = max(archive.infolist(), key=lambda each: each.file_size)
+    return info.header_offset + 200 + info.file_size // 2
+
+
+@pytest.mark.parametrize("case", DAMAGES)
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, caplog, case):
+    checkpoints(tmp_path, 1, 3, 5, final=6)
+    damage, message = DAMAGES[case]
+    damage(tmp_path / "model_final.pth")
+    truncate(tmp_path / "model_0000005.pth", 0.9)
+    assert resumed(tmp_path) == 3
+    (warning,) = [r.getMessage() for r in caplog.records if "--resume" in r.getMessage()]
+    assert f"'model_final.pth', which {message}" in warning
+    assert "model_0000005.pth is damaged" in warning
+    assert str(tmp_path / "model_0000003.pth") in warning
+
+
+def test_the_final_one_is_ordered_by_its_iteration(tmp_path):
+    checkpoints(tmp_path, 1, 8, final=4)
+    (tmp_path / "last_checkpoint").unlink()
+    assert resumed(tmp_path) == 8
+    (tmp_path / "model_0000008.pth").unlink()
+    assert resumed(tmp_path) == 4
+
+
+@pytest.mark.parametrize("tagged", [True, False])
+def test_nothing_whole_is_an_error_and_no_fresh_start(tmp_path, tagged):
+    checkpoints(tmp_path, 1, 3)
+    truncate(tmp_path / "model_0000001.pth")
+    (tmp_path / "model_0000003.pth").write_bytes(b"")
+    if not tagged:
+        (tmp_path / "last_checkpoint").unlink()
+    with pytest.raises(ValueError, match="no checkpoint is whole") as error:
+        resumed(tmp_path)
+    for part in (str(tmp_path), "model_0000001.pth is damaged", "is empty", "leave --resume out"):
+        assert part in str(error.value)
+
+
+def test_only_a_last_checkpoint_is_an_error_too(tmp_path):
+    (tmp_path / "last_checkpoint").write_text("model_0000003.pth")
+    with pytest.raises(ValueError, match=r"names 'model_0000003\.pth', which is not there"):
+        resumed(tmp_path)
+
+
+def test_an_empty_folder_starts_afresh_and_says_so(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    assert resumed(tmp_path) is None
+    assert f"{str(tmp_path)!r} holds no checkpoint: starting afresh" in caplog.text
+    (tmp_path / "warm_start.pth").write_bytes(b"weights to start from are no checkpoint of a run")
+    assert resumed(tmp_path) is None
+
+
+def test_the_format_before_torch_1_6_is_read(tmp_path):
+    content = {"model": make_detector(seed=5).state_dict(), "iteration": 5}
+    path = tmp_path / "model_0000005.pth"
+    torch.save(content, path, _use_new_zipfile_serialization=False)
+    assert find_damage(path) is None
+    assert resumed(tmp_path) == 5
+    truncate(path, 0.9)
+    assert find_damage(path).startswith("is damaged")
+
+
+@pytest.mark.parametrize("number", [400, pytest.param(20_000, marks=pytest.mark.slow)])
+def test_every_single_damage_is_found_or_harmless(saved, tmp_path, number):
+    """Bits turned, bytes overwritten, files cut: noticed, or what is loaded is the same."""
+    path, whole = tmp_path / "model_0000050.pth", Path(saved).read_bytes()
+    expected = torch.load(saved, weights_only=True)["model"]
+    draw, found = random.Random(number), 0
+    for _ in range(number):
+        content = bytearray(whole)
+        at = draw.randrange(len(whole))
+        kind = draw.randrange(3)
+        if kind == 0:
+            content[at] ^= 1 << draw.randrange(8)
+        elif kind == 1:
+            content[at : at + 64] = draw.randbytes(len(content[at : at + 64]))
+        else:
+            del content[at:]
+        path.write_bytes(content)
+        if find_damage(path) is not None:
+            found += 1
+            continue
+        loaded = torch.load(path, weights_only=True)
+        assert all(torch.equal(v, loaded["model"][k]) for k, v in expected.items())
+        assert loaded["iteration"] == 41
+    assert found > number // 2
+
+
+# ------------------------------------------------------------------------------------- full disks
+
+
+@contextlib.contextmanager
+def largest_file(num_bytes):
+    """No file of this process can grow beyond so many bytes, as on a disk that is full."""
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def assert_only(folder, iteration):
+    names = {path.name for path in folder.iterdir() if path.name != "filler"}
+    assert names == {"last_checkpoint", f"model_{iteration:07d}.pth"}
+    assert resumed(folder) == iteration
+
+
+@pytest.mark.parametrize("share", [0.01, 0.5, 0.99, 0.9999])
+def test_a_write_that_fails_leaves_what_was(tmp_path, share):
+    checkpoints(tmp_path, 3)
+    size = (tmp_path / "model_0000003.pth").stat().st_size
+    checkpointer = HierKDCheckpointer(make_detector(seed=4), str(tmp_path))
+    with largest_file(int(size * share)), pytest.raises(OSError, match="File too large") as error:
+        checkpointer.save("model_0000004", iteration=4)
+    message = str(error.value)
+    assert error.value.errno == errno.EFBIG
+    intact = f"{str(tmp_path / 'model_0000003.pth')!r}, is intact"
+    for part in (str(tmp_path / "model_0000004.pth"), " MB free", intact, "--resume"):
+        assert part in message
+    assert_only(tmp_path, 3)
+    checkpointer.save("model_0000004", iteration=4)  # there is room again
+    assert resumed(tmp_path) == 4
+
+
+def test_the_first_write_that_fails(tmp_path):
+    checkpointer = HierKDCheckpointer(make_detector(), str(tmp_path))
+    with largest_file(1000), pytest.raises(OSError, match="There was no checkpoint before it"):
+        checkpointer.save("model_0000004", iteration=4)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of one megabyte."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to mount a file system")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk(small_disk, caplog):
+    checkpoints(small_disk, 3)
+    size = (small_disk / "model_0000003.pth").stat().st_size
+    free = shutil.disk_usage(small_disk).free
+    (small_disk / "filler").write_bytes(bytes(free - size // 2 // 4096 * 4096))
+    checkpointer = HierKDCheckpointer(make_detector(seed=4), str(small_disk))
+    with pytest.raises(OSError, match="No space left on device") as error:
+        checkpointer.save("model_0000004", iteration=4)
+    assert error.value.errno == errno.ENOSPC
+    assert f"has {size // 2 // 4096 * 4096 / 1e6:,.1f} MB free" in str(error.value)
+    assert_only(small_disk, 3)
+    (small_disk / "filler").unlink()
+    checkpointer.save("model_0000004", iteration=4)
+    assert resumed(small_disk) == 4
+
+
+def test_a_disk_that_will_be_full_is_told_in_advance(small_disk, caplog):
+    model = make_detector()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    weights_and_moments = 2 * sum(v.numel() * 4 for v in model.parameters())
+    few = shutil.disk_usage(small_disk).free // weights_and_moments
+    warn_of_little_space(str(small_disk), model, optimizer, few // 2)
+    assert caplog.text == ""
+    warn_of_little_space(str(small_disk), model, optimizer, 2 * few)
+    assert f"{small_disk}: this run writes {2 * few} checkpoints" in caplog.text
+    assert "1.0 MB free" in caplog.text
+
+
+def test_what_a_killed_run_had_begun_is_removed_by_the_next_save(tmp_path, caplog):
+    checkpoints(tmp_path, 3)
+    left = [".model_0000009.pth.123.tmp", ".last_checkpoint.123.tmp"]
+    for name in left:
+        (tmp_path / name).write_bytes(b"half")
+    (tmp_path / ".notes.tmp").write_text("not ours")
+    assert resumed(tmp_path) == 3  # whoever only reads removes nothing: a run may be writing
+    assert all((tmp_path / name).exists() for name in left)
+    checkpoints(tmp_path, 5)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {*("model_0000003.pth", "model_0000005.pth", "last_checkpoint", ".notes.tmp")}
+    assert all(f"Removed {tmp_path / name}" in caplog.text for name in left)
+
+
+# --------------------------------------------------------------------------------------------- AMP
+
+
+def test_the_scaler_of_mixed_precision_is_saved_and_restored(tmp_path):
+    """detectron2's own trainer for AMP behind our checkpointer; the scale has moved."""
+    expected, iterations = None, []
+    for _ in range(2):
+        model = torch.nn.Linear(2, 1)
+        scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=3)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        trainer = AMPTrainer(model, [], optimizer, grad_scaler=scaler)
+        checkpointer = HierKDCheckpointer(model, str(tmp_path), trainer=trainer)
+        iterations.append(checkpointer.resume_or_load("", resume=True).get("iteration"))
+        if expected is None:
+            for factor in (1.0, math.inf, 1.0, 1.0):  # an overflow halves, then two good steps
+                optimizer.zero_grad()
+                scaler.scale((model(torch.ones(1, 2)) * factor).sum()).backward()
+                scaler.step(optimizer)
+                scaler.update()
+            expected = scaler.state_dict()
+            assert (expected["scale"], expected["_growth_tracker"]) == (32.0, 2)
+            checkpointer.save("model_0000003", iteration=3)
+        else:
+            assert scaler.state_dict() == expected
+    assert iterations == [None, 3]
