@@ -5,7 +5,8 @@
 Moments: ``never``; ``step:N`` and ``evaluation:N``: in the N-th call of the model in training or
 not; ``time:S``: S seconds after the first step began; ``write:NAME:BYTES``: when so many bytes of
 the checkpoint have been written; ``rename:NAME`` and ``renamed:NAME``: right before and after
-``os.replace`` gives a file this name; ``save:NAME``: when that checkpoint is about to be written.
+``os.replace`` gives a file this name. A NAME is a pattern, and its first match counts. Another
+one kills nothing: ``hang:N``: the N-th step takes a minute.
 """
 
 import io
@@ -15,10 +16,10 @@ import signal
 import sys
 import threading
 import time
+from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
-from fvcore.common.checkpoint import Checkpointer
 
 
 def kill() -> None:
@@ -50,7 +51,7 @@ def kill_in_write(name, num_bytes):
 
     def fused(content, file):
         path = Path(str(getattr(file, "name", file))).name
-        save(content, Fuse(file, int(num_bytes)) if name in path else file)
+        save(content, Fuse(file, int(num_bytes)) if fnmatch(path, f"*{name}*") else file)
 
     torch.save = fused
 
@@ -59,7 +60,7 @@ def kill_at_rename(name, *, before):
     replace = os.replace
 
     def killing(source, target, **kwargs):
-        hit = Path(target).name == name
+        hit = fnmatch(Path(target).name, name)
         if hit and before:
             kill()
         replace(source, target, **kwargs)
@@ -100,17 +101,19 @@ def kill_after(seconds):
     HierKD.forward = starting
 
 
-def kill_before_save(name):
-    from hierkd.engine.checkpoint import HierKDCheckpointer
+def hang_in_call(number):
+    from hierkd.modeling.meta_arch import HierKD
 
-    save = HierKDCheckpointer.save
+    forward, calls = HierKD.forward, []
 
-    def killing(self: Checkpointer, saved, **kwargs):
-        if f"{saved}.pth" == name:
-            kill()
-        save(self, saved, **kwargs)
+    def slow(self, inputs):
+        calls.append(None)
+        if len(calls) == int(number):
+            print("hanging", flush=True)
+            time.sleep(60)
+        return forward(self, inputs)
 
-    HierKDCheckpointer.save = killing
+    HierKD.forward = slow
 
 
 def arrange(moment: str) -> None:
@@ -123,8 +126,8 @@ def arrange(moment: str) -> None:
         kill_in_call(*rest, training=kind == "step")
     elif kind == "time":
         kill_after(*rest)
-    elif kind == "save":
-        kill_before_save(*rest)
+    elif kind == "hang":
+        hang_in_call(*rest)
     elif kind != "never":
         raise SystemExit(f"unknown moment {moment!r}")
 

@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 def read_metric_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Read the file line by line; a last line that was not written to its end is left out.
 
-    A resumed run appends, so an iteration that was done twice is there twice: the later line counts.
+    A resumed run appends, so what was done twice is there twice: the later line counts.
 
     Args:
         path: of ``metrics.json``, one JSON object a line.
