@@ -38,7 +38,7 @@ from hierkd.data.datasets import check_captions, check_datasets
 from hierkd.data.loader import build_resumable_train_loader
 from hierkd.engine.checkpoint import HierKDCheckpointer, warn_of_little_space
 from hierkd.engine.config import load_config
-from hierkd.engine.interruption import Interruption
+from hierkd.engine.interruption import Interruption, passing_signals_on
 from hierkd.engine.metrics_file import mend_metrics
 from hierkd.engine.optimizer import build_optimizer
 from hierkd.evaluation.proposal_evaluation import ProposalEvaluator
@@ -47,6 +47,8 @@ from hierkd.evaluation.split_coco_evaluation import SplitCOCOEvaluator
 
 class Trainer(DefaultTrainer):  # type: ignore[misc]  # detectron2 is untyped
     """detectron2's trainer with HierKD's data, checkpoints and vocabularies."""
+
+    iter: int  # the step that is being done, from 0
 
     def build_hooks(self) -> list[Any]:
         """detectron2's hooks, which save with HierKD's checkpointer."""
@@ -209,11 +211,13 @@ def check_num_gpus(num_gpus: int) -> None:
 if __name__ == "__main__":
     arguments = default_argument_parser(epilog=__doc__).parse_args()
     check_num_gpus(arguments.num_gpus)
-    launch(
-        main,
-        arguments.num_gpus,
-        num_machines=arguments.num_machines,
-        machine_rank=arguments.machine_rank,
-        dist_url=arguments.dist_url,
-        args=(arguments,),
-    )
+    starts_others = arguments.num_gpus * arguments.num_machines > 1
+    with passing_signals_on() if starts_others else nullcontext():
+        launch(
+            main,
+            arguments.num_gpus,
+            num_machines=arguments.num_machines,
+            machine_rank=arguments.machine_rank,
+            dist_url=arguments.dist_url,
+            args=(arguments,),
+        )

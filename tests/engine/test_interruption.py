@@ -2,7 +2,10 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -236,6 +239,35 @@ def test_two_processes_stop_after_the_same_step(tmp_path):
         assert (tmp_path / f"steps_{rank}").read_text() == str(stopping)
     (saved,) = tmp_path.glob("model_*.pth")
     assert saved.name == f"model_{stopping:07d}.pth"
+
+
+def test_the_process_that_starts_others_waits_for_them(tmp_path):
+    """A signal to it alone reaches both; it leaves after them, with their status and no traceback.
+
+    What ``kill``, ``docker stop`` and batch systems do.
+    """
+    script = interrupted_processes.__file__
+    with (tmp_path / "said.txt").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, script, str(tmp_path)], stdout=log, stderr=subprocess.STDOUT
+        )
+    try:
+        until = time.monotonic() + 120
+        while len(list(tmp_path.glob("steps_*"))) < 2:
+            assert process.poll() is None
+            assert time.monotonic() < until
+            time.sleep(0.1)
+        process.send_signal(signal.SIGUSR1)
+        status = process.wait(timeout=60)
+    finally:
+        process.kill()
+    text = (tmp_path / "said.txt").read_text()
+    assert status == 128 + signal.SIGUSR1, text
+    assert "Traceback" not in text
+    steps = {(tmp_path / f"steps_{rank}").read_text() for rank in range(2)}
+    assert len(steps) == 1
+    (saved,) = tmp_path.glob("model_*.pth")
+    assert saved.name == f"model_{int(steps.pop()):07d}.pth"
 
 
 def test_loader_processes_ignore_the_signals_but_do_not_stay_for_ever():

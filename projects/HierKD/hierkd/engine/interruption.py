@@ -8,6 +8,7 @@ another whether a signal has come, which costs what detectron2's own exchange of
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import signal
 import threading
@@ -19,10 +20,11 @@ from typing import Any, NoReturn
 
 from detectron2.engine import HookBase
 from detectron2.utils import comm
+from torch.multiprocessing.spawn import ProcessExitedException
 
 from hierkd.engine.checkpoint import HierKDCheckpointer
 
-__all__ = ["SIGNALS", "Interruption"]
+__all__ = ["SIGNALS", "Interruption", "passing_signals_on"]
 
 logger = logging.getLogger(__name__)
 
@@ -119,3 +121,42 @@ class Interruption(HookBase):  # type: ignore[misc]  # detectron2 is untyped
         if together:
             comm.synchronize()  # a launcher ends the others when the first one leaves
         raise SystemExit(status)
+
+
+@contextmanager
+def passing_signals_on() -> Iterator[None]:
+    """Let a process that only starts others and waits for them give its signals to them.
+
+    Without this it would be gone first, and what it started would be killed while saving. It must
+    be the main thread.
+
+    Raises:
+        SystemExit: when one of the others has ended on a signal, with the same status.
+    """
+    received: list[int] = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        children = multiprocessing.active_children()
+        if not children:  # none yet: end as without a handler
+            signal.signal(number, before[number])
+            signal.raise_signal(number)
+        for child in children:
+            if child.pid is not None:
+                os.kill(child.pid, number)
+
+    before = {each: signal.getsignal(each) for each in SIGNALS}
+    before = {k: v for k, v in before.items() if v is not signal.SIG_IGN and v is not None}
+    for number in before:
+        signal.signal(number, handle)
+    try:
+        yield
+    except ProcessExitedException as error:
+        if error.exit_code in {128 + each for each in SIGNALS}:
+            raise SystemExit(error.exit_code) from None
+        if received and -error.exit_code in SIGNALS:  # it had not begun to train
+            raise SystemExit(128 + received[0]) from None
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
