@@ -143,12 +143,17 @@ def finished(folder):
 
 @pytest.fixture(scope="module")
 def short(folder):
-    """A run of 4 steps that nothing disturbed, in this process."""
+    """A run of 4 steps that nothing disturbed."""
+    train_here(folder, folder / "short")
+    return folder / "short"
+
+
+def train_here(folder, output, *extra):
+    """Train for 4 steps in this process."""
     with pytest.MonkeyPatch.context() as patch, tiny_training.miniature_at(folder):
         patch.setenv("HIERKD_CACHE", str(folder / "cache"))
         patch.setenv("PYTHONHASHSEED", "0")  # detectron2 sets it; undone with the rest
-        tiny_training.call_main(arguments(folder, folder / "short", max_iter=4, period=2))
-    return folder / "short"
+        tiny_training.call_main(arguments(folder, output, *extra, max_iter=4, period=2))
 
 
 # -------------------------------------------------------------------------------------------- kill
@@ -206,6 +211,34 @@ def test_killed_at_ten_moments_and_resumed(folder, finished, workers, seed):
             assert "model" in checkpoint(path), moment  # never half a file under a final name
     assert run(folder, output, "never", "--resume", *loading) == 0, said(output)
     assert_same_end(output, finished)
+
+
+# --------------------------------------------------------------------------------------- full disk
+
+
+def test_a_disk_that_fills_up_in_a_training(folder, short, tmp_path):
+    """The second of three checkpoints does not fit; with room again the run goes on as if it had."""
+    output = tmp_path / "disk"
+    output.mkdir()
+    kilobytes = 2 * (short / "model_final.pth").stat().st_size // 1024
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(output)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to mount a file system")
+    try:
+        with pytest.raises(OSError, match="No space left on device") as error:
+            train_here(folder, output)
+        for part in (str(output / "model_0000003.pth"), " MB free", "--resume"):
+            assert part in str(error.value)
+        assert f"{str(output / 'model_0000001.pth')!r}, is intact" in str(error.value)
+        assert [path.name for path in output.glob("*.pth")] == ["model_0000001.pth"]
+        assert (output / "last_checkpoint").read_text() == "model_0000001.pth"
+        assert unfinished(output) == []
+        assert "this run writes 3 checkpoints" in (output / "log.txt").read_text()
+        subprocess.run(["mount", "-o", "remount,size=100m", str(output)], check=True)
+        train_here(folder, output, "--resume")
+        assert_same_end(output, short)
+    finally:
+        subprocess.run(["umount", "-l", str(output)], check=True)
 
 
 # ----------------------------------------------------------------------------------------- signals

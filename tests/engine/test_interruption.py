@@ -241,6 +241,7 @@ def test_two_processes_stop_after_the_same_step(tmp_path):
     assert saved.name == f"model_{stopping:07d}.pth"
 
 
+@pytest.mark.slow
 def test_the_process_that_starts_others_waits_for_them(tmp_path):
     """A signal to it alone reaches both; it leaves after them, with their status and no traceback.
 

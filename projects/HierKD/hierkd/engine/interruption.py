@@ -139,7 +139,7 @@ def passing_signals_on() -> Iterator[None]:
         received.append(number)
         children = multiprocessing.active_children()
         if not children:  # none yet: end as without a handler
-            signal.signal(number, before[number])
+            signal.signal(number, before[signal.Signals(number)])
             signal.raise_signal(number)
         for child in children:
             if child.pid is not None:
