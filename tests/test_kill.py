@@ -217,7 +217,7 @@ def test_killed_at_ten_moments_and_resumed(folder, finished, workers, seed):
 
 
 def test_a_disk_that_fills_up_in_a_training(folder, short, tmp_path):
-    """The second of three checkpoints does not fit; with room again the run goes on as if it had."""
+    """The second of three checkpoints does not fit; with room again the run ends as if it had."""
     output = tmp_path / "disk"
     output.mkdir()
     kilobytes = 2 * (short / "model_final.pth").stat().st_size // 1024
