@@ -48,7 +48,7 @@ def test_a_steady_process_keeps_all_limits(tmp_path):
     samples = soak(tmp_path / "s.csv", lambda number: bytearray(2**20))
     assert len(samples) == UNITS
     assert broken(samples) == []
-    assert all(sample.rss_mib >= sample.uss_mib > 20 for sample in samples)
+    assert all(sample.rss_mib >= sample.own_mib > 20 for sample in samples)
     assert samples[-1].peak_mib >= samples[-1].rss_mib
 
 
@@ -121,10 +121,10 @@ def flat(**changes):
 
 
 def test_the_slope_is_that_of_the_second_half():
-    warming_up = flat(uss_mib=lambda s: 200 + 100 * min(s / 1700, 1))
+    warming_up = flat(own_mib=lambda s: 200 + 100 * min(s / 1700, 1))
     assert broken(warming_up, Limits()) == []
     for per_hour, is_broken in ((15.0, False), (35.0, True)):
-        growing = flat(uss_mib=lambda s, per_hour=per_hour: 200 + per_hour * s / 3600)
+        growing = flat(own_mib=lambda s, per_hour=per_hour: 200 + per_hour * s / 3600)
         found = judge(growing, Limits())[0]
         assert found.kept is not is_broken
         assert f"grows by {per_hour:.1f} MiB per hour" in found.text
@@ -143,7 +143,7 @@ def test_one_outlier_bends_nothing():
 
 def test_a_phase_is_judged_by_itself():
     two = [
-        replace(s, phase="a" if i % 2 else "b", uss_mib=200.0 + 300 * (i % 2))
+        replace(s, phase="a" if i % 2 else "b", own_mib=200.0 + 300 * (i % 2))
         for i, s in enumerate(flat())
     ]
     assert broken(two, Limits()) == []

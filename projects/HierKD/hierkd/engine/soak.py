@@ -49,8 +49,9 @@ class Sample:
         wall_ms: wall time of a unit, mean; NaN without units.
         cpu_ms: processor time of this process in a unit, mean; NaN without units.
         rss_mib: resident memory, shared pages included.
-        uss_mib: memory that is this process's alone: what ending it would give back.
-        children_mib: the same of all processes that it started, together.
+        own_mib: resident memory that is no file: what it allocated. Of libraries it holds as much
+            as the system likes, and shares it with other programs.
+        children_mib: memory that the processes it started allocated, all of them together.
         peak_mib: highest resident memory so far.
         files: open file descriptors.
         threads: of this process.
@@ -67,7 +68,7 @@ class Sample:
     wall_ms: float
     cpu_ms: float
     rss_mib: float
-    uss_mib: float
+    own_mib: float
     children_mib: float
     peak_mib: float
     files: int
@@ -80,8 +81,8 @@ class Sample:
 
     @property
     def memory_mib(self) -> float:
-        """Memory of this process and its children, none of it counted twice."""
-        return self.uss_mib + self.children_mib
+        """What this process and its children allocated, none of it counted twice."""
+        return self.own_mib + self.children_mib
 
 
 @dataclass(frozen=True)
@@ -210,8 +211,8 @@ class SoakRecorder:
             wall_ms=round(wall, 3),
             cpu_ms=round(cpu, 3),
             rss_mib=own["VmRSS"] / 1024,
-            uss_mib=_unique_mib("self"),
-            children_mib=sum(_unique_mib(child) for child in offspring),
+            own_mib=(own["RssAnon"] + own["RssShmem"]) / 1024,
+            children_mib=sum(_written_mib(child) for child in offspring),
             peak_mib=own["VmHWM"] / 1024,
             files=len(os.listdir("/proc/self/fd")) - 1,  # without the listing's own
             threads=own["Threads"],
@@ -239,14 +240,13 @@ def _status(process: str) -> dict[str, int]:
     return found
 
 
-def _unique_mib(process: str) -> float:
-    """Memory that is the process's alone, in MiB; 0 for one that has ended."""
-    total = 0
+def _written_mib(process: str) -> float:
+    """Memory that a process wrote and shares with none, its parent included; 0 if it has ended."""
     with suppress(OSError):
         for line in Path(f"/proc/{process}/smaps_rollup").read_text().splitlines():
-            if line.startswith(("Private_Clean:", "Private_Dirty:")):
-                total += int(line.split()[1])
-    return total / 1024
+            if line.startswith("Private_Dirty:"):
+                return int(line.split()[1]) / 1024
+    return 0.0
 
 
 def _descendants(process: int) -> list[str]:
@@ -411,9 +411,11 @@ def draw(samples: Sequence[Sample], path: Path, title: str) -> None:
     minutes = [sample.seconds / 60 for sample in samples]
     memory.plot(minutes, [s.peak_mib for s in samples], label="highest resident", color="0.7")
     memory.plot(minutes, [s.rss_mib for s in samples], label="resident", lw=0.8)
-    memory.plot(minutes, [s.uss_mib for s in samples], label="its own", lw=0.8)
+    memory.plot(minutes, [s.own_mib for s in samples], label="allocated", lw=0.8)
     if any(s.children_mib for s in samples):
-        memory.plot(minutes, [s.children_mib for s in samples], label="children's own", lw=0.8)
+        memory.plot(
+            minutes, [s.children_mib for s in samples], label="allocated by children", lw=0.8
+        )
     if any(s.cuda_mib for s in samples):
         memory.plot(minutes, [s.cuda_mib for s in samples], label="on the GPU", lw=0.8)
     memory.set_ylabel("memory (MiB)")
