@@ -38,6 +38,7 @@ from hierkd.data.datasets import check_captions, check_datasets
 from hierkd.data.loader import build_resumable_train_loader
 from hierkd.engine.checkpoint import HierKDCheckpointer
 from hierkd.engine.config import load_config
+from hierkd.engine.histories import BoundHistories
 from hierkd.engine.optimizer import build_optimizer
 from hierkd.evaluation.proposal_evaluation import ProposalEvaluator
 from hierkd.evaluation.split_coco_evaluation import SplitCOCOEvaluator
@@ -53,7 +54,7 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # detectron2 is untyped
             self.model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
         )
         hooks: list[Any] = super().build_hooks()
-        return hooks
+        return [BoundHistories(), *hooks]
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Load weights, or the last checkpoint together with the place in the data stream."""

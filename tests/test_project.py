@@ -26,7 +26,7 @@ LAYERS = [
     " modeling.class_probabilities modeling.preselection"
     " engine.checkpoint engine.optimizer engine.results engine.visualization"
     " engine.paper_tables evaluation.coco_eval benchmarks.timing"
-    " engine.soak",
+    " engine.soak engine.histories",
     "data.datasets data.dataset_mapper data.official_coco modeling.teacher engine.config"
     " engine.warm_start engine.runs engine.reproduction",
     "modeling.cached_teacher",

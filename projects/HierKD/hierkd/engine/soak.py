@@ -100,7 +100,7 @@ class Limits:
     """
 
     slope: float = 16.0
-    slack: float = 4.0
+    slack: float = 16.0
     more_files: int = 0
     more_threads: int = 0
     more_children: int = 0
