@@ -123,7 +123,7 @@ def flat(**changes):
 def test_the_slope_is_that_of_the_second_half():
     warming_up = flat(own_mib=lambda s: 200 + 100 * min(s / 1700, 1))
     assert broken(warming_up, Limits()) == []
-    for per_hour, is_broken in ((15.0, False), (35.0, True)):
+    for per_hour, is_broken in ((15.0, False), (60.0, True)):
         growing = flat(own_mib=lambda s, per_hour=per_hour: 200 + per_hour * s / 3600)
         found = judge(growing, Limits())[0]
         assert found.kept is not is_broken
@@ -131,7 +131,7 @@ def test_the_slope_is_that_of_the_second_half():
 
 
 def test_memory_moved_into_a_child_counts():
-    assert "memory grows" in broken(flat(children_mib=lambda s: 50 + 40 * s / 3600), Limits())[0]
+    assert "memory grows" in broken(flat(children_mib=lambda s: 50 + 60 * s / 3600), Limits())[0]
 
 
 def test_one_outlier_bends_nothing():
