@@ -18,6 +18,7 @@ import weakref
 from argparse import Namespace
 from collections import OrderedDict
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,7 @@ from hierkd.data.loader import build_resumable_train_loader
 from hierkd.engine.checkpoint import HierKDCheckpointer
 from hierkd.engine.config import load_config
 from hierkd.engine.histories import BoundHistories
+from hierkd.engine.non_finite import NonFiniteGuard
 from hierkd.engine.optimizer import build_optimizer
 from hierkd.evaluation.proposal_evaluation import ProposalEvaluator
 from hierkd.evaluation.split_coco_evaluation import SplitCOCOEvaluator
@@ -53,6 +55,13 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # detectron2 is untyped
         self.checkpointer = HierKDCheckpointer(
             self.model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
         )
+        guard = NonFiniteGuard(
+            self.model,
+            Path(self.cfg.OUTPUT_DIR) / "non_finite",
+            config=self.cfg.dump(),
+            state=self.state_dict,
+        )
+        self._trainer.register_hooks([guard])  # the outer trainer has no hook before the optimizer
         hooks: list[Any] = super().build_hooks()
         return [BoundHistories(), *hooks]
 

@@ -26,12 +26,12 @@ LAYERS = [
     " modeling.class_probabilities modeling.preselection"
     " engine.checkpoint engine.optimizer engine.results engine.visualization"
     " engine.paper_tables evaluation.coco_eval benchmarks.timing"
-    " engine.soak engine.histories",
+    " engine.soak engine.histories engine.non_finite",
     "data.datasets data.dataset_mapper data.official_coco modeling.teacher engine.config"
     " engine.warm_start engine.runs engine.reproduction",
     "modeling.cached_teacher",
     "data.miniature data.prepare modeling.meta_arch evaluation.split_coco_evaluation"
-    " engine.predictor engine.cache_teacher",
+    " engine.predictor engine.cache_teacher engine.replay",
     "evaluation.direct_inference evaluation.proposal_evaluation evaluation.upper_bound"
     " evaluation.heat_maps engine.gallery engine.tiny_clip engine.soak_load",
     "engine.report engine.figures",
