@@ -55,11 +55,12 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # detectron2 is untyped
         self.checkpointer = HierKDCheckpointer(
             self.model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
         )
+        trainer = weakref.proxy(self)
         guard = NonFiniteGuard(
             self.model,
             Path(self.cfg.OUTPUT_DIR) / "non_finite",
             config=self.cfg.dump(),
-            state=self.state_dict,
+            state=lambda: trainer.state_dict(),
         )
         self._trainer.register_hooks([guard])  # the outer trainer has no hook before the optimizer
         hooks: list[Any] = super().build_hooks()

@@ -10,6 +10,9 @@ from torchvision.ops import box_iou, nms
 
 __all__ = ["merge_boxes", "number_objects"]
 
+# Pairs of boxes compared at once: 16 MB per array of float32, whatever the number of boxes. [ours]
+_PAIRS_AT_ONCE = 2**22
+
 
 def number_objects(image_idxs: Tensor, gt_boxes: Tensor) -> Tensor:
     """Give the points of the same object the same number.
@@ -49,8 +52,12 @@ def merge_boxes(
     exact = boxes.double()
     stride = exact.max() - exact.min() + 1
     chosen = nms(exact + (objects * stride)[:, None], scores.double(), iou_thresh).sort().values
-    overlaps = box_iou(boxes, boxes[chosen])  # (P, U)
-    overlaps = overlaps.masked_fill(objects[:, None] != objects[chosen], -1.0)
-    stand_in = overlaps.argmax(dim=1)
+    stand_in = torch.empty_like(objects)
+    rows = max(1, _PAIRS_AT_ONCE // len(chosen))
+    parts = boxes.split(rows), objects.split(rows), stand_in.split(rows)
+    for some, of_objects, place in zip(*parts, strict=True):
+        overlaps = box_iou(some, boxes[chosen])  # (rows, U)
+        overlaps.masked_fill_(of_objects[:, None] != objects[chosen], -1.0)
+        place.copy_(overlaps.argmax(dim=1))
     stand_in[chosen] = torch.arange(len(chosen), device=boxes.device)
     return chosen, stand_in
