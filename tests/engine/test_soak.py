@@ -1,7 +1,9 @@
 """Planted leaks are found, a steady process is not blamed, and a kill loses no sample."""
 
+import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
+import tiny_training
+import train_net
 from hierkd.engine.soak import (
     Limits,
     Sample,
@@ -22,6 +26,8 @@ from hierkd.engine.soak import (
     read_samples,
     theil_sen_slope,
 )
+from tiny_training import command_line
+from tools import soak as soak_tool
 
 UNITS = 40
 # Of a fraction of a second: an hour's allowance for noise would hide everything.
@@ -212,3 +218,66 @@ def test_the_plot_is_a_picture(tmp_path):
         assert picture.format == "PNG"
         assert min(picture.size) > 500
     assert os.listdir(tmp_path) == ["s.png"]
+
+
+# ----------------------------------------------------------------------------------- the whole tool
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    root = tmp_path_factory.mktemp("soak")
+    tiny_training.write_world(root)
+    tiny_training.write_clip(root / "clip.pt")
+    with pytest.MonkeyPatch.context() as patch, tiny_training.miniature_at(root):
+        patch.setenv("HIERKD_CACHE", str(root / "cache"))
+        patch.setenv("PYTHONHASHSEED", "0")
+        yield root
+
+
+def run_tool(root, output):
+    arguments = command_line(output, root / "clip.pt")
+    pairs = dict(zip(arguments[2::2], arguments[3::2], strict=True))
+    for key in ("SOLVER.MAX_ITER", "SOLVER.CHECKPOINT_PERIOD", "OUTPUT_DIR"):
+        del pairs[key]  # the tool's own
+    options = {"minutes": 0.08, "output": output, "interval": 0.2, "training-seconds": 0.4}
+    options |= {"workers": 0, "checkpoint-period": 7, "eval-period": 20, "largest": 40}
+    options |= {"slack": 60, "slower-cpu": 20, "slower-wall": 50, "more-files": 1}
+    flags = [str(each) for name, value in options.items() for each in (f"--{name}", value)]
+    with tiny_training.own_log_handlers():
+        return soak_tool.main([*flags, *(str(each) for pair in pairs.items() for each in pair)])
+
+
+def test_the_tool_trains_detects_and_judges(world, tmp_path, capsys):
+    assert run_tool(world, tmp_path) == 0
+    assert "BROKEN" not in capsys.readouterr().out
+    verdict = json.loads((tmp_path / "verdict.json").read_text())
+    assert verdict["kept"] is True
+    assert min(verdict["work"]["training"], verdict["work"]["inference"]) > 10
+    assert {path.name for path in tmp_path.iterdir()} >= {"samples.csv", "soak.png"}
+    assert list((tmp_path / "training").glob("inference/*/*"))  # it evaluated
+    assert len(list((tmp_path / "training").glob("model_*.pth"))) == 1
+
+
+def test_the_tool_finds_a_leak_in_the_training(world, tmp_path, capsys, monkeypatch):
+    kept, run_step = [], train_net.Trainer.run_step
+
+    def leaking(self):
+        run_step(self)
+        kept.append((torch.ones(2**20), (tmp_path / "left_open").open("w")))  # 4 MiB
+
+    monkeypatch.setattr(train_net.Trainer, "run_step", leaking)
+    assert run_tool(world, tmp_path) == 1
+    for _, file in kept:
+        file.close()
+    out = capsys.readouterr().out
+    assert "BROKEN training: memory grows" in out
+    assert re.search(r"BROKEN training: \d+ open files", out)
+    assert json.loads((tmp_path / "verdict.json").read_text())["kept"] is False
+
+
+def test_the_tool_says_when_a_run_was_too_short(world, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(
+        soak_tool, "soak", lambda args, cfg: SoakRecorder(args.output / "samples.csv")
+    )
+    assert run_tool(world, tmp_path) == 2
+    assert "no samples" in capsys.readouterr().err

@@ -53,11 +53,17 @@ def merge_boxes(
     stride = exact.max() - exact.min() + 1
     chosen = nms(exact + (objects * stride)[:, None], scores.double(), iou_thresh).sort().values
     stand_in = torch.empty_like(objects)
+    order = objects.argsort(stable=True)
+    candidates = objects[chosen].argsort(stable=True)  # (U,) positions in chosen, object by object
     rows = max(1, _PAIRS_AT_ONCE // len(chosen))
-    parts = boxes.split(rows), objects.split(rows), stand_in.split(rows)
-    for some, of_objects, place in zip(*parts, strict=True):
-        overlaps = box_iou(some, boxes[chosen])  # (rows, U)
-        overlaps.masked_fill_(of_objects[:, None] != objects[chosen], -1.0)
-        place.copy_(overlaps.argmax(dim=1))
+    for points in order.split(rows):
+        # those of the objects that these points are of
+        ends = objects[chosen[candidates]], objects[points[[0, -1]]]
+        first = int(torch.searchsorted(ends[0], ends[1][0]))
+        last = int(torch.searchsorted(ends[0], ends[1][1], right=True))
+        near = candidates[first:last]
+        overlaps = box_iou(boxes[points], boxes[chosen[near]])  # (rows, at most U)
+        overlaps.masked_fill_(objects[points][:, None] != objects[chosen[near]], -1.0)
+        stand_in[points] = near[overlaps.argmax(dim=1)]
     stand_in[chosen] = torch.arange(len(chosen), device=boxes.device)
     return chosen, stand_in

@@ -37,7 +37,7 @@ from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
-from detectron2.utils.logger import log_every_n_seconds
+from detectron2.utils.logger import log_first_n
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 from torch.nn import functional as F
@@ -858,12 +858,12 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
             value = part.logit_scale.item()
             storage.put_scalar(name, value)
             if value in part.logit_scale_range:
-                log_every_n_seconds(
+                log_first_n(
                     logging.WARNING,
                     f"{name} is held at {value:g}, an end of its range {part.logit_scale_range} "
                     "(LOGIT_SCALE_RANGE)",
-                    n=600,
                     name=__name__,
+                    key="message",
                 )
 
     # ------------------------------------------------------------------ inference
