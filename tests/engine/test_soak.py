@@ -1,5 +1,7 @@
 """Planted leaks are found, a steady process is not blamed, and a kill loses no sample."""
 
+import functools
+import itertools
 import json
 import math
 import os
@@ -239,11 +241,14 @@ def run_tool(root, output):
     pairs = dict(zip(arguments[2::2], arguments[3::2], strict=True))
     for key in ("SOLVER.MAX_ITER", "SOLVER.CHECKPOINT_PERIOD", "OUTPUT_DIR"):
         del pairs[key]  # the tool's own
-    options = {"minutes": 0.08, "output": output, "interval": 0.2, "training-seconds": 0.4}
-    options |= {"workers": 0, "checkpoint-period": 7, "eval-period": 20, "largest": 40}
+    options = {"minutes": 0.2, "output": output, "interval": 0.3, "training-seconds": 0.5}
+    options |= {"workers": 0, "checkpoint-period": 7, "eval-period": 30, "largest": 10}
     options |= {"slack": 60, "slower-cpu": 20, "slower-wall": 50, "more-files": 1}
     flags = [str(each) for name, value in options.items() for each in (f"--{name}", value)]
-    with tiny_training.own_log_handlers():
+    ticks = itertools.count()  # time passes with the work, on a busy machine as on another
+    timed = functools.partial(SoakRecorder, clock=lambda: 0.02 * next(ticks))
+    with tiny_training.own_log_handlers(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(soak_tool, "SoakRecorder", timed)
         return soak_tool.main([*flags, *(str(each) for pair in pairs.items() for each in pair)])
 
 
@@ -255,7 +260,7 @@ def test_the_tool_trains_detects_and_judges(world, tmp_path, capsys):
     assert min(verdict["work"]["training"], verdict["work"]["inference"]) > 10
     assert {path.name for path in tmp_path.iterdir()} >= {"samples.csv", "soak.png"}
     assert list((tmp_path / "training").glob("inference/*/*"))  # it evaluated
-    assert len(list((tmp_path / "training").glob("model_*.pth"))) == 1
+    assert 1 <= len(list((tmp_path / "training").glob("model_*.pth"))) <= 2  # old ones go
 
 
 def test_the_tool_finds_a_leak_in_the_training(world, tmp_path, capsys, monkeypatch):
