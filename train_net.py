@@ -18,6 +18,7 @@ import weakref
 from argparse import Namespace
 from collections import OrderedDict
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,8 +39,10 @@ from hierkd.data.datasets import check_captions, check_datasets
 from hierkd.data.loader import build_resumable_train_loader
 from hierkd.engine.checkpoint import HierKDCheckpointer, warn_of_little_space
 from hierkd.engine.config import load_config
+from hierkd.engine.histories import BoundHistories
 from hierkd.engine.interruption import Interruption, passing_signals_on
 from hierkd.engine.metrics_file import mend_metrics
+from hierkd.engine.non_finite import NonFiniteGuard
 from hierkd.engine.optimizer import build_optimizer
 from hierkd.evaluation.proposal_evaluation import ProposalEvaluator
 from hierkd.evaluation.split_coco_evaluation import SplitCOCOEvaluator
@@ -56,9 +59,17 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # detectron2 is untyped
         self.checkpointer = HierKDCheckpointer(
             self.model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
         )
+        trainer = weakref.proxy(self)
+        guard = NonFiniteGuard(
+            self.model,
+            Path(self.cfg.OUTPUT_DIR) / "non_finite",
+            config=self.cfg.dump(),
+            state=lambda: trainer.state_dict(),
+        )
+        self._trainer.register_hooks([guard])  # the outer trainer has no hook before the optimizer
         self._interruption = Interruption(self.checkpointer)
         hooks: list[Any] = super().build_hooks()
-        return [*hooks, self._interruption]
+        return [BoundHistories(), *hooks, self._interruption]
 
     def build_writers(self) -> list[Any]:
         """detectron2's writers, which append to what a killed run has left."""

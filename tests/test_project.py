@@ -17,7 +17,7 @@ PACKAGE = ROOT / "projects" / "HierKD" / "hierkd"
 # A module imports only from layers above its own, that is, from lines before its own.
 # A package's __init__ may import the package's own modules, and hierkd/__init__ the packages.
 LAYERS = [
-    "atomic_files engine.metrics_file",
+    "atomic_files engine.metrics_file modeling.logit_scales",
     "config data.splits data.coco_json data.loader"
     " modeling.losses modeling.sampling modeling.region_crops modeling.mlca"
     " modeling.text_classifier modeling.text_embeddings modeling.head modeling.atss"
@@ -25,14 +25,15 @@ LAYERS = [
     " modeling.teacher_cache"
     " modeling.class_probabilities modeling.preselection"
     " engine.checkpoint engine.optimizer engine.results engine.visualization"
-    " engine.paper_tables evaluation.coco_eval benchmarks.timing",
+    " engine.paper_tables evaluation.coco_eval benchmarks.timing"
+    " engine.soak engine.histories engine.non_finite",
     "data.datasets data.dataset_mapper data.official_coco modeling.teacher engine.config"
     " engine.warm_start engine.runs engine.reproduction engine.interruption",
     "modeling.cached_teacher",
     "data.miniature data.prepare modeling.meta_arch evaluation.split_coco_evaluation"
-    " engine.predictor engine.cache_teacher",
+    " engine.predictor engine.cache_teacher engine.replay",
     "evaluation.direct_inference evaluation.proposal_evaluation evaluation.upper_bound"
-    " evaluation.heat_maps engine.gallery engine.tiny_clip",
+    " evaluation.heat_maps engine.gallery engine.tiny_clip engine.soak_load",
     "engine.report engine.figures",
     "benchmarks.random_models benchmarks.crops benchmarks.eval benchmarks.loader",
     "benchmarks.step benchmarks.infer benchmarks.vocabulary benchmarks.peers benchmarks.floor",

@@ -14,6 +14,7 @@ from detectron2.structures import Boxes, Instances, pairwise_iou
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from hierkd.modeling import atss
 from hierkd.modeling.atss import ATSSMatcher
 
 STRIDES = (8, 16, 32)
@@ -303,3 +304,32 @@ def test_drops_into_detectron2s_retinanet():
 def test_at_least_one_candidate():
     with pytest.raises(ValueError, match="at least one candidate per level, got topk=0"):
         ATSSMatcher(0)
+
+
+@pytest.mark.parametrize("pairs", [1, 700, 5000])
+def test_boxes_in_parts_give_what_all_at_once_do(monkeypatch, pairs):
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        gt = random_boxes(rng, 12, 96, 128)
+        anchors = make_anchors(96, 128)
+        whole = ATSSMatcher()(gt, anchors)
+        with monkeypatch.context() as patch:
+            patch.setattr(atss, "_PAIRS_AT_ONCE", pairs)
+            parts = ATSSMatcher()(gt, anchors)
+        assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
+
+
+def test_thousands_of_boxes_are_never_compared_with_all_anchors_at_once(monkeypatch):
+    sizes = []
+
+    def recorded(boxes, anchors):
+        sizes.append(len(boxes) * len(anchors))
+        return pairwise_iou(boxes, anchors)
+
+    monkeypatch.setattr(atss, "pairwise_iou", recorded)
+    rng = np.random.default_rng(0)
+    anchors = make_anchors(256, 256)
+    number = sum(map(len, anchors))
+    ATSSMatcher()(random_boxes(rng, 5000, 256, 256), anchors)
+    assert sum(sizes) == 5000 * number
+    assert max(sizes) <= 2**22 < 5000 * number

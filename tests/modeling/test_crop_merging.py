@@ -2,6 +2,7 @@ import pytest
 import torch
 from torchvision.ops import box_iou
 
+from hierkd.modeling import crop_merging
 from hierkd.modeling.crop_merging import merge_boxes, number_objects
 
 
@@ -97,3 +98,15 @@ def test_objects_are_numbered_by_image_and_box():
     assert numbers[2] == numbers[4]
     assert len({int(number) for number in numbers[:3]}) == 3
     assert number_objects(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4)).shape == (0,)
+
+
+@pytest.mark.parametrize("pairs", [1, 100, 1000])
+def test_boxes_in_parts_give_what_all_at_once_do(monkeypatch, pairs):
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        boxes, scores, numbers = jittered_boxes(generator, objects=9, points=8, spread=6)
+        whole = merge_boxes(boxes, scores, numbers, 0.6)
+        with monkeypatch.context() as patch:
+            patch.setattr(crop_merging, "_PAIRS_AT_ONCE", pairs)
+            parts = merge_boxes(boxes, scores, numbers, 0.6)
+        assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))

@@ -1,6 +1,7 @@
 """The detector as a whole: losses in training, detections in inference, vocabularies."""
 
 import copy
+import dataclasses
 import functools
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch._dynamo.exc import TorchDynamoException
 
 import hierkd.modeling.meta_arch as meta_arch
 from fake_teacher import FakeTeacher
+from hierkd.benchmarks.timing import peak_memory
 from hierkd.engine.config import load_config
 from hierkd.modeling.class_probabilities import ClassProbabilities
 from hierkd.modeling.meta_arch import HierKD
@@ -814,3 +816,68 @@ def test_compiled_maps_are_used_in_inference_only(build, monkeypatch):
     with torch.enable_grad():
         train_losses(model, batch())
     assert len(calls) == 1
+
+
+def test_the_temperatures_are_brought_back_and_it_is_said(build, caplog):
+    ranges = ("MODEL.GKD.LOGIT_SCALE_RANGE", (2.0, 30.0))  # of no other test: said once
+    model = build(*ranges, "MODEL.TEXT_CLASSIFIER.LOGIT_SCALE_RANGE", (3.0, 40.0))
+    with torch.no_grad():
+        model.text_classifier.logit_scale.fill_(-50.0)
+        model.mlca.logit_scale.fill_(50.0)
+    losses = train_losses(model, batch())
+    assert all(loss.isfinite() for loss in losses.values())
+    assert model.text_classifier.logit_scale.item() == 3.0
+    assert model.mlca.logit_scale.item() == 30.0
+    said = [record.getMessage() for record in caplog.records]
+    assert any("tau_c is held at 3" in each for each in said)
+    assert any("tau_m is held at 30" in each for each in said)
+
+
+def test_temperatures_inside_their_range_are_left_alone(build, caplog):
+    model = build()
+    train_losses(model, batch())
+    assert model.text_classifier.logit_scale.item() == 16.0
+    assert model.mlca.logit_scale.item() == 10.0
+    assert not any("is held at" in record.getMessage() for record in caplog.records)
+
+
+@pytest.mark.parametrize("number", [4500, pytest.param(45_000, marks=pytest.mark.slow, id="45000")])
+def test_the_memory_of_many_positives_grows_with_their_number_at_most(build, number):
+    """The distilled points and their losses, without the network before them."""
+    model = build("MODEL.IKD.IOU_THRESH", 0.0, "MODEL.IKD.MERGE_CROPS_IOU", 0.7)
+    model.ikd = dataclasses.replace(model.ikd, max_crops_per_image=0)
+    generator = torch.Generator().manual_seed(0)
+    embed_dim, images = model.text_classifier.embed_dim, 8
+
+    def step(number: int) -> None:
+        points = number // images
+        corners = torch.rand(images * points, 2, generator=generator) * 400
+        gt_boxes = torch.cat([corners, corners + 40], dim=1)
+        pred_boxes = (gt_boxes + 1).requires_grad_()
+        shape = images, points
+        positives = meta_arch.PositivePoints(
+            torch.arange(images).repeat_interleave(points),
+            torch.arange(points).repeat(images),
+            pred_boxes,
+            gt_boxes,
+            torch.arange(points).repeat(images),
+            torch.full((images * points,), 0.9),
+        )
+        predictions = meta_arch.DensePredictions(
+            torch.nn.functional.normalize(torch.rand(*shape, embed_dim, requires_grad=True), dim=2),
+            torch.zeros(*shape, 4, requires_grad=True),
+            torch.zeros(*shape, requires_grad=True),
+        )
+        inputs = [{"image": torch.zeros(3, 8, 8)} for _ in range(images)]
+        labels = torch.zeros(shape, dtype=torch.int64)
+        with EventStorage():
+            pairs = model.distill_regions(inputs, predictions, positives, [points, 0, 0])
+            assert len(pairs.student) == images * points
+            anchors = Boxes(torch.rand(points, 4))
+            losses = model.losses(predictions, anchors, labels, positives, pairs, None)
+            sum(losses.values()).backward()
+
+    step(450)
+    few, many = (peak_memory(lambda n=n: step(n), torch.device("cpu")) for n in (450, number))
+    # an array of all pairs would be 77 MiB for 4500, 7.5 GiB for 45,000
+    assert many < few + 64 + number * 8 / 1024

@@ -205,3 +205,15 @@ def test_errors_name_both_sides():
         MLCA(grid_size=0)
     with pytest.raises(ValueError, match=r"'max', 'avg'.*got 'min'"):
         MLCA(pooling="min")
+
+
+def test_tau_m_stays_in_its_range():
+    module = MLCA(logit_scale=10.0)
+    for value, expected in ((-1.0, 1.0), (1e9, 1000.0), (9.75, 9.75)):
+        with torch.no_grad():
+            module.logit_scale.fill_(value)
+        module.limit_logit_scale()
+        assert module.logit_scale.item() == expected
+    MLCA(logit_scale=None).limit_logit_scale()
+    with pytest.raises(ValueError, match=r"MODEL.GKD.LOGIT_SCALE is 2000.0, outside of"):
+        MLCA(logit_scale=2000.0)

@@ -763,3 +763,27 @@ def test_released_vit_b_32(tmp_path):
     assert teacher.logit_scale == pytest.approx(100, abs=0.1)
     cat, kitten, train = teacher.encode_classes(["cat", "kitten", "train"])
     assert cat @ kitten > cat @ train
+
+
+def test_a_text_in_memory_holds_no_other(make_teacher):
+    teacher = make_teacher()
+    teacher.encode_captions([f"text {i}" for i in range(300)])
+    assert len(teacher._memory) == 300
+    assert all(row.base is None for row in teacher._memory.values())
+
+
+def test_crops_of_thousands_of_regions_never_exist_together(make_teacher, monkeypatch):
+    """45,000 crops of CLIP's 224 px are 27 GB; 512 are 0.3 GB."""
+    counts = []
+
+    def recorded(images, boxes, **kwargs):
+        counts.append(sum(map(len, boxes)))
+        return torch.zeros(counts[-1], 3, kwargs["size"], kwargs["size"])
+
+    monkeypatch.setattr(teacher_module, "crop_regions", recorded)
+    boxes = torch.tensor([[1.0, 2.0, 20.0, 24.0]])
+    rows = make_teacher().encode_regions(
+        [smooth_image(32, 32)] * 3, [boxes.repeat(n, 1) for n in (1000, 0, 1200)], 1.5
+    )
+    assert len(rows) == sum(counts) == 2200
+    assert max(counts) == 512

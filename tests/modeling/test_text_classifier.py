@@ -161,7 +161,7 @@ def test_vocabulary_of_another_precision(dtype):
 
 
 def test_huge_scale_is_finite():
-    module = classifier(logit_scale=1e6)
+    module = classifier(logit_scale=1e6, logit_scale_range=(1.0, 1e6))
     points = F.normalize(random(5, D), dim=1).requires_grad_()
     loss = F.cross_entropy(module(points), torch.tensor([0, 1, 2, 3, 4]))
     loss.backward()
@@ -208,3 +208,39 @@ def test_logits_of_a_large_vocabulary_are_those_of_its_parts():
     few = classifier(points)
     torch.testing.assert_close(logits[..., 1000:1010], few[..., :-1])
     torch.testing.assert_close(logits[..., -1], few[..., -1])
+
+
+def test_tau_c_stays_in_its_range():
+    module = classifier(logit_scale=20.0, logit_scale_range=(2.0, 50.0))
+    for value, expected in ((-3.0, 2.0), (7e8, 50.0), (20.125, 20.125)):
+        with torch.no_grad():
+            module.logit_scale.fill_(value)
+        module.limit_logit_scale()
+        assert module.logit_scale.item() == expected
+    with torch.no_grad():
+        module.logit_scale.fill_(math.nan)
+    module.limit_logit_scale()
+    assert module.logit_scale.isnan()  # for the guard of the training to find
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"logit_scale": 0.5},
+            r"LOGIT_SCALE is 0.5, outside of .*LOGIT_SCALE_RANGE \(1.0, 1000.0\)",
+        ),
+        ({"logit_scale": math.nan}, "LOGIT_SCALE is nan"),
+        ({"logit_scale_range": (0.0, 10.0)}, "0 < least <= greatest"),
+        ({"logit_scale_range": (5.0, 2.0)}, "0 < least <= greatest"),
+    ],
+)
+def test_a_range_and_a_start_that_make_no_sense_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        classifier(**arguments)
+
+
+@pytest.mark.parametrize("value", [0.0, math.nan, math.inf])
+def test_a_background_without_a_direction_is_refused(value):
+    with pytest.raises(ValueError, match="no direction"):
+        TextClassifier(torch.full((D,), value))

@@ -86,6 +86,9 @@ def _add_detector_keys(cfg: CN) -> None:
     cfg.MODEL.TEXT_CLASSIFIER.EMBED_DIM = 512
     # Start of tau_c, which multiplies the cosines. [release]
     cfg.MODEL.TEXT_CLASSIFIER.LOGIT_SCALE = 100.0
+    # Least and greatest tau_c: a step that leaves the range is brought back to its end, with a
+    # warning. [ours: the release has no limits; CLIP limits its own to 100, where tau_c starts]
+    cfg.MODEL.TEXT_CLASSIFIER.LOGIT_SCALE_RANGE = (1.0, 1000.0)
     # Prompt of a class; {} is the name. [release]
     cfg.MODEL.TEXT_CLASSIFIER.TEMPLATE = "a photo of a {}."
     # Prompt ensemble: several templates in place of TEMPLATE; a class is the normalised mean of
@@ -140,6 +143,8 @@ def _add_distillation_keys(cfg: CN) -> None:
     cfg.MODEL.GKD.POOLING = "max"
     # Start of tau_m, which multiplies the match scores. [release]
     cfg.MODEL.GKD.LOGIT_SCALE = 10.0
+    # Least and greatest tau_m, likewise. [ours]
+    cfg.MODEL.GKD.LOGIT_SCALE_RANGE = (1.0, 1000.0)
     # Contrast the images of every process with the captions of every process, instead of each
     # process its own; loss and gradients are then those of one process with the whole batch. For
     # "contrastive": "positive_only" compares nothing across pairs and ignores it. [ours; the paper

@@ -10,6 +10,9 @@ from torchvision.ops import box_iou, nms
 
 __all__ = ["merge_boxes", "number_objects"]
 
+# Pairs of boxes compared at once: 16 MB per array of float32, whatever the number of boxes. [ours]
+_PAIRS_AT_ONCE = 2**22
+
 
 def number_objects(image_idxs: Tensor, gt_boxes: Tensor) -> Tensor:
     """Give the points of the same object the same number.
@@ -49,8 +52,18 @@ def merge_boxes(
     exact = boxes.double()
     stride = exact.max() - exact.min() + 1
     chosen = nms(exact + (objects * stride)[:, None], scores.double(), iou_thresh).sort().values
-    overlaps = box_iou(boxes, boxes[chosen])  # (P, U)
-    overlaps = overlaps.masked_fill(objects[:, None] != objects[chosen], -1.0)
-    stand_in = overlaps.argmax(dim=1)
+    stand_in = torch.empty_like(objects)
+    order = objects.argsort(stable=True)
+    candidates = objects[chosen].argsort(stable=True)  # (U,) positions in chosen, object by object
+    rows = max(1, _PAIRS_AT_ONCE // len(chosen))
+    for points in order.split(rows):
+        # those of the objects that these points are of
+        ends = objects[chosen[candidates]], objects[points[[0, -1]]]
+        first = int(torch.searchsorted(ends[0], ends[1][0]))
+        last = int(torch.searchsorted(ends[0], ends[1][1], right=True))
+        near = candidates[first:last]
+        overlaps = box_iou(boxes[points], boxes[chosen[near]])  # (rows, at most U)
+        overlaps.masked_fill_(objects[points][:, None] != objects[chosen[near]], -1.0)
+        stand_in[points] = near[overlaps.argmax(dim=1)]
     stand_in[chosen] = torch.arange(len(chosen), device=boxes.device)
     return chosen, stand_in

@@ -63,10 +63,12 @@ def weighted_giou_loss(pred_boxes: Tensor, gt_boxes: Tensor, weights: Tensor) ->
         weights: (n,), the IoU (or centre-ness) target of each point; no gradient expected.
 
     Returns:
-        Scalar sum.
+        Scalar sum; NaN if a prediction is not finite, which fvcore would answer with an assertion.
     """
-    per_point: Tensor = giou_loss(pred_boxes, gt_boxes, reduction="none")
-    return (per_point * weights).sum()
+    broken = ~pred_boxes.isfinite().all(dim=1)
+    comparable = torch.where(broken[:, None], gt_boxes, pred_boxes)
+    per_point: Tensor = giou_loss(comparable, gt_boxes, reduction="none")
+    return (per_point.masked_fill(broken, float("nan")) * weights).sum()
 
 
 def quality_loss(pred_quality: Tensor, targets: Tensor) -> Tensor:

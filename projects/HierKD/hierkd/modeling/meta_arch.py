@@ -37,6 +37,7 @@ from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
+from detectron2.utils.logger import log_first_n
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 from torch.nn import functional as F
@@ -389,6 +390,7 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
             "text_classifier": TextClassifier(
                 teacher.encode_captions([text.BACKGROUND_PROMPT])[0],
                 logit_scale=text.LOGIT_SCALE,
+                logit_scale_range=tuple(text.LOGIT_SCALE_RANGE),
                 project_background=text.PROJECT_BACKGROUND,
             ),
             "anchor_generator": build_anchor_generator(cfg, shapes),
@@ -435,6 +437,7 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
                 grid_size=gkd.GRID_SIZE,
                 pooling=gkd.POOLING,
                 logit_scale=gkd.LOGIT_SCALE if contrastive else None,
+                logit_scale_range=tuple(gkd.LOGIT_SCALE_RANGE),
             )
             if gkd.LOSS_WEIGHT > 0
             else None,
@@ -528,6 +531,7 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
         """Losses in training, detections in inference; see the class for inputs and outputs."""
         if not self.training:
             return self._detect(batched_inputs)
+        self._limit_logit_scales()
         features, pred_maps = self._predict_maps(self.preprocess_image(batched_inputs))
         gt_instances = [x["instances"].to(self.device) for x in batched_inputs]
 
@@ -837,14 +841,30 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
             return self.detection.cls_loss_weight * loss
         return (-self.cls_loss_log_weight).exp() * loss + self.cls_loss_log_weight.abs()
 
+    def _limit_logit_scales(self) -> None:
+        """Keep tau_c and tau_m where they make sense, whatever the last step did to them."""
+        self.text_classifier.limit_logit_scale()
+        if self.mlca is not None:
+            self.mlca.limit_logit_scale()
+
     def _record_statistics(self, num_images: int, num_positive: int, num_distilled: int) -> None:
         storage = get_event_storage()
         storage.put_scalar("num_pos_anchors", num_positive / num_images)
-        storage.put_scalar("tau_c", self.text_classifier.logit_scale.item())
         if self.ikd is not None:
             storage.put_scalar("num_distilled_regions", num_distilled / num_images)
-        if self.mlca is not None and self.mlca.logit_scale is not None:
-            storage.put_scalar("tau_m", self.mlca.logit_scale.item())
+        for name, part in (("tau_c", self.text_classifier), ("tau_m", self.mlca)):
+            if part is None or part.logit_scale is None:
+                continue
+            value = part.logit_scale.item()
+            storage.put_scalar(name, value)
+            if value in part.logit_scale_range:
+                log_first_n(
+                    logging.WARNING,
+                    f"{name} is held at {value:g}, an end of its range {part.logit_scale_range} "
+                    "(LOGIT_SCALE_RANGE)",
+                    name=__name__,
+                    key="message",
+                )
 
     # ------------------------------------------------------------------ inference
 

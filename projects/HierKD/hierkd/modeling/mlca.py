@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hierkd.modeling.logit_scales import LOGIT_SCALE_RANGE, check_logit_scale
+
 __all__ = ["MLCA", "POOLING_MODES"]
 
 POOLING_MODES = ("max", "avg")
@@ -35,18 +37,32 @@ class MLCA(nn.Module):
     """
 
     def __init__(
-        self, *, grid_size: int = 3, pooling: str = "max", logit_scale: float | None = 10.0
+        self,
+        *,
+        grid_size: int = 3,
+        pooling: str = "max",
+        logit_scale: float | None = 10.0,
+        logit_scale_range: tuple[float, float] = LOGIT_SCALE_RANGE,
     ) -> None:
         super().__init__()
         if grid_size < 1:
             raise ValueError(f"the patch grid needs at least one cell, got grid_size={grid_size}")
         if pooling not in POOLING_MODES:
             raise ValueError(f"pooling is one of {POOLING_MODES}, got {pooling!r}")
+        if logit_scale is not None:
+            check_logit_scale(logit_scale, logit_scale_range, "MODEL.GKD")
+        self.logit_scale_range = logit_scale_range
         self.grid_size = grid_size
         self.pooling = pooling
         self.logit_scale = (
             None if logit_scale is None else nn.Parameter(torch.tensor(float(logit_scale)))
         )
+
+    @torch.no_grad()
+    def limit_logit_scale(self) -> None:
+        """Bring tau_m, if there is one, back into its range; inside of it nothing changes."""
+        if self.logit_scale is not None:
+            self.logit_scale.clamp_(*self.logit_scale_range)
 
     def pool_patches(self, embedding_maps: Sequence[Tensor]) -> Tensor:
         """Pool every level to G x G patches.

@@ -318,7 +318,8 @@ class CLIPTeacher:
                 with torch.autocast(self.device.type, enabled=False):
                     embeddings = model.encode_text(tokens.to(self.device))
                 normalised = F.normalize(embeddings.float(), dim=-1).cpu().numpy()
-                new = dict(zip(chunk, normalised, strict=True))
+                # copies: as a view, one row in use would hold all the others of its chunk
+                new = {text: row.copy() for text, row in zip(chunk, normalised, strict=True)}
                 # Written per chunk: what was encoded before an interruption is not lost.
                 self._disk.write(new, self.embed_dim, self.logit_scale)
                 rows |= new

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hierkd.modeling.logit_scales import LOGIT_SCALE_RANGE, check_logit_scale
+
 __all__ = ["TextClassifier"]
 
 # In inference on a CPU, with more classes than the first number, embeddings are multiplied with as
@@ -40,6 +42,7 @@ class TextClassifier(nn.Module):
         background_embedding: Tensor,
         *,
         logit_scale: float = 100.0,
+        logit_scale_range: tuple[float, float] = LOGIT_SCALE_RANGE,
         project_background: bool = False,
     ) -> None:
         """Start from a background embedding.
@@ -47,8 +50,13 @@ class TextClassifier(nn.Module):
         Args:
             background_embedding: (D,) initial T_bg.
             logit_scale: initial tau_c.
+            logit_scale_range: where :meth:`limit_logit_scale` keeps it.
             project_background: set the parameter itself back to unit length before every training
                 step, as the release does, instead of normalising it in use.
+
+        Raises:
+            ValueError: the embedding has no direction (zero, or not finite), or tau_c starts
+                outside of its range.
         """
         super().__init__()
         if background_embedding.dim() != 1:
@@ -56,6 +64,14 @@ class TextClassifier(nn.Module):
                 "the background embedding is one vector (D,), "
                 f"got shape {tuple(background_embedding.shape)}"
             )
+        length = background_embedding.detach().float().norm()
+        if not 0 < length < float("inf"):  # NaN, too
+            raise ValueError(
+                "the background embedding is zero or not finite, so that it has no direction: its "
+                f"length is {length.item()}"
+            )
+        check_logit_scale(logit_scale, logit_scale_range, "MODEL.TEXT_CLASSIFIER")
+        self.logit_scale_range = logit_scale_range
         background = F.normalize(background_embedding.detach().float(), dim=0)
         self.background_embedding = nn.Parameter(background)
         self.logit_scale = nn.Parameter(torch.tensor(float(logit_scale)))
@@ -95,6 +111,11 @@ class TextClassifier(nn.Module):
         # On the background's device: the classifier may have moved since it was built.
         embeddings = text_embeddings.detach().to(self.background_embedding.device).float()
         self.text_embeddings = F.normalize(embeddings, dim=1)
+
+    @torch.no_grad()
+    def limit_logit_scale(self) -> None:
+        """Bring tau_c back into its range; inside of it nothing changes."""
+        self.logit_scale.clamp_(*self.logit_scale_range)
 
     def background(self) -> Tensor:
         """(D,) the background's embedding as it is used, L2-normalised."""
