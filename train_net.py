@@ -5,8 +5,9 @@
     python train_net.py --config-file configs/hierkd_R50.yaml --num-gpus 4 --resume
     python train_net.py --config-file configs/hierkd_R50.yaml --eval-only MODEL.WEIGHTS model.pth
 
-Trailing KEY VALUE pairs override the config. Several machines: ``--num-machines``,
-``--machine-rank`` and ``--dist-url``, as in detectron2.
+Trailing KEY VALUE pairs override the config. ``--num-gpus N`` with ``MODEL.DEVICE cpu`` starts N
+processes on the CPU. Several machines: ``--num-machines``, ``--machine-rank`` and ``--dist-url``, as
+in detectron2, or torchrun; see docs/distributed.md.
 """
 
 from __future__ import annotations
@@ -27,7 +28,14 @@ from detectron2.data import (
     build_detection_test_loader,
     get_detection_dataset_dicts,
 )
-from detectron2.engine import DefaultTrainer, default_argument_parser, default_setup, launch
+from detectron2.engine import (
+    AMPTrainer,
+    DefaultTrainer,
+    SimpleTrainer,
+    TrainerBase,
+    create_ddp_model,
+    default_setup,
+)
 from detectron2.evaluation import DatasetEvaluator, verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
@@ -38,6 +46,7 @@ from hierkd.data.datasets import check_captions, check_datasets
 from hierkd.data.loader import build_resumable_train_loader
 from hierkd.engine.checkpoint import HierKDCheckpointer
 from hierkd.engine.config import load_config
+from hierkd.engine.launching import get_parser, launch_processes
 from hierkd.engine.optimizer import build_optimizer
 from hierkd.evaluation.proposal_evaluation import ProposalEvaluator
 from hierkd.evaluation.split_coco_evaluation import SplitCOCOEvaluator
@@ -46,14 +55,26 @@ from hierkd.evaluation.split_coco_evaluation import SplitCOCOEvaluator
 class Trainer(DefaultTrainer):  # type: ignore[misc]  # detectron2 is untyped
     """detectron2's trainer with HierKD's data, checkpoints and vocabularies."""
 
-    def build_hooks(self) -> list[Any]:
-        """detectron2's hooks, which save with HierKD's checkpointer."""
-        # DefaultTrainer has no method that builds the checkpointer; its hooks take it from here.
-        self.checkpointer = HierKDCheckpointer(
-            self.model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
-        )
-        hooks: list[Any] = super().build_hooks()
-        return hooks
+    def __init__(self, cfg: Any) -> None:
+        """Build all that a training needs, in the order of ``DefaultTrainer.__init__``.
+
+        That one has no place for another checkpointer, nor for processes on a CPU.
+        """
+        TrainerBase.__init__(self)
+        cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+        model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, model)
+        data_loader = self.build_train_loader(cfg)
+        devices = {"device_ids": None} if cfg.MODEL.DEVICE == "cpu" else {}
+        model = create_ddp_model(model, broadcast_buffers=False, **devices)
+        trainer = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
+        self._trainer = trainer(model, data_loader, optimizer)
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.checkpointer = HierKDCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.start_iter = 0
+        self.max_iter = cfg.SOLVER.MAX_ITER
+        self.cfg = cfg
+        self.register_hooks(self.build_hooks())
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Load weights, or the last checkpoint together with the place in the data stream."""
@@ -158,30 +179,7 @@ def main(args: Namespace) -> dict[str, Any] | None:
     return results
 
 
-def check_num_gpus(num_gpus: int) -> None:
-    """Refuse more GPUs than there are; ``--num-gpus 1`` on a machine without one uses the CPU.
-
-    Raises:
-        SystemExit: with a message that names both numbers.
-    """
-    available = torch.cuda.device_count()
-    if num_gpus > max(available, 1):
-        raise SystemExit(
-            f"--num-gpus {num_gpus}: this machine has {available} CUDA devices; "
-            "leave --num-gpus out to train on the CPU"
-            if available == 0
-            else f"--num-gpus {num_gpus}: this machine has {available} CUDA devices"
-        )
-
-
 if __name__ == "__main__":
-    arguments = default_argument_parser(epilog=__doc__).parse_args()
-    check_num_gpus(arguments.num_gpus)
-    launch(
-        main,
-        arguments.num_gpus,
-        num_machines=arguments.num_machines,
-        machine_rank=arguments.machine_rank,
-        dist_url=arguments.dist_url,
-        args=(arguments,),
-    )
+    arguments = get_parser(epilog=__doc__).parse_args()
+    device = load_config(arguments.config_file, arguments.opts).MODEL.DEVICE
+    launch_processes(main, arguments, device)

@@ -24,7 +24,7 @@ LAYERS = [
     " modeling.backbone modeling.gathering modeling.frozen_encoder modeling.crop_merging"
     " modeling.teacher_cache"
     " modeling.class_probabilities modeling.preselection"
-    " engine.checkpoint engine.optimizer engine.results engine.visualization"
+    " engine.checkpoint engine.launching engine.optimizer engine.results engine.visualization"
     " engine.paper_tables evaluation.coco_eval benchmarks.timing",
     "data.datasets data.dataset_mapper data.official_coco modeling.teacher engine.config"
     " engine.warm_start engine.runs engine.reproduction",
