@@ -5,8 +5,9 @@
     python train_net.py --config-file configs/hierkd_R50.yaml --num-gpus 4 --resume
     python train_net.py --config-file configs/hierkd_R50.yaml --eval-only MODEL.WEIGHTS model.pth
 
-Trailing KEY VALUE pairs override the config. Several machines: ``--num-machines``,
-``--machine-rank`` and ``--dist-url``, as in detectron2.
+Trailing KEY VALUE pairs override the config. ``--num-gpus N`` with ``MODEL.DEVICE cpu`` starts N
+processes on the CPU. Several machines: ``--num-machines``, ``--machine-rank`` and ``--dist-url``,
+as in detectron2, or torchrun; see docs/distributed.md.
 """
 
 from __future__ import annotations
@@ -28,7 +29,14 @@ from detectron2.data import (
     build_detection_test_loader,
     get_detection_dataset_dicts,
 )
-from detectron2.engine import DefaultTrainer, default_argument_parser, default_setup, launch
+from detectron2.engine import (
+    AMPTrainer,
+    DefaultTrainer,
+    SimpleTrainer,
+    TrainerBase,
+    create_ddp_model,
+    default_setup,
+)
 from detectron2.evaluation import DatasetEvaluator, verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
@@ -38,9 +46,10 @@ from hierkd.data.dataset_mapper import HierKDDatasetMapper, check_images
 from hierkd.data.datasets import check_captions, check_datasets
 from hierkd.data.loader import build_resumable_train_loader
 from hierkd.engine.checkpoint import HierKDCheckpointer, warn_of_little_space
-from hierkd.engine.config import load_config
+from hierkd.engine.config import load_config, requested_device
 from hierkd.engine.histories import BoundHistories
-from hierkd.engine.interruption import Interruption, passing_signals_on
+from hierkd.engine.interruption import Interruption
+from hierkd.engine.launching import get_parser, launch_processes
 from hierkd.engine.metrics_file import mend_metrics
 from hierkd.engine.non_finite import NonFiniteGuard
 from hierkd.engine.optimizer import build_optimizer
@@ -53,12 +62,29 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # detectron2 is untyped
 
     iter: int  # the step that is being done, from 0
 
+    def __init__(self, cfg: Any) -> None:
+        """Build all that a training needs, in the order of ``DefaultTrainer.__init__``.
+
+        That one has no place for another checkpointer, nor for processes on a CPU.
+        """
+        TrainerBase.__init__(self)
+        cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+        model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, model)
+        data_loader = self.build_train_loader(cfg)
+        devices = {"device_ids": None} if cfg.MODEL.DEVICE == "cpu" else {}
+        model = create_ddp_model(model, broadcast_buffers=False, **devices)
+        trainer = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
+        self._trainer = trainer(model, data_loader, optimizer)
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.checkpointer = HierKDCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.start_iter = 0
+        self.max_iter = cfg.SOLVER.MAX_ITER
+        self.cfg = cfg
+        self.register_hooks(self.build_hooks())
+
     def build_hooks(self) -> list[Any]:
-        """detectron2's hooks, which save with HierKD's checkpointer."""
-        # DefaultTrainer has no method that builds the checkpointer; its hooks take it from here.
-        self.checkpointer = HierKDCheckpointer(
-            self.model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
-        )
+        """detectron2's hooks, a guard before the optimizer, and one that signals interrupt."""
         trainer = weakref.proxy(self)
         guard = NonFiniteGuard(
             self.model,
@@ -203,32 +229,6 @@ def main(args: Namespace) -> dict[str, Any] | None:
     return results
 
 
-def check_num_gpus(num_gpus: int) -> None:
-    """Refuse more GPUs than there are; ``--num-gpus 1`` on a machine without one uses the CPU.
-
-    Raises:
-        SystemExit: with a message that names both numbers.
-    """
-    available = torch.cuda.device_count()
-    if num_gpus > max(available, 1):
-        raise SystemExit(
-            f"--num-gpus {num_gpus}: this machine has {available} CUDA devices; "
-            "leave --num-gpus out to train on the CPU"
-            if available == 0
-            else f"--num-gpus {num_gpus}: this machine has {available} CUDA devices"
-        )
-
-
 if __name__ == "__main__":
-    arguments = default_argument_parser(epilog=__doc__).parse_args()
-    check_num_gpus(arguments.num_gpus)
-    starts_others = arguments.num_gpus * arguments.num_machines > 1
-    with passing_signals_on() if starts_others else nullcontext():
-        launch(
-            main,
-            arguments.num_gpus,
-            num_machines=arguments.num_machines,
-            machine_rank=arguments.machine_rank,
-            dist_url=arguments.dist_url,
-            args=(arguments,),
-        )
+    arguments = get_parser(epilog=__doc__).parse_args()
+    launch_processes(main, arguments, requested_device(arguments.config_file, arguments.opts))

@@ -147,10 +147,7 @@ def first_images(seed: int) -> list[int]:
 
 
 def train(folder: Path) -> None:
-    """``train_net.main``, with the one thing replaced that detectron2 can only do on GPUs."""
-    from detectron2.engine import defaults
-
-    defaults.create_ddp_model = lambda model, **kwargs: DistributedDataParallel(model, **kwargs)
+    """``train_net.main``, keeping the weights of each process."""
     run_step = train_net.Trainer.run_step
 
     def keep_weights(self: Any) -> None:

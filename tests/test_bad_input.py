@@ -295,4 +295,7 @@ def test_more_gpus_than_there_are(monkeypatch, extra):
     available = torch.cuda.device_count()
     wanted = max(available, 1) + extra
     with pytest.raises(SystemExit, match=f"--num-gpus {wanted}: .* {available} CUDA devices"):
-        command(monkeypatch, "--config-file", tiny_training.CONFIG, "--num-gpus", wanted)
+        command(
+            monkeypatch,
+            *("--config-file", tiny_training.CONFIG, "--num-gpus", wanted, "MODEL.DEVICE", "cuda"),
+        )

@@ -29,7 +29,7 @@ LAYERS = [
     " engine.soak engine.histories engine.non_finite",
     "data.datasets data.dataset_mapper data.official_coco modeling.teacher engine.config"
     " engine.warm_start engine.runs engine.reproduction engine.interruption",
-    "modeling.cached_teacher",
+    "modeling.cached_teacher engine.launching",
     "data.miniature data.prepare modeling.meta_arch evaluation.split_coco_evaluation"
     " engine.predictor engine.cache_teacher engine.replay",
     "evaluation.direct_inference evaluation.proposal_evaluation evaluation.upper_bound"

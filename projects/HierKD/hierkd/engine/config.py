@@ -13,7 +13,7 @@ from detectron2.config import get_cfg
 
 from hierkd.config import add_hierkd_config
 
-__all__ = ["load_config"]
+__all__ = ["load_config", "requested_device"]
 
 logger = logging.getLogger(__name__)
 
@@ -37,19 +37,7 @@ def load_config(config_file: str, overrides: Sequence[str] = ()) -> Any:
             the file or the command line, and the key), MODEL.DEVICE is no kind of device, or
             TEST.IMS_PER_BATCH is no number of images.
     """
-    cfg = get_cfg()
-    add_hierkd_config(cfg)
-    if config_file:
-        if not os.path.isfile(config_file):
-            raise FileNotFoundError(f"--config-file: no file {config_file!r}")
-        try:
-            cfg.merge_from_file(config_file)
-        except (*_MERGE_ERRORS, yaml.YAMLError) as error:
-            raise ValueError(f"{config_file}: {_message(error)}") from error
-    try:
-        cfg.merge_from_list(list(overrides))
-    except _MERGE_ERRORS as error:
-        raise ValueError(f"KEY VALUE pairs {list(overrides)}: {_message(error)}") from error
+    cfg = _merge(config_file, overrides)
     try:
         device = torch.device(cfg.MODEL.DEVICE)
     except RuntimeError as error:
@@ -63,6 +51,34 @@ def load_config(config_file: str, overrides: Sequence[str] = ()) -> Any:
     if cfg.TEST.IMS_PER_BATCH < 1:
         raise ValueError(f"TEST.IMS_PER_BATCH must be 1 or more, got {cfg.TEST.IMS_PER_BATCH}")
     cfg.freeze()
+    return cfg
+
+
+def requested_device(config_file: str, overrides: Sequence[str] = ()) -> str:
+    """Return ``MODEL.DEVICE`` as the config says it, whether this machine has it or not.
+
+    Raises:
+        FileNotFoundError: as :func:`load_config`.
+        ValueError: as :func:`load_config`, of the file, the keys and the values.
+    """
+    return str(_merge(config_file, overrides).MODEL.DEVICE)
+
+
+def _merge(config_file: str, overrides: Sequence[str]) -> Any:
+    """detectron2's and our defaults, with a file and the command line merged into them."""
+    cfg = get_cfg()
+    add_hierkd_config(cfg)
+    if config_file:
+        if not os.path.isfile(config_file):
+            raise FileNotFoundError(f"--config-file: no file {config_file!r}")
+        try:
+            cfg.merge_from_file(config_file)
+        except (*_MERGE_ERRORS, yaml.YAMLError) as error:
+            raise ValueError(f"{config_file}: {_message(error)}") from error
+    try:
+        cfg.merge_from_list(list(overrides))
+    except _MERGE_ERRORS as error:
+        raise ValueError(f"KEY VALUE pairs {list(overrides)}: {_message(error)}") from error
     return cfg
 
 

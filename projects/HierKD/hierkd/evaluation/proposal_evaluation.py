@@ -24,7 +24,7 @@ from pycocotools.coco import COCO
 from tabulate import tabulate  # type: ignore[import-untyped]
 
 from hierkd.evaluation.coco_eval import COCOLibrary, choose_library
-from hierkd.evaluation.split_coco_evaluation import class_groups
+from hierkd.evaluation.split_coco_evaluation import check_each_image_once, class_groups
 
 __all__ = ["ProposalEvaluator"]
 
@@ -122,6 +122,8 @@ class ProposalEvaluator(DatasetEvaluator):  # type: ignore[misc]  # detectron2 i
             proposals = list(itertools.chain(*comm.gather(proposals, dst=0)))
             if not comm.is_main_process():
                 return {}
+        wanted_ids = [image["id"] for image in self._dataset["images"]]
+        check_each_image_once([each[0] for each in proposals], wanted_ids, self._dataset_name)
         one_class = {"images": self._dataset["images"], "categories": [{"id": _ANY_CLASS}]}
         found = self._library.index(one_class, _as_annotations(proposals))
         results: dict[str, float] = {}

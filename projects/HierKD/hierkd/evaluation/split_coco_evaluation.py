@@ -11,8 +11,8 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +127,7 @@ class SplitCOCOEvaluator(COCOEvaluator):  # type: ignore[misc]
         self, predictions: list[dict[str, Any]], img_ids: Iterable[int] | None = None
     ) -> None:
         """Write the detections, if wanted, and evaluate them; called by the parent."""
+        self._check_images(predictions)
         found = self._as_coco_results(predictions)
         if self._output_dir:
             path = Path(self._output_dir) / "coco_instances_results.json"
@@ -134,6 +135,12 @@ class SplitCOCOEvaluator(COCOEvaluator):  # type: ignore[misc]
                 temporary.write_text(json.dumps(found), encoding="utf-8")
         if self._do_evaluation:
             self._results["bbox"] = self._figures(found, img_ids)
+
+    def _check_images(self, predictions: Sequence[dict[str, Any]]) -> None:
+        """Refuse images that several processes have looked at; say which nobody has."""
+        check_each_image_once(
+            [each["image_id"] for each in predictions], self._image_ids, self._dataset_name
+        )
 
     def _as_coco_results(self, predictions: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Detections in COCO's result format; the given ones stay as they are."""
@@ -233,6 +240,35 @@ class SplitCOCOEvaluator(COCOEvaluator):  # type: ignore[misc]
         ]
         headers = ["group", "classes", *METRICS]
         return str(tabulate(rows, headers=headers, tablefmt="github", floatfmt=".1f"))
+
+
+def check_each_image_once(
+    processed: Sequence[int | str], wanted: Collection[int | str], dataset_name: str
+) -> None:
+    """Refuse images that were processed twice, of which the detections would count twice.
+
+    Logs a warning if some but not all of the wanted images were processed.
+
+    Args:
+        processed: Image ids, gathered from all processes.
+        wanted: Image ids of the dataset.
+        dataset_name: For the message.
+
+    Raises:
+        ValueError: An image was processed more than once.
+    """
+    repeated = [each for each, count in Counter(processed).items() if count > 1]
+    if repeated:
+        raise ValueError(
+            f"dataset {dataset_name!r}: {len(repeated)} images were processed more than once, such "
+            f"as {sorted(repeated, key=str)[:5]}; each must go to one process, once"
+        )
+    missing = set(wanted) - set(processed)
+    if missing:
+        logger.warning(
+            "%s: %d of %d images were not processed, such as %s; their objects count as missed.",
+            dataset_name, len(missing), len(wanted), sorted(missing, key=str)[:5],
+        )  # fmt: skip
 
 
 def class_groups(
