@@ -28,7 +28,7 @@ LAYERS = [
     " engine.paper_tables evaluation.coco_eval benchmarks.timing"
     " engine.soak engine.histories engine.non_finite",
     "data.datasets data.dataset_mapper data.official_coco modeling.teacher engine.config"
-    " engine.warm_start engine.runs engine.reproduction engine.interruption",
+    " engine.warm_start engine.runs engine.reproduction engine.interruption evaluation.ground_truth",
     "modeling.cached_teacher engine.launching",
     "data.miniature data.prepare modeling.meta_arch evaluation.split_coco_evaluation"
     " engine.predictor engine.cache_teacher engine.replay",
