@@ -268,8 +268,8 @@ def _make_records(
         check_file_name(image["file_name"], image_id, json_file)
         if image["width"] <= 0 or image["height"] <= 0:
             raise ValueError(
-                f"{json_file}: image {shown(image_id)} must have a positive width and height, found "
-                f"{image['width']} x {image['height']}."
+                f"{json_file}: image {shown(image_id)} must have a positive width and height, "
+                f"found {image['width']} x {image['height']}."
             )
         record: DatasetDict = {
             "file_name": os.path.join(image_root, image["file_name"]),

@@ -251,7 +251,9 @@ def _check_year_and_half(content: JsonObject, path: Path, folder: str) -> None:
     wanted = int(folder[-4:])
     year = content["info"].get("year") if isinstance(content.get("info"), dict) else None
     if year not in (None, wanted):
-        raise ValueError(f"{path}: expected COCO {wanted} ({folder}), found info.year {shown(year)}.")
+        raise ValueError(
+            f"{path}: expected COCO {wanted} ({folder}), found info.year {shown(year)}."
+        )
     if not content["images"]:
         raise ValueError(f"{path}: 'images' is empty.")
     prefix = f"COCO_{folder}_" if wanted == 2014 else ""

@@ -67,7 +67,7 @@ def read_ground_truth(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"{path}: 'categories' has these names more than once: {shown(repeated)}.")
     boxes = get_entries({"annotations": [], **content}, "annotations", _BOX_FIELDS, path)
     index_by_id(boxes, "annotations", path)
-    annotations = []
+    annotations: list[dict[str, Any]] = []
     for box in boxes:
         for key, entries in known.items():
             if box[key] not in entries:

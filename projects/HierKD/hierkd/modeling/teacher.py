@@ -79,6 +79,10 @@ _REGIONS_MULTIPLE = 32
 _TEXTS_WITHOUT_PROGRESS = 2000
 # Text embeddings held in memory; the least recently used goes first. [ours] 128 MB at D = 512.
 _TEXTS_IN_MEMORY = 65_536
+# Characters of a text that reach CLIP's tokeniser, white space collapsed. [ours] CLIP reads 75
+# tokens, some 300 characters; the tokeniser's time grows with the square of the length of a word,
+# and one of 100,000 letters would take minutes.
+_TEXT_LENGTH = 2000
 # Seconds to wait while another process writes to the text cache. [ours]
 _CACHE_TIMEOUT = 30.0
 # Texts looked up in one SQL statement; SQLite before 3.32 allows 999 parameters.
@@ -245,9 +249,15 @@ class CLIPTeacher:
 
         Returns:
             (C, D) float32 on the teacher's device, L2-normalised, without gradient.
+
+        Raises:
+            ValueError: one is not a text.
         """
         if isinstance(captions, str):
             raise ValueError(f"expected a sequence of texts, found the single text {captions!r}")
+        for index, caption in enumerate(captions):
+            if not isinstance(caption, str):
+                raise ValueError(f"caption {index} must be a text, found {caption!r}")
         if len(captions) == 0:
             return torch.zeros((0, self.embed_dim), device=self.device)
         rows = self._lookup(list(dict.fromkeys(captions)))
@@ -314,7 +324,8 @@ class CLIPTeacher:
         ) as progress:
             for start in range(0, len(texts), _TEXTS_PER_CALL):
                 chunk = list(texts[start : start + _TEXTS_PER_CALL])
-                tokens = clip.tokenize(chunk, context_length=model.context_length, truncate=True)
+                short = [_beginning(text) for text in chunk]
+                tokens = clip.tokenize(short, context_length=model.context_length, truncate=True)
                 with torch.autocast(self.device.type, enabled=False):
                     embeddings = model.encode_text(tokens.to(self.device))
                 normalised = F.normalize(embeddings.float(), dim=-1).cpu().numpy()
@@ -703,6 +714,8 @@ class _TextCache:
                 if connection.execute(query).fetchone() is not None:
                     query = "SELECT embed_dim, logit_scale FROM model"
                     embed_dim, logit_scale = connection.execute(query).fetchone()
+                    if not (int(embed_dim) > 0 and 0 < float(logit_scale) < np.inf):
+                        raise ValueError(f"a model of D = {embed_dim}, scale {logit_scale}")
                     self._properties = (int(embed_dim), float(logit_scale))
         return self._properties
 
@@ -721,7 +734,8 @@ class _TextCache:
                 query = f"SELECT key, embedding FROM texts WHERE key IN ({marks})"
                 for key, blob in connection.execute(query, part):
                     vector = np.frombuffer(blob, dtype="<f4").astype(np.float32)
-                    if vector.shape == (properties[0],) and np.isfinite(vector).all():
+                    # NaN compares false
+                    if vector.shape == (properties[0],) and abs(vector @ vector - 1) < 0.01:
                         found[by_key[key]] = vector
         return found
 
@@ -780,6 +794,13 @@ class _TextCache:
 
 def _text_key(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _beginning(text: str) -> str:
+    """As much of a text as can matter to CLIP; one of ordinary length is left as it is."""
+    if len(text) <= _TEXT_LENGTH:
+        return text
+    return " ".join(text.split())[:_TEXT_LENGTH]
 
 
 def _encodable(text: str) -> str:
