@@ -734,8 +734,8 @@ class _TextCache:
                 query = f"SELECT key, embedding FROM texts WHERE key IN ({marks})"
                 for key, blob in connection.execute(query, part):
                     vector = np.frombuffer(blob, dtype="<f4").astype(np.float32)
-                    # NaN compares false
-                    if vector.shape == (properties[0],) and abs(vector @ vector - 1) < 0.01:
+                    length = np.linalg.norm(vector.astype(np.float64))
+                    if vector.shape == (properties[0],) and abs(length - 1) < 0.01:  # not NaN
                         found[by_key[key]] = vector
         return found
 

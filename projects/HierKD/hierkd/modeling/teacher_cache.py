@@ -473,7 +473,8 @@ class TeacherCache:
         path = self.folder / name
         try:
             array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
+        # numpy parses a header as Python: a broken one raises SyntaxError, TokenError and others
+        except Exception as error:
             raise ValueError(
                 f"{path} cannot be read ({error}); make the cache anew with "
                 f"{how_to_make(self.folder)}"
@@ -506,5 +507,6 @@ def _normalised(rows: npt.NDArray[np.float16]) -> FloatRows:
     """(n, D) float32 of length 1; zero rows stay zero."""
     exact = np.asarray(rows, np.float32)
     norms = np.linalg.norm(exact, axis=1, keepdims=True)
-    normalised: FloatRows = exact / np.maximum(norms, np.finfo(np.float32).tiny)
+    with np.errstate(invalid="ignore"):  # infinite rows become NaN, for the caller to refuse
+        normalised: FloatRows = exact / np.maximum(norms, np.finfo(np.float32).tiny)
     return normalised
