@@ -128,7 +128,7 @@ def _shows_something(box, size):
     return all(min(box[i] + box[2 + i], size[i]) > max(box[i], 0) for i in (0, 1))
 
 
-@pytest.mark.parametrize("count", [800, pytest.param(20_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [400, pytest.param(20_000, marks=pytest.mark.slow)])
 def test_loading(root, dataset, count):
     path, image_root = root / "broken.json", root / "images"
     loaded = 0

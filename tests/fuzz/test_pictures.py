@@ -227,7 +227,7 @@ def kinds():
     return files
 
 
-@pytest.mark.parametrize("count", [150, pytest.param(5_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [80, pytest.param(5_000, marks=pytest.mark.slow)])
 def test_broken_bytes(tmp_path, count):
     files = kinds()
     names, path = sorted(files), tmp_path / "broken.jpg"
