@@ -259,7 +259,7 @@ def test_any_list_typed_by_a_user(number, tmp_path):
 
     check()
     print(f"vocabularies: {counts}")
-    assert min(counts.values()) > number / 20
+    assert min(counts.values()) > number / 50
 
 
 # --- files of embeddings --------------------------------------------------------------------------

@@ -378,7 +378,7 @@ def test_cache_can_be_inspected(make_teacher):
     with sqlite3.connect(teacher._disk.path) as connection:
         text, blob = connection.execute("SELECT text, embedding FROM texts").fetchone()
     assert text == "a cat"
-    assert np.frombuffer(blob, "<f4").tolist() == found[0].tolist()
+    assert np.frombuffer(blob[:-4], "<f4").tolist() == found[0].tolist()
 
 
 @pytest.mark.parametrize("damage", [b"no database at all " * 300, None])

@@ -20,6 +20,7 @@ from detectron2.utils import comm
 from numpy.typing import NDArray
 from tabulate import tabulate  # type: ignore[import-untyped]
 
+from hierkd.data.coco_json import shown
 from hierkd.evaluation.coco_eval import COCOLibrary, choose_library
 from hierkd.evaluation.ground_truth import read_ground_truth
 from hierkd.evaluation.split_coco_evaluation import check_each_image_once, class_groups
@@ -148,7 +149,7 @@ class ProposalEvaluator(DatasetEvaluator):  # type: ignore[misc]  # detectron2 i
         if missing:
             raise ValueError(
                 f"{json_file}: categories {missing} of dataset {self._dataset_name!r} are missing; "
-                f"found {sorted(ids)}"
+                f"found {shown(sorted(ids))}"
             )
         boxes: list[dict[str, Any]] = self._dataset["annotations"]
         members = {group: {ids[name] for name in names} for group, names in groups.items()}

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from tabulate import tabulate  # type: ignore[import-untyped]
 
 from hierkd.atomic_files import replacing
+from hierkd.data.coco_json import shown
 from hierkd.evaluation.coco_eval import choose_library
 from hierkd.evaluation.ground_truth import read_ground_truth
 
@@ -223,7 +224,7 @@ class SplitCOCOEvaluator(COCOEvaluator):  # type: ignore[misc]
         if missing:
             raise ValueError(
                 f"{json_file}: categories {missing} of dataset {self._dataset_name!r} are missing; "
-                f"found {sorted(ids)}"
+                f"found {shown(sorted(ids))}"
             )
         category_ids = {name: ids[name] for name in vocabulary}
         mapping = {category_id: index for index, category_id in enumerate(category_ids.values())}
@@ -234,7 +235,7 @@ class SplitCOCOEvaluator(COCOEvaluator):  # type: ignore[misc]
         elif dict(known) != mapping:
             raise ValueError(
                 f"{json_file}: expected the category ids of dataset {self._dataset_name!r}, "
-                f"{dict(known)}; found {mapping}"
+                f"{dict(known)}; found {shown(mapping)}"
             )
         return category_ids
 

@@ -17,6 +17,7 @@ import sqlite3
 import urllib.parse
 import warnings
 import zipfile
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -688,8 +689,9 @@ class _TextCache:
     """Normalised text embeddings of one set of CLIP weights in an SQLite file.
 
     Rows hold the SHA-256 of the exact text, the text itself for inspection, and D float32 values
-    (little-endian, L2-normalised, in the precision of the process that wrote them first).  A second
-    table holds the model's D and exp(logit_scale).
+    (little-endian, L2-normalised, in the precision of the process that wrote them first), followed
+    by a CRC-32 of both, since SQLite does not notice what happens to its pages.  A second table
+    holds the model's D and exp(logit_scale).
 
     Any number of processes may share the file.  It keeps SQLite's rollback journal, which unlike
     the write-ahead log works on network file systems, and is opened anew for each operation, so
@@ -733,16 +735,16 @@ class _TextCache:
                 marks = ",".join("?" * len(part))
                 query = f"SELECT key, embedding FROM texts WHERE key IN ({marks})"
                 for key, blob in connection.execute(query, part):
-                    vector = np.frombuffer(blob, dtype="<f4").astype(np.float32)
+                    vector = _checked_vector(key, blob, properties[0])
                     length = np.linalg.norm(vector.astype(np.float64))
-                    if vector.shape == (properties[0],) and abs(length - 1) < 0.01:  # not NaN
+                    if len(vector) and abs(length - 1) < 0.01:  # not NaN
                         found[by_key[key]] = vector
         return found
 
     def write(self, embeddings: dict[str, _Vector], embed_dim: int, logit_scale: float) -> None:
         """Store embeddings; texts that are there already are replaced."""
         rows = [
-            (_text_key(text), _encodable(text), vector.astype("<f4").tobytes())
+            (key := _text_key(text), _encodable(text), _with_checksum(key, vector))
             for text, vector in embeddings.items()
         ]
         with self._guard():
@@ -790,6 +792,22 @@ class _TextCache:
             with contextlib.suppress(OSError):
                 os.replace(self.path, aside)
                 self.path.with_name(f"{self.path.name}-journal").unlink(missing_ok=True)
+
+
+def _with_checksum(key: str, vector: _Vector) -> bytes:
+    """What is stored of an embedding."""
+    values = vector.astype("<f4").tobytes()
+    return values + zlib.crc32(key.encode() + values).to_bytes(4, "little")
+
+
+def _checked_vector(key: str, blob: bytes, embed_dim: int) -> _Vector:
+    """The embedding (D,) in `blob`; empty if it is of another size or not as it was written."""
+    values = blob[: 4 * embed_dim]
+    checksum = zlib.crc32(key.encode() + values).to_bytes(4, "little")
+    # Rows of before there were checksums have none.
+    if len(values) < 4 * embed_dim or blob[4 * embed_dim :] not in (b"", checksum):
+        return np.zeros(0, np.float32)
+    return np.frombuffer(values, dtype="<f4").astype(np.float32)
 
 
 def _text_key(text: str) -> str:
