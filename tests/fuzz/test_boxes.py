@@ -1,6 +1,5 @@
 """Boxes of every kind on their way from the file to the losses, and the crops of the teacher."""
 
-import logging
 import math
 
 import numpy as np
@@ -84,7 +83,6 @@ def test_the_mapper_gives_boxes_inside_the_image(tmp_path, number):
 
 @pytest.fixture(scope="module")
 def model():
-    logging.getLogger("hierkd").setLevel(logging.ERROR)
     with pytest.MonkeyPatch.context() as patch:
         cfg = load_config(
             "configs/miniature/hierkd.yaml", ["MODEL.DEVICE", "cpu", "DATASETS.TRAIN", "()"]
