@@ -22,11 +22,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from detectron2.data.detection_utils import read_image
 from detectron2.utils.logger import setup_logger
 from PIL import Image
 from tqdm import tqdm
 
+from hierkd.data.dataset_mapper import read_picture
 from hierkd.engine.config import load_config
 from hierkd.engine.predictor import OpenVocabularyPredictor, resolve_vocabulary
 from hierkd.engine.visualization import draw_instances
@@ -141,10 +141,7 @@ def detect(
     Raises:
         ValueError: The picture cannot be decoded; it is named.
     """
-    try:
-        image = read_image(str(picture), format="BGR")
-    except (OSError, ValueError, SyntaxError) as error:  # what Pillow raises for broken files
-        raise ValueError(f"{picture}: cannot be read as a picture ({error})") from error
+    image = read_picture(str(picture))
     instances = predictor(image)
     instances = instances[instances.scores >= threshold]
     vocabulary = predictor.vocabulary

@@ -143,7 +143,7 @@ def test_broken_picture_is_named_and_does_not_stop_the_others(
 def test_broken_picture_by_itself(tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"not a picture")
-    with pytest.raises(ValueError, match=r"broken\.png: cannot be read as a picture"):
+    with pytest.raises(ValueError, match=r"broken\.png cannot be decoded"):
         demo.detect(None, broken, tmp_path / "out.png", 0.5)
 
 

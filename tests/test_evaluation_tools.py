@@ -251,7 +251,7 @@ def test_classes_compete_within_the_vocabulary():
         (["--classes", "cow", "--vocabulary", "bee,wasp"], "['cow'] are not in --vocabulary"),
         (["--classes", ""], "the vocabulary is empty"),
         (["--classes", "bee", "--vocabulary", " , "], "the vocabulary is empty"),
-        (["--classes", "bee,bee"], "more than once: ['bee']"),
+        (["--classes", "bee,bee"], "repeats 'bee'"),
         (["--classes", "bee", "--panel-px", "3"], "--panel-px must be at least 64"),
     ],
 )

@@ -121,7 +121,7 @@ def test_names_from_everywhere_count_once(extract, clip, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--names", "cat,cat"], "more than once: ['cat']"),
+        (["--names", "cat,cat"], "repeats 'cat'"),
         (["--names", "gone.txt"], "no file 'gone.txt'"),
         (["--names", "cat", "--template", "a cat"], "--template: expected one {}"),
         (["--names", "cat", "--templates", "gone.txt"], "no file 'gone.txt'"),

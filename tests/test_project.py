@@ -17,18 +17,19 @@ PACKAGE = ROOT / "projects" / "HierKD" / "hierkd"
 # A module imports only from layers above its own, that is, from lines before its own.
 # A package's __init__ may import the package's own modules, and hierkd/__init__ the packages.
 LAYERS = [
-    "atomic_files engine.metrics_file modeling.logit_scales",
-    "config data.splits data.coco_json data.loader"
+    "atomic_files engine.metrics_file modeling.logit_scales data.resizing",
+    "config data.splits data.coco_json data.loader data.dataset_mapper"
     " modeling.losses modeling.sampling modeling.region_crops modeling.mlca"
     " modeling.text_classifier modeling.text_embeddings modeling.head modeling.atss"
     " modeling.backbone modeling.gathering modeling.frozen_encoder modeling.crop_merging"
-    " modeling.teacher_cache"
+    " modeling.teacher_cache modeling.input_checks"
     " modeling.class_probabilities modeling.preselection"
     " engine.checkpoint engine.optimizer engine.results engine.visualization"
     " engine.paper_tables evaluation.coco_eval benchmarks.timing"
     " engine.soak engine.histories engine.non_finite",
-    "data.datasets data.dataset_mapper data.official_coco modeling.teacher engine.config"
-    " engine.warm_start engine.runs engine.reproduction engine.interruption",
+    "data.datasets data.official_coco modeling.teacher engine.config"
+    " engine.warm_start engine.runs engine.reproduction engine.interruption"
+    " evaluation.ground_truth",
     "modeling.cached_teacher engine.launching",
     "data.miniature data.prepare modeling.meta_arch evaluation.split_coco_evaluation"
     " engine.predictor engine.cache_teacher engine.replay",

@@ -377,6 +377,6 @@ def test_a_detector_without_clip_is_refused(build):
 
 def test_an_empty_vocabulary_is_refused_and_the_old_one_stays(world):
     model, dataset, batches = world
-    with pytest.raises(ValueError, match="the vocabulary is empty"):
+    with pytest.raises(ValueError, match="the vocabulary: no names"):
         clip_direct_inference(DirectInference(model), batches, dataset, [])
     assert model.vocabulary_names == tuple(CLASSES)

@@ -378,7 +378,7 @@ def test_cache_can_be_inspected(make_teacher):
     with sqlite3.connect(teacher._disk.path) as connection:
         text, blob = connection.execute("SELECT text, embedding FROM texts").fetchone()
     assert text == "a cat"
-    assert np.frombuffer(blob, "<f4").tolist() == found[0].tolist()
+    assert np.frombuffer(blob[:-4], "<f4").tolist() == found[0].tolist()
 
 
 @pytest.mark.parametrize("damage", [b"no database at all " * 300, None])
@@ -432,7 +432,8 @@ def _write_many(path, start, barrier):
     cache = teacher_module._TextCache(Path(path))
     barrier.wait()
     for index in range(start, start + 60):
-        cache.write({f"text {index}": np.full(4, index, np.float32)}, 4, 100.0)
+        vector = np.array([np.cos(index / 100), np.sin(index / 100), 0, 0], np.float32)
+        cache.write({f"text {index}": vector}, 4, 100.0)
         assert cache.read([f"text {index}"])
 
 
@@ -451,7 +452,7 @@ def test_two_processes_share_a_cache(tmp_path, caplog):
     assert [worker.exitcode for worker in workers] == [0, 0]
     texts = [f"text {index}" for index in range(90)]
     found = teacher_module._TextCache(path).read(texts)
-    assert [found[text][0] for text in texts] == list(range(90))
+    assert [round(100 * np.arctan2(*found[text][1::-1])) for text in texts] == list(range(90))
     assert not list(tmp_path.glob("*.corrupt"))
 
 

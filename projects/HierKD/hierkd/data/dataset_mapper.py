@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.data import DatasetMapper, detection_utils
+from detectron2.data import transforms as T
 from detectron2.data.transforms import (
     HFlipTransform,
     NoOpTransform,
@@ -23,13 +24,15 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
+from hierkd.data.resizing import ResizeShortestEdge
+
 __all__ = ["HierKDDatasetMapper", "check_images", "read_picture"]
 
 _LOGGER = logging.getLogger(__name__)
 
-# What Pillow raises for files it cannot open or decode: OSError (unknown or truncated format, file
-# gone), SyntaxError (broken PNG), EOFError, and an image so large that it may be an attack.
-_DECODE_ERRORS = (OSError, SyntaxError, EOFError, Image.DecompressionBombError)
+# Pillow's names of pixels with more than 8 bits a channel. It turns them into RGB by cutting off
+# all that is above 255, which leaves a picture of 16 bits white.
+_DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 
 
 class HierKDDatasetMapper(DatasetMapper):  # type: ignore[misc]
@@ -68,6 +71,7 @@ class HierKDDatasetMapper(DatasetMapper):  # type: ignore[misc]
                 of the whole box.
             **kwargs: See :class:`detectron2.data.DatasetMapper`.
         """
+        kwargs["augmentations"] = list(map(_for_any_shape, kwargs["augmentations"]))
         super().__init__(is_train, **kwargs)
         self.with_caption = with_caption and is_train
         self.skip_broken_images = skip_broken_images and is_train
@@ -107,20 +111,28 @@ class HierKDDatasetMapper(DatasetMapper):  # type: ignore[misc]
             ``MapDataset`` then takes another).
 
         Raises:
-            ValueError: The image cannot be decoded, or it has no caption. It is named.
+            ValueError: The image cannot be decoded, has more than 8 bits a channel or another size
+                than its dict says, or has no caption. It is named.
         """
         dataset_dict = dict(dataset_dict)
         captions = dataset_dict.pop("captions", None)
-        try:
-            result: dict[str, Any] = super().__call__(dataset_dict)
-        except _DECODE_ERRORS as error:
-            found = f"{type(error).__name__}: {error}"
+        found = _problem_of_header(dataset_dict["file_name"])
+        result: dict[str, Any] = {}
+        if not found:
+            try:
+                result = super().__call__(dataset_dict)
+            except Exception:
+                # The file's fault, or that of what comes after it?
+                _, found = _decode(dataset_dict["file_name"], "RGB")
+                if not found:
+                    raise
+        if found:
             if not self.skip_broken_images:
                 advice = ", or skip such images with DATALOADER.SKIP_BROKEN_IMAGES True"
                 raise ValueError(
                     f"Image {dataset_dict['file_name']} cannot be decoded ({found}). Replace the "
                     f"file{advice if self.is_train else ''}."
-                ) from error
+                )
             self.num_skipped += 1
             _LOGGER.warning(
                 "Skipped image %s, which cannot be decoded (%s); %d skipped so far in this "
@@ -166,6 +178,18 @@ class HierKDDatasetMapper(DatasetMapper):  # type: ignore[misc]
         dataset_dict["instances"] = detection_utils.filter_empty_instances(instances)
 
 
+def _for_any_shape(augmentation: T.Augmentation) -> T.Augmentation:
+    """The augmentation, with a resize that leaves at least a pixel in place of detectron2's."""
+    if type(augmentation) is not T.ResizeShortestEdge:
+        return augmentation
+    return ResizeShortestEdge(
+        augmentation.short_edge_length,
+        augmentation.max_size,
+        augmentation.sample_style,
+        augmentation.interp,
+    )
+
+
 def _check_cacheable(key: str, found: object, allowed: tuple[object, ...]) -> None:
     if found not in allowed:
         raise ValueError(
@@ -199,15 +223,40 @@ def read_picture(file_name: str, image_format: str = "BGR") -> NDArray[np.uint8]
         (H, W, 3), 0..255.
 
     Raises:
-        ValueError: The file does not exist or cannot be decoded. It is named.
+        ValueError: The file does not exist, cannot be decoded, or has more than 8 bits a channel
+            in a way that Pillow does not reduce to 8. It is named.
     """
+    image, problem = _decode(file_name, image_format)
+    if image is None:
+        raise ValueError(f"Image {file_name} cannot be decoded ({problem}).")
+    return image
+
+
+def _decode(file_name: str, image_format: str) -> tuple[NDArray[np.uint8] | None, str]:
+    """Return the picture, (H, W, 3), or None and why it cannot be decoded."""
+    problem = _problem_of_header(file_name)
+    if problem:
+        return None, problem
     try:
         image = detection_utils.read_image(file_name, format=image_format)
-    except (*_DECODE_ERRORS, ValueError) as error:
-        raise ValueError(
-            f"Image {file_name} cannot be decoded ({type(error).__name__}: {error})."
-        ) from error
-    return np.array(image, np.uint8)
+        return np.array(image, np.uint8), ""
+    # Beside OSError, a broken file gets anything out of Pillow's many decoders, from SyntaxError
+    # (PNG) to NotImplementedError (DDS) and RuntimeError (AVIF).
+    except Exception as error:
+        return None, f"{type(error).__name__}: {error}"
+
+
+def _problem_of_header(file_name: str) -> str:
+    """Return what the first bytes of a picture say against it; empty if nothing."""
+    try:
+        with Image.open(file_name) as image:
+            if image.mode in _DEEP_MODES:
+                return f"its pixels are {image.mode!r}, more than 8 bits; expected 8 bits a channel"
+            if image.format == "EPS":  # a program, which Pillow would hand to Ghostscript
+                return "an EPS document; expected a picture of pixels"
+    except Exception as error:  # as above
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 def check_images(
@@ -260,10 +309,8 @@ def check_images(
 
 def _find_problem(dataset_dict: Mapping[str, Any]) -> str:
     """Return why the image cannot be decoded, with its file's name; empty if it can."""
-    file_name = dataset_dict["file_name"]
-    try:
-        image = detection_utils.read_image(file_name, format="RGB")
-    except _DECODE_ERRORS as error:
-        return f"{file_name} ({type(error).__name__}: {error})"
+    image, problem = _decode(dataset_dict["file_name"], "RGB")
+    if image is None:
+        return f"{dataset_dict['file_name']} ({problem})"
     detection_utils.check_image_size(dict(dataset_dict), image)
     return ""

@@ -21,7 +21,16 @@ from typing import Any
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 
-from hierkd.data.coco_json import FieldTypes, get_entries, index_by_id, read_coco_json
+from hierkd.data.coco_json import (
+    FieldTypes,
+    check_annotation,
+    check_file_name,
+    get_box,
+    get_entries,
+    index_by_id,
+    read_coco_json,
+    shown,
+)
 from hierkd.data.splits import COCO_2014, COCO_2017, Category, CocoVariant, Split
 
 __all__ = [
@@ -158,8 +167,8 @@ def load_ovd_json(
 
     Args:
         json_file: The annotations. An image entry may carry ``captions``, a list of strings.
-        image_root: Folder that ``file_name`` is relative to. Every image must exist in it; the
-            folder is listed once, no image is opened.
+        image_root: Folder that ``file_name`` is relative to, and may not leave. Every image must
+            exist in it; the folder is listed once, no image is opened.
         vocabulary: The names of the file's categories in id order, no more and no fewer.
         category_ids: The ids these must have; ``None`` accepts any.
         missing_hint: How to obtain the files, for the error when one does not exist.
@@ -174,8 +183,9 @@ def load_ovd_json(
 
     Raises:
         FileNotFoundError: The JSON file, the image folder or images in it do not exist.
-        ValueError: The file is broken, lacks a key, repeats an id, refers to an image or category
-            that it does not hold, or its categories are not ``vocabulary``.
+        ValueError: The file is broken, lacks a key, repeats an id, mixes numbers and strings as
+            image ids, refers to an image or category that it does not hold or to a file outside
+            ``image_root``, or its categories are not ``vocabulary``.
     """
     content = read_coco_json(json_file, missing_hint=missing_hint)
     images = get_entries(content, "images", _IMAGE_FIELDS, json_file)
@@ -199,7 +209,7 @@ def _id_order(image_id: int | str) -> tuple[bool, int | str]:
 def _some(values: Iterable[object]) -> str:
     """Return the first few of ``values`` for a message, and how many more there are."""
     listed = list(values)
-    text = ", ".join(repr(value) for value in listed[:_MAX_NAMED])
+    text = ", ".join(shown(value) for value in listed[:_MAX_NAMED])
     more = len(listed) - _MAX_NAMED
     return f"{text} and {more:,} more" if more > 0 else text
 
@@ -218,7 +228,7 @@ def _match_categories(
     if missing:
         raise ValueError(
             f"{json_file}: the dataset's vocabulary has {_some(missing)}, but 'categories' does "
-            f"not; expected {len(vocabulary)} names, found {len(names)}: {names}."
+            f"not; expected {len(vocabulary)} names, found {len(names)}: {shown(names)}."
         )
     unexpected = [name for name in names if name not in set(vocabulary)]
     if unexpected:
@@ -229,7 +239,7 @@ def _match_categories(
     if names != list(vocabulary):
         raise ValueError(
             f"{json_file}: 'categories' in id order must be the vocabulary, expected "
-            f"{list(vocabulary)}, found {names}."
+            f"{shown(list(vocabulary))}, found {shown(names)}."
         )
     if category_ids is not None:
         for category, expected in zip(found, category_ids, strict=True):
@@ -248,11 +258,18 @@ def _make_records(
     if not images:
         raise ValueError(f"{json_file}: 'images' is empty.")
     records: dict[int | str, DatasetDict] = {}
+    kinds = {type(image["id"]): image["id"] for image in images}
+    if len(kinds) > 1:
+        raise ValueError(
+            f"{json_file}: the ids of 'images' must all be numbers or all be strings, found "
+            f"{_some(kinds.values())}."
+        )
     for image_id, image in index_by_id(images, "images", json_file).items():
+        check_file_name(image["file_name"], image_id, json_file)
         if image["width"] <= 0 or image["height"] <= 0:
             raise ValueError(
-                f"{json_file}: image {image_id!r} must have a positive width and height, found "
-                f"{image['width']} x {image['height']}."
+                f"{json_file}: image {shown(image_id)} must have a positive width and height, "
+                f"found {image['width']} x {image['height']}."
             )
         record: DatasetDict = {
             "file_name": os.path.join(image_root, image["file_name"]),
@@ -265,8 +282,8 @@ def _make_records(
             captions = image["captions"]
             if not isinstance(captions, list) or not all(isinstance(c, str) for c in captions):
                 raise ValueError(
-                    f"{json_file}: 'captions' of image {image_id!r} must be a list of strings, "
-                    f"found {captions!r}."
+                    f"{json_file}: 'captions' of image {shown(image_id)} must be a list of "
+                    f"strings, found {shown(captions)}."
                 )
             record["captions"] = captions
         records[image_id] = record
@@ -307,18 +324,20 @@ def _add_annotations(
 ) -> Counter[str]:
     """Append each annotation to its image's record; return how many were kept, clipped, dropped."""
     index_by_id(annotations, "annotations", json_file)
+    for annotation in annotations:
+        check_annotation(annotation, json_file)
     counts: Counter[str] = Counter()
     for annotation in annotations:
         record = records.get(annotation["image_id"])
         if record is None:
             raise ValueError(
-                f"{json_file}: annotation {annotation['id']!r} refers to image "
-                f"{annotation['image_id']!r}, which is not in 'images'."
+                f"{json_file}: annotation {shown(annotation['id'])} refers to image "
+                f"{shown(annotation['image_id'])}, which is not in 'images'."
             )
         category = class_index.get(annotation["category_id"])
         if category is None:
             raise ValueError(
-                f"{json_file}: annotation {annotation['id']!r} refers to category "
+                f"{json_file}: annotation {shown(annotation['id'])} refers to category "
                 f"{annotation['category_id']!r}, which is not in 'categories'."
             )
         box, verdict = _clip_box(annotation, record["width"], record["height"], json_file)
@@ -348,12 +367,7 @@ def _clip_box(
     Raises:
         ValueError: ``bbox`` is not four numbers.
     """
-    box = annotation["bbox"]
-    if len(box) != 4 or not all(isinstance(value, int | float) for value in box):
-        raise ValueError(
-            f"{json_file}: 'bbox' of annotation {annotation['id']!r} must be four numbers "
-            f"[x, y, width, height], found {box!r}."
-        )
+    box = get_box(annotation, json_file)
     if not all(math.isfinite(value) for value in box):
         return None, "non-finite"
     x, y, box_width, box_height = box
@@ -365,7 +379,7 @@ def _clip_box(
         return None, "outside"
     overshoot = max(x0 - x, y0 - y, x + box_width - x1, y + box_height - y1)
     if overshoot <= 0:
-        return [float(value) for value in box], "kept"
+        return list(box), "kept"
     return [x0, y0, x1 - x0, y1 - y0], "clipped" if overshoot > _ROUNDING_PX else "kept"
 
 

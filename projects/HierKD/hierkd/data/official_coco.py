@@ -14,7 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from hierkd.data.coco_json import FieldTypes, get_entries, index_by_id, read_coco_json
+from hierkd.data.coco_json import (
+    FieldTypes,
+    check_annotation,
+    check_file_name,
+    get_box,
+    get_entries,
+    index_by_id,
+    read_coco_json,
+    shown,
+)
 from hierkd.data.splits import COCO_2017, CocoVariant
 
 __all__ = [
@@ -162,11 +171,13 @@ def read_instances(path: Path, folder: str) -> JsonObject:
     Raises:
         FileNotFoundError: There is no such file; says where it comes from.
         ValueError: It is broken, of another year, of the other half of COCO, a captions file, or
-            its entries contradict each other.
+            its entries contradict each other or have fields that are no boxes or paths.
     """
     content = _read_official(path)
     _check_kind(content, path, wanted="bbox", other="caption")
     images = index_by_id(get_entries(content, "images", _IMAGE_FIELDS, path), "images", path)
+    for image in content["images"]:
+        check_file_name(image["file_name"], image["id"], path)
     _check_year_and_half(content, path, folder)
     boxes = get_entries(content, "annotations", _BOX_FIELDS, path)
     index_by_id(boxes, "annotations", path)
@@ -179,6 +190,8 @@ def read_instances(path: Path, folder: str) -> JsonObject:
                     f"{path}: annotation {box['id']} has {key} {box[key]}, which the file does "
                     "not contain."
                 )
+        check_annotation(box, path)
+        get_box(box, path)
     return content
 
 
@@ -195,16 +208,23 @@ def read_captions(path: Path, folder: str) -> dict[int, list[str]]:
 
     Raises:
         FileNotFoundError: There is no such file; says where it comes from.
-        ValueError: It is broken, of another year, of the other half of COCO, or not of captions.
+        ValueError: It is broken, of another year, of the other half of COCO, or not of captions,
+            or has one of an image that it does not contain.
     """
     content = _read_official(path)
     _check_kind(content, path, wanted="caption", other="bbox")
-    get_entries(content, "images", _IMAGE_FIELDS, path)
+    images = get_entries(content, "images", _IMAGE_FIELDS, path)
+    known = index_by_id(images, "images", path)
     _check_year_and_half(content, path, folder)
     entries = get_entries(content, "annotations", _CAPTION_FIELDS, path)
     index_by_id(entries, "annotations", path)
     captions: dict[int, list[str]] = defaultdict(list)
     for entry in sorted(entries, key=lambda each: each["id"]):
+        if entry["image_id"] not in known:
+            raise ValueError(
+                f"{path}: caption {entry['id']} is of image {entry['image_id']}, which the file "
+                "does not contain."
+            )
         text = " ".join(entry["caption"].split())
         if text:
             captions[entry["image_id"]].append(text)
@@ -231,7 +251,9 @@ def _check_year_and_half(content: JsonObject, path: Path, folder: str) -> None:
     wanted = int(folder[-4:])
     year = content["info"].get("year") if isinstance(content.get("info"), dict) else None
     if year not in (None, wanted):
-        raise ValueError(f"{path}: expected COCO {wanted} ({folder}), found info.year {year}.")
+        raise ValueError(
+            f"{path}: expected COCO {wanted} ({folder}), found info.year {shown(year)}."
+        )
     if not content["images"]:
         raise ValueError(f"{path}: 'images' is empty.")
     prefix = f"COCO_{folder}_" if wanted == 2014 else ""
@@ -240,9 +262,9 @@ def _check_year_and_half(content: JsonObject, path: Path, folder: str) -> None:
         if not name.startswith(prefix) or (not prefix and name.startswith("COCO_")):
             raise ValueError(
                 f"{path}: expected file names of COCO {wanted} such as {prefix}000000000139.jpg, "
-                f"found {name!r}. Use the annotations of {wanted}."
+                f"found {shown(name)}. Use the annotations of {wanted}."
             )
         # The files of 2014 were published with two kinds of URL; the older names no folder.
         url = str(image.get("coco_url", ""))
         if any(found != folder for found in re.findall(r"/((?:train|val|test)\d{4})/", url)):
-            raise ValueError(f"{path}: expected images of {folder}, found {url}.")
+            raise ValueError(f"{path}: expected images of {folder}, found {shown(url)}.")

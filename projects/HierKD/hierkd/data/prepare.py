@@ -19,7 +19,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from hierkd.data.coco_json import write_json_atomically
+from hierkd.data.coco_json import shown, write_json_atomically
 from hierkd.data.official_coco import (
     annotation_files,
     read_captions,
@@ -147,7 +147,7 @@ def build_part(
         if found != category.name:
             raise ValueError(
                 f"{path}: expected category {category.id} to be {category.name!r}, found "
-                f"{'nothing' if found is None else repr(found)} under this id."
+                f"{'nothing' if found is None else shown(found)} under this id."
             )
     wanted = {category.id for category in categories}
     used = _images_with(instances, categories if showing is None else showing)

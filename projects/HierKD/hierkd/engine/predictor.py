@@ -4,7 +4,7 @@
 
     predictor = OpenVocabularyPredictor(load_config("config.yaml", ["MODEL.WEIGHTS", "model.pth"]))
     predictor.set_vocabulary(["cat", "traffic cone"])
-    instances = predictor(read_image("street.jpg", format="BGR"))
+    instances = predictor(read_picture("street.jpg"))
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ import numpy as np
 import torch
 from detectron2.config import configurable
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.modeling import build_model
 from detectron2.structures import Instances
 from numpy.typing import NDArray
 from torch import nn
 
+from hierkd.data.resizing import ResizeShortestEdge
 from hierkd.engine.checkpoint import HierKDCheckpointer
+from hierkd.modeling.text_embeddings import check_names
 
 __all__ = ["OpenVocabularyPredictor", "resolve_vocabulary"]
 
@@ -90,7 +91,8 @@ class OpenVocabularyPredictor:
         """Detect these classes from now on.
 
         Raises:
-            ValueError: ``names`` is empty or has blank or repeated names.
+            ValueError: ``names`` is empty, has blank or repeated names, or ones that are no names
+                (:func:`hierkd.modeling.text_embeddings.check_names`).
         """
         self.model.set_vocabulary(names)
 
@@ -102,7 +104,15 @@ class OpenVocabularyPredictor:
 
         Returns:
             ``image`` (3, h, w) resized and in the model's channel order, ``height`` H, ``width`` W.
+
+        Raises:
+            ValueError: ``image`` is not such an array.
         """
+        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
+            raise ValueError(
+                "expected a picture of shape (H, W, 3) and type uint8, found one of shape "
+                f"{image.shape} and type {image.dtype}"
+            )
         height, width = image.shape[:2]
         ordered = image[:, :, ::-1] if self.image_format == "RGB" else image
         resized = self.resize.get_transform(ordered).apply_image(ordered)
@@ -134,16 +144,13 @@ def resolve_vocabulary(text: str) -> list[str]:
         The class names, or the dataset's vocabulary.
 
     Raises:
-        ValueError: No names, a blank name between commas, or a repeated name.
+        ValueError: No names, a blank name between commas, a repeated name, or one that is no
+            name (:func:`hierkd.modeling.text_embeddings.check_names`).
     """
     if text in DatasetCatalog.list():
         return list(MetadataCatalog.get(text).thing_classes)
     names = [name.strip() for name in text.split(",")]
     if not any(names):
         raise ValueError("the vocabulary is empty: give class names separated by commas")
-    if not all(names):
-        raise ValueError(f"the vocabulary {text!r} has a blank name between its commas")
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated:
-        raise ValueError(f"the vocabulary names these classes more than once: {repeated}")
+    check_names(names, "the vocabulary")
     return names

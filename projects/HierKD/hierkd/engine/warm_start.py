@@ -15,13 +15,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.detection_utils import read_image
 from detectron2.modeling import Backbone
 from detectron2.structures import BoxMode
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from hierkd.atomic_files import replacing
+from hierkd.data.dataset_mapper import read_picture
 from hierkd.modeling.region_crops import crop_regions
 
 __all__ = ["train_warm_start"]
@@ -112,8 +112,8 @@ def _load_regions(dataset_name: str) -> tuple[list[Tensor], list[tuple[int, Tens
                 annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS
             )
             regions.append((len(images), torch.tensor(box), annotation["category_id"]))
-        picture = read_image(record["file_name"], format="RGB")
-        images.append(torch.from_numpy(picture.copy()).permute(2, 0, 1).contiguous())
+        picture = read_picture(record["file_name"], "RGB")
+        images.append(torch.from_numpy(picture).permute(2, 0, 1).contiguous())
     return images, regions
 
 

@@ -7,8 +7,6 @@ figure pools its boxes, whereas :mod:`hierkd.evaluation.split_coco_evaluation` a
 
 from __future__ import annotations
 
-import contextlib
-import io
 import itertools
 import logging
 from collections.abc import Mapping, Sequence
@@ -20,10 +18,11 @@ from detectron2.evaluation import DatasetEvaluator
 from detectron2.structures import Boxes, BoxMode
 from detectron2.utils import comm
 from numpy.typing import NDArray
-from pycocotools.coco import COCO
 from tabulate import tabulate  # type: ignore[import-untyped]
 
+from hierkd.data.coco_json import shown
 from hierkd.evaluation.coco_eval import COCOLibrary, choose_library
+from hierkd.evaluation.ground_truth import read_ground_truth
 from hierkd.evaluation.split_coco_evaluation import check_each_image_once, class_groups
 
 __all__ = ["ProposalEvaluator"]
@@ -70,8 +69,9 @@ class ProposalEvaluator(DatasetEvaluator):  # type: ignore[misc]  # detectron2 i
                 those of pycocotools, which serves otherwise.
 
         Raises:
-            ValueError: The dataset lacks one of these metadata, or its JSON lacks a class of the
-                vocabulary; or a limit is not positive.
+            FileNotFoundError: There is no such JSON.
+            ValueError: The dataset lacks one of these metadata, or its JSON is broken or lacks a
+                class of the vocabulary; or a limit is not positive.
         """
         if not limits or min(limits) < 1:
             raise ValueError(f"limits must be positive numbers of proposals, got {list(limits)}")
@@ -86,8 +86,7 @@ class ProposalEvaluator(DatasetEvaluator):  # type: ignore[misc]  # detectron2 i
                 f"dataset {dataset_name!r} needs thing_classes and json_file in its metadata, "
                 f"found {vocabulary!r} and {json_file!r}"
             )
-        with contextlib.redirect_stdout(io.StringIO()):
-            self._dataset: dict[str, Any] = COCO(json_file).dataset
+        self._dataset = read_ground_truth(json_file)
         self._groups = self._find_groups(
             class_groups(
                 vocabulary, metadata.get("base_classes", ()), metadata.get("novel_classes", ())
@@ -144,18 +143,15 @@ class ProposalEvaluator(DatasetEvaluator):  # type: ignore[misc]  # detectron2 i
     def _find_groups(
         self, groups: Mapping[str, Sequence[str]], json_file: str
     ) -> dict[str, list[dict[str, Any]]]:
-        """The annotations of each group of classes, with what COCOeval needs filled in."""
+        """The annotations of each group of classes."""
         ids = {category["name"]: category["id"] for category in self._dataset["categories"]}
         missing = sorted({name for names in groups.values() for name in names} - set(ids))
         if missing:
             raise ValueError(
                 f"{json_file}: categories {missing} of dataset {self._dataset_name!r} are missing; "
-                f"found {sorted(ids)}"
+                f"found {shown(sorted(ids))}"
             )
-        boxes: list[dict[str, Any]] = self._dataset.get("annotations", [])
-        for box in boxes:
-            box.setdefault("iscrowd", 0)
-            box.setdefault("area", box["bbox"][2] * box["bbox"][3])
+        boxes: list[dict[str, Any]] = self._dataset["annotations"]
         members = {group: {ids[name] for name in names} for group, names in groups.items()}
         return {
             group: [box for box in boxes if box["category_id"] in wanted]

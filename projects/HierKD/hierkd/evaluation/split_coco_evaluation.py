@@ -17,13 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from detectron2.data import MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
 from detectron2.utils import comm
 from numpy.typing import NDArray
 from tabulate import tabulate  # type: ignore[import-untyped]
 
 from hierkd.atomic_files import replacing
+from hierkd.data.coco_json import shown
 from hierkd.evaluation.coco_eval import choose_library
+from hierkd.evaluation.ground_truth import read_ground_truth
 
 logger = logging.getLogger(__name__)
 
@@ -80,9 +83,14 @@ class SplitCOCOEvaluator(COCOEvaluator):  # type: ignore[misc]
                 those of pycocotools, which serves otherwise.
 
         Raises:
-            ValueError: The dataset lacks one of these metadata, or its JSON lacks a class of the
+            FileNotFoundError: There is no such JSON.
+            ValueError: The dataset lacks one of these metadata, its JSON is broken
+                (:func:`hierkd.evaluation.ground_truth.read_ground_truth`) or lacks a class of the
                 vocabulary.
         """
+        # Before COCO's own code, which the parent calls, meets a broken file.
+        json_file = MetadataCatalog.get(dataset_name).get("json_file")
+        truth = None if json_file is None else read_ground_truth(json_file)
         super().__init__(
             dataset_name,
             tasks=("bbox",),
@@ -93,18 +101,16 @@ class SplitCOCOEvaluator(COCOEvaluator):  # type: ignore[misc]
         )
         self._dataset_name = dataset_name
         self._max_dets = max_dets_per_image
+        if truth is None:  # the parent has made a file of the dataset
+            truth = read_ground_truth(self._metadata.json_file)
+        self._coco_api.dataset = truth
         self._category_ids = self._find_category_ids()
         self._groups = class_groups(
             list(self._category_ids),
             self._metadata.get("base_classes", ()),
             self._metadata.get("novel_classes", ()),
         )
-        dataset = self._coco_api.dataset
-        for annotation in dataset.get("annotations", []):
-            # COCOeval reads both without asking; detectron2's loader demands neither.
-            annotation.setdefault("iscrowd", 0)
-            annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
-        image_ids = [image["id"] for image in dataset["images"]]
+        image_ids = [image["id"] for image in truth["images"]]
         self._image_ids = frozenset(image_ids)
         self._library = choose_library(image_ids, use_fast_impl=use_fast_impl)
 
@@ -218,7 +224,7 @@ class SplitCOCOEvaluator(COCOEvaluator):  # type: ignore[misc]
         if missing:
             raise ValueError(
                 f"{json_file}: categories {missing} of dataset {self._dataset_name!r} are missing; "
-                f"found {sorted(ids)}"
+                f"found {shown(sorted(ids))}"
             )
         category_ids = {name: ids[name] for name in vocabulary}
         mapping = {category_id: index for index, category_id in enumerate(category_ids.values())}
@@ -229,7 +235,7 @@ class SplitCOCOEvaluator(COCOEvaluator):  # type: ignore[misc]
         elif dict(known) != mapping:
             raise ValueError(
                 f"{json_file}: expected the category ids of dataset {self._dataset_name!r}, "
-                f"{dict(known)}; found {mapping}"
+                f"{dict(known)}; found {shown(mapping)}"
             )
         return category_ids
 

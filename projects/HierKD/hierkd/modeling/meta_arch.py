@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -48,6 +47,7 @@ from hierkd.modeling.class_probabilities import ClassProbabilities, best_pairs, 
 from hierkd.modeling.crop_merging import merge_boxes, number_objects
 from hierkd.modeling.gathering import gather_rows
 from hierkd.modeling.head import ATSSHead
+from hierkd.modeling.input_checks import check_ground_truth
 from hierkd.modeling.losses import (
     box_iou_targets,
     centerness_targets,
@@ -64,6 +64,7 @@ from hierkd.modeling.preselection import preselect, vocabulary_representatives
 from hierkd.modeling.sampling import subsample_negatives
 from hierkd.modeling.teacher import Teacher, build_teacher, check_embed_dim
 from hierkd.modeling.text_classifier import TextClassifier
+from hierkd.modeling.text_embeddings import check_names
 
 __all__ = ["IKD", "DetectionSettings", "ForeAnchors", "HierKD", "InferenceSettings"]
 
@@ -464,18 +465,12 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
             text_embeddings: (K, D) their embeddings; by default the teacher embeds the names.
 
         Raises:
-            ValueError: if the vocabulary is empty, has a blank or a repeated name, or the
-                embeddings do not fit.
+            ValueError: if the vocabulary is empty, has a blank or a repeated name or one that is
+                no name (:func:`hierkd.modeling.text_embeddings.check_names`), or the embeddings do
+                not fit.
         """
+        check_names(names, "the vocabulary")
         names = tuple(names)
-        if not names:
-            raise ValueError("the vocabulary is empty: it needs at least one class name")
-        blank = [i for i, name in enumerate(names) if not name.strip()]
-        if blank:
-            raise ValueError(f"the vocabulary has blank names at positions {blank}")
-        repeated = sorted(name for name, count in Counter(names).items() if count > 1)
-        if repeated:
-            raise ValueError(f"the vocabulary names these classes more than once: {repeated}")
         if text_embeddings is None:
             text_embeddings = self._teacher_or_raise().encode_classes(names)
         if len(text_embeddings) != len(names):
@@ -531,6 +526,7 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
         """Losses in training, detections in inference; see the class for inputs and outputs."""
         if not self.training:
             return self._detect(batched_inputs)
+        check_ground_truth(batched_inputs, self.text_classifier.num_classes)
         self._limit_logit_scales()
         features, pred_maps = self._predict_maps(self.preprocess_image(batched_inputs))
         gt_instances = [x["instances"].to(self.device) for x in batched_inputs]

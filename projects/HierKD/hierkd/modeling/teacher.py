@@ -17,6 +17,7 @@ import sqlite3
 import urllib.parse
 import warnings
 import zipfile
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -79,6 +80,10 @@ _REGIONS_MULTIPLE = 32
 _TEXTS_WITHOUT_PROGRESS = 2000
 # Text embeddings held in memory; the least recently used goes first. [ours] 128 MB at D = 512.
 _TEXTS_IN_MEMORY = 65_536
+# Characters of a text that reach CLIP's tokeniser, white space collapsed. [ours] CLIP reads 75
+# tokens, some 300 characters; the tokeniser's time grows with the square of the length of a word,
+# and one of 100,000 letters would take minutes.
+_TEXT_LENGTH = 2000
 # Seconds to wait while another process writes to the text cache. [ours]
 _CACHE_TIMEOUT = 30.0
 # Texts looked up in one SQL statement; SQLite before 3.32 allows 999 parameters.
@@ -245,9 +250,15 @@ class CLIPTeacher:
 
         Returns:
             (C, D) float32 on the teacher's device, L2-normalised, without gradient.
+
+        Raises:
+            ValueError: one is not a text.
         """
         if isinstance(captions, str):
             raise ValueError(f"expected a sequence of texts, found the single text {captions!r}")
+        for index, caption in enumerate(captions):
+            if not isinstance(caption, str):
+                raise ValueError(f"caption {index} must be a text, found {caption!r}")
         if len(captions) == 0:
             return torch.zeros((0, self.embed_dim), device=self.device)
         rows = self._lookup(list(dict.fromkeys(captions)))
@@ -314,7 +325,8 @@ class CLIPTeacher:
         ) as progress:
             for start in range(0, len(texts), _TEXTS_PER_CALL):
                 chunk = list(texts[start : start + _TEXTS_PER_CALL])
-                tokens = clip.tokenize(chunk, context_length=model.context_length, truncate=True)
+                short = [_beginning(text) for text in chunk]
+                tokens = clip.tokenize(short, context_length=model.context_length, truncate=True)
                 with torch.autocast(self.device.type, enabled=False):
                     embeddings = model.encode_text(tokens.to(self.device))
                 normalised = F.normalize(embeddings.float(), dim=-1).cpu().numpy()
@@ -677,8 +689,9 @@ class _TextCache:
     """Normalised text embeddings of one set of CLIP weights in an SQLite file.
 
     Rows hold the SHA-256 of the exact text, the text itself for inspection, and D float32 values
-    (little-endian, L2-normalised, in the precision of the process that wrote them first).  A second
-    table holds the model's D and exp(logit_scale).
+    (little-endian, L2-normalised, in the precision of the process that wrote them first), followed
+    by a CRC-32 of both, since SQLite does not notice what happens to its pages.  A second table
+    holds the model's D and exp(logit_scale).
 
     Any number of processes may share the file.  It keeps SQLite's rollback journal, which unlike
     the write-ahead log works on network file systems, and is opened anew for each operation, so
@@ -703,6 +716,8 @@ class _TextCache:
                 if connection.execute(query).fetchone() is not None:
                     query = "SELECT embed_dim, logit_scale FROM model"
                     embed_dim, logit_scale = connection.execute(query).fetchone()
+                    if not (int(embed_dim) > 0 and 0 < float(logit_scale) < np.inf):
+                        raise ValueError(f"a model of D = {embed_dim}, scale {logit_scale}")
                     self._properties = (int(embed_dim), float(logit_scale))
         return self._properties
 
@@ -720,15 +735,16 @@ class _TextCache:
                 marks = ",".join("?" * len(part))
                 query = f"SELECT key, embedding FROM texts WHERE key IN ({marks})"
                 for key, blob in connection.execute(query, part):
-                    vector = np.frombuffer(blob, dtype="<f4").astype(np.float32)
-                    if vector.shape == (properties[0],) and np.isfinite(vector).all():
+                    vector = _checked_vector(key, blob, properties[0])
+                    length = np.linalg.norm(vector.astype(np.float64))
+                    if len(vector) and abs(length - 1) < 0.01:  # not NaN
                         found[by_key[key]] = vector
         return found
 
     def write(self, embeddings: dict[str, _Vector], embed_dim: int, logit_scale: float) -> None:
         """Store embeddings; texts that are there already are replaced."""
         rows = [
-            (_text_key(text), _encodable(text), vector.astype("<f4").tobytes())
+            (key := _text_key(text), _encodable(text), _with_checksum(key, vector))
             for text, vector in embeddings.items()
         ]
         with self._guard():
@@ -778,8 +794,31 @@ class _TextCache:
                 self.path.with_name(f"{self.path.name}-journal").unlink(missing_ok=True)
 
 
+def _with_checksum(key: str, vector: _Vector) -> bytes:
+    """What is stored of an embedding."""
+    values = vector.astype("<f4").tobytes()
+    return values + zlib.crc32(key.encode() + values).to_bytes(4, "little")
+
+
+def _checked_vector(key: str, blob: bytes, embed_dim: int) -> _Vector:
+    """The embedding (D,) in `blob`; empty if it is of another size or not as it was written."""
+    values = blob[: 4 * embed_dim]
+    checksum = zlib.crc32(key.encode() + values).to_bytes(4, "little")
+    # Rows of before there were checksums have none.
+    if len(values) < 4 * embed_dim or blob[4 * embed_dim :] not in (b"", checksum):
+        return np.zeros(0, np.float32)
+    return np.frombuffer(values, dtype="<f4").astype(np.float32)
+
+
 def _text_key(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _beginning(text: str) -> str:
+    """As much of a text as can matter to CLIP; one of ordinary length is left as it is."""
+    if len(text) <= _TEXT_LENGTH:
+        return text
+    return " ".join(text.split())[:_TEXT_LENGTH]
 
 
 def _encodable(text: str) -> str:

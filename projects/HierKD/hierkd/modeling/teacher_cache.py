@@ -414,14 +414,15 @@ class TeacherCache:
             (M, D) float32, L2-normalised.
 
         Raises:
-            ValueError: an id is not in the cache, or its image could not be read when it was made.
+            ValueError: an id is not in the cache, its image could not be read when it was made, or
+                its row is not finite.
         """
         if len(annotation_ids) == 0:
             return np.zeros((0, self.contents.embed_dim), np.float32)
         places = self._sorted_ids.searchsorted(annotation_ids).clip(max=len(self._ids) - 1)
         absent = self._sorted_ids[places] != annotation_ids
         rows = _normalised(self._regions[self._id_order[places], flipped.astype(np.int64)])
-        absent |= ~rows.any(axis=1)
+        absent |= ~_are_embeddings(rows)
         if absent.any():
             named = annotation_ids[absent][:_MAX_NAMED].tolist()
             raise ValueError(
@@ -431,13 +432,22 @@ class TeacherCache:
         return rows
 
     def texts(self, texts: Sequence[str]) -> dict[str, FloatRows]:
-        """Embeddings (D,) float32, L2-normalised, of those texts that the cache holds."""
+        """Embeddings (D,) float32, L2-normalised, of those texts that the cache holds.
+
+        Raises:
+            ValueError: a row is zero or not finite.
+        """
         wanted, keys = sorted_texts(texts)
         if len(self._keys) == 0 or not wanted:
             return {}
         places = self._keys[:, 0].searchsorted(keys[:, 0]).clip(max=len(self._keys) - 1)
         present = (self._keys[places] == keys).all(axis=1)
         rows = _normalised(self._texts[places[present]])
+        if not _are_embeddings(rows).all():
+            raise ValueError(
+                f"{self.folder / _TEXTS}: some rows are zero or not finite; make the cache anew "
+                f"with {how_to_make(self.folder)}"
+            )
         return dict(zip(np.array(wanted, dtype=object)[present].tolist(), rows, strict=True))
 
     def _read_manifest(self) -> CacheContents:
@@ -463,7 +473,8 @@ class TeacherCache:
         path = self.folder / name
         try:
             array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
+        # numpy parses a header as Python: a broken one raises SyntaxError, TokenError and others
+        except Exception as error:
             raise ValueError(
                 f"{path} cannot be read ({error}); make the cache anew with "
                 f"{how_to_make(self.folder)}"
@@ -487,9 +498,15 @@ class TeacherCache:
         )
 
 
+def _are_embeddings(rows: FloatRows) -> npt.NDArray[np.bool_]:
+    """(n,) whether the rows are finite and not zero."""
+    return np.asarray(np.isfinite(rows).all(axis=1) & rows.any(axis=1))
+
+
 def _normalised(rows: npt.NDArray[np.float16]) -> FloatRows:
     """(n, D) float32 of length 1; zero rows stay zero."""
     exact = np.asarray(rows, np.float32)
     norms = np.linalg.norm(exact, axis=1, keepdims=True)
-    normalised: FloatRows = exact / np.maximum(norms, np.finfo(np.float32).tiny)
+    with np.errstate(invalid="ignore"):  # infinite rows become NaN, for the caller to refuse
+        normalised: FloatRows = exact / np.maximum(norms, np.finfo(np.float32).tiny)
     return normalised

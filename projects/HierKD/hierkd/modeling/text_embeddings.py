@@ -13,8 +13,9 @@ import dataclasses
 import hashlib
 import json
 import os
+import unicodedata
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,7 @@ _TIE_COSINE = 1e-4
 
 _FORMAT = 1
 _MAX_NAMED = 5  # offenders that a message names before it only counts them
+_MAX_SHOWN = 100  # characters of something that is no name
 _UNIT_TOLERANCE = 1e-3
 _ROUNDING = 1e-6
 
@@ -168,15 +170,55 @@ def make_text_embeddings(
 
 
 def check_names(names: Sequence[str], names_from: str) -> None:
-    """Raise ValueError unless there are names, none of them blank and none repeated."""
+    """Check a list of class names.
+
+    Args:
+        names: K class names.
+        names_from: what errors call them.
+
+    Raises:
+        ValueError: there are none; one is not a text, is blank or invisible, holds a control
+            character or half a character, or is longer than a name can be; or two are the same, be
+            it that Unicode writes one of them with combining marks (NFC and NFD), which CLIP does
+            not tell apart. Positions, or names, are named.
+    """
+    if isinstance(names, str):
+        raise ValueError(f"{names_from}: expected a list of names, found the text {_shown(names)}")
     if not names:
-        raise ValueError(f"{names_from}: no names")
-    blank = [str(index) for index, name in enumerate(names) if not name.strip()]
-    if blank:
-        raise ValueError(f"{names_from}: blank names at positions {', '.join(blank[:_MAX_NAMED])}")
-    repeated = [name for name, count in Counter(names).items() if count > 1]
+        raise ValueError(f"{names_from}: no names, the list is empty")
+    for found, is_wrong in _WRONG_NAMES:
+        wrong = [index for index, name in enumerate(names) if is_wrong(name)]
+        if wrong:
+            positions = ", ".join(map(str, wrong[:_MAX_NAMED]))
+            raise ValueError(
+                f"{names_from}: {found} at positions {positions}: {_shown(names[wrong[0]])}"
+            )
+    counts = Counter(unicodedata.normalize("NFC", name) for name in names)
+    repeated = [name for name, count in counts.items() if count > 1]
     if repeated:
         raise ValueError(f"{names_from}: repeats {_some(repeated)}; each name must occur once")
+
+
+def _is_blank(name: str) -> bool:
+    """Whether nothing of the name can be seen: white space, zero-width characters, ..."""
+    return not any(character.isprintable() and not character.isspace() for character in name)
+
+
+# What a name can be instead of a name. A longer one than this is a list that was not taken apart:
+# CLIP reads some 300 characters. [ours]
+_MAX_NAME_LENGTH = 500
+_WRONG_NAMES: tuple[tuple[str, Callable[[Any], bool]], ...] = (
+    ("names that are no texts", lambda name: not isinstance(name, str)),
+    ("blank names", _is_blank),
+    (
+        "names with line breaks, control characters or halves of characters",
+        lambda name: any(unicodedata.category(each) in ("Cc", "Cs") for each in name),
+    ),
+    (
+        f"names of more than {_MAX_NAME_LENGTH} characters",
+        lambda name: len(name) > _MAX_NAME_LENGTH,
+    ),
+)
 
 
 def check_rows(
@@ -365,15 +407,39 @@ def load_text_embeddings(path: str | os.PathLike[str]) -> TextEmbeddings:
         ) from error
     check_names(stored.names, path)
     check_rows(rows, stored.names, rows_from=path, names_from="its list")
+    _check_provenance_types(stored, path)
     if background.shape not in ((0,), rows.shape[1:]):
         raise ValueError(
             f"{path}: the background's embedding has shape {background.shape}, expected "
             f"{rows.shape[1:]}; {made_by}"
         )
+    if background.size:
+        check_rows(
+            background[None],
+            ["the background"],
+            rows_from=f"{path}, background_embedding",
+            names_from="its prompt",
+        )
     vectors = rows if stored.background_embedding is None else np.vstack([rows, background])
     if rows.dtype != np.float32 or abs(np.linalg.norm(vectors, axis=1) - 1).max() > _UNIT_TOLERANCE:
         raise ValueError(f"{path}: the embeddings are not normalised float32; {made_by}")
     return stored
+
+
+def _check_provenance_types(stored: TextEmbeddings, path: str) -> None:
+    """Raise ValueError unless the fields that are texts or numbers are such."""
+    for field in dataclasses.fields(stored):
+        value = getattr(stored, field.name)
+        expected = {"str": str, "int": int}.get(str(field.type))
+        if expected is not None and type(value) is not expected:
+            raise ValueError(
+                f"{path}: provenance[{field.name!r}] must be of type {expected.__name__}, found "
+                f"{_shown(value)}"
+            )
+    if not all(isinstance(template, str) for template in stored.templates):
+        raise ValueError(
+            f"{path}: provenance['templates'] must be texts, found {_shown(stored.templates)}"
+        )
 
 
 def check_provenance(
@@ -487,6 +553,11 @@ def _normalised(rows: npt.NDArray[Any]) -> FloatArray:
         exact, norms = rows, np.ones_like(norms, dtype=np.float32)  # CLIP's rows stay as they are
     normalised: FloatArray = (exact / norms).astype(np.float32)
     return normalised
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}... ({len(text)} characters)"
 
 
 def _some(names: Sequence[str]) -> str:
