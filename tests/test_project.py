@@ -17,7 +17,7 @@ PACKAGE = ROOT / "projects" / "HierKD" / "hierkd"
 # A module imports only from layers above its own, that is, from lines before its own.
 # A package's __init__ may import the package's own modules, and hierkd/__init__ the packages.
 LAYERS = [
-    "atomic_files engine.metrics_file modeling.logit_scales",
+    "atomic_files safe_files engine.metrics_file modeling.logit_scales",
     "config data.splits data.coco_json data.loader"
     " modeling.losses modeling.sampling modeling.region_crops modeling.mlca"
     " modeling.text_classifier modeling.text_embeddings modeling.head modeling.atss"
