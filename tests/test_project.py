@@ -186,7 +186,8 @@ def read_lock(*names: str) -> dict[str, str]:
     """Return distribution -> version, for lines that pin exactly one."""
     pins: dict[str, str] = {}
     for name in names:
-        for line in (ROOT / "requirements" / name).read_text().splitlines():
+        joined = (ROOT / "requirements" / name).read_text().replace("\\\n", "")
+        for line in joined.splitlines():
             text = line.split(" --hash=")[0].split("#")[0].strip()
             if not text:
                 continue
@@ -212,11 +213,20 @@ def test_lock_satisfies_the_declared_dependencies(project: dict) -> None:
         assert requirement.specifier.contains(version), f"{text}, but the lock has {version}"
 
 
-def test_detectron2_is_pinned_by_hash() -> None:
-    text = (ROOT / "requirements" / "detectron2.txt").read_text()
+@pytest.mark.parametrize("name", ["lock.txt", "lock-torch.txt", "detectron2.txt"])
+def test_every_locked_version_is_pinned_by_hash(name: str) -> None:
+    text = (ROOT / "requirements" / name).read_text().replace("\\\n", "")
     lines = [line for line in text.splitlines() if line and not line.startswith("#")]
-    assert len(lines) == 1
-    assert re.search(r"==[\d.]+ --hash=sha256:[0-9a-f]{64}$", lines[0])
+    assert len(lines) == len(read_lock(name))
+    for line in lines:
+        assert re.search(r"^\S+==\S+( ;[^;]*?)?(\s+--hash=sha256:[0-9a-f]{64})+$", line), line[:80]
+
+
+def test_the_makefile_installs_locks_with_their_hashes() -> None:
+    makefile = (ROOT / "Makefile").read_text().replace("\\\n", "")
+    installs = [line for line in makefile.splitlines() if re.search(r"pip install.* -r ", line)]
+    assert len(installs) >= 3
+    assert all("--require-hashes" in line for line in installs)
 
 
 def test_commands_of_the_readme_are_targets_of_the_makefile() -> None:

@@ -327,11 +327,12 @@ def test_code_in_a_runs_config_ends_the_command(tmp_path, ran, command):
     config = tmp_path / "config.yaml"  # where the demo finds that of a training
     config.write_text(f"MODEL: {{WEIGHTS: {TAGS['apply'].format(ran=ran)}}}\n")
     arguments = train_net.default_argument_parser().parse_args(["--config-file", str(config)])
+    commands = {
+        "demo": lambda: demo.load_predictor(str(config), []),
+        "train_net": lambda: train_net.main(arguments),
+    }
     with pytest.raises(ValueError, match=r"config\.yaml.*python/object/apply"):
-        if command == "demo":
-            demo.load_predictor(str(config), [])
-        else:
-            train_net.main(arguments)
+        commands[command]()
     assert not ran.exists()
 
 

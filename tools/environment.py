@@ -92,6 +92,21 @@ def install_detectron2() -> None:
                 item.rename(site_packages / item.name)
 
 
+def build_options() -> "list[str]":
+    """Build with the environment's own setuptools if it is new enough: nothing more is fetched."""
+    import tomllib
+
+    from packaging.requirements import Requirement
+
+    with open(ROOT / "pyproject.toml", "rb") as file:
+        (needed,) = map(Requirement, tomllib.load(file)["build-system"]["requires"])
+    try:
+        version = importlib.metadata.version(needed.name)
+    except importlib.metadata.PackageNotFoundError:
+        return []
+    return ["--no-build-isolation"] if needed.specifier.contains(version) else []
+
+
 def install() -> None:
     """Install what is missing, then the package itself, and import the parts that may clash."""
     if not is_importable("packaging"):
@@ -101,7 +116,7 @@ def install() -> None:
         pip("install", *missing)
     if not is_importable("detectron2"):
         install_detectron2()
-    pip("install", "-q", "--no-deps", "-e", ".")
+    pip("install", "-q", "--no-deps", *build_options(), "-e", ".")
     modules = "torchvision, detectron2.model_zoo, clip, cv2, pycocotools.mask"
     if subprocess.call([sys.executable, "-W", "ignore", "-c", f"import {modules}"], cwd=ROOT):
         sys.exit(f"error: {sys.executable} has everything installed, but cannot import it.")

@@ -261,7 +261,7 @@ class _ScriptUnpickler(pickle.Unpickler):
         return self._storages[name]
 
     def _tensor_names(self, module_name: str, class_name: str) -> frozenset[str] | None:
-        """Names of a class's parameters and buffers, as its source, which is not run, lists them."""
+        """Names of a class's parameters and buffers, which its source lists; it is not run."""
         source = f"{self._folder}code/{module_name.replace('.', '/')}.py"
         if source not in self._names:
             return None
