@@ -11,6 +11,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from tools import environment
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "projects" / "HierKD" / "hierkd"
 
@@ -204,7 +206,7 @@ def read_lock(*names: str) -> dict[str, str]:
 def test_lock_satisfies_the_declared_dependencies(project: dict) -> None:
     pins = read_lock("lock.txt", "lock-torch.txt")
     declared = list(project["dependencies"])
-    for extra in ("miniature", "dev"):
+    for extra in environment.EXTRAS:  # what `make venv` installs
         declared += project["optional-dependencies"][extra]
     for text in declared:
         requirement = Requirement(text)

@@ -20,6 +20,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 MINIMUM_PYTHON = (3, 11)
 
+# What is locked; the others of pyproject.toml are for who asks for them.
+EXTRAS = ("miniature", "dev")
+
 # Where the import name is not the distribution's name. Stubs have nothing to import.
 IMPORT_NAMES = {
     "clip-anytorch": "clip",
@@ -48,7 +51,7 @@ def is_importable(name: str) -> bool:
 
 
 def missing_requirements() -> "list[str]":
-    """Return the requirements of pyproject.toml (with its extras) that are not met here.
+    """Return the requirements of pyproject.toml (with EXTRAS) that are not met here.
 
     A module that is importable although its distribution is not installed under the name that
     pyproject.toml gives counts as met: it came from elsewhere, and its version is unknown.
@@ -60,7 +63,8 @@ def missing_requirements() -> "list[str]":
     with open(ROOT / "pyproject.toml", "rb") as file:
         project = tomllib.load(file)["project"]
     missing = []
-    for text in sum(project["optional-dependencies"].values(), project["dependencies"]):
+    extras = [project["optional-dependencies"][name] for name in EXTRAS]
+    for text in sum(extras, project["dependencies"]):
         requirement = Requirement(text)
         name = re.sub(r"[-_.]+", "-", requirement.name).lower()
         module = IMPORT_NAMES.get(name, name.replace("-", "_"))
