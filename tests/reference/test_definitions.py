@@ -392,12 +392,15 @@ def random_problem(rng, images, on_grid):
             )
         here = [t["bbox"] for t in truth if t["image_id"] == image_id]
         for _ in range(rng.integers(0, 20)):
-            copied = here and rng.random() < 0.5
+            copied = here and rng.random() < 0.6
+            near = np.array(here[rng.integers(0, len(here))]) if copied else None
+            if copied and not on_grid:  # IoUs of about 0.4 to 1
+                near = near + rng.uniform(-0.2, 0.2, 4) * near[[2, 3, 2, 3]]
             found.append(
                 {
                     "image_id": image_id,
                     "category_id": int(rng.integers(0, len(IDS))),  # contiguous
-                    "bbox": here[rng.integers(0, len(here))] if copied else box(),
+                    "bbox": near.tolist() if copied else box(),
                     "score": float(rng.choice([0.25, 0.5, 0.75]) if on_grid else rng.random()),
                 }
             )
