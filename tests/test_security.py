@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from detectron2.engine import default_argument_parser
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_model
 from detectron2.modeling.backbone.resnet import build_resnet_backbone
@@ -33,6 +34,7 @@ from fake_teacher import FakeTeacher
 from hierkd.engine.checkpoint import HierKDCheckpointer
 from hierkd.engine.config import load_config
 from hierkd.engine.predictor import OpenVocabularyPredictor
+from hierkd.engine.replay import read_dump
 from hierkd.engine.report import write_report
 from hierkd.engine.results import collect_results
 from hierkd.modeling.teacher import CLIPTeacher
@@ -140,6 +142,10 @@ READERS = [
     *[(load_weights, plant, "model.pkl") for plant in (plain_pickle, torch_legacy)],
     *[(load_weights, plant, "model.pyth") for plant in (torch_zip, plain_pickle)],
     *[(resume, plant, "model_0000041.pth") for plant in (torch_zip, torch_legacy, plain_pickle)],
+    *[
+        (read_dump, plant, "non_finite_0000003.pth")
+        for plant in (torch_zip, torch_legacy, plain_pickle)
+    ],
     *[
         (load_clip, plant, "clip.pt")
         for plant in (torch_zip, torch_legacy, plain_pickle, torchscript_with_pickle)
@@ -326,7 +332,7 @@ def test_code_in_an_override_does_not_run(ran):
 def test_code_in_a_runs_config_ends_the_command(tmp_path, ran, command):
     config = tmp_path / "config.yaml"  # where the demo finds that of a training
     config.write_text(f"MODEL: {{WEIGHTS: {TAGS['apply'].format(ran=ran)}}}\n")
-    arguments = train_net.default_argument_parser().parse_args(["--config-file", str(config)])
+    arguments = default_argument_parser().parse_args(["--config-file", str(config)])
     commands = {
         "demo": lambda: demo.load_predictor(str(config), []),
         "train_net": lambda: train_net.main(arguments),
