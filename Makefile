@@ -61,15 +61,19 @@ $(VENV)/.installed: $(LOCKS) pyproject.toml
 	$$python -m venv --clear $(VENV) >/dev/null 2>&1 || { \
 	  $$python -m venv --clear --without-pip $(VENV); \
 	  $$python -m pip --python $(PY) install -q pip; }
-	@$(PY) -m pip install -q --no-deps $$(grep '^setuptools==' requirements/lock.txt)
+	@sed -n '/^setuptools==/,/[^\\]$$/p' requirements/lock.txt > $(VENV)/setuptools.txt
+	@$(PY) -m pip install -q --no-deps --require-hashes -r $(VENV)/setuptools.txt
 	@echo "[2/4] Installing the locked dependencies"
-	@$(PY) -m pip install -q --no-deps --use-pep517 --no-build-isolation -r requirements/lock.txt
+	@$(PY) -m pip install -q --no-deps --require-hashes --use-pep517 --no-build-isolation \
+	  -r requirements/lock.txt
 ifeq ($(strip $(TORCH_INDEX)),)
 	@echo "[3/4] Installing PyTorch (with its CUDA libraries on Linux: 5 GB on disk)"
-	@$(PY) -m pip install $(if $(wildcard $(PY)),-q) --no-deps -r requirements/lock-torch.txt
+	@$(PY) -m pip install $(if $(wildcard $(PY)),-q) --no-deps --require-hashes \
+	  -r requirements/lock-torch.txt
 else
 	@echo "[3/4] Installing PyTorch from $(TORCH_INDEX)"
-	@$(PY) -m pip install --index-url $(TORCH_INDEX) $$(grep -E '^torch(vision)?==' requirements/lock-torch.txt)
+	@$(PY) -m pip install --index-url $(TORCH_INDEX) \
+	  $$(sed -nE 's/^(torch(vision)?==[^ ]+).*/\1/p' requirements/lock-torch.txt)
 endif
 	@echo "[4/4] Installing detectron2 and HierKD"
 	@$(PY) tools/environment.py install

@@ -11,13 +11,15 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from tools import environment
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "projects" / "HierKD" / "hierkd"
 
 # A module imports only from layers above its own, that is, from lines before its own.
 # A package's __init__ may import the package's own modules, and hierkd/__init__ the packages.
 LAYERS = [
-    "atomic_files engine.metrics_file modeling.logit_scales data.resizing",
+    "atomic_files safe_files engine.metrics_file modeling.logit_scales data.resizing",
     "config data.splits data.coco_json data.loader data.dataset_mapper"
     " modeling.losses modeling.sampling modeling.region_crops modeling.mlca"
     " modeling.text_classifier modeling.text_embeddings modeling.head modeling.atss"
@@ -187,7 +189,8 @@ def read_lock(*names: str) -> dict[str, str]:
     """Return distribution -> version, for lines that pin exactly one."""
     pins: dict[str, str] = {}
     for name in names:
-        for line in (ROOT / "requirements" / name).read_text().splitlines():
+        joined = (ROOT / "requirements" / name).read_text().replace("\\\n", "")
+        for line in joined.splitlines():
             text = line.split(" --hash=")[0].split("#")[0].strip()
             if not text:
                 continue
@@ -204,7 +207,7 @@ def read_lock(*names: str) -> dict[str, str]:
 def test_lock_satisfies_the_declared_dependencies(project: dict) -> None:
     pins = read_lock("lock.txt", "lock-torch.txt")
     declared = list(project["dependencies"])
-    for extra in ("miniature", "dev"):
+    for extra in environment.EXTRAS:  # what `make venv` installs
         declared += project["optional-dependencies"][extra]
     for text in declared:
         requirement = Requirement(text)
@@ -213,11 +216,20 @@ def test_lock_satisfies_the_declared_dependencies(project: dict) -> None:
         assert requirement.specifier.contains(version), f"{text}, but the lock has {version}"
 
 
-def test_detectron2_is_pinned_by_hash() -> None:
-    text = (ROOT / "requirements" / "detectron2.txt").read_text()
+@pytest.mark.parametrize("name", ["lock.txt", "lock-torch.txt", "detectron2.txt"])
+def test_every_locked_version_is_pinned_by_hash(name: str) -> None:
+    text = (ROOT / "requirements" / name).read_text().replace("\\\n", "")
     lines = [line for line in text.splitlines() if line and not line.startswith("#")]
-    assert len(lines) == 1
-    assert re.search(r"==[\d.]+ --hash=sha256:[0-9a-f]{64}$", lines[0])
+    assert len(lines) == len(read_lock(name))
+    for line in lines:
+        assert re.search(r"^\S+==\S+( ;[^;]*?)?(\s+--hash=sha256:[0-9a-f]{64})+$", line), line[:80]
+
+
+def test_the_makefile_installs_locks_with_their_hashes() -> None:
+    makefile = (ROOT / "Makefile").read_text().replace("\\\n", "")
+    installs = [line for line in makefile.splitlines() if re.search(r"pip install.* -r ", line)]
+    assert len(installs) >= 3
+    assert all("--require-hashes" in line for line in installs)
 
 
 def test_commands_of_the_readme_are_targets_of_the_makefile() -> None:

@@ -20,6 +20,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 MINIMUM_PYTHON = (3, 11)
 
+# What is locked; the others of pyproject.toml are for who asks for them.
+EXTRAS = ("miniature", "dev")
+
 # Where the import name is not the distribution's name. Stubs have nothing to import.
 IMPORT_NAMES = {
     "clip-anytorch": "clip",
@@ -48,7 +51,7 @@ def is_importable(name: str) -> bool:
 
 
 def missing_requirements() -> "list[str]":
-    """Return the requirements of pyproject.toml (with its extras) that are not met here.
+    """Return the requirements of pyproject.toml (with EXTRAS) that are not met here.
 
     A module that is importable although its distribution is not installed under the name that
     pyproject.toml gives counts as met: it came from elsewhere, and its version is unknown.
@@ -60,7 +63,8 @@ def missing_requirements() -> "list[str]":
     with open(ROOT / "pyproject.toml", "rb") as file:
         project = tomllib.load(file)["project"]
     missing = []
-    for text in sum(project["optional-dependencies"].values(), project["dependencies"]):
+    extras = [project["optional-dependencies"][name] for name in EXTRAS]
+    for text in sum(extras, project["dependencies"]):
         requirement = Requirement(text)
         name = re.sub(r"[-_.]+", "-", requirement.name).lower()
         module = IMPORT_NAMES.get(name, name.replace("-", "_"))
@@ -92,6 +96,21 @@ def install_detectron2() -> None:
                 item.rename(site_packages / item.name)
 
 
+def build_options() -> "list[str]":
+    """Build with the environment's own setuptools if it is new enough: nothing more is fetched."""
+    import tomllib
+
+    from packaging.requirements import Requirement
+
+    with open(ROOT / "pyproject.toml", "rb") as file:
+        (needed,) = map(Requirement, tomllib.load(file)["build-system"]["requires"])
+    try:
+        version = importlib.metadata.version(needed.name)
+    except importlib.metadata.PackageNotFoundError:
+        return []
+    return ["--no-build-isolation"] if needed.specifier.contains(version) else []
+
+
 def install() -> None:
     """Install what is missing, then the package itself, and import the parts that may clash."""
     if not is_importable("packaging"):
@@ -101,7 +120,7 @@ def install() -> None:
         pip("install", *missing)
     if not is_importable("detectron2"):
         install_detectron2()
-    pip("install", "-q", "--no-deps", "-e", ".")
+    pip("install", "-q", "--no-deps", *build_options(), "-e", ".")
     modules = "torchvision, detectron2.model_zoo, clip, cv2, pycocotools.mask"
     if subprocess.call([sys.executable, "-W", "ignore", "-c", f"import {modules}"], cwd=ROOT):
         sys.exit(f"error: {sys.executable} has everything installed, but cannot import it.")

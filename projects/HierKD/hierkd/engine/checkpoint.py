@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
+from urllib.parse import parse_qs
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
@@ -23,6 +24,13 @@ from detectron2.utils import comm
 from torch import Tensor
 
 from hierkd.atomic_files import remove_unfinished, replacing
+from hierkd.safe_files import (
+    check_hash,
+    check_hash_in_name,
+    file_hash,
+    read_pickled_arrays,
+    read_torch_file,
+)
 
 __all__ = ["HierKDCheckpointer", "find_damage", "warn_of_little_space"]
 
@@ -42,6 +50,8 @@ _UNREADABLE = (
 
 class HierKDCheckpointer(DetectionCheckpointer):  # type: ignore[misc]  # detectron2 is untyped
     """Loads and saves detectors; a checkpoint holds the detector alone, never the teacher.
+
+    Nothing that a file holds is run: detectron2 would unpickle it.
 
     Attributes:
         saved_iteration: of the last checkpoint that this object wrote; None before.
@@ -221,7 +231,8 @@ class HierKDCheckpointer(DetectionCheckpointer):  # type: ignore[misc]  # detect
 
         Args:
             path: ``MODEL.WEIGHTS`` or a checkpoint; "" loads nothing. May end in detectron2's
-                ``?matching_heuristics=True``.
+                ``?matching_heuristics=True``, in ``?sha256=`` and digits of the hash that the file
+                must have, or in both, joined by ``&``.
             *args: as in detectron2.
             **kwargs: as in detectron2.
 
@@ -231,8 +242,9 @@ class HierKDCheckpointer(DetectionCheckpointer):  # type: ignore[misc]  # detect
         Raises:
             FileNotFoundError: if a local file does not exist.
             ConnectionError: if weights have to be downloaded and cannot be.
-            ValueError: if the file cannot be read as a checkpoint, or holds another embedding size
-                than this detector's.
+            ValueError: if the file cannot be read as a checkpoint, has another hash than asked for
+                or than its published name says, or holds another embedding size than this
+                detector's.
         """
         if path and "://" not in path and not os.path.isfile(path.partition("?")[0]):
             raise FileNotFoundError(
@@ -240,6 +252,7 @@ class HierKDCheckpointer(DetectionCheckpointer):  # type: ignore[misc]  # detect
                 'give a checkpoint, a URL, or "" to start from random weights'
             )
         self._loading = path
+        path, self._expected_sha256 = _split_hash(path)
         try:
             loaded: dict[str, Any] = super().load(path, *args, **kwargs)
         except (URLError, ConnectionError, TimeoutError) as error:
@@ -254,11 +267,33 @@ class HierKDCheckpointer(DetectionCheckpointer):  # type: ignore[misc]  # detect
 
     def _load_file(self, filename: str) -> Any:
         try:
-            return super()._load_file(filename)
-        except (pickle.UnpicklingError, EOFError, OSError, RuntimeError) as error:
+            self._check_hash(filename)
+            if filename.endswith(".pkl"):
+                return _read_model_zoo(filename)
+            if filename.endswith(".pyth"):
+                raise ValueError("checkpoints of pycls (.pyth) are not read")
+            return super()._load_file(filename)  # which calls _torch_load
+        except (ValueError, OSError, RuntimeError) as error:
             raise ValueError(
                 f"MODEL.WEIGHTS: {filename!r} cannot be read as a checkpoint: {error}"
             ) from error
+
+    def _torch_load(self, f: str) -> Any:
+        loaded = read_torch_file(f)
+        if not isinstance(loaded, dict):
+            raise ValueError(f"it holds a {type(loaded).__name__}, expected a dict of weights")
+        return loaded
+
+    def _check_hash(self, filename: str) -> None:
+        if self._expected_sha256 is not None:
+            check_hash(filename, self._expected_sha256)
+        elif "://" in self._loading and not check_hash_in_name(filename):
+            logger.warning(
+                "%s is published without a hash. The file here has the SHA-256 %s; to have it "
+                "checked, add ?sha256= and these digits to MODEL.WEIGHTS",
+                self._loading,
+                file_hash(filename),
+            )
 
     def _load_model(self, checkpoint: Any) -> Any:
         found = checkpoint["model"].get(_BACKGROUND)
@@ -380,3 +415,25 @@ def _os_error(error: BaseException | None) -> OSError | None:
             return error
         error = error.__cause__ or error.__context__
     return None
+
+
+def _split_hash(path: str) -> tuple[str, str | None]:
+    """Split ``?sha256=...`` off a path with or without detectron2's own query."""
+    file, _, query = path.partition("?")
+    kept = [part for part in query.split("&") if part and not part.startswith("sha256=")]
+    expected = parse_qs(query, keep_blank_values=True).get("sha256", [None])[0]
+    return (f"{file}?{'&'.join(kept)}" if kept else file), expected
+
+
+def _read_model_zoo(path: str) -> dict[str, Any]:
+    """Read the two kinds of .pkl that detectron2 reads; Caffe2's names are matched by it later."""
+    data = read_pickled_arrays(path)
+    if not isinstance(data, dict):
+        raise ValueError(f"it holds a {type(data).__name__}, expected a dict of weights")
+    if "model" in data and "__author__" in data:
+        return data
+    weights = data.get("blobs", data)
+    if not isinstance(weights, dict):
+        raise ValueError(f"its blobs are a {type(weights).__name__}, expected a dict of weights")
+    weights = {name: w for name, w in weights.items() if not str(name).endswith("_momentum")}
+    return {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}

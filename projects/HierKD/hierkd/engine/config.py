@@ -34,8 +34,8 @@ def load_config(config_file: str, overrides: Sequence[str] = ()) -> Any:
     Raises:
         FileNotFoundError: if the file, or its ``_BASE_``, does not exist.
         ValueError: if the file is not YAML, a key is unknown or a value has the wrong type (names
-            the file or the command line, and the key), MODEL.DEVICE is no kind of device, or
-            TEST.IMS_PER_BATCH is no number of images.
+            the file or the command line, and the key), MODEL.DEVICE is no kind of device,
+            TEST.IMS_PER_BATCH is no number of images, or proposals are to be read.
     """
     cfg = _merge(config_file, overrides)
     try:
@@ -50,6 +50,11 @@ def load_config(config_file: str, overrides: Sequence[str] = ()) -> Any:
         cfg.SOLVER.AMP.ENABLED = False
     if cfg.TEST.IMS_PER_BATCH < 1:
         raise ValueError(f"TEST.IMS_PER_BATCH must be 1 or more, got {cfg.TEST.IMS_PER_BATCH}")
+    if cfg.MODEL.LOAD_PROPOSALS:
+        raise ValueError(
+            "MODEL.LOAD_PROPOSALS: no model here uses proposals from files, and detectron2 would "
+            "run pickled code from DATASETS.PROPOSAL_FILES_TRAIN and PROPOSAL_FILES_TEST"
+        )
     cfg.freeze()
     return cfg
 
@@ -72,7 +77,13 @@ def _merge(config_file: str, overrides: Sequence[str]) -> Any:
         if not os.path.isfile(config_file):
             raise FileNotFoundError(f"--config-file: no file {config_file!r}")
         try:
-            cfg.merge_from_file(config_file)
+            cfg.merge_from_file(config_file, allow_unsafe=False)  # detectron2 allows code in it
+        except yaml.constructor.ConstructorError as error:
+            raise ValueError(
+                f"{config_file}: only plain values are read, write them out: {error}"
+            ) from error
+        except RecursionError as error:
+            raise ValueError(f"{config_file}: a _BASE_ leads back to a file before it") from error
         except (*_MERGE_ERRORS, yaml.YAMLError) as error:
             raise ValueError(f"{config_file}: {_message(error)}") from error
     try:

@@ -16,7 +16,6 @@ import os
 import sqlite3
 import urllib.parse
 import warnings
-import zipfile
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -40,6 +39,7 @@ from hierkd.modeling.text_embeddings import (
     check_template,
     load_text_embeddings,
 )
+from hierkd.safe_files import is_torchscript, read_torch_file, read_torchscript_state_dict
 
 __all__ = [
     "CLIP_MEAN",
@@ -632,31 +632,18 @@ def _find_weights(weights: str, download_root: Path) -> Path:
 
 
 def _read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Read a TorchScript archive or a plain state dict; no pickled code is run."""
+    """Read a TorchScript archive or a plain state dict; nothing that the file holds is run."""
     try:
-        if _is_torchscript(path):
-            with warnings.catch_warnings():
-                # OpenAI's archives are TorchScript; only their tensors are used here.
-                warnings.filterwarnings("ignore", message=r"`torch\.jit\.load` is deprecated")
-                load: Any = torch.jit.load  # has no annotations
-                loaded = load(str(path), map_location="cpu").state_dict()
-        else:
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, KeyError...
+        read = read_torchscript_state_dict if is_torchscript(path) else read_torch_file
+        loaded: Any = read(path)
+    except (ValueError, OSError) as error:
         raise ValueError(
             f"{path} cannot be read as a CLIP, neither as a TorchScript archive nor as a state "
-            f"dict: {type(error).__name__}: {error}"
+            f"dict: {error}"
         ) from error
     if not isinstance(loaded, dict):
         raise ValueError(f"{path}: expected a state dict, found a {type(loaded).__name__}")
     return dict(loaded)
-
-
-def _is_torchscript(path: Path) -> bool:
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
 def _check_state_dict(path: Path, state_dict: dict[str, Tensor], vocabulary: int) -> None:

@@ -190,8 +190,8 @@ class TeacherCacheWriter:
             self._begin(annotation_ids, text_keys)
         else:
             self.boxes_done, self.texts_done = progress["boxes_done"], progress["texts_done"]
-        self._regions = np.load(self.folder / _REGIONS, mmap_mode="r+", allow_pickle=False)
-        self._texts = np.load(self.folder / _TEXTS, mmap_mode="r+", allow_pickle=False)
+        self._regions = self._reopen(_REGIONS)
+        self._texts = self._reopen(_TEXTS)
 
     def write_regions(self, rows: FloatRows) -> None:
         """Append rows.
@@ -272,6 +272,16 @@ class TeacherCacheWriter:
             with replacing(self.folder / name) as making:  # sparse: takes no room yet
                 np.lib.format.open_memmap(making, mode="w+", dtype=np.float16, shape=shape).flush()
         self._save_progress()
+
+    def _reopen(self, name: str) -> npt.NDArray[np.float16]:
+        path = self.folder / name
+        try:
+            rows: npt.NDArray[np.float16] = np.load(path, mmap_mode="r+", allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise ValueError(
+                f"{path} cannot be read ({error}); replace the cache with --overwrite"
+            ) from error
+        return rows
 
     @staticmethod
     def _write(target: npt.NDArray[np.float16], start: int, rows: FloatRows) -> None:
