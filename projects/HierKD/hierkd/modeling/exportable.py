@@ -170,8 +170,11 @@ class ExportableDetector(nn.Module):
         pixels = (pixels - self.pixel_mean) / self.pixel_std
         stride = self.backbone.size_divisibility
         if stride > 1:
-            height, width = pixels.shape[1:]
-            pixels = F.pad(pixels, (0, -width % stride, 0, -height % stride))
+            # Written so that a tracer sees multiples of the stride come out, h + (s * n - h).
+            bottom, right = (
+                stride * ((side + stride - 1) // stride) - side for side in pixels.shape[1:]
+            )
+            pixels = F.pad(pixels, (0, right, 0, bottom))
         by_name = self.backbone(pixels[None])
         features = [by_name[name] for name in self.head_in_features]
         embeddings, deltas, qualities = self.head(features)
