@@ -118,9 +118,7 @@ class ExportableDetector(nn.Module):
             best, labels = by_class.max(dim=0)
             by_class = best[None]
         kept = self._nms(boxes, by_class, max(width, height))
-        scores, order = _topk_filled(
-            by_class[kept[:, 0], kept[:, 1]], self.settings.max_detections
-        )
+        scores, order = _topk_filled(by_class[kept[:, 0], kept[:, 1]], self.settings.max_detections)
         order = torch.where(scores >= 0, order, 0)
         kept = F.pad(kept, (0, 0, 0, 1))[order]  # row 0 exists, even where nothing was found
         classes, boxes = kept[:, 0], boxes[kept[:, 1]]
