@@ -23,9 +23,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torchvision  # noqa: F401  (a .pt2 calls its operators)
 from numpy.typing import NDArray
 from torch.export import Dim, ExportedProgram
+from torchvision.ops import box_iou
 
 from hierkd.atomic_files import replacing
 from hierkd.engine.predictor import OpenVocabularyPredictor
@@ -51,6 +51,9 @@ SUFFIXES = (".onnx", ".pt2")
 METADATA_FILE = "hierkd.json"  # of a .pt2
 BOX_TOLERANCE = 0.5  # pixels of the picture
 SCORE_TOLERANCE = 1e-3
+# Scores that differ by less are the same but for rounding. Which of two boxes comes first, and
+# suppresses the other, is then chance, in PyTorch as well.
+TIE = 1e-5
 _NOT_A_CANDIDATE = -0.5  # scores below are none, see ExportableDetector
 
 
@@ -147,7 +150,7 @@ def describe_graph(
 
     ``class_names`` (null if the vocabulary is an input), ``min_size`` and ``max_size`` (the shorter
     side is resized to the first unless the longer one would exceed the second), ``embed_dim``,
-    ``template`` of the class embeddings, ``nms_thresh``, ``max_detections``, ``hierkd`` version.
+    ``nms_thresh``, ``max_detections``, and the version of ``hierkd``.
     """
     settings = predictor.model.inference_settings
     (min_size, *_), max_size = predictor.resize.short_edge_length, predictor.resize.max_size
@@ -339,6 +342,8 @@ class Agreement:
         expected: detections of the detector.
         found: detections of the graph.
         agreeing: pairs of one class within the tolerances.
+        tied: pairs of others where scores are equal but for rounding, and decide: of two boxes of
+            one class that exclude each other, or at the end of the list.
         box_difference: largest of these, in pixels of the picture.
         score_difference: largest of these.
     """
@@ -348,26 +353,35 @@ class Agreement:
     expected: int = 0
     found: int = 0
     agreeing: int = 0
+    tied: int = 0
     box_difference: float = 0.0
     score_difference: float = 0.0
 
     @property
     def complete(self) -> bool:
-        """Whether each detection of the one is one of the other."""
-        return self.pictures > 0 and self.expected == self.found == self.agreeing
+        """Whether each detection of the one is one of the other, ties aside."""
+        return self.pictures > 0 and self.expected == self.found == self.agreeing + self.tied
 
-    def add(self, expected: Detections, found: Detections) -> None:
-        """Compare the detections in one picture: each with the nearest that is left."""
+    def add(self, expected: Detections, found: Detections, nms_thresh: float) -> None:
+        """Compare the detections in one picture: each with the nearest that is left.
+
+        Args:
+            expected: of the detector.
+            found: of the graph.
+            nms_thresh: boxes of one class with an IoU over it exclude each other.
+        """
         self.pictures += 1
         self.expected += len(expected.scores)
         self.found += len(found.scores)
         free = np.ones(len(found.scores), dtype=bool)
-        for box, score, label in zip(*expected, strict=True):
+        missing = []
+        for index, (box, score, label) in enumerate(zip(*expected, strict=True)):
             boxes = np.abs(found.boxes - box).max(axis=1, initial=0)
             scores = np.abs(found.scores - score)
             fits = free & (found.classes == label)
             fits &= (boxes <= BOX_TOLERANCE) & (scores <= SCORE_TOLERANCE)
             if not fits.any():
+                missing.append(index)
                 continue
             nearest = int(np.where(fits, boxes, np.inf).argmin())
             free[nearest] = False
@@ -375,15 +389,36 @@ class Agreement:
             self.box_difference = max(self.box_difference, float(boxes[nearest]))
             self.score_difference = max(self.score_difference, float(scores[nearest]))
 
+        for index in missing:
+            tied = free & _tied_with(expected, index, found, nms_thresh)
+            if tied.any():
+                free[tied.argmax()] = False
+                self.tied += 1
+
     def __str__(self) -> str:
         heights, widths = zip(*sorted(self.sizes), strict=True) if self.sizes else ((0,), (0,))
         return (
             f"{self.pictures} pictures of {len(self.sizes)} sizes, "
             f"{min(heights)} to {max(heights)} pixels high and "
             f"{min(widths)} to {max(widths)} wide; detections: {self.expected} by PyTorch, "
-            f"{self.found} by the exported graph, {self.agreeing} the same; largest differences: "
+            f"{self.found} by the exported graph, {self.agreeing} the same, "
+            f"{self.tied} the other one of two with equal scores; largest differences: "
             f"{self.box_difference:.2g} pixels, {self.score_difference:.2g} in score"
         )
+
+
+def _tied_with(
+    expected: Detections, index: int, found: Detections, nms_thresh: float
+) -> NDArray[np.bool_]:
+    """(n,) which of the found detections may stand for an expected one, see ``Agreement.tied``."""
+    score = expected.scores[index]
+    ious = box_iou(
+        torch.from_numpy(expected.boxes[index : index + 1]), torch.from_numpy(found.boxes)
+    )
+    excluding = (ious[0].numpy() > nms_thresh) & (found.classes == expected.classes[index])
+    is_last = abs(score - expected.scores.min()) <= TIE
+    result: NDArray[np.bool_] = (np.abs(found.scores - score) <= TIE) & (excluding | is_last)
+    return result
 
 
 def compare_detections(
@@ -418,5 +453,6 @@ def compare_detections(
             instances.pred_classes.numpy(),
         )
         agreement.sizes.add((height, width))
-        agreement.add(expected, found._replace(boxes=found.boxes * scale))
+        found = found._replace(boxes=found.boxes * scale)
+        agreement.add(expected, found, predictor.model.inference_settings.nms_thresh)
     return agreement

@@ -32,8 +32,8 @@ class ExportableDetector(nn.Module):
     It shares the layers of the detector it is made of, which stays as it is.
     """
 
-    novel_shift: Tensor
-    representatives: Tensor
+    novel_shift: Tensor | None  # (K,), if the logits of novel classes are shifted
+    representatives: Tensor | None  # (G, D), if points are preselected
 
     def __init__(
         self,
@@ -82,12 +82,12 @@ class ExportableDetector(nn.Module):
             raise ValueError("the vocabulary is empty: set one before exporting")
         is_novel = [name not in detector.training_vocabulary for name in names]
         compete = any(is_novel) and not all(is_novel)
-        shift = self.settings.novel_logit_shift * torch.tensor(is_novel, dtype=texts.dtype)
-        self.shifts_novel = compete and bool(self.settings.novel_logit_shift)
-        self.register_buffer("novel_shift", shift.to(texts.device))
-        self.preselects = bool(names) and 0 < self.settings.preselect_above < len(names)
-        representatives = texts[:0]
-        if self.preselects:
+        # Buffers that are not used are none at all: torch.export cannot save empty ones.
+        shift = representatives = None
+        if compete and self.settings.novel_logit_shift:
+            shift = self.settings.novel_logit_shift * texts.new_tensor(is_novel)
+        self.register_buffer("novel_shift", shift)
+        if names and 0 < self.settings.preselect_above < len(names):
             means = vocabulary_representatives(texts)
             representatives = torch.cat([means, detector.training_embeddings])
         self.register_buffer("representatives", representatives)
@@ -146,15 +146,15 @@ class ExportableDetector(nn.Module):
         sizes = [x.shape[-2] * x.shape[-1] for x in maps[0]]
         weight = self._weight(text_embeddings)
         is_point = torch.ones_like(qualities, dtype=torch.bool)
-        if self.preselects:
+        if self.representatives is not None:
             background = self.text_classifier.background()[None]
             rows = torch.cat([self.representatives, background])
-            scores = self._probabilities(embeddings, rows, shift=False).amax(dim=1) * qualities
+            scores = self._probabilities(embeddings, rows, None).amax(dim=1) * qualities
             number = max(self.settings.preselect_points, self.settings.topk_anchors)
             points, is_point = _best_of_levels(scores, sizes, number)
             embeddings, deltas, qualities = embeddings[points], deltas[points], qualities[points]
             anchors, sizes = anchors[points], [number] * len(sizes)
-        probs = self._probabilities(embeddings, weight, shift=self.shifts_novel)
+        probs = self._probabilities(embeddings, weight, self.novel_shift)
         scores = torch.where(is_point, probs.amax(dim=1) * qualities, _NO_CANDIDATE)
         points, is_point = _best_of_levels(scores, sizes, self.settings.topk_anchors)
         boxes = self.box2box_transform.apply_deltas(deltas[points], anchors[points])
@@ -189,13 +189,13 @@ class ExportableDetector(nn.Module):
         rows = F.normalize(text_embeddings, dim=1)
         return torch.cat([rows, self.text_classifier.background()[None]])
 
-    def _probabilities(self, embeddings: Tensor, weight: Tensor, *, shift: bool) -> Tensor:
+    def _probabilities(self, embeddings: Tensor, weight: Tensor, shift: Tensor | None) -> Tensor:
         """(R, K) class probabilities; see ``HierKD._class_probabilities``."""
         logits = self.text_classifier.logit_scale * F.linear(embeddings, weight)
         probs = logits.softmax(dim=-1)[:, :-1]
-        if not shift:
+        if shift is None:
             return probs
-        return probs.sum(dim=1, keepdim=True) * (logits[:, :-1] + self.novel_shift).softmax(dim=-1)
+        return probs.sum(dim=1, keepdim=True) * (logits[:, :-1] + shift).softmax(dim=-1)
 
     def _best_pairs(self, scores: Tensor) -> Tensor:
         """(A, K) scores with all but the best ``topk_pairs`` replaced by -1."""
