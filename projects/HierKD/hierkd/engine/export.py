@@ -125,9 +125,11 @@ def trace(
         nms_operator=nms_operator,
     ).eval()
     stride = detector.backbone.size_divisibility
-    # Sides of an example that are no multiples, and so large that no level is a single point.
-    height, width = 8 * stride + 5, 11 * stride + 9
-    sides = {0: Dim("height", min=stride + 1), 1: Dim("width", min=stride + 1)}
+    # Sides of an example that are no multiples, and so large that no level is a single point: a
+    # tracer takes a size of one for a constant.
+    coarsest = max(stride, *detector.anchor_generator.strides)
+    height, width = 2 * coarsest + 5, 3 * coarsest + 9
+    sides = {0: Dim("height", min=coarsest + 1), 1: Dim("width", min=coarsest + 1)}
     examples = [torch.zeros(height, width, 3, dtype=torch.uint8)]
     shapes: dict[str, Any] = {"image": sides}
     if vocabulary_as_input:
@@ -190,7 +192,8 @@ def export_graph(
 
 def _pt2_bytes(program: ExportedProgram, metadata: dict[str, str]) -> bytes:
     buffer = io.BytesIO()
-    torch.export.save(program, buffer, extra_files={METADATA_FILE: json.dumps(metadata)})
+    with _quiet():
+        torch.export.save(program, buffer, extra_files={METADATA_FILE: json.dumps(metadata)})
     return buffer.getvalue()
 
 
@@ -359,8 +362,10 @@ class Agreement:
 
     @property
     def complete(self) -> bool:
-        """Whether each detection of the one is one of the other, ties aside."""
-        return self.pictures > 0 and self.expected == self.found == self.agreeing + self.tied
+        """Whether each detection of the one is one of the other, one tie in 1000 aside."""
+        matched = self.agreeing + self.tied
+        few_ties = self.tied * 1000 <= self.expected
+        return self.pictures > 0 and self.expected == self.found == matched and few_ties
 
     def add(self, expected: Detections, found: Detections, nms_thresh: float) -> None:
         """Compare the detections in one picture: each with the nearest that is left.
@@ -445,7 +450,7 @@ def compare_detections(
             prepared = prepared[:, :, ::-1]
         found = graph(np.ascontiguousarray(prepared), texts)
         height, width = prepared.shape[:2]
-        scale = np.tile(size / np.array([width, height], np.float32), 2)
+        scale = np.tile(size / np.array([width, height], np.float32), 2).astype(np.float32)
         instances = predictor(picture)
         expected = Detections(
             instances.pred_boxes.tensor.numpy(),
@@ -453,6 +458,6 @@ def compare_detections(
             instances.pred_classes.numpy(),
         )
         agreement.sizes.add((height, width))
-        found = found._replace(boxes=found.boxes * scale)
+        found = Detections(found.boxes * scale, found.scores, found.classes)
         agreement.add(expected, found, predictor.model.inference_settings.nms_thresh)
     return agreement

@@ -32,6 +32,8 @@ class ExportableDetector(nn.Module):
     It shares the layers of the detector it is made of, which stays as it is.
     """
 
+    pixel_mean: Tensor
+    pixel_std: Tensor
     novel_shift: Tensor | None  # (K,), if the logits of novel classes are shifted
     representatives: Tensor | None  # (G, D), if points are preselected
 
@@ -117,7 +119,7 @@ class ExportableDetector(nn.Module):
         if self.settings.class_agnostic_nms:  # of two classes of one box, the better one wins
             best, labels = by_class.max(dim=0)
             by_class = best[None]
-        kept = self._nms(boxes, by_class, max(width, height))
+        kept = self._nms(boxes, by_class, width + height)
         scores, order = _topk_filled(by_class[kept[:, 0], kept[:, 1]], self.settings.max_detections)
         order = torch.where(scores >= 0, order, 0)
         kept = F.pad(kept, (0, 0, 0, 1))[order]  # row 0 exists, even where nothing was found
