@@ -27,6 +27,7 @@ def test_other_devices_are_refused() -> None:
         run(arguments(), torch.device("cuda"))
 
 
+@pytest.mark.slow
 def test_rows() -> None:
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)
