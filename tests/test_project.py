@@ -36,10 +36,11 @@ LAYERS = [
     "data.miniature data.prepare modeling.meta_arch evaluation.split_coco_evaluation"
     " engine.predictor engine.cache_teacher engine.replay",
     "evaluation.direct_inference evaluation.proposal_evaluation evaluation.upper_bound"
-    " evaluation.heat_maps engine.gallery engine.tiny_clip engine.soak_load",
-    "engine.report engine.figures",
+    " evaluation.heat_maps engine.gallery engine.tiny_clip engine.soak_load modeling.exportable",
+    "engine.report engine.figures engine.export",
     "benchmarks.random_models benchmarks.crops benchmarks.eval benchmarks.loader",
-    "benchmarks.step benchmarks.infer benchmarks.vocabulary benchmarks.peers benchmarks.floor",
+    "benchmarks.step benchmarks.infer benchmarks.vocabulary benchmarks.peers benchmarks.floor"
+    " benchmarks.onnx",
 ]
 LAYER_OF = {module: number for number, line in enumerate(LAYERS) for module in line.split()}
 

@@ -36,6 +36,7 @@ _PACKAGES = (
     "torchvision",
     "detectron2",
     "sal-detectron2",
+    "onnxruntime",
     "numpy",
     "pycocotools",
     "faster-coco-eval",

@@ -1,0 +1,40 @@
+#!/usr/bin/env python
+"""Detect with an exported .onnx: numpy, Pillow and onnxruntime, nothing else.
+
+    python tools/onnx_consumer.py detector.onnx street.jpg
+    python tools/onnx_consumer.py any_classes.onnx street.jpg --embeddings my_classes.npz
+
+Prints class, score and box (x0, y0, x1, y1 in pixels) of each detection over --threshold.
+"""
+
+import argparse
+import json
+
+import numpy as np
+import onnxruntime
+from PIL import Image, ImageOps
+
+parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+)
+parser.add_argument("model")
+parser.add_argument("picture")
+parser.add_argument("--embeddings", help=".npz of datasets/extract_text_embeddings.py")
+parser.add_argument("--threshold", type=float, default=0.3)
+args = parser.parse_args()
+
+session = onnxruntime.InferenceSession(args.model, providers=["CPUExecutionProvider"])
+about = {k: json.loads(v) for k, v in session.get_modelmeta().custom_metadata_map.items()}
+picture = ImageOps.exif_transpose(Image.open(args.picture)).convert("RGB")
+factor = about["min_size"] / min(picture.size)
+factor = min(factor, about["max_size"] / max(picture.size))
+resized = picture.resize([int(side * factor + 0.5) for side in picture.size], Image.BILINEAR)
+inputs, names = {"image": np.asarray(resized)}, about["class_names"]
+if args.embeddings:
+    with np.load(args.embeddings) as stored:
+        names, inputs["text_embeddings"] = stored["names"], stored["embeddings"]
+boxes, scores, classes = session.run(["boxes", "scores", "classes"], inputs)
+boxes *= np.tile(np.divide(picture.size, resized.size), 2).astype(np.float32)
+for box, score, label in zip(boxes, scores, classes, strict=True):
+    if score >= args.threshold:
+        print(f"{names[label]:20} {score:.4f}", *(f"{side:8.2f}" for side in box))
