@@ -24,11 +24,11 @@ LAYERS = [
     " modeling.backbone modeling.gathering modeling.frozen_encoder modeling.crop_merging"
     " modeling.teacher_cache"
     " modeling.class_probabilities modeling.preselection"
-    " engine.checkpoint engine.optimizer engine.results engine.visualization"
+    " engine.checkpoint engine.optimizer engine.results engine.visualization engine.detections"
     " engine.paper_tables evaluation.coco_eval benchmarks.timing",
     "data.datasets data.dataset_mapper data.official_coco modeling.teacher engine.config"
     " engine.warm_start engine.runs engine.reproduction",
-    "modeling.cached_teacher",
+    "modeling.cached_teacher engine.images",
     "data.miniature data.prepare modeling.meta_arch evaluation.split_coco_evaluation"
     " engine.predictor engine.cache_teacher",
     "evaluation.direct_inference evaluation.proposal_evaluation evaluation.upper_bound"
