@@ -24,16 +24,17 @@ LAYERS = [
     " modeling.backbone modeling.gathering modeling.frozen_encoder modeling.crop_merging"
     " modeling.teacher_cache"
     " modeling.class_probabilities modeling.preselection"
-    " engine.checkpoint engine.optimizer engine.results engine.visualization engine.detections"
+    " engine.checkpoint engine.optimizer engine.results engine.visualization engine.inputs"
     " engine.paper_tables evaluation.coco_eval benchmarks.timing",
     "data.datasets data.dataset_mapper data.official_coco modeling.teacher engine.config"
-    " engine.warm_start engine.runs engine.reproduction",
-    "modeling.cached_teacher engine.images",
+    " engine.warm_start engine.runs engine.reproduction engine.detections engine.page",
+    "modeling.cached_teacher engine.images engine.demo_outputs",
     "data.miniature data.prepare modeling.meta_arch evaluation.split_coco_evaluation"
     " engine.predictor engine.cache_teacher",
     "evaluation.direct_inference evaluation.proposal_evaluation evaluation.upper_bound"
-    " evaluation.heat_maps engine.gallery engine.tiny_clip",
+    " evaluation.heat_maps engine.gallery engine.tiny_clip engine.json_lines",
     "engine.report engine.figures",
+    "engine.demonstration",
     "benchmarks.random_models benchmarks.crops benchmarks.eval benchmarks.loader",
     "benchmarks.step benchmarks.infer benchmarks.vocabulary benchmarks.peers benchmarks.floor",
 ]

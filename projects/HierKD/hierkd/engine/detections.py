@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from detectron2.structures import Instances
 
-__all__ = ["DetectionFilter", "as_coco_results", "as_records"]
+from hierkd.modeling.text_embeddings import read_text_lines
+
+__all__ = ["DetectionFilter", "as_coco_results", "as_records", "parse_class_thresholds"]
 
 
 @dataclass(frozen=True)
@@ -135,3 +138,36 @@ def as_coco_results(
             }
         )
     return results
+
+
+def parse_class_thresholds(text: str) -> dict[str, float]:
+    """Read thresholds of single classes as a user types them.
+
+    Args:
+        text: ``NAME=SCORE`` separated by commas, or the path of a text file with one a line; ""
+            gives none.
+
+    Returns:
+        Class name to threshold, not yet checked for its range.
+
+    Raises:
+        ValueError: An entry is no ``NAME=SCORE``, or a class is named twice.
+        FileNotFoundError: A .txt is named that does not exist.
+    """
+    if not text.strip():
+        return {}
+    from_file = Path(text).is_file() or text.endswith(".txt")
+    entries = read_text_lines(text) if from_file else text.split(",")
+    thresholds: dict[str, float] = {}
+    for entry in entries:
+        name, _, score = (part.strip() for part in entry.rpartition("="))
+        try:
+            value = float(score)
+        except ValueError:
+            name = ""
+        if not name:
+            raise ValueError(f"thresholds of classes: expected NAME=SCORE, got {entry!r}")
+        if name in thresholds:
+            raise ValueError(f"thresholds of classes: {name!r} is named more than once")
+        thresholds[name] = value
+    return thresholds

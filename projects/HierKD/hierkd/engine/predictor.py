@@ -33,6 +33,7 @@ from hierkd.engine.checkpoint import HierKDCheckpointer
 from hierkd.engine.config import load_config
 from hierkd.engine.detections import DetectionFilter
 from hierkd.engine.images import ImageInput, as_bgr, check_channels
+from hierkd.modeling.text_embeddings import read_text_lines
 
 __all__ = ["OpenVocabularyPredictor", "find_checkpoint", "resolve_vocabulary"]
 
@@ -396,16 +397,20 @@ def resolve_vocabulary(text: str) -> list[str]:
     """Read class names as a user types them.
 
     Args:
-        text: Names separated by commas, or the name of a registered dataset.
+        text: Names separated by commas, or the name of a registered dataset, or the path of a file
+            with one name a line (or, in a .json, a list of names).
 
     Returns:
-        The class names, or the dataset's vocabulary.
+        The class names, or the dataset's or the file's vocabulary.
 
     Raises:
         ValueError: No names, a blank name between commas, or a repeated name.
+        FileNotFoundError: A .txt or .json is named that does not exist.
     """
     if text in DatasetCatalog.list():
         return list(MetadataCatalog.get(text).thing_classes)
+    if os.path.isfile(text) or text.endswith((".txt", ".json")):
+        return read_text_lines(text)
     names = [name.strip() for name in text.split(",")]
     if not any(names):
         raise ValueError("the vocabulary is empty: give class names separated by commas")
