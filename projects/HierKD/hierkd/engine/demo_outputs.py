@@ -235,7 +235,7 @@ def write_page(
     narrow = "".join(_entry(e, path.parent, embed) for e in entries if not e.wide)
     body = f"""<h1>Detections</h1>
 <table class="facts"><tbody>{rows}</tbody></table>
-<div class="grid">{wide}</div>
+<div class="grid" style="margin: 1.5rem 0">{wide}</div>
 <div class="grid two">{narrow}</div>"""
     with replacing(path) as making:
         making.write_text(page("Detections", body), encoding="utf-8")

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from hierkd.engine.detections import DetectionFilter, as_records
 from hierkd.engine.images import as_bgr
@@ -152,6 +152,7 @@ def decode_base64_picture(text: str) -> NDArray[np.uint8]:
         with Image.open(io.BytesIO(content)) as opened:
             return as_bgr(ImageOps.exif_transpose(opened))
     except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        found = "no known format" if isinstance(error, UnidentifiedImageError) else error
         raise ValueError(
-            f"the picture of {len(content)} bytes cannot be decoded ({error})"
+            f"the picture of {len(content)} bytes cannot be decoded ({found})"
         ) from error

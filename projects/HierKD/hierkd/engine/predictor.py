@@ -409,7 +409,8 @@ def resolve_vocabulary(text: str) -> list[str]:
     """
     if text in DatasetCatalog.list():
         return list(MetadataCatalog.get(text).thing_classes)
-    if os.path.isfile(text) or text.endswith((".txt", ".json")):
+    is_path = os.path.exists(text) and not os.path.isdir(text)
+    if is_path or text.endswith((".txt", ".json")):
         return read_text_lines(text)
     names = [name.strip() for name in text.split(",")]
     if not any(names):

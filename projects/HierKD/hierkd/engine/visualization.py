@@ -298,7 +298,7 @@ def draw_instances(
     min_long_side: int = _MIN_LONG_SIDE_PX,
     font_px: float | None = None,
 ) -> Image:
-    """Draw detections with class names and scores in percent, one colour per class.
+    """Draw detections with class names and scores in percent, one colour per class, best on top.
 
     Args:
         image: (H, W, 3), RGB, 0..255.
@@ -310,6 +310,7 @@ def draw_instances(
     Returns:
         RGB picture, enlarged if ``image`` is small.
     """
+    instances = instances[instances.scores.argsort(stable=True)]
     classes = instances.pred_classes.tolist()
     scores = instances.scores.tolist()
     return draw_boxes(
