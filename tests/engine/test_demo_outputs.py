@@ -54,7 +54,7 @@ def test_after_an_error_nothing_is_left(tmp_path):
     path = tmp_path / "video.avi"
     path.write_text("an older one")
     video = VideoFile(path, 5.0)
-    with pytest.raises(TypeError), video:
+    with pytest.raises(AttributeError), video:
         _write_and_fail(video)
     assert path.read_text() == "an older one"
     assert list(tmp_path.iterdir()) == [path]
