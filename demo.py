@@ -1,12 +1,13 @@
 #!/usr/bin/env python
-"""Detect any classes you can name in pictures.
+"""Detect any classes you can name: in pictures, videos, from a camera, or on request.
 
     python demo.py --input street.jpg photos/ --vocabulary "cat,umbrella,traffic cone"
-    python demo.py --config-file configs/hierkd_R50.yaml --input "photos/*.jpg" \
-        --vocabulary coco_ovd_48_17_val_all --opts MODEL.WEIGHTS model.pth
+    python demo.py --run output/hierkd --input trip.mp4 --every 5 --html
+    python demo.py --run output/hierkd --webcam --window --vocabulary names.txt
+    echo '{"image": "street.jpg", "vocabulary": ["cat"]}' | python demo.py --input -
 
-Writes an annotated copy of each picture and one ``detections.json`` to ``--output``. Without
-``--config-file`` and weights it uses the detector that ``make demo`` trained.
+Writes annotated copies and one ``detections.json`` to ``--output``. Without ``--run`` and
+``--config-file`` it uses the detector that ``make demo`` trained. docs/demo.md shows every option.
 """
 
 from __future__ import annotations
@@ -15,27 +16,37 @@ import hierkd  # noqa: F401  (first: it quiets two deprecation warnings inside l
 
 # isort: split
 import argparse
-import glob
-import json
+import contextlib
 import logging
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from detectron2.utils.logger import setup_logger
-from PIL import Image
 from tqdm import tqdm
 
-from hierkd.data.dataset_mapper import read_picture
 from hierkd.engine.config import load_config
+from hierkd.engine.demo_outputs import (
+    VIDEO_CODECS,
+    PageEntry,
+    Window,
+    list_names,
+    name_outputs,
+    write_json,
+    write_page,
+)
+from hierkd.engine.demonstration import CocoIds, Detectors, annotate_picture, annotate_video
+from hierkd.engine.detections import DetectionFilter, parse_class_thresholds
+from hierkd.engine.inputs import find_inputs, is_video
+from hierkd.engine.json_lines import answer_lines
 from hierkd.engine.predictor import OpenVocabularyPredictor, resolve_vocabulary
-from hierkd.engine.visualization import draw_instances
 
 logger = logging.getLogger("hierkd.demo")
 
-DEFAULT_CONFIG = "output/demo/hierkd/config.yaml"
+DEFAULT_RUN = "output/demo/hierkd"
 TRAINED_WEIGHTS = "model_final.pth"  # what detectron2's trainer calls its last checkpoint
-PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"}
+REQUESTS = "-"  # as the only input: JSON lines from standard input
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -43,27 +54,70 @@ def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--input", nargs="+", required=True, metavar="PATH", help="pictures, folders, or globs"
+    sources = parser.add_argument_group("what to look at").add_mutually_exclusive_group(
+        required=True
     )
-    parser.add_argument(
-        "--output", default="output/detections", metavar="DIR", help="default: %(default)s"
+    sources.add_argument(
+        "--input",
+        nargs="+",
+        metavar="PATH",
+        help="pictures, videos, folders, or globs; or -, for requests as JSON lines on standard "
+        "input, answered on standard output",
     )
-    parser.add_argument(
+    sources.add_argument(
+        "--webcam",
+        nargs="?",
+        type=int,
+        const=0,
+        metavar="NUMBER",
+        help="a camera, until Ctrl-C; the first one is 0, the default",
+    )
+    add = parser.add_argument_group("what to find").add_argument
+    add(
         "--vocabulary",
         metavar="NAMES",
-        help="class names separated by commas, or a registered dataset's name; "
-        "default: the largest vocabulary among the config's test datasets",
+        help="class names separated by commas, a text file with one name a line, or a registered "
+        "dataset's name; default: the largest vocabulary among the config's test datasets",
     )
-    parser.add_argument(
+    add(
         "--confidence-threshold",
         type=float,
         default=0.3,
         metavar="SCORE",
         help="detections below this score, 0 to 1, are left out; default: %(default)s",
     )
-    parser.add_argument(
-        "--config-file", default=DEFAULT_CONFIG, metavar="YAML", help="default: %(default)s"
+    add(
+        "--class-thresholds",
+        default="",
+        metavar="NAME=SCORE,...",
+        help="thresholds of single classes, or a text file with one NAME=SCORE a line",
+    )
+    add("--top-k", type=int, metavar="N", help="only the N best detections of each picture")
+    _add_detector_options(parser)
+    _add_output_options(parser)
+    return parser
+
+
+def _add_detector_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("with which detector").add_argument
+    add(
+        "--run",
+        metavar="PATH",
+        help="a training's folder, or a checkpoint with its config.yaml beside it or with "
+        f"--config-file; default: {DEFAULT_RUN}",
+    )
+    add(
+        "--compare",
+        nargs="+",
+        default=[],
+        metavar="[TITLE=]PATH",
+        help="more of them, drawn side by side with the first",
+    )
+    add("--config-file", metavar="YAML", help="config; default: the config.yaml of --run")
+    add(
+        "--device",
+        metavar="DEVICE",
+        help="cpu, cuda, cuda:1, ...; default: the config's; the CPU where there is no GPU",
     )
     parser.add_argument(
         "--opts",
@@ -71,149 +125,280 @@ def get_parser() -> argparse.ArgumentParser:
         default=[],
         metavar="KEY VALUE",
         help="config overrides, last on the line, e.g. MODEL.WEIGHTS model.pth; without "
-        f"MODEL.WEIGHTS, a {TRAINED_WEIGHTS} beside the config file is taken",
+        f"--run and MODEL.WEIGHTS, a {TRAINED_WEIGHTS} beside the config file is taken",
     )
-    return parser
 
 
-def find_pictures(inputs: Iterable[str]) -> list[Path]:
-    """List the pictures that files, folders (not their subfolders) and globs name, each once.
+def _add_output_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("what to write and show").add_argument
+    add("--output", default="output/detections", metavar="DIR", help="default: %(default)s")
+    add(
+        "--html",
+        nargs="?",
+        const="linked",
+        choices=("linked", "one-file"),
+        help="write index.html, too; the pictures stay beside it (linked, the default) or go into "
+        "it (one-file)",
+    )
+    add(
+        "--heat-maps",
+        nargs="?",
+        const="",
+        metavar="NAMES",
+        help="draw the scores of these classes over each picture, too; default: of those detected",
+    )
+    add(
+        "--coco-results",
+        metavar="ANNOTATIONS",
+        help="write coco_results.json, too, with the ids of this COCO annotation file",
+    )
+    add("--window", action="store_true", help="show pictures: a key for the next one, q ends")
+    add("--every", type=int, default=1, metavar="N", help="of videos, only every N-th frame")
+    add("--max-frames", type=int, metavar="N", help="of videos and cameras, at most N frames")
+    add(
+        "--video-format",
+        choices=[suffix[1:] for suffix in VIDEO_CODECS],
+        default="mp4",
+        help="of annotated videos; browsers play webm; default: %(default)s",
+    )
 
-    Raises:
-        FileNotFoundError: One of them matches no picture; it is named.
-    """
-    found: dict[Path, None] = {}
-    for text in inputs:
-        path = Path(text)
-        if path.is_file():
-            matches = [path]
-        elif path.is_dir():
-            matches = [p for p in sorted(path.iterdir()) if p.suffix.lower() in PICTURE_SUFFIXES]
-        else:
-            matches = [Path(p) for p in sorted(glob.glob(text, recursive=True))]
-            matches = [p for p in matches if p.is_file()]
-        if not matches:
-            raise FileNotFoundError(f"--input: no picture matches {text!r}")
-        found.update(dict.fromkeys(matches))
-    return list(found)
+
+def check_options(args: argparse.Namespace) -> None:
+    """Raise ValueError if an option is out of range, or does not go with another."""
+    for name in ("every", "max_frames", "top_k"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if not 0 <= args.confidence_threshold <= 1:
+        raise ValueError(f"--confidence-threshold must be 0 to 1, got {args.confidence_threshold}")
+    if args.webcam is not None and args.webcam < 0:
+        raise ValueError(f"--webcam must be at least 0, got {args.webcam}")
+    if args.input and REQUESTS in args.input:
+        if len(args.input) > 1:
+            raise ValueError("--input: - stands for standard input, and cannot be mixed with paths")
+        drawing = ("compare", "html", "heat_maps", "coco_results", "window")
+        given = [f"--{n.replace('_', '-')}" for n in drawing if getattr(args, n) not in (None, [])]
+        if given := [flag for flag in given if flag != "--window" or args.window]:
+            raise ValueError(f"--input - answers with JSON alone: leave out {', '.join(given)}")
 
 
-def name_outputs(pictures: Sequence[Path], folder: Path) -> list[Path]:
-    """Choose a path in ``folder`` per picture; pictures of the same name are numbered."""
-    taken: set[str] = set()
-    outputs = []
-    for picture in pictures:
-        name, number = f"{picture.stem}.png", 1
-        while name in taken:
-            name, number = f"{picture.stem}_{number}.png", number + 1
-        taken.add(name)
-        outputs.append(folder / name)
-    return outputs
-
-
-def load_predictor(config_file: str, opts: Sequence[str]) -> OpenVocabularyPredictor:
+def load_detector(
+    run: str | None, config_file: str | None, opts: Sequence[str], device: str | None
+) -> OpenVocabularyPredictor:
     """Build the detector; a config without named weights finds its run's own beside it.
 
     Raises:
-        FileNotFoundError: There is no such config, or no weights.
+        FileNotFoundError: There is no such run or config, or no weights.
         ValueError: The config or the overrides are wrong.
     """
-    if not Path(config_file).is_file() and config_file == DEFAULT_CONFIG:
-        raise FileNotFoundError(
-            f"--config-file: no file {config_file!r}; run `make demo` first, or name a config and "
-            "its weights: --config-file YAML --opts MODEL.WEIGHTS FILE"
-        )
-    overrides = list(opts)
+    if run is None and config_file is None:
+        run = DEFAULT_RUN
+        if not Path(run, "config.yaml").is_file():
+            raise FileNotFoundError(
+                f"--run: no detector in {run!r}; run `make demo` first, or name one: --run PATH, "
+                "or --config-file YAML --opts MODEL.WEIGHTS FILE"
+            )
+    if run is not None and "MODEL.WEIGHTS" not in opts[::2]:
+        return OpenVocabularyPredictor.from_checkpoint(run, config_file, device=device, opts=opts)
+    config_file = config_file or str(Path(run or "") / "config.yaml")
+    overrides = list(opts) + (["MODEL.DEVICE", device] if device else [])
     trained = Path(config_file).parent / TRAINED_WEIGHTS
-    if "MODEL.WEIGHTS" not in overrides[::2] and trained.is_file():
+    if "MODEL.WEIGHTS" not in opts[::2] and trained.is_file():
         overrides += ["MODEL.WEIGHTS", str(trained)]
     return OpenVocabularyPredictor(load_config(config_file, overrides))
 
 
-def detect(
-    predictor: OpenVocabularyPredictor, picture: Path, output: Path, threshold: float
-) -> dict[str, Any]:
-    """Detect in one picture and write its annotated copy.
+def parse_compared(texts: Sequence[str], first: str) -> dict[str, str]:
+    """Read TITLE=PATH or PATH; a path's title is its last folder's name.
+
+    Args:
+        texts: As typed.
+        first: Title of the first detector.
 
     Returns:
-        The picture's entry of ``detections.json``.
+        Title to path.
 
     Raises:
-        ValueError: The picture cannot be decoded; it is named.
+        ValueError: Two detectors have one title.
     """
-    image = read_picture(str(picture))
-    instances = predictor(image)
-    instances = instances[instances.scores >= threshold]
-    vocabulary = predictor.vocabulary
-    drawn = draw_instances(image[:, :, ::-1], instances, vocabulary)
-    Image.fromarray(drawn).save(output)
-    return {
-        "file_name": str(picture),
-        "annotated": output.name,
-        "height": image.shape[0],
-        "width": image.shape[1],
-        "detections": [
-            {
-                "class": vocabulary[index],
-                "score": round(score, 4),
-                "box_xyxy": [round(coordinate, 2) for coordinate in box],
-            }
-            for index, score, box in zip(
-                instances.pred_classes.tolist(),
-                instances.scores.tolist(),
-                instances.pred_boxes.tensor.tolist(),
-                strict=True,
-            )
-        ],
-    }
+    runs: dict[str, str] = {}
+    for text in texts:
+        title, equals, path = text.partition("=")
+        if not equals or Path(text).exists():
+            title, path = title_of(text), text
+        if title in runs or title == first:
+            raise ValueError(f"--compare: two detectors are called {title!r}: name one, TITLE=PATH")
+        runs[title] = path
+    return runs
 
 
-def run(args: argparse.Namespace) -> int:
-    """Detect in all pictures; a broken one is reported and does not stop the others.
+def title_of(path: str) -> str:
+    """Name of a training's folder, or of the folder of its checkpoint."""
+    resolved = Path(path).resolve()
+    return resolved.parent.name if resolved.suffix else resolved.name
+
+
+def load_detectors(args: argparse.Namespace) -> Detectors:
+    """Build the detector and those to compare it with.
+
+    Raises:
+        FileNotFoundError: A file is missing.
+        ValueError: An option or a file is wrong.
+    """
+    vocabulary = None if args.vocabulary is None else resolve_vocabulary(args.vocabulary)
+    keep = DetectionFilter(
+        args.confidence_threshold, args.top_k, parse_class_thresholds(args.class_thresholds)
+    )
+    if vocabulary is not None:
+        keep.check_vocabulary(vocabulary)
+    first = title_of(args.run or args.config_file or DEFAULT_RUN)
+    compared = parse_compared(args.compare, first)
+    predictors = {first: load_detector(args.run, args.config_file, args.opts, args.device)}
+    for title, path in compared.items():
+        predictors[title] = OpenVocabularyPredictor.from_checkpoint(path, device=args.device)
+    return Detectors(predictors, keep, vocabulary)
+
+
+def annotate(args: argparse.Namespace) -> int:
+    """Detect in all inputs; a broken one is reported and does not stop the others.
 
     Returns:
-        How many pictures could not be read.
+        How many inputs could not be read.
+
+    Raises:
+        FileNotFoundError: A file is missing.
+        ValueError: An option or a file is wrong.
     """
-    if not 0 <= args.confidence_threshold <= 1:
-        raise ValueError(f"--confidence-threshold must be 0 to 1, got {args.confidence_threshold}")
-    pictures = find_pictures(args.input)
-    vocabulary = None if args.vocabulary is None else resolve_vocabulary(args.vocabulary)
-    predictor = load_predictor(args.config_file, args.opts)
-    if vocabulary is not None:
-        predictor.set_vocabulary(vocabulary)
+    camera = args.webcam is not None
+    sources = [Path(f"webcam{args.webcam}")] if camera else find_inputs(args.input)
+    moving = [camera or is_video(source) for source in sources]
+    ids = CocoIds.read(args.coco_results) if args.coco_results else None
+    if any(moving) and (ids or args.heat_maps is not None):
+        raise ValueError("--coco-results and --heat-maps are for pictures, not for videos")
+    window = Window("HierKD") if args.window else None
+    detectors = load_detectors(args)
+    if ids:
+        ids.check(sources, detectors.vocabulary)
+    heat_maps = None if args.heat_maps is None else resolve_classes(args.heat_maps, detectors)
     folder = Path(args.output)
     folder.mkdir(parents=True, exist_ok=True)
 
-    entries, broken = [], 0
-    outputs = name_outputs(pictures, folder)
-    for picture, output in tqdm(list(zip(pictures, outputs, strict=True)), disable=None):
+    entries: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
+    shown: list[PageEntry] = []
+    broken, results = 0, []
+    names = name_outputs(sources, [f".{args.video_format}" if m else ".png" for m in moving])
+    todo = list(zip(sources, moving, names, strict=True))
+    for source, moves, name in tqdm(todo, disable=True if any(moving) else None, unit="picture"):
+        go_on = True
         try:
-            entries.append(detect(predictor, picture, output, args.confidence_threshold))
+            if moves:
+                entry, on_page = annotate_video(
+                    detectors,
+                    args.webcam if camera else source,
+                    folder / name,
+                    every=args.every,
+                    max_frames=args.max_frames,
+                    window=window,
+                )
+            else:
+                entry, on_page, go_on = annotate_picture(
+                    detectors, source, folder / name, heat_maps=heat_maps, window=window
+                )
         except ValueError as error:
             logger.error("%s", error)
             broken += 1
-    content = {
-        "vocabulary": list(predictor.vocabulary),
-        "confidence_threshold": args.confidence_threshold,
-        "images": entries,
-    }
-    (folder / "detections.json").write_text(json.dumps(content, indent=1))
-    count = sum(len(entry["detections"]) for entry in entries)
-    logger.info("%d detections in %d pictures: see %s", count, len(entries), folder)
+            continue
+        entries[moves].append(entry)
+        shown.append(on_page)
+        if ids:
+            results += ids.results(source, entry["detections"])
+        if not go_on:
+            break
+    write_outputs(args, detectors, entries, shown)
+    if ids:
+        write_json(folder / "coco_results.json", results)
     return broken
+
+
+def resolve_classes(text: str, detectors: Detectors) -> list[str]:
+    """Read the classes of --heat-maps; "" gives none.
+
+    Raises:
+        ValueError: One is not in the vocabulary.
+    """
+    classes = resolve_vocabulary(text) if text else []
+    if unknown := [name for name in classes if name not in detectors.vocabulary]:
+        raise ValueError(f"--heat-maps: {unknown} are not in the vocabulary")
+    return classes
+
+
+def write_outputs(
+    args: argparse.Namespace,
+    detectors: Detectors,
+    entries: dict[bool, list[dict[str, Any]]],
+    shown: Sequence[PageEntry],
+) -> None:
+    """Write detections.json and the page, and say where they are."""
+    folder = Path(args.output)
+    keep = detectors.keep
+    content = {
+        "vocabulary": list(detectors.vocabulary),
+        "detectors": list(detectors.predictors),
+        "confidence_threshold": keep.score_threshold,
+        "class_thresholds": dict(keep.class_thresholds),
+        "top_k": keep.top_k,
+        "images": entries[False],
+        "videos": entries[True],
+    }
+    write_json(folder / "detections.json", content)
+    if args.html:
+        thresholds = ", ".join(f"{k}: {v}" for k, v in keep.class_thresholds.items())
+        facts = {
+            "Vocabulary": list_names(detectors.vocabulary),
+            "Detector" if len(detectors.predictors) == 1 else "Detectors": ", ".join(
+                detectors.predictors
+            ),
+            "Score threshold": f"{keep.score_threshold}" + (f"; {thresholds}" * bool(thresholds)),
+        }
+        write_page(folder / "index.html", shown, facts, embed=args.html == "one-file")
+    count = sum(len(entry["detections"]) for entry in entries[False])
+    count += sum(entry["num_detections"] for entry in entries[True])
+    logger.info(
+        "%d detections in %d pictures and %d videos: see %s",
+        *(count, len(entries[False]), len(entries[True])),
+        folder / "index.html" if args.html else folder,
+    )
+
+
+def serve(args: argparse.Namespace, requests: Iterable[str], answers: TextIO) -> None:
+    """Answer requests until there are no more."""
+    detectors = load_detectors(args)
+    logger.info("ready: a JSON object per line, e.g. %s", '{"image": "street.jpg"}')
+    for line in answer_lines(detectors.main, requests, detectors.keep):
+        answers.write(line + "\n")
+        answers.flush()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line; errors of the user's end it with a message and status 1 or 2."""
     parser = get_parser()
     args = parser.parse_args(argv)
-    setup_logger(name="hierkd", abbrev_name="hierkd")
-    try:
-        broken = run(args)
-    except (ValueError, FileNotFoundError, ConnectionError) as error:
-        parser.exit(2, f"demo.py: error: {error}\n")
+    answers = sys.stdout
+    serving = args.input == [REQUESTS]
+    broken = 0
+    # What libraries print must not get between the answers.
+    with contextlib.redirect_stdout(sys.stderr) if serving else contextlib.nullcontext():
+        setup_logger(name="hierkd", abbrev_name="hierkd")
+        try:
+            check_options(args)
+            if serving:
+                serve(args, sys.stdin, answers)
+            else:
+                broken = annotate(args)
+        except (ValueError, FileNotFoundError, ConnectionError) as error:
+            parser.exit(2, f"demo.py: error: {error}\n")
     if broken:
-        parser.exit(1, f"demo.py: {broken} of the pictures could not be read\n")
+        parser.exit(1, f"demo.py: {broken} of the inputs could not be read\n")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,11 @@
 """demo.py from the command line, with a small random detector."""
 
 import json
+import os
+import subprocess
+import sys
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -10,6 +14,7 @@ from PIL import Image
 
 import demo
 import hierkd.modeling.meta_arch as meta_arch
+import tiny_training
 from fake_teacher import FakeTeacher
 from hierkd.engine.config import load_config
 from toy_world import VOCABULARY, register_toy_world
@@ -21,7 +26,10 @@ def run_dir(tmp_path, monkeypatch):
     dataset = register_toy_world(tmp_path / "world")
     cfg = load_config(
         "configs/miniature/hierkd.yaml",
-        ["MODEL.DEVICE", "cpu", "DATASETS.TRAIN", "()", "DATASETS.TEST", f"('{dataset}',)"],
+        [
+            *("MODEL.DEVICE", "cpu", "DATASETS.TRAIN", "()", "DATASETS.TEST", f"('{dataset}',)"),
+            *("TEST.DETECTIONS_PER_IMAGE", "15"),  # drawing takes longer than detecting
+        ],
     )
     teacher = FakeTeacher(cfg.MODEL.TEXT_CLASSIFIER.EMBED_DIM)
     monkeypatch.setattr(meta_arch, "build_teacher", lambda cfg: teacher)
@@ -135,16 +143,9 @@ def test_broken_picture_is_named_and_does_not_stop_the_others(
     picture = tmp_path / "world" / "images" / "1.png"
     code, message = failure(call, capsys, "--input", broken, picture)
     assert code == 1
-    assert "1 of the pictures could not be read" in message
+    assert "1 of the inputs could not be read" in message
     entries = json.loads((tmp_path / "out" / "detections.json").read_text())["images"]
     assert [entry["file_name"] for entry in entries] == [str(picture)]
-
-
-def test_broken_picture_by_itself(tmp_path):
-    broken = tmp_path / "broken.png"
-    broken.write_bytes(b"not a picture")
-    with pytest.raises(ValueError, match=r"broken\.png cannot be decoded"):
-        demo.detect(None, broken, tmp_path / "out.png", 0.5)
 
 
 @pytest.mark.parametrize(
@@ -178,3 +179,164 @@ def test_threshold_out_of_range(capsys, tmp_path):
     with pytest.raises(SystemExit):
         demo.main(["--input", "x.png", "--confidence-threshold", "30"])
     assert "--confidence-threshold must be 0 to 1, got 30" in capsys.readouterr().err
+
+
+def write_video(path, count=10):
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), 10.0, (64, 48))
+    for i in range(count):
+        writer.write(np.full((48, 64, 3), 20 * i, np.uint8))
+    writer.release()
+    return path
+
+
+def count_frames(path):
+    capture = cv2.VideoCapture(str(path))
+    count = 0
+    while capture.grab():
+        count += 1
+    return count, capture.get(cv2.CAP_PROP_FPS)
+
+
+def test_a_video_and_a_page(call, tmp_path):
+    video = write_video(tmp_path / "trip.mp4")
+    picture = tmp_path / "world" / "images" / "1.png"
+    output, content = call("--input", video, picture, "--every", 4, "--html", "--top-k", 2)
+    (entry,) = content["videos"]
+    assert entry["num_frames"] == 3
+    lines = [json.loads(line) for line in (output / "trip.jsonl").read_text().splitlines()]
+    assert [line["frame"] for line in lines] == [0, 4, 8]
+    assert [line["seconds"] for line in lines] == [0, 0.4, 0.8]
+    assert all(len(line["detections"]) <= 2 for line in lines)
+    assert count_frames(output / "trip.mp4") == (3, 2.5)
+    page = (output / "index.html").read_text()
+    assert "trip.mp4" in page
+    assert '<img src="1.png"' in page
+
+
+def test_a_broken_video_does_not_stop_the_others(call, capsys, tmp_path):
+    (tmp_path / "broken.mp4").write_bytes(b"not a video")
+    picture = tmp_path / "world" / "images" / "1.png"
+    code, _ = failure(call, capsys, "--input", tmp_path / "broken.mp4", picture)
+    assert code == 1
+    content = json.loads((tmp_path / "out" / "detections.json").read_text())
+    assert (len(content["images"]), content["videos"]) == (1, [])
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["1.png", "detections.json"]
+
+
+def test_a_camera(call, tmp_path, monkeypatch):
+    opened = []
+    capture = cv2.VideoCapture
+    video = write_video(tmp_path / "trip.mp4")
+    monkeypatch.setattr(
+        cv2, "VideoCapture", lambda number: opened.append(number) or capture(str(video))
+    )
+    output, content = call("--webcam", "--max-frames", 3)
+    assert opened == [0]
+    assert content["videos"][0]["file_name"] == "camera 0"
+    assert len((output / "webcam0.jsonl").read_text().splitlines()) == 3
+    monkeypatch.undo()
+    assert count_frames(output / "webcam0.mp4")[0] >= 1
+
+
+def test_side_by_side_with_heat_maps(call, run_dir, tmp_path):
+    picture = tmp_path / "world" / "images" / "1.png"
+    compared = f"again={run_dir / 'model_final.pth'}"
+    output, content = call(
+        "--input", picture, "--compare", compared, "--heat-maps", "--html", "one-file"
+    )
+    (entry,) = content["images"]
+    assert content["detectors"] == ["run", "again"]
+    assert entry["compared"] == {"again": entry["detections"]}
+    with Image.open(output / "1.png") as sheet:
+        assert sheet.width > 1280  # two panels of 640
+    assert (output / entry["heat_maps"]).is_file()
+    assert 'src="1' not in (output / "index.html").read_text()
+
+
+def test_thresholds_of_classes_and_files(call, tmp_path):
+    picture = tmp_path / "world" / "images" / "1.png"
+    (tmp_path / "names.txt").write_text("traffic cone\ncup, red\n")
+    (tmp_path / "scores.txt").write_text("cup, red=1\n")
+    _, content = call(
+        *("--input", picture, "--vocabulary", tmp_path / "names.txt"),
+        *("--class-thresholds", tmp_path / "scores.txt"),
+    )
+    assert content["vocabulary"] == ["traffic cone", "cup, red"]
+    assert {d["class"] for d in content["images"][0]["detections"]} == {"traffic cone"}
+
+
+def test_coco_results(call, tmp_path):
+    annotations = tmp_path / "annotations.json"
+    categories = [{"id": 10 + i, "name": name} for i, name in enumerate(VOCABULARY)]
+    images = [{"id": 70, "file_name": "somewhere/1.png", "height": 128, "width": 128}]
+    annotations.write_text(
+        json.dumps({"images": images, "annotations": [], "categories": categories})
+    )
+    picture = tmp_path / "world" / "images" / "1.png"
+    output, content = call("--input", picture, "--coco-results", annotations)
+    results = json.loads((output / "coco_results.json").read_text())
+    expected = content["images"][0]["detections"]
+    assert len(results) == len(expected) > 0
+    for result, detection in zip(results, expected, strict=True):
+        assert result["image_id"] == 70
+        assert VOCABULARY[result["category_id"] - 10] == detection["class"]
+        x, y, width, height = result["bbox"]
+        assert [x, y, x + width, y + height] == pytest.approx(detection["box_xyxy"], abs=0.011)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--every", "0"], "--every must be at least 1"),
+        (["--top-k", "0"], "--top-k must be at least 1"),
+        (["--max-frames", "-1"], "--max-frames must be at least 1"),
+        (["--class-thresholds", "zebra=0.5"], "not in the vocabulary: ['zebra']"),
+        (["--class-thresholds", "zebra"], "expected NAME=SCORE, got 'zebra'"),
+        (["--class-thresholds", "a=0.1,a=0.2"], "named more than once"),
+        (["--class-thresholds", "a=1.5", "--vocabulary", "a"], "must be 0 to 1, got 1.5"),
+        (["--class-thresholds", "gone.txt"], "gone.txt"),
+        (["--vocabulary", "gone.txt"], "gone.txt"),
+        (["--compare", "gone/away"], "gone/away"),
+        (["--heat-maps", "zebra"], "['zebra'] are not in the vocabulary"),
+        (["--coco-results", "gone.json"], "gone.json"),
+        (["--run", "gone"], "no training's folder 'gone'"),
+    ],
+)
+def test_wrong_options(call, capsys, tmp_path, arguments, message):
+    picture = tmp_path / "world" / "images" / "1.png"
+    code, text = failure(call, capsys, "--input", picture, *arguments)
+    assert code == 2
+    assert message in text
+
+
+def test_an_empty_vocabulary_file(call, capsys, tmp_path):
+    (tmp_path / "names.txt").write_text("\n\n")
+    picture = tmp_path / "world" / "images" / "1.png"
+    code, text = failure(call, capsys, "--input", picture, "--vocabulary", tmp_path / "names.txt")
+    assert code == 2
+    assert "names.txt" in text
+
+
+def test_requests_leave_standard_output_to_the_answers(tmp_path, monkeypatch):
+    root = tmp_path / "tiny"
+    tiny_training.write_world(root)
+    clip = tiny_training.write_clip(root / "clip.pt")
+    monkeypatch.setenv("HIERKD_CACHE", str(root / "cache"))
+    with tiny_training.miniature_at(root):
+        tiny_training.write_run(root / "run", clip)
+    picture = str(root / "miniature" / "val" / "1.png")
+    requests = [json.dumps({"image": picture, "vocabulary": ["a"], "id": 1}), "nonsense"]
+    done = subprocess.run(
+        [sys.executable, "demo.py", "--run", str(root / "run"), "--input", "-"],
+        input="\n".join(requests),
+        capture_output=True,
+        text=True,
+        env={**os.environ, "DETECTRON2_DATASETS": str(root)},
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = (json.loads(line) for line in done.stdout.splitlines())
+    assert first["id"] == 1
+    assert {d["class"] for d in first["detections"]} == {"a"}
+    assert min(d["score"] for d in first["detections"]) >= 0.3
+    assert second["line"] == 2
+    assert "ready" in done.stderr

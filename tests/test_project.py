@@ -26,18 +26,20 @@ LAYERS = [
     " modeling.backbone modeling.gathering modeling.frozen_encoder modeling.crop_merging"
     " modeling.teacher_cache modeling.input_checks"
     " modeling.class_probabilities modeling.preselection"
-    " engine.checkpoint engine.optimizer engine.results engine.visualization"
+    " engine.checkpoint engine.optimizer engine.results engine.visualization engine.inputs"
     " engine.paper_tables evaluation.coco_eval benchmarks.timing"
     " engine.soak engine.histories engine.non_finite",
     "data.datasets data.official_coco modeling.teacher engine.config"
     " engine.warm_start engine.runs engine.reproduction engine.interruption"
-    " evaluation.ground_truth",
-    "modeling.cached_teacher engine.launching",
+    " evaluation.ground_truth engine.detections engine.page",
+    "modeling.cached_teacher engine.launching engine.images engine.demo_outputs",
     "data.miniature data.prepare modeling.meta_arch evaluation.split_coco_evaluation"
     " engine.predictor engine.cache_teacher engine.replay",
     "evaluation.direct_inference evaluation.proposal_evaluation evaluation.upper_bound"
-    " evaluation.heat_maps engine.gallery engine.tiny_clip engine.soak_load modeling.exportable",
+    " evaluation.heat_maps engine.gallery engine.tiny_clip engine.soak_load modeling.exportable"
+    " engine.json_lines",
     "engine.report engine.figures engine.export",
+    "engine.demonstration",
     "benchmarks.random_models benchmarks.crops benchmarks.eval benchmarks.loader",
     "benchmarks.step benchmarks.infer benchmarks.vocabulary benchmarks.peers benchmarks.floor"
     " benchmarks.onnx",

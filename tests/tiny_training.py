@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import default_argument_parser
+from detectron2.modeling import build_model
 from PIL import Image
 
 import train_net
@@ -24,6 +26,7 @@ from hierkd.data.miniature import (
     MINIATURE_NOVEL,
     register_miniature,
 )
+from hierkd.engine.config import load_config
 
 CONFIG = "configs/miniature/hierkd.yaml"
 EMBED_DIM = 16  # of clip_files' "tiny_vit"
@@ -114,6 +117,18 @@ def command_line(output: Path, clip: Path, *extra: str) -> list[str]:
     }
     ours = [str(each) for pair in small.items() for each in pair]
     return ["--config-file", CONFIG, *flags, *ours, *pairs]
+
+
+def write_run(folder: Path, clip: Path, *pairs: str) -> Path:
+    """A training's folder as its end leaves it, of a detector that learned nothing (seed 0)."""
+    arguments = command_line(folder, clip, *pairs)
+    cfg = load_config(CONFIG, arguments[2:])
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(cfg.dump())
+    torch.manual_seed(0)
+    torch.save({"model": build_model(cfg).state_dict()}, folder / "model_final.pth")
+    (folder / "last_checkpoint").write_text("model_final.pth")
+    return folder
 
 
 def call_main(arguments: list[str]) -> dict[str, Any] | None:

@@ -1,12 +1,23 @@
 """OpenVocabularyPredictor: what the model is given, and what comes back."""
 
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
 from detectron2.data import MetadataCatalog
 from detectron2.structures import Boxes, Instances
+from PIL import Image
 
+import hierkd
 import hierkd.modeling.meta_arch as meta_arch
+import hierkd.modeling.teacher as teacher
+import tiny_training
 from fake_teacher import FakeTeacher
 from hierkd.engine.config import load_config
 from hierkd.engine.predictor import OpenVocabularyPredictor, resolve_vocabulary
@@ -140,3 +151,254 @@ def test_vocabulary_from_a_dataset(tmp_path):
 def test_unusable_vocabularies(text, message):
     with pytest.raises(ValueError, match=message):
         resolve_vocabulary(text)
+
+
+# ------------------------------------------------------------------ from_checkpoint and predict
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A world, a CLIP and a training's folder ``run``, with text embeddings cached in here."""
+    root = tmp_path_factory.mktemp("predictor")
+    tiny_training.write_world(root)
+    clip = tiny_training.write_clip(root / "clip.pt")
+    with pytest.MonkeyPatch.context() as patch, tiny_training.miniature_at(root):
+        patch.setenv("HIERKD_CACHE", str(root / "cache"))
+        tiny_training.write_run(root / "run", clip)
+        yield root
+
+
+@pytest.fixture
+def predictor(world):
+    return OpenVocabularyPredictor.from_checkpoint(world / "run")
+
+
+@pytest.fixture
+def pictures(world):
+    return sorted((world / "miniature" / "val").glob("*.png"))
+
+
+def rows(instances):
+    """Detections as one array: box, score, class."""
+    scores, classes = instances.scores[:, None], instances.pred_classes[:, None].float()
+    return torch.cat([instances.pred_boxes.tensor, scores, classes], dim=1)
+
+
+def test_the_package_offers_the_predictor_and_nothing_unknown():
+    assert hierkd.OpenVocabularyPredictor is OpenVocabularyPredictor
+    with pytest.raises(AttributeError, match="NoSuchThing"):
+        _ = hierkd.NoSuchThing
+
+
+def test_importing_the_package_does_not_import_the_predictor():
+    code = (
+        "import sys, hierkd; assert 'hierkd.engine.predictor' not in sys.modules; "
+        "from hierkd import OpenVocabularyPredictor; "
+        "assert 'clip' not in sys.modules and 'matplotlib.pyplot' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_every_way_to_name_a_checkpoint_gives_the_same_detector(world, pictures, tmp_path):
+    run = world / "run"
+    lone = tmp_path / "lone"
+    lone.mkdir()
+    shutil.copy(run / "model_final.pth", lone / "model_0000001.pth")
+    shutil.copy(run / "config.yaml", lone / "config.yaml")
+    (lone / "last_checkpoint").write_text("model_0000001.pth")
+    elsewhere = tmp_path / "elsewhere.pth"
+    shutil.copy(run / "model_final.pth", elsewhere)
+    ways = [
+        (str(run), None),
+        (run / "model_final.pth", None),
+        (lone, None),
+        (elsewhere, run / "config.yaml"),
+    ]
+    found = [
+        rows(OpenVocabularyPredictor.from_checkpoint(*way).predict(pictures[0])) for way in ways
+    ]
+    assert len(found[0]) > 0
+    for other in found[1:]:
+        assert torch.equal(other, found[0])
+
+
+def test_device_and_overrides(world):
+    predictor = OpenVocabularyPredictor.from_checkpoint(
+        world / "run", device="cpu", opts=["TEST.DETECTIONS_PER_IMAGE", 3]
+    )
+    assert predictor.device == torch.device("cpu")
+    assert len(predictor(gradient_image(40, 60))) == 3
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_gpu_the_cpu_is_used_and_said(world, caplog):
+    predictor = OpenVocabularyPredictor.from_checkpoint(world / "run", device="cuda")
+    assert predictor.device == torch.device("cpu")
+    assert "no CUDA device: using the CPU" in caplog.text
+
+
+def test_wrong_checkpoints(world, tmp_path):
+    load = OpenVocabularyPredictor.from_checkpoint
+    with pytest.raises(FileNotFoundError, match="no training's folder 'gone/run'"):
+        load("gone/run")
+    with pytest.raises(FileNotFoundError, match=r"neither model_final\.pth nor last_checkpoint"):
+        load(tmp_path)
+    (tmp_path / "last_checkpoint").write_text("model_0000009.pth")
+    with pytest.raises(FileNotFoundError, match=r"names 'model_0000009\.pth', which is not in"):
+        load(tmp_path)
+    shutil.copy(world / "run" / "model_final.pth", tmp_path / "alone.pth")
+    with pytest.raises(FileNotFoundError, match=r"no config\.yaml belongs to .*alone\.pth"):
+        load(tmp_path / "alone.pth")
+    with pytest.raises(FileNotFoundError, match=r"no config 'gone\.yaml'"):
+        load(tmp_path / "alone.pth", "gone.yaml")
+    with pytest.raises(ValueError, match=r"config\.yaml' is a config"):
+        load(world / "run" / "config.yaml")
+    with pytest.raises(ValueError, match="needs a config"):
+        load("https://example.org/model.pth")
+    with pytest.raises(ValueError, match=r"MODEL\.DEVICE: no device 'gpu'"):
+        load(world / "run", device="gpu")
+    with pytest.raises(ValueError, match=r"NO\.SUCH_KEY"):
+        load(world / "run", opts=["NO.SUCH_KEY", 1])
+
+
+def test_every_kind_of_picture_gives_the_same_detections(predictor, pictures):
+    with Image.open(pictures[1]) as opened:
+        pillow = opened.convert("RGB")
+    rgb = np.array(pillow)
+    expected = rows(predictor(rgb[:, :, ::-1]))
+    assert len(expected) > 0
+    tensor = torch.from_numpy(rgb.transpose(2, 0, 1).copy())
+    for kind in (str(pictures[1]), pictures[1], pillow, pillow.convert("RGBA")):
+        assert torch.equal(rows(predictor.predict(kind)), expected)
+    for kind in (rgb, tensor):
+        assert torch.equal(rows(predictor.predict(kind, channels="RGB")), expected)
+    for kind in (rgb[:, :, ::-1], tensor.flip(0)):
+        assert torch.equal(rows(predictor.predict(kind)), expected)
+        assert not torch.equal(rows(predictor.predict(kind, channels="RGB")), expected)
+
+
+def test_lists_and_batches_give_what_single_pictures_give(predictor, pictures):
+    wide = gradient_image(50, 120)
+    images = [pictures[0], wide, pictures[1], gradient_image(80, 80), wide, pictures[2]]
+    one_by_one = [rows(predictor.predict(image)) for image in images]
+    for size in (1, 2, 4, 8):
+        together = predictor.predict(images, batch_size=size)
+        assert isinstance(together, list)
+        for found, expected in zip(together, one_by_one, strict=True):
+            torch.testing.assert_close(rows(found), expected)
+    stack = np.stack([wide, wide[:, ::-1]])
+    for batch in (stack, torch.from_numpy(stack.transpose(0, 3, 1, 2).copy())):
+        first, second = predictor.predict(batch)
+        torch.testing.assert_close(rows(first), one_by_one[1])
+        torch.testing.assert_close(rows(second), rows(predictor(stack[1])))
+    assert predictor.predict([]) == []
+    assert isinstance(predictor.predict([wide]), list)
+
+
+def test_images_of_one_size_share_a_pass(monkeypatch, predictor):
+    sizes = []
+    detect = predictor.model.forward
+    monkeypatch.setattr(
+        predictor.model, "forward", lambda inputs: sizes.append(len(inputs)) or detect(inputs)
+    )
+    predictor.predict([gradient_image(64, 64)] * 5 + [gradient_image(64, 100)], batch_size=4)
+    assert sizes == [4, 1, 1]
+
+
+def test_thresholds_and_top_k(predictor, pictures):
+    everything = predictor.predict(pictures[0], vocabulary=["a", "b"])
+    scores = everything.scores
+    middle = float(scores[len(scores) // 2])
+    kept = predictor.predict(pictures[0], vocabulary=["a", "b"], score_threshold=middle)
+    assert kept.scores.tolist() == [s for s in scores.tolist() if s >= middle]
+    assert torch.equal(
+        rows(predictor.predict(pictures[0], vocabulary=["a", "b"], top_k=3)), rows(everything)[:3]
+    )
+    without_b = predictor.predict(pictures[0], vocabulary=["a", "b"], class_thresholds={"b": 1})
+    assert torch.equal(rows(without_b), rows(everything)[everything.pred_classes == 0])
+
+
+def test_a_vocabulary_for_one_call(predictor, pictures):
+    before = predictor.vocabulary
+    expected = rows(predictor.predict(pictures[0]))
+    one = predictor.predict(pictures[0], vocabulary=["only this"])
+    assert set(one.pred_classes.tolist()) == {0}
+    assert predictor.vocabulary == before
+    assert torch.equal(rows(predictor.predict(pictures[0])), expected)
+    with pytest.raises(ValueError, match=r"no pixels"):
+        predictor.predict(np.zeros((0, 4, 3), np.uint8), vocabulary=["another"])
+    assert predictor.vocabulary == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"score_threshold": 1.5}, "score threshold must be 0 to 1, got 1.5"),
+        ({"score_threshold": float("nan")}, "score threshold must be 0 to 1, got nan"),
+        ({"top_k": 0}, "top-k must be a whole number of at least 1, got 0"),
+        ({"class_thresholds": {"zebra": 0.5}}, r"not in the vocabulary: \['zebra'\]"),
+        ({"class_thresholds": {"zebra": -1}}, "class 'zebra' must be 0 to 1, got -1"),
+        ({"channels": "GRB"}, "channels must be 'BGR' or 'RGB', got 'GRB'"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"vocabulary": []}, "no names, the list is empty"),
+        ({"vocabulary": "cat"}, "list of class names, got the text 'cat'"),
+    ],
+)
+def test_wrong_arguments(predictor, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        predictor.predict(gradient_image(8, 8), **arguments)
+
+
+def test_wrong_vocabularies_leave_the_old_one(predictor):
+    before = predictor.vocabulary
+    for names in ("cat", [], ["cat", " "], ["cat", "cat"], ["cat", 3]):
+        with pytest.raises(ValueError, match="class|blank|list is empty|must occur once"):
+            predictor.set_vocabulary(names)
+    assert predictor.vocabulary == before
+    predictor.set_vocabulary(name for name in ("a generator", "of names"))
+    assert predictor.vocabulary == ("a generator", "of names")
+
+
+def test_a_wrong_picture_of_a_list_is_named(predictor, tmp_path):
+    good = gradient_image(8, 8)
+    with pytest.raises(FileNotFoundError, match=r"image 2: no picture 'gone\.jpg'"):
+        predictor.predict([good, good, "gone.jpg"])
+    with pytest.raises(TypeError, match=r"image 1: .*got int"):
+        predictor.predict([good, 3])
+    (tmp_path / "broken.jpg").write_text("no picture")
+    with pytest.raises(ValueError, match=r"broken\.jpg cannot be decoded"):
+        predictor.predict(tmp_path / "broken.jpg")
+
+
+def test_known_names_need_no_clip_and_come_at_once(world, monkeypatch):
+    names = [f"thing {i}" for i in range(50)]
+    OpenVocabularyPredictor.from_checkpoint(world / "run").set_vocabulary(names)
+
+    def refuse(self):
+        raise AssertionError("CLIP was loaded")
+
+    monkeypatch.setattr(teacher.CLIPTeacher, "_clip", refuse)
+    fresh = OpenVocabularyPredictor.from_checkpoint(world / "run")
+    fresh.set_vocabulary(names)  # from the disk
+    monkeypatch.setattr(teacher._TextCache, "read", refuse)
+    started = time.perf_counter()
+    fresh.set_vocabulary(names[::-1])  # from memory
+    assert time.perf_counter() - started < 0.1
+    assert fresh.vocabulary == tuple(names[::-1])
+
+
+def test_threads_share_a_predictor_without_mixing_vocabularies(predictor, pictures):
+    vocabularies = [[f"{letter} {i}" for i in range(1 + n)] for n, letter in enumerate("abcd")]
+    expected = [rows(predictor.predict(pictures[0], vocabulary=v)) for v in vocabularies]
+    started = threading.Barrier(len(vocabularies))
+
+    def work(number):
+        started.wait()
+        return [
+            rows(predictor.predict(pictures[0], vocabulary=vocabularies[number])) for _ in range(5)
+        ]
+
+    with ThreadPoolExecutor(len(vocabularies)) as pool:
+        for number, found in enumerate(pool.map(work, range(len(vocabularies)))):
+            for each in found:
+                assert torch.equal(each, expected[number])

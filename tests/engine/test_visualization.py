@@ -68,7 +68,7 @@ def test_labels_at_the_edges_stay_inside():
 def test_instances_are_labelled_by_the_vocabulary(monkeypatch):
     seen = {}
 
-    def record(image, boxes, labels, colors):
+    def record(image, boxes, labels, colors, **_):
         seen.update(boxes=boxes, labels=labels, colors=colors)
         return image
 
@@ -80,9 +80,9 @@ def test_instances_are_labelled_by_the_vocabulary(monkeypatch):
         pred_classes=torch.tensor([1, 0]),
     )
     draw_instances(GREY, instances, ["cat", "traffic cone"])
-    assert seen["labels"] == ["traffic cone 96%", "cat 50%"]
-    assert seen["colors"] == [class_color(1), class_color(0)]
-    assert seen["boxes"][1].tolist() == [5, 6, 7, 8]
+    assert seen["labels"] == ["cat 50%", "traffic cone 96%"]  # the best last, on top
+    assert seen["colors"] == [class_color(0), class_color(1)]
+    assert seen["boxes"][0].tolist() == [5, 6, 7, 8]
 
 
 def test_class_colours_never_run_out():
@@ -159,3 +159,17 @@ def test_titles_of_any_length_stay_over_their_panel():
     written = (with_text[:top] < 200).any(axis=(0, 2)).nonzero()[0]
     assert len(written) > 50
     assert written.max() < second
+
+
+def test_the_best_detection_is_drawn_on_top():
+    boxes = torch.tensor([[200.0, 200, 400, 400]] * 2)
+    for classes in ([0, 1], [1, 0]):
+        instances = Instances(
+            (640, 640),
+            pred_boxes=Boxes(boxes),
+            scores=torch.tensor([0.9, 0.4]),
+            pred_classes=torch.tensor(classes),
+        )
+        drawn = draw_instances(np.zeros((640, 640, 3), np.uint8), instances, ["a", "b"])
+        best = 255 * np.array(class_color(classes[0]))
+        assert np.abs(drawn[300, 200] - best).max() < 40  # the left edge

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
+from detectron2.structures import Instances
 
 from hierkd.engine.gallery import (
     CORRECT_COLOR,
@@ -15,10 +16,10 @@ from hierkd.engine.gallery import (
     Sample,
     draw_sample,
 )
-from hierkd.engine.visualization import Color, Image, SheetRow, draw_sheet, fit
+from hierkd.engine.visualization import Color, Image, SheetRow, draw_instances, draw_sheet, fit
 from hierkd.evaluation.heat_maps import HeatMap, overlay_heat_map
 
-__all__ = ["draw_comparison", "draw_heat_map_sheet", "keep_best"]
+__all__ = ["draw_comparison", "draw_heat_map_sheet", "draw_side_by_side", "keep_best"]
 
 # Bright end of a heat map's colours where every score is tiny, so that noise stays dark. [ours]
 _MIN_HEAT_RANGE = 0.05
@@ -116,6 +117,40 @@ def draw_comparison(
     if any(b.verdict == UNCOUNTED for s in columns[0] for b in (*s.truth, *s.detections)):
         legend.append((_swatch(UNCOUNTED_COLOR), "class that is not judged"))
     return draw_sheet(rows, panel_px=panel_px, legend=legend, title_px=28)
+
+
+def draw_side_by_side(
+    image: Image,
+    found: Mapping[str, Instances],
+    vocabulary: Sequence[str],
+    *,
+    panel_px: int = 640,
+) -> Image:
+    """Draw what several detectors find in one picture: a column per detector, a colour per class.
+
+    Args:
+        image: (H, W, 3), RGB, 0..255.
+        found: Title of a column to the detections, as for
+            :func:`hierkd.engine.visualization.draw_instances`.
+        vocabulary: Names that ``pred_classes`` index, in all of them.
+        panel_px: Longer side of each panel.
+
+    Returns:
+        RGB sheet.
+
+    Raises:
+        ValueError: There are no detectors.
+    """
+    if not found:
+        raise ValueError("no detectors to compare: expected at least one")
+    fitted, factor = fit(image, panel_px)
+    panels = []
+    for instances in found.values():
+        scaled = Instances(fitted.shape[:2], **instances.get_fields())
+        scaled.pred_boxes = instances.pred_boxes.clone()
+        scaled.pred_boxes.scale(factor, factor)
+        panels.append(draw_instances(fitted, scaled, vocabulary, min_long_side=1, font_px=16))
+    return draw_sheet([SheetRow(panels, list(found))], panel_px=panel_px)
 
 
 def _draw(sample: Sample, *, truth: bool) -> Image:

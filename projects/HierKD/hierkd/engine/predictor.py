@@ -1,16 +1,22 @@
-"""Detect any named classes in a picture: the model, its weights and the test-time resize in one.
+"""Detect any named classes in pictures: the model, its weights and the test-time resize in one.
 
 ::
 
-    predictor = OpenVocabularyPredictor(load_config("config.yaml", ["MODEL.WEIGHTS", "model.pth"]))
+    from hierkd import OpenVocabularyPredictor
+
+    predictor = OpenVocabularyPredictor.from_checkpoint("output/demo/hierkd")
     predictor.set_vocabulary(["cat", "traffic cone"])
-    instances = predictor(read_picture("street.jpg"))
+    instances = predictor.predict("street.jpg", score_threshold=0.3)
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import os
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -19,20 +25,37 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 from detectron2.structures import Instances
 from numpy.typing import NDArray
-from torch import nn
+from PIL import Image
+from torch import Tensor, nn
 
 from hierkd.data.resizing import ResizeShortestEdge
 from hierkd.engine.checkpoint import HierKDCheckpointer
-from hierkd.modeling.text_embeddings import check_names
+from hierkd.engine.config import load_config
+from hierkd.engine.detections import DetectionFilter
+from hierkd.engine.images import ImageInput, as_bgr, check_channels
+from hierkd.modeling.text_embeddings import check_names, read_text_lines
 
-__all__ = ["OpenVocabularyPredictor", "resolve_vocabulary"]
+__all__ = ["OpenVocabularyPredictor", "find_checkpoint", "resolve_vocabulary"]
+
+CONFIG_NAME = "config.yaml"  # what a training leaves in its folder
+FINAL_WEIGHTS = "model_final.pth"  # what detectron2's trainer calls its last checkpoint
+LAST_CHECKPOINT = "last_checkpoint"  # and where it notes the name of the latest
+
+# Images per forward pass of a list, where they have one size. [ours] Video frames and tiles gain on
+# a GPU; photographs of many sizes go one by one, as in detectron2's own predictor.
+_BATCH_SIZE = 8
 
 
 class OpenVocabularyPredictor:
-    """One picture in, detections of the current vocabulary out.
+    """Pictures in, detections of the current vocabulary out.
 
     In the manner of :class:`detectron2.engine.DefaultPredictor` (BGR picture, shorter side resized
-    as for testing, one picture at a time), with a vocabulary that can be changed between calls.
+    as for testing), with a vocabulary that can be changed between calls, and other kinds of
+    pictures, lists of them and thresholds in :meth:`predict`.
+
+    Threads may share a predictor: its methods take turns, so that a vocabulary never changes in the
+    middle of a call. Which one a call finds, with another thread changing it, is a matter of luck:
+    pass ``vocabulary`` to :meth:`predict` then. For speed use one predictor per process.
     """
 
     @configurable
@@ -55,6 +78,41 @@ class OpenVocabularyPredictor:
         self.model: Any = model.eval()
         self.resize = ResizeShortestEdge([min_size, min_size], max_size)
         self.image_format = image_format
+        self._lock = threading.RLock()
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        path: str | os.PathLike[str],
+        config_file: str | os.PathLike[str] | None = None,
+        *,
+        device: str | torch.device | None = None,
+        opts: Sequence[Any] = (),
+    ) -> OpenVocabularyPredictor:
+        """Load a trained detector.
+
+        Args:
+            path: A training's folder, a checkpoint with its config.yaml beside it, or, with
+                ``config_file``, any checkpoint or URL that ``MODEL.WEIGHTS`` takes.
+            config_file: Config of the checkpoint.
+            device: "cpu", "cuda", "cuda:1", ...; None is the config's. Where there is no CUDA
+                device, the CPU is used, and a warning logged.
+            opts: Config overrides: KEY, VALUE, KEY, VALUE, ...
+
+        Returns:
+            The predictor, with the largest vocabulary among the config's datasets.
+
+        Raises:
+            FileNotFoundError: There is no such folder, checkpoint, config or CLIP.
+            ValueError: The config or an override is wrong, or the file holds no trained detector
+                of this config.
+        """
+        config, weights = find_checkpoint(path, config_file)
+        overrides = [*map(str, opts), "MODEL.WEIGHTS", weights]
+        if device is not None:
+            overrides += ["MODEL.DEVICE", str(device)]
+        predictor: OpenVocabularyPredictor = cls(load_config(config, overrides))
+        return predictor
 
     @classmethod
     def from_config(cls, cfg: Any) -> dict[str, Any]:
@@ -87,14 +145,31 @@ class OpenVocabularyPredictor:
         """Class names that ``pred_classes`` index."""
         return tuple(self.model.vocabulary_names)
 
-    def set_vocabulary(self, names: Sequence[str]) -> None:
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs; detections come back on the CPU."""
+        return torch.device(self.model.device)
+
+    def set_vocabulary(self, names: Iterable[str]) -> None:
         """Detect these classes from now on.
 
+        Embeddings of names that were used before, by this process or another on this machine, are
+        looked up in memory or on disk; CLIP is loaded for the first name that is new. A detector
+        with a file of embeddings (``MODEL.TEXT_CLASSIFIER.EMBEDDINGS``) knows the names in it, and
+        never loads CLIP.
+
+        Args:
+            names: Class names, each once, in any language CLIP understands.
+
         Raises:
-            ValueError: ``names`` is empty, has blank or repeated names, or ones that are no names
-                (:func:`hierkd.modeling.text_embeddings.check_names`).
+            ValueError: ``names`` is empty, a single string, has blank or repeated names, or ones
+                that are no names (:func:`hierkd.modeling.text_embeddings.check_names`); or the file
+                of embeddings lacks one.
+            FileNotFoundError: CLIP is needed, and its weights are not there.
         """
-        self.model.set_vocabulary(names)
+        chosen = _as_names(names)
+        with self._lock:
+            self.model.set_vocabulary(chosen)
 
     def prepare(self, image: NDArray[np.uint8]) -> dict[str, Any]:
         """Turn a picture into a dataset dict for the model's ``batched_inputs``.
@@ -119,9 +194,8 @@ class OpenVocabularyPredictor:
         tensor = torch.as_tensor(np.ascontiguousarray(resized.transpose(2, 0, 1)))
         return {"image": tensor, "height": height, "width": width}
 
-    @torch.no_grad()
     def __call__(self, image: NDArray[np.uint8]) -> Instances:
-        """Detect.
+        """Detect in one picture, as detectron2's predictor does.
 
         Args:
             image: (H, W, 3), BGR, 0..255.
@@ -130,25 +204,224 @@ class OpenVocabularyPredictor:
             Instances on the CPU, best first, with ``pred_boxes`` (XYXY, pixels of ``image``),
             ``scores`` and ``pred_classes`` (positions in :attr:`vocabulary`).
         """
-        (output,) = self.model([self.prepare(image)])
-        return output["instances"].to("cpu")
+        with self._lock:
+            (instances,) = self._detect([self.prepare(image)])
+        return instances
+
+    @overload
+    def predict(
+        self,
+        images: ImageInput,
+        *,
+        vocabulary: Sequence[str] | None = None,
+        score_threshold: float = 0.0,
+        top_k: int | None = None,
+        class_thresholds: Mapping[str, float] | None = None,
+        channels: str = "BGR",
+        batch_size: int = _BATCH_SIZE,
+    ) -> Instances: ...
+
+    @overload
+    def predict(
+        self,
+        images: Sequence[ImageInput],
+        *,
+        vocabulary: Sequence[str] | None = None,
+        score_threshold: float = 0.0,
+        top_k: int | None = None,
+        class_thresholds: Mapping[str, float] | None = None,
+        channels: str = "BGR",
+        batch_size: int = _BATCH_SIZE,
+    ) -> list[Instances]: ...
+
+    def predict(
+        self,
+        images: ImageInput | Sequence[ImageInput],
+        *,
+        vocabulary: Sequence[str] | None = None,
+        score_threshold: float = 0.0,
+        top_k: int | None = None,
+        class_thresholds: Mapping[str, float] | None = None,
+        channels: str = "BGR",
+        batch_size: int = _BATCH_SIZE,
+    ) -> Instances | list[Instances]:
+        """Detect in one picture or in several.
+
+        Args:
+            images: A path, a Pillow image, an array (H, W, 3) uint8 or a tensor (3, H, W) uint8;
+                or a list or tuple of these, or an array or tensor with one more dimension in front.
+            vocabulary: Class names for this call alone; None is the current vocabulary.
+            score_threshold: Detections below this score, 0..1, are left out.
+            top_k: Of the others, the best ones of each image; None is all of them.
+            class_thresholds: Class name to a threshold that takes the place of ``score_threshold``.
+            channels: Order of the channels of arrays and tensors, "BGR" or "RGB".
+            batch_size: Most images in one forward pass. Only images that the model sees in one size
+                share a pass, so that no padding touches the scores.
+
+        Returns:
+            Instances of the one picture, or a list of them: as from calling the predictor. At most
+            ``TEST.DETECTIONS_PER_IMAGE`` each.
+
+        Raises:
+            FileNotFoundError: A path names no file.
+            ValueError: A picture cannot be decoded or has another shape or type; in a list, its
+                position is named. Or a threshold, ``top_k``, ``channels``, ``batch_size`` or the
+                vocabulary is wrong.
+            TypeError: Something is no picture.
+        """
+        check_channels(channels)
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        keep = DetectionFilter(score_threshold, top_k, dict(class_thresholds or {}))
+        if not _is_several(images):
+            (instances,) = self._predict_all([images], vocabulary, keep, channels, 1)
+            return instances
+        return self._predict_all(images, vocabulary, keep, channels, batch_size)  # type: ignore[arg-type]
+
+    def _predict_all(
+        self,
+        images: Sequence[Any],
+        vocabulary: Sequence[str] | None,
+        keep: DetectionFilter,
+        channels: str,
+        batch_size: int,
+    ) -> list[Instances]:
+        other: AbstractContextManager[None] = (
+            nullcontext() if vocabulary is None else self.model.vocabulary(_as_names(vocabulary))
+        )
+        with self._lock, other:
+            names = self.vocabulary
+            keep.check_vocabulary(names)
+            found: list[Instances] = []
+            for start in range(0, len(images), batch_size):
+                part = images[start : start + batch_size]
+                if len(images) == 1:
+                    prepared = [self.prepare(as_bgr(part[0], channels))]
+                else:
+                    prepared = [
+                        self.prepare(_nth_as_bgr(image, start + i, channels))
+                        for i, image in enumerate(part)
+                    ]
+                found += [keep(instances, names) for instances in self._detect(prepared)]
+        return found
+
+    @torch.no_grad()
+    def _detect(self, prepared: Sequence[dict[str, Any]]) -> list[Instances]:
+        """Run the model: one pass for the images of each size."""
+        by_size: dict[tuple[int, ...], list[int]] = {}
+        for index, each in enumerate(prepared):
+            by_size.setdefault(tuple(each["image"].shape), []).append(index)
+        found: dict[int, Instances] = {}
+        for indices in by_size.values():
+            outputs = self.model([prepared[index] for index in indices])
+            for index, output in zip(indices, outputs, strict=True):
+                found[index] = output["instances"].to("cpu")
+        return [found[index] for index in range(len(prepared))]
+
+
+def _as_names(names: Iterable[str]) -> list[str]:
+    if isinstance(names, str):
+        raise ValueError(f"a vocabulary is a list of class names, got the text {names!r}")
+    chosen = list(names)
+    wrong = [name for name in chosen if not isinstance(name, str)]
+    if wrong:
+        raise ValueError(f"class names must be texts, got {wrong[:5]}")
+    return chosen
+
+
+def _is_several(images: Any) -> bool:
+    if isinstance(images, str | os.PathLike | Image.Image):
+        return False
+    if isinstance(images, np.ndarray | Tensor):
+        return images.ndim == 4
+    return isinstance(images, Sequence)
+
+
+def _nth_as_bgr(image: Any, index: int, channels: str) -> NDArray[np.uint8]:
+    """:func:`as_bgr`, with the picture's position in the errors."""
+    try:
+        return as_bgr(image, channels)
+    except (FileNotFoundError, ValueError, TypeError) as error:
+        raise type(error)(f"image {index}: {error}") from error
+
+
+def find_checkpoint(
+    path: str | os.PathLike[str], config_file: str | os.PathLike[str] | None = None
+) -> tuple[str, str]:
+    """Find the config and the weights that one path stands for.
+
+    Args:
+        path: A training's folder - its model_final.pth, or else the checkpoint that its
+            last_checkpoint names - or a checkpoint. May be a URL, if ``config_file`` is given.
+        config_file: The config; None is the config.yaml in the folder, or beside the checkpoint.
+
+    Returns:
+        Paths of the config and of the weights.
+
+    Raises:
+        FileNotFoundError: One of them does not exist; says where it was looked for.
+        ValueError: ``path`` is a YAML file, or a URL without a config.
+    """
+    text = os.fspath(path)
+    if "://" in text:
+        if config_file is None:
+            raise ValueError(f"{text!r} needs a config: name it as config_file")
+        weights, folder = text, Path()
+    elif os.path.isdir(text):
+        folder = Path(text)
+        weights = str(_weights_in(folder))
+    elif os.path.isfile(text):
+        if Path(text).suffix.lower() in (".yaml", ".yml"):
+            raise ValueError(f"{text!r} is a config: give the checkpoint, and this as config_file")
+        weights, folder = text, Path(text).parent
+    else:
+        raise FileNotFoundError(
+            f"no checkpoint and no training's folder {text!r} (looked from {os.getcwd()!r})"
+        )
+    config = Path(config_file) if config_file is not None else folder / CONFIG_NAME
+    if not config.is_file():
+        missing = "no config" if config_file is not None else f"no {CONFIG_NAME} belongs to {text}:"
+        raise FileNotFoundError(
+            f"{missing} {str(config)!r}; give the config that the checkpoint was trained with"
+        )
+    return str(config), weights
+
+
+def _weights_in(folder: Path) -> Path:
+    final, last = folder / FINAL_WEIGHTS, folder / LAST_CHECKPOINT
+    if final.is_file():
+        return final
+    if not last.is_file():
+        raise FileNotFoundError(
+            f"{folder} is no training's folder: it has neither {FINAL_WEIGHTS} nor "
+            f"{LAST_CHECKPOINT}"
+        )
+    noted = folder / last.read_text(encoding="utf-8", errors="replace").strip()
+    if not noted.is_file():
+        raise FileNotFoundError(f"{last} names {noted.name!r}, which is not in {folder}")
+    return noted
 
 
 def resolve_vocabulary(text: str) -> list[str]:
     """Read class names as a user types them.
 
     Args:
-        text: Names separated by commas, or the name of a registered dataset.
+        text: Names separated by commas, or the name of a registered dataset, or the path of a file
+            with one name a line (or, in a .json, a list of names).
 
     Returns:
-        The class names, or the dataset's vocabulary.
+        The class names, or the dataset's or the file's vocabulary.
 
     Raises:
         ValueError: No names, a blank name between commas, a repeated name, or one that is no
             name (:func:`hierkd.modeling.text_embeddings.check_names`).
+        FileNotFoundError: A .txt or .json is named that does not exist.
     """
     if text in DatasetCatalog.list():
         return list(MetadataCatalog.get(text).thing_classes)
+    is_path = os.path.exists(text) and not os.path.isdir(text)
+    if is_path or text.endswith((".txt", ".json")):
+        return read_text_lines(text)
     names = [name.strip() for name in text.split(",")]
     if not any(names):
         raise ValueError("the vocabulary is empty: give class names separated by commas")

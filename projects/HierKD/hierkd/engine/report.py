@@ -6,13 +6,10 @@ fetched, and every text that comes from data is escaped.
 
 from __future__ import annotations
 
-import base64
-import html
 import io
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -32,6 +29,7 @@ from hierkd.engine.gallery import (
     keep_as_many_as_objects,
 )
 from hierkd.engine.metrics_file import read_metric_lines
+from hierkd.engine.page import data_uri, escape, figure, img, jpeg_uri, page
 from hierkd.engine.predictor import OpenVocabularyPredictor
 from hierkd.engine.results import Results, summary_rows
 from hierkd.engine.visualization import Color, Image, enlarge
@@ -106,7 +104,7 @@ def write_report(
         _provenance_section(results),
     ]
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(_page("HierKD: the miniature", "\n".join(content)), encoding="utf-8")
+    Path(path).write_text(page("HierKD: the miniature", "\n".join(content)), encoding="utf-8")
     overview = draw_overview(examples[:_OVERVIEW_PICTURES])
     PILImage.fromarray(overview).save(Path(path).with_name("overview.jpg"), quality=88)
 
@@ -144,15 +142,15 @@ def read_metrics(run_dir: str | os.PathLike[str]) -> dict[str, Curve]:
 
 def _hero(best: Sequence[tuple[str, Sample]], novel: Sequence[str], num_base: int) -> str:
     figures = [
-        _figure(
-            _jpeg(draw_sample(sample, [d for d in sample.detections if d.class_name == name])),
-            f"<b>{_text(name)}</b>",
+        figure(
+            jpeg_uri(draw_sample(sample, [d for d in sample.detections if d.class_name == name])),
+            f"<b>{escape(name)}</b>",
             name,
         )
         for name, sample in best
     ]
     missed = [name for name in novel if name not in dict(best)]
-    note = f" Not found at all: {_text(', '.join(missed))}." if missed else ""
+    note = f" Not found at all: {escape(', '.join(missed))}." if missed else ""
     return f"""<header>
 <h1>Found by name, never boxed in training</h1>
 <p class="lead">This detector was trained with boxes of {num_base} classes. The {len(novel)} classes
@@ -184,12 +182,12 @@ def _figures_section(results: Results) -> str:
         ),
     )
     card_html = "".join(
-        f'<div class="card"><span>{_text(title)}</span><strong>{_number(value)}</strong>'
-        f"<small>{_text(note)}</small></div>"
+        f'<div class="card"><span>{escape(title)}</span><strong>{_number(value)}</strong>'
+        f"<small>{escape(note)}</small></div>"
         for title, value, note in cards
     )
     rows = "".join(
-        f"<tr><td>{_text(protocol)}</td><td>{_text(group)}</td>"
+        f"<tr><td>{escape(protocol)}</td><td>{escape(group)}</td>"
         f"<td>{_number(ap)}</td><td>{_number(ar)}</td><td>{_number(bound)}</td></tr>"
         for protocol, group, ap, ar, bound in summary_rows(results)
     )
@@ -213,13 +211,13 @@ seed: runs that differ in nothing but the seed differ by a few points.</p>
 def _examples_section(examples: Sequence[Sample]) -> str:
     pairs = []
     for sample in examples:
-        truth = _img(_jpeg(draw_sample(sample, sample.truth)), "ground truth")
-        found = _img(_jpeg(draw_sample(sample, sample.detections)), "detections")
+        truth = img(jpeg_uri(draw_sample(sample, sample.truth)), "ground truth")
+        found = img(jpeg_uri(draw_sample(sample, sample.detections)), "detections")
         names = sorted({box.class_name for box in sample.truth if box.verdict == "correct"})
         pairs.append(
             f'<figure class="pair"><div>{truth}<span>ground truth</span></div>'
             f"<div>{found}<span>detected</span></div>"
-            f"<figcaption>{_text(Path(sample.file_name).name)}: {_text(', '.join(names))}"
+            f"<figcaption>{escape(Path(sample.file_name).name)}: {escape(', '.join(names))}"
             f"</figcaption></figure>"
         )
     return f"""<section>
@@ -262,8 +260,10 @@ def _heat_map_section(
 ) -> str:
     rows = []
     for name, picture, panels in (row for picture_rows in pictures for row in picture_rows):
-        cells = [_figure(_jpeg(picture), f"<b>{_text(name)}</b>", name)]
-        cells += [_figure(_jpeg(panel), _text(note), f"{name}, {note}") for note, panel in panels]
+        cells = [figure(jpeg_uri(picture), f"<b>{escape(name)}</b>", name)]
+        cells += [
+            figure(jpeg_uri(panel), escape(note), f"{name}, {note}") for note, panel in panels
+        ]
         rows.append(f'<div class="grid four heat">{"".join(cells)}</div>')
     return f"""<section>
 <h2>Where each level sees a class</h2>
@@ -279,7 +279,7 @@ the paper.</p>
 
 def _curves_section(curves: Mapping[str, Curve]) -> str:
     figures = [
-        _figure(_svg_curve(*curve), _text(_LOSS_NAMES.get(name, name)), name)
+        figure(_svg_curve(*curve), escape(_LOSS_NAMES.get(name, name)), name)
         for name, curve in curves.items()
     ]
     return f"""<section>
@@ -297,7 +297,7 @@ def _provenance_section(results: Results) -> str:
         **{f"Seconds, {stage}": value for stage, value in results["seconds"].items()},
     }
     rows = "".join(
-        f"<tr><th>{_text(key)}</th><td>{_text(value)}</td></tr>" for key, value in entries.items()
+        f"<tr><th>{escape(key)}</th><td>{escape(value)}</td></tr>" for key, value in entries.items()
     )
     return f"""<section>
 <h2>How it was made</h2>
@@ -308,10 +308,6 @@ def _provenance_section(results: Results) -> str:
 # ---------------------------------------------------------------------------------- HTML helpers
 
 
-def _text(value: Any) -> str:
-    return html.escape(str(value))
-
-
 def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.1f}"
 
@@ -320,28 +316,9 @@ def _css(color: Color) -> str:
     return "#" + "".join(f"{round(255 * channel):02x}" for channel in color)
 
 
-def _img(source: str, alternative: str) -> str:
-    return f'<img src="{source}" alt="{_text(alternative)}" loading="lazy">'
-
-
-def _figure(source: str, caption: str, alternative: str) -> str:
-    """Assemble a figure; ``caption`` is HTML."""
-    return f"<figure>{_img(source, alternative)}<figcaption>{caption}</figcaption></figure>"
-
-
-def _data_uri(kind: str, content: bytes) -> str:
-    return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
-
-
-def _jpeg(image: Image) -> str:
-    buffer = io.BytesIO()
-    PILImage.fromarray(image).save(buffer, format="JPEG", quality=88)
-    return _data_uri("image/jpeg", buffer.getvalue())
-
-
 def _svg_curve(iterations: Sequence[int], values: Sequence[float]) -> str:
-    figure = Figure(figsize=(3.6, 2.2), layout="constrained")
-    axes = figure.add_subplot()
+    plot = Figure(figsize=(3.6, 2.2), layout="constrained")
+    axes = plot.add_subplot()
     axes.plot(iterations, values, color="#0b5cad", linewidth=1.6)
     axes.set_ylim(bottom=0)
     axes.margins(x=0)
@@ -350,75 +327,5 @@ def _svg_curve(iterations: Sequence[int], values: Sequence[float]) -> str:
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(colors="#444", labelsize=8, length=0)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", transparent=True)
-    return _data_uri("image/svg+xml", buffer.getvalue())
-
-
-_STYLE = """
-:root { color-scheme: light; }
-* { box-sizing: border-box; }
-body { margin: 0; background: #fff; color: #1b1f24;
-  font: 17px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
-main { max-width: 1080px; margin: 0 auto; padding: 2.2rem 1.2rem 4rem; }
-h1 { font-size: clamp(1.9rem, 5vw, 2.9rem); line-height: 1.12; margin: 0 0 .6rem;
-  letter-spacing: -.02em; }
-h2 { font-size: 1.45rem; margin: 3.2rem 0 .8rem; letter-spacing: -.01em; }
-p { max-width: 46rem; margin: .6rem 0 1rem; }
-.lead { font-size: 1.16rem; color: #3a424c; margin-bottom: 1.4rem; }
-.caption, figcaption { font-size: .86rem; line-height: 1.45; color: #56606b; }
-figure { margin: 0; min-width: 0; }
-figcaption { margin-top: .3rem; }
-figcaption b { color: #1b1f24; font-size: .98rem; }
-img { display: block; width: 100%; height: auto; border-radius: 6px; }
-.grid { display: grid; gap: 1rem; }
-.four { grid-template-columns: repeat(4, minmax(0, 1fr)); }
-.three { grid-template-columns: repeat(3, minmax(0, 1fr)); }
-.two { grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 1.6rem 2rem; }
-.heat { margin: 0 0 1.3rem; }
-.pair { display: grid; grid-template-columns: 1fr 1fr; gap: .3rem .5rem; }
-.pair figcaption { grid-column: 1 / -1; margin: 0; }
-.pair span { font-size: .78rem; color: #56606b; }
-.key { white-space: nowrap; margin-right: .5rem; }
-.key i { display: inline-block; width: .8em; height: .8em; border-radius: 2px; margin-right: .3em;
-  vertical-align: -.05em; }
-.ramp { display: inline-block; width: 5.5em; height: .75em; border-radius: 2px;
-  vertical-align: -.05em;
-  background: linear-gradient(90deg, #000004, #420a68, #932667, #dd513a, #fca50a, #fcffa4); }
-.cards { display: grid; grid-template-columns: repeat(4, minmax(0, 1fr)); gap: 1rem;
-  margin: 1rem 0 1.4rem; }
-.card { border: 1px solid #dfe3e8; border-radius: 10px; padding: .8rem 1rem; }
-.card span, .card small { display: block; font-size: .84rem; color: #56606b; line-height: 1.35; }
-.card strong { display: block; font-size: 2.1rem; line-height: 1.25; letter-spacing: -.02em; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; width: 100%;
-  max-width: 46rem; margin: 1rem 0; font-size: .95rem; }
-th, td { text-align: left; padding: .42rem .9rem .42rem 0; border-bottom: 1px solid #e6e9ed;
-  overflow-wrap: anywhere; }
-thead th { border-bottom: 2px solid #1b1f24; }
-td:nth-child(n+3), th:nth-child(n+3) { text-align: right; }
-.facts th { font-weight: 500; color: #56606b; width: 13rem; }
-@media (max-width: 760px) {
-  body { font-size: 16px; }
-  main { padding-top: 1.4rem; }
-  .four, .cards, .three { grid-template-columns: repeat(2, minmax(0, 1fr)); gap: .7rem; }
-  .two { grid-template-columns: minmax(0, 1fr); }
-  .facts th { width: 9rem; }
-}
-"""
-
-
-def _page(title: str, body: str) -> str:
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{_text(title)}</title>
-<style>{_STYLE}</style>
-</head>
-<body>
-<main>
-{body}
-</main>
-</body>
-</html>
-"""
+    plot.savefig(buffer, format="svg", transparent=True)
+    return data_uri("image/svg+xml", buffer.getvalue())

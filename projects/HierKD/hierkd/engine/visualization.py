@@ -290,17 +290,27 @@ def _write(
     return round(font.getlength(text))
 
 
-def draw_instances(image: Image, instances: Instances, vocabulary: Sequence[str]) -> Image:
-    """Draw detections with class names and scores in percent, one colour per class.
+def draw_instances(
+    image: Image,
+    instances: Instances,
+    vocabulary: Sequence[str],
+    *,
+    min_long_side: int = _MIN_LONG_SIDE_PX,
+    font_px: float | None = None,
+) -> Image:
+    """Draw detections with class names and scores in percent, one colour per class, best on top.
 
     Args:
         image: (H, W, 3), RGB, 0..255.
         instances: ``pred_boxes`` in pixels of ``image``, ``scores``, ``pred_classes``.
         vocabulary: Names that ``pred_classes`` index.
+        min_long_side: As for :func:`draw_boxes`.
+        font_px: As for :func:`draw_boxes`.
 
     Returns:
         RGB picture, enlarged if ``image`` is small.
     """
+    instances = instances[instances.scores.argsort(stable=True)]
     classes = instances.pred_classes.tolist()
     scores = instances.scores.tolist()
     return draw_boxes(
@@ -308,4 +318,6 @@ def draw_instances(image: Image, instances: Instances, vocabulary: Sequence[str]
         instances.pred_boxes.tensor.numpy(),
         [f"{vocabulary[k]} {score:.0%}" for k, score in zip(classes, scores, strict=True)],
         [class_color(k) for k in classes],
+        min_long_side=min_long_side,
+        font_px=font_px,
     )
