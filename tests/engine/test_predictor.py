@@ -352,7 +352,7 @@ def test_wrong_arguments(predictor, arguments, message):
 def test_wrong_vocabularies_leave_the_old_one(predictor):
     before = predictor.vocabulary
     for names in ("cat", [], ["cat", " "], ["cat", "cat"], ["cat", 3]):
-        with pytest.raises(ValueError, match="class|blank|list is empty|must occur once"):
+        with pytest.raises(ValueError, match=r"class|blank|list is empty|must occur once"):
             predictor.set_vocabulary(names)
     assert predictor.vocabulary == before
     predictor.set_vocabulary(name for name in ("a generator", "of names"))
