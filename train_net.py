@@ -45,6 +45,7 @@ from torch import nn
 from hierkd.data.dataset_mapper import HierKDDatasetMapper, check_images
 from hierkd.data.datasets import check_captions, check_datasets
 from hierkd.data.loader import build_resumable_train_loader
+from hierkd.engine.agreement import broadcast_buffers, check_same_weights, in_every_process
 from hierkd.engine.checkpoint import HierKDCheckpointer, warn_of_little_space
 from hierkd.engine.config import load_config, requested_device
 from hierkd.engine.histories import BoundHistories
@@ -129,6 +130,7 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # detectron2 is untyped
     def resume_or_load(self, resume: bool = True) -> None:
         """Load weights, or the last checkpoint together with the place in the data stream."""
         super().resume_or_load(resume=resume)
+        check_same_weights(self.model)
         self.data_loader.batch_sampler.start_iter = self.start_iter
 
     def run_step(self) -> None:
@@ -139,6 +141,13 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # detectron2 is untyped
         super().run_step()
 
     @classmethod
+    def build_model(cls, cfg: Any) -> nn.Module:
+        """detectron2's; what one process cannot build or read ends all."""
+        with in_every_process("building the model"):
+            model: nn.Module = super().build_model(cfg)
+        return model
+
+    @classmethod
     def build_optimizer(cls, cfg: Any, model: nn.Module) -> torch.optim.Optimizer:
         """SGD or AdamW with the clipping of the whole gradient."""
         return build_optimizer(cfg, model)
@@ -146,12 +155,13 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # detectron2 is untyped
     @classmethod
     def build_train_loader(cls, cfg: Any) -> Any:
         """Endless batches; captions and images are checked before the first step."""
-        dataset_dicts = get_detection_dataset_dicts(
-            cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
-        )
-        if cfg.MODEL.GKD.LOSS_WEIGHT > 0:
-            names = ", ".join(MetadataCatalog.get(n).json_file for n in cfg.DATASETS.TRAIN)
-            check_captions(dataset_dicts, names)
+        with in_every_process("reading DATASETS.TRAIN"):
+            dataset_dicts = get_detection_dataset_dicts(
+                cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+            )
+            if cfg.MODEL.GKD.LOSS_WEIGHT > 0:
+                names = ", ".join(MetadataCatalog.get(n).json_file for n in cfg.DATASETS.TRAIN)
+                check_captions(dataset_dicts, names)
         if cfg.DATALOADER.CHECK_IMAGES:
             dataset_dicts = check_images(
                 dataset_dicts, skip_broken=cfg.DATALOADER.SKIP_BROKEN_IMAGES
@@ -176,11 +186,12 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # detectron2 is untyped
     def build_evaluator(cls, cfg: Any, dataset_name: str) -> DatasetEvaluator:
         """AP and AR of base, novel and all classes; of proposals their recall (Table 1)."""
         if cfg.MODEL.META_ARCHITECTURE == "ProposalNetwork":
-            return ProposalEvaluator(dataset_name)
+            return ProposalEvaluator(dataset_name, complete=True)
         return SplitCOCOEvaluator(
             dataset_name,
             output_dir=f"{cfg.OUTPUT_DIR}/inference/{dataset_name}",
             max_dets_per_image=cfg.TEST.DETECTIONS_PER_IMAGE,
+            complete=True,
         )
 
     @classmethod
@@ -193,6 +204,7 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # detectron2 is untyped
             Results per dataset name, also when there is only one dataset.
         """
         detector: Any = model.module if hasattr(model, "module") else model
+        broadcast_buffers(detector)  # what is evaluated is what is saved
         results: OrderedDict[str, Any] = OrderedDict()
         for index, name in enumerate(cfg.DATASETS.TEST):
             one = cfg.clone()
@@ -211,7 +223,8 @@ def main(args: Namespace) -> dict[str, Any] | None:
     cfg = load_config(args.config_file, args.opts)
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="hierkd")
-    test_images = check_datasets(cfg.DATASETS.TEST)
+    with in_every_process("reading DATASETS.TEST"):
+        test_images = check_datasets(cfg.DATASETS.TEST)
     if not args.eval_only:
         if cfg.DATALOADER.CHECK_IMAGES:
             check_images(test_images)

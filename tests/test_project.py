@@ -28,7 +28,7 @@ LAYERS = [
     " modeling.class_probabilities modeling.preselection"
     " engine.checkpoint engine.optimizer engine.results engine.visualization engine.inputs"
     " engine.paper_tables evaluation.coco_eval benchmarks.timing"
-    " engine.soak engine.histories engine.non_finite",
+    " engine.soak engine.histories engine.non_finite engine.agreement evaluation.completeness",
     "data.datasets data.official_coco modeling.teacher engine.config"
     " engine.warm_start engine.runs engine.reproduction engine.interruption"
     " evaluation.ground_truth engine.detections engine.page",

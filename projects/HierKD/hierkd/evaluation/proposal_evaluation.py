@@ -22,8 +22,9 @@ from tabulate import tabulate  # type: ignore[import-untyped]
 
 from hierkd.data.coco_json import shown
 from hierkd.evaluation.coco_eval import COCOLibrary, choose_library
+from hierkd.evaluation.completeness import check_each_image_once
 from hierkd.evaluation.ground_truth import read_ground_truth
-from hierkd.evaluation.split_coco_evaluation import check_each_image_once, class_groups
+from hierkd.evaluation.split_coco_evaluation import class_groups
 
 __all__ = ["ProposalEvaluator"]
 
@@ -57,6 +58,7 @@ class ProposalEvaluator(DatasetEvaluator):  # type: ignore[misc]  # detectron2 i
         distributed: bool = True,
         limits: Sequence[int] = (100, 300, 1000),
         use_fast_impl: bool = True,
+        complete: bool = False,
     ) -> None:
         """Read the ground truth of a registered dataset.
 
@@ -67,6 +69,7 @@ class ProposalEvaluator(DatasetEvaluator):  # type: ignore[misc]  # detectron2 i
             limits: Numbers of proposals per image to report. [Table 1]
             use_fast_impl: Evaluate with faster-coco-eval where it can be imported. The figures are
                 those of pycocotools, which serves otherwise.
+            complete: Whether ``evaluate()`` refuses to leave out images that were not processed.
 
         Raises:
             FileNotFoundError: There is no such JSON.
@@ -77,6 +80,7 @@ class ProposalEvaluator(DatasetEvaluator):  # type: ignore[misc]  # detectron2 i
             raise ValueError(f"limits must be positive numbers of proposals, got {list(limits)}")
         self._dataset_name = dataset_name
         self._distributed = distributed
+        self._complete = complete
         self._limits = sorted(limits)
         metadata = MetadataCatalog.get(dataset_name)
         vocabulary = metadata.get("thing_classes")
@@ -94,6 +98,7 @@ class ProposalEvaluator(DatasetEvaluator):  # type: ignore[misc]  # detectron2 i
             json_file,
         )
         image_ids = [image["id"] for image in self._dataset["images"]]
+        self._image_ids = frozenset(image_ids)
         self._library = choose_library(image_ids, use_fast_impl=use_fast_impl)
         self.reset()
 
@@ -114,15 +119,24 @@ class ProposalEvaluator(DatasetEvaluator):  # type: ignore[misc]  # detectron2 i
             )
 
     def evaluate(self) -> dict[str, dict[str, float]]:
-        """Compute the recalls; see the class."""
+        """Compute the recalls; see the class.
+
+        Raises:
+            ValueError: An image was processed twice, be it by two processes; or, if ``complete``,
+                one was not processed.
+        """
         proposals = self._proposals
         if self._distributed:
             comm.synchronize()
             proposals = list(itertools.chain(*comm.gather(proposals, dst=0)))
             if not comm.is_main_process():
                 return {}
-        wanted_ids = [image["id"] for image in self._dataset["images"]]
-        check_each_image_once([each[0] for each in proposals], wanted_ids, self._dataset_name)
+        check_each_image_once(
+            (image_id for image_id, _, _ in proposals),
+            self._image_ids,
+            self._dataset_name,
+            complete=self._complete,
+        )
         one_class = {"images": self._dataset["images"], "categories": [{"id": _ANY_CLASS}]}
         found = self._library.index(one_class, _as_annotations(proposals))
         results: dict[str, float] = {}

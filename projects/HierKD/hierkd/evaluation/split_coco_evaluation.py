@@ -11,8 +11,8 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-from collections import Counter, OrderedDict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from tabulate import tabulate  # type: ignore[import-untyped]
 from hierkd.atomic_files import replacing
 from hierkd.data.coco_json import shown
 from hierkd.evaluation.coco_eval import choose_library
+from hierkd.evaluation.completeness import check_each_image_once
 from hierkd.evaluation.ground_truth import read_ground_truth
 
 logger = logging.getLogger(__name__)
@@ -68,6 +69,7 @@ class SplitCOCOEvaluator(COCOEvaluator):  # type: ignore[misc]
         output_dir: str | None = None,
         max_dets_per_image: int = 100,
         use_fast_impl: bool = True,
+        complete: bool = False,
     ) -> None:
         """Read the ground truth of a registered dataset.
 
@@ -81,6 +83,7 @@ class SplitCOCOEvaluator(COCOEvaluator):  # type: ignore[misc]
                 COCO's and the paper's.
             use_fast_impl: Evaluate with faster-coco-eval where it can be imported. The figures are
                 those of pycocotools, which serves otherwise.
+            complete: Whether ``evaluate()`` refuses to leave out images that were not processed.
 
         Raises:
             FileNotFoundError: There is no such JSON.
@@ -101,6 +104,7 @@ class SplitCOCOEvaluator(COCOEvaluator):  # type: ignore[misc]
         )
         self._dataset_name = dataset_name
         self._max_dets = max_dets_per_image
+        self._complete = complete
         if truth is None:  # the parent has made a file of the dataset
             truth = read_ground_truth(self._metadata.json_file)
         self._coco_api.dataset = truth
@@ -122,10 +126,12 @@ class SplitCOCOEvaluator(COCOEvaluator):  # type: ignore[misc]
 
         Raises:
             ValueError: A detection is of an image that the dataset does not have, or of a class
-                beyond the vocabulary.
+                beyond the vocabulary; an image was processed twice, be it by two processes; or, if
+                ``complete``, one was not processed.
         """
         results: dict[str, dict[str, float]] = super().evaluate(img_ids)
         if not results and self._do_evaluation and comm.is_main_process():
+            self._check_images([], img_ids)
             results = OrderedDict(bbox=self._figures([], img_ids))
         return results
 
@@ -133,7 +139,7 @@ class SplitCOCOEvaluator(COCOEvaluator):  # type: ignore[misc]
         self, predictions: list[dict[str, Any]], img_ids: Iterable[int] | None = None
     ) -> None:
         """Write the detections, if wanted, and evaluate them; called by the parent."""
-        self._check_images(predictions)
+        self._check_images(predictions, img_ids)
         found = self._as_coco_results(predictions)
         if self._output_dir:
             path = Path(self._output_dir) / "coco_instances_results.json"
@@ -142,10 +148,15 @@ class SplitCOCOEvaluator(COCOEvaluator):  # type: ignore[misc]
         if self._do_evaluation:
             self._results["bbox"] = self._figures(found, img_ids)
 
-    def _check_images(self, predictions: Sequence[dict[str, Any]]) -> None:
-        """Refuse images that several processes have looked at; say which nobody has."""
+    def _check_images(
+        self, predictions: list[dict[str, Any]], img_ids: Iterable[int] | None
+    ) -> None:
+        """ValueError unless each image was processed once."""
         check_each_image_once(
-            [each["image_id"] for each in predictions], self._image_ids, self._dataset_name
+            (each["image_id"] for each in predictions),
+            self._image_ids if img_ids is None else list(img_ids),
+            self._dataset_name,
+            complete=self._complete,
         )
 
     def _as_coco_results(self, predictions: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -246,35 +257,6 @@ class SplitCOCOEvaluator(COCOEvaluator):  # type: ignore[misc]
         ]
         headers = ["group", "classes", *METRICS]
         return str(tabulate(rows, headers=headers, tablefmt="github", floatfmt=".1f"))
-
-
-def check_each_image_once(
-    processed: Sequence[int | str], wanted: Collection[int | str], dataset_name: str
-) -> None:
-    """Refuse images that were processed twice, of which the detections would count twice.
-
-    Logs a warning if some but not all of the wanted images were processed.
-
-    Args:
-        processed: Image ids, gathered from all processes.
-        wanted: Image ids of the dataset.
-        dataset_name: For the message.
-
-    Raises:
-        ValueError: An image was processed more than once.
-    """
-    repeated = [each for each, count in Counter(processed).items() if count > 1]
-    if repeated:
-        raise ValueError(
-            f"dataset {dataset_name!r}: {len(repeated)} images were processed more than once, such "
-            f"as {sorted(repeated, key=str)[:5]}; each must go to one process, once"
-        )
-    missing = set(wanted) - set(processed)
-    if missing:
-        logger.warning(
-            "%s: %d of %d images were not processed, such as %s; their objects count as missed.",
-            dataset_name, len(missing), len(wanted), sorted(missing, key=str)[:5],
-        )  # fmt: skip
 
 
 def class_groups(
