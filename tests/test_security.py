@@ -334,7 +334,7 @@ def test_code_in_a_runs_config_ends_the_command(tmp_path, ran, command):
     config.write_text(f"MODEL: {{WEIGHTS: {TAGS['apply'].format(ran=ran)}}}\n")
     arguments = default_argument_parser().parse_args(["--config-file", str(config)])
     commands = {
-        "demo": lambda: demo.load_predictor(str(config), []),
+        "demo": lambda: demo.load_detector(None, str(config), [], None),
         "train_net": lambda: train_net.main(arguments),
     }
     with pytest.raises(ValueError, match=r"config\.yaml.*python/object/apply"):
@@ -513,7 +513,7 @@ def test_names_from_data_are_no_html(tmp_path, hostile_world, predictor):
 def test_outputs_stay_in_their_folder(tmp_path):
     pictures = [Path("../../x.jpg"), Path("/etc/passwd"), Path("a/../..jpg"), Path("...png")]
     folder = tmp_path / "out"
-    outputs = demo.name_outputs(pictures, folder)
+    outputs = [folder / name for name in demo.name_outputs(pictures, [".png"] * len(pictures))]
     assert len(set(outputs)) == len(pictures)
     for output in outputs:
         assert output.resolve().parent == folder.resolve()

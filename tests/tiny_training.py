@@ -6,7 +6,6 @@ and dataset names serve, in this process and in another.
 
 import contextlib
 import json
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from hierkd.data.miniature import (
     register_miniature,
 )
 from hierkd.engine.config import load_config
+from log_handlers import own_log_handlers
 
 CONFIG = "configs/miniature/hierkd.yaml"
 EMBED_DIM = 16  # of clip_files' "tiny_vit"
@@ -44,7 +44,6 @@ PICTURES = (
     ((BASE[0], (10, 12, 70, 76)), (BASE[1], (40, 40, 94, 94))),
     ((BASE[1], (16, 2, 84, 62)), (NOVEL[0], (2, 66, 40, 94))),
 )
-LOADED_LOGGERS = ("detectron2", "fvcore", "hierkd")
 
 
 def write_world(root: Path) -> None:
@@ -135,21 +134,6 @@ def call_main(arguments: list[str]) -> dict[str, Any] | None:
     """``train_net.main`` in this process; leaves no log handler behind."""
     with own_log_handlers():
         return train_net.main(default_argument_parser().parse_args(arguments))
-
-
-@contextlib.contextmanager
-def own_log_handlers() -> Iterator[None]:
-    """Forget inside-made handlers and settings of the loggers that a run sets up."""
-    loggers = [logging.getLogger(name) for name in LOADED_LOGGERS]
-    before = [(each.handlers[:], each.propagate, each.level) for each in loggers]
-    try:
-        yield
-    finally:
-        for logger, (handlers, propagate, level) in zip(loggers, before, strict=True):
-            for handler in logger.handlers:
-                handler.flush()
-            logger.handlers[:], logger.propagate = handlers, propagate
-            logger.setLevel(level)
 
 
 @contextlib.contextmanager

@@ -31,7 +31,7 @@ factor = min(factor, about["max_size"] / max(picture.size))
 resized = picture.resize([int(side * factor + 0.5) for side in picture.size], Image.BILINEAR)
 inputs, names = {"image": np.asarray(resized)}, about["class_names"]
 if args.embeddings:
-    with np.load(args.embeddings) as stored:
+    with np.load(args.embeddings, allow_pickle=False) as stored:
         names, inputs["text_embeddings"] = stored["names"], stored["embeddings"]
 boxes, scores, classes = session.run(["boxes", "scores", "classes"], inputs)
 boxes *= np.tile(np.divide(picture.size, resized.size), 2).astype(np.float32)
