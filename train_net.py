@@ -203,7 +203,7 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # detectron2 is untyped
         if cfg.MODEL.META_ARCHITECTURE == "ProposalNetwork":
             return ProposalEvaluator(dataset_name, complete=True)
         overlap = overlap_with_training(cfg, dataset_name)
-        federated = MetadataCatalog.get(dataset_name).get("evaluator_type") == "federated"
+        federated = MetadataCatalog.get(dataset_name).get("federated", False)
         return (FederatedEvaluator if federated else SplitCOCOEvaluator)(
             dataset_name,
             output_dir=f"{cfg.OUTPUT_DIR}/inference/{dataset_name}",

@@ -32,9 +32,7 @@ def coco(objects=OBJECTS):
         for n, (name, box) in enumerate(found)
     ]
     return {
-        "images": [
-            {"id": i, "file_name": f"{i}.png", "width": 64, "height": 64} for i in objects
-        ],
+        "images": [{"id": i, "file_name": f"{i}.png", "width": 64, "height": 64} for i in objects],
         "annotations": annotations,
         "categories": [{"id": 3 * k, "name": name} for k, name in reversed([*enumerate(NAMES)])],
     }
@@ -80,7 +78,9 @@ def test_the_parts_hold_their_classes_and_images(world):
     assert everything.thing_classes == ["zebra", "apple", "cat", "stop_sign"]  # by id
     assert everything.thing_dataset_id_to_contiguous_id == {0: 0, 3: 1, 6: 2, 9: 3}
     assert everything.novel_classes == ["cat", "stop_sign"]
-    classes = [a["category_id"] for r in DatasetCatalog.get("zoo_val_all") for a in r["annotations"]]
+    classes = [
+        a["category_id"] for r in DatasetCatalog.get("zoo_val_all") for a in r["annotations"]
+    ]
     assert classes == [0, 2, 2, 1, 3]
     # no box of a novel or an ignored class in training
     boxes = [a for r in DatasetCatalog.get("zoo_train_base") for a in r["annotations"]]
@@ -224,9 +224,7 @@ def test_two_names_that_are_read_alike(world):
 
 
 def test_a_name_of_the_projects_own_is_refused(world):
-    (world / "zoo.yaml").write_text(
-        "name: coco_ovd_48_17\nval: {json: all.json, images: images}\n"
-    )
+    (world / "zoo.yaml").write_text("name: coco_ovd_48_17\nval: {json: all.json, images: images}\n")
     with pytest.raises(ValueError, match="this project's own"):
         register_definitions([str(world / "zoo.yaml")])
 

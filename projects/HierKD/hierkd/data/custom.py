@@ -89,7 +89,7 @@ def register_definitions(paths: Iterable[str]) -> list[Definition]:
     ``fruit_val_novel`` and ``fruit_val_all``: the parts that the YAML has names for. Metadata, on
     top of :func:`register_ovd_dataset`'s: ``definition`` (path of the YAML), ``fingerprint``,
     ``declares_split``, ``detections_per_image`` (None = the config's), ``num_captions`` of training
-    sets; ``evaluator_type`` is "federated" for LVIS. A dataset whose files do not exist here (a
+    sets; ``federated`` (LVIS). A dataset whose files do not exist here (a
     deployed detector) is registered by its names, and fails when it is asked for.
 
     Args:
@@ -177,8 +177,7 @@ def _register(
     metadata.definition, metadata.fingerprint = str(definition.path), fingerprint
     metadata.declares_split = definition.has_split
     metadata.detections_per_image = definition.detections_per_image
-    if definition.lvis:
-        metadata.evaluator_type = "federated"
+    metadata.federated = definition.lvis
     return metadata
 
 

@@ -112,7 +112,7 @@ class SplitCOCOEvaluator(COCOEvaluator):  # type: ignore[misc]
         if truth is None:  # the parent has made a file of the dataset
             truth = read_ground_truth(self._metadata.json_file)
         self._coco_api.dataset = truth
-        if self._metadata.get("evaluator_type") == "federated" and not self.federated:
+        if self._metadata.get("federated", False) and not self.federated:
             raise ValueError(
                 f"dataset {dataset_name!r} is annotated in LVIS's federated way, which this "
                 "evaluation does not know: evaluate it with train_net.py --eval-only"
