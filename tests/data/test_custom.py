@@ -172,7 +172,7 @@ def kill_while_writing(path):
 
     def dying(self, *args, **kwargs):
         result = real(self, *args, **kwargs)
-        if self.name == "val_base.json":
+        if self.name == "val_novel.json":  # neither the first nor the last
             os.kill(os.getpid(), 9)
         return result
 
