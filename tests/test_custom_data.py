@@ -10,7 +10,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
 import tiny_training
-from tiny_training import BASE, NOVEL, PICTURES, call_main
+from tiny_training import BASE, NOVEL, PICTURES, call_main, own_log_handlers
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = (*BASE, *NOVEL)
@@ -23,6 +23,12 @@ def load_tool(name):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def check(*arguments):
+    """``tools/check_dataset.py``; leaves no log handler behind."""
+    with own_log_handlers():
+        return load_tool("check_dataset").main([str(each) for each in arguments])
 
 
 def plain_coco():
@@ -154,25 +160,23 @@ def test_an_unknown_dataset_is_named_before_anything_starts(folder):
 
 
 def test_the_dataset_is_checked_and_drawn(folder, capsys):
-    tool = load_tool("check_dataset")
     config = ["--config-file", tiny_training.CONFIG, "--output", str(folder / "check")]
     opts = ["--opts", "MODEL.TEACHER.WEIGHTS", str(folder / "clip.pt"), "MODEL.DEVICE", "cpu"]
-    assert tool.main([str(folder / "mine.yaml"), *config, *opts]) == 0
+    assert check(folder / "mine.yaml", *config, *opts) == 0
     out = capsys.readouterr().out
     assert f"mine_train_base: 6 images, 7 boxes of {len(BASE)} classes" in out
     assert "Captions: 6 of 6 training images have one" in out
     assert "fewer than 10 boxes" in out
     with Image.open(folder / "check" / "mine_train_base.png") as sheet:
-        assert sheet.width > 3 * tool.PANEL_PX
+        assert sheet.width > 3 * 480
     broken = folder / "broken.yaml"
     broken.write_text((folder / "mine.yaml").read_text().replace(BASE[0], "nothing"))
-    assert tool.main([str(broken), "--output", str(folder / "check")]) == 2
+    assert check(broken, "--output", folder / "check") == 2
     assert "nothing" in capsys.readouterr().err
 
 
 def test_the_tool_works_without_clip(folder, capsys, monkeypatch):
-    tool = load_tool("check_dataset")
     config = ["--config-file", tiny_training.CONFIG, "--output", str(folder / "check")]
     opts = ["--opts", "MODEL.TEACHER.WEIGHTS", os.devnull + ".pt", "MODEL.DEVICE", "cpu"]
-    assert tool.main([str(folder / "mine.yaml"), *config, *opts]) == 0
+    assert check(folder / "mine.yaml", *config, *opts) == 0
     assert "(not asked whether CLIP tells them apart:" in capsys.readouterr().out

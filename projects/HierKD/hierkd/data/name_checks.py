@@ -27,7 +27,7 @@ def check_spelling(names: Sequence[str]) -> list[str]:
         "names written with '_' (clean_names: true reads it as a space)": [
             name for name in names if "_" in name
         ],
-        "namesWrittenTogether": [
+        "names written as oneWord": [
             name for name in names if re.search(r"[a-z][A-Z]", name) and "_" not in name
         ],
         "names that look like codes": [
