@@ -15,6 +15,9 @@ from __future__ import annotations
 import hierkd  # noqa: F401  (first: it quiets two deprecation warnings inside libraries)
 
 # isort: split
+import logging
+import shlex
+import sys
 import weakref
 from argparse import Namespace
 from collections import OrderedDict
@@ -42,6 +45,8 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
+from hierkd.data.coco_json import write_json_atomically
+from hierkd.data.custom import describe_datasets
 from hierkd.data.dataset_mapper import HierKDDatasetMapper, check_images
 from hierkd.data.datasets import check_captions, check_datasets
 from hierkd.data.loader import build_resumable_train_loader
@@ -54,8 +59,18 @@ from hierkd.engine.launching import get_parser, launch_processes
 from hierkd.engine.metrics_file import mend_metrics
 from hierkd.engine.non_finite import NonFiniteGuard
 from hierkd.engine.optimizer import build_optimizer
+from hierkd.evaluation.federated_evaluation import FederatedEvaluator
 from hierkd.evaluation.proposal_evaluation import ProposalEvaluator
 from hierkd.evaluation.split_coco_evaluation import SplitCOCOEvaluator
+from hierkd.evaluation.transfer import (
+    Overlap,
+    detection_limit,
+    find_overlap,
+    transfer_record,
+    transfer_table,
+)
+
+logger = logging.getLogger("hierkd.train_net")
 
 
 class Trainer(DefaultTrainer):  # type: ignore[misc]  # detectron2 is untyped
@@ -187,10 +202,13 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # detectron2 is untyped
         """AP and AR of base, novel and all classes; of proposals their recall (Table 1)."""
         if cfg.MODEL.META_ARCHITECTURE == "ProposalNetwork":
             return ProposalEvaluator(dataset_name, complete=True)
-        return SplitCOCOEvaluator(
+        overlap = overlap_with_training(cfg, dataset_name)
+        federated = MetadataCatalog.get(dataset_name).get("federated", False)
+        return (FederatedEvaluator if federated else SplitCOCOEvaluator)(
             dataset_name,
             output_dir=f"{cfg.OUTPUT_DIR}/inference/{dataset_name}",
             max_dets_per_image=cfg.TEST.DETECTIONS_PER_IMAGE,
+            split=None if overlap is None else (list(overlap.known), overlap.new),
             complete=True,
         )
 
@@ -211,11 +229,52 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # detectron2 is untyped
             one.defrost()
             one.DATASETS.TEST = (name,)
             names = MetadataCatalog.get(name).thing_classes
-            with detector.vocabulary(names) if hasattr(detector, "vocabulary") else nullcontext():
+            limit = MetadataCatalog.get(name).get("detections_per_image")
+            one.TEST.DETECTIONS_PER_IMAGE = limit or cfg.TEST.DETECTIONS_PER_IMAGE
+            vocabulary = (
+                detector.vocabulary(names) if hasattr(detector, "vocabulary") else nullcontext()
+            )
+            with vocabulary, detection_limit(detector, limit):
                 results[name] = super().test(
                     one, model, None if evaluators is None else [evaluators[index]]
                 )
+        if comm.is_main_process():
+            report_transfer(cfg, results)
         return results
+
+
+def overlap_with_training(cfg: Any, dataset_name: str) -> Overlap | None:
+    """Which names of a dataset without a split of its own training knew; None for the others."""
+    metadata = MetadataCatalog.get(dataset_name)
+    if metadata.get("declares_split", True):
+        return None
+    trained = [
+        name
+        for each in cfg.DATASETS.TRAIN
+        for name in MetadataCatalog.get(each).get("thing_classes", ())
+    ]
+    return find_overlap(metadata.thing_classes, trained)
+
+
+def report_transfer(cfg: Any, results: dict[str, Any]) -> None:
+    """Log and write the figures of datasets that are another vocabulary than training's."""
+    found = {name: overlap_with_training(cfg, name) for name in results}
+    overlaps = {name: overlap for name, overlap in found.items() if overlap is not None}
+    figures = {name: results[name]["bbox"] for name in overlaps if "bbox" in results[name]}
+    if not figures:
+        return
+    for name, overlap in overlaps.items():
+        logger.info("%s: %s", name, overlap)
+    path = Path(cfg.OUTPUT_DIR) / "inference" / "transfer.json"
+    record = transfer_record(
+        figures,
+        overlaps,
+        command=shlex.join(sys.argv),
+        weights=cfg.MODEL.WEIGHTS,
+        trained_on=list(cfg.DATASETS.TRAIN),
+    )
+    write_json_atomically(path, record)
+    logger.info("Transfer (percent), also in %s:\n%s", path, transfer_table(figures, overlaps))
 
 
 def main(args: Namespace) -> dict[str, Any] | None:
@@ -224,6 +283,10 @@ def main(args: Namespace) -> dict[str, Any] | None:
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="hierkd")
     with in_every_process("reading DATASETS.TEST"):
+        if cfg.DATASETS.DEFINITIONS:
+            trained = () if args.eval_only else cfg.DATASETS.TRAIN
+            for line in describe_datasets([*trained, *cfg.DATASETS.TEST]):
+                logger.info(line)
         test_images = check_datasets(cfg.DATASETS.TEST)
     if not args.eval_only:
         if cfg.DATALOADER.CHECK_IMAGES:

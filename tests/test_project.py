@@ -21,6 +21,7 @@ PACKAGE = ROOT / "projects" / "HierKD" / "hierkd"
 LAYERS = [
     "atomic_files safe_files engine.metrics_file modeling.logit_scales data.resizing",
     "config data.splits data.coco_json data.loader data.dataset_mapper"
+    " data.definitions data.dataset_report evaluation.transfer"
     " modeling.losses modeling.sampling modeling.region_crops modeling.mlca"
     " modeling.text_classifier modeling.text_embeddings modeling.head modeling.atss"
     " modeling.backbone modeling.gathering modeling.frozen_encoder modeling.crop_merging"
@@ -29,15 +30,18 @@ LAYERS = [
     " engine.checkpoint engine.optimizer engine.results engine.visualization engine.inputs"
     " engine.paper_tables evaluation.coco_eval benchmarks.timing"
     " engine.soak engine.histories engine.non_finite engine.agreement evaluation.completeness",
-    "data.datasets data.official_coco modeling.teacher engine.config"
+    "data.datasets data.official_coco modeling.teacher"
     " engine.warm_start engine.runs engine.reproduction engine.interruption"
     " evaluation.ground_truth engine.detections engine.page",
     "modeling.cached_teacher engine.launching engine.images engine.demo_outputs",
-    "data.miniature data.prepare modeling.meta_arch evaluation.split_coco_evaluation"
+    "data.prepare data.name_checks",
+    "data.custom",
+    "engine.config",
+    "data.miniature modeling.meta_arch evaluation.split_coco_evaluation"
     " engine.predictor engine.cache_teacher engine.replay",
     "evaluation.direct_inference evaluation.proposal_evaluation evaluation.upper_bound"
-    " evaluation.heat_maps engine.gallery engine.tiny_clip engine.soak_load modeling.exportable"
-    " engine.json_lines",
+    " evaluation.heat_maps evaluation.federated_evaluation engine.gallery engine.tiny_clip"
+    " engine.soak_load modeling.exportable engine.json_lines",
     "engine.report engine.figures engine.export",
     "engine.demonstration",
     "benchmarks.random_models benchmarks.crops benchmarks.eval benchmarks.loader",

@@ -203,3 +203,8 @@ def _add_miniature_and_training_keys(cfg: CN) -> None:
     # images; images of different sizes are then padded to one, which changes scores near the
     # padding a little. 1 is detectron2's. [ours]
     cfg.TEST.IMS_PER_BATCH = 1
+
+    # Datasets of your own: paths of YAML files that say where their COCO files lie and which names
+    # are base and novel; they become <name>_train_base, <name>_val_novel, ... See
+    # docs/custom_data.md. [ours]
+    cfg.DATASETS.DEFINITIONS = ()

@@ -12,6 +12,7 @@ import yaml
 from detectron2.config import get_cfg
 
 from hierkd.config import add_hierkd_config
+from hierkd.data.custom import has_no_captions, register_definitions
 
 __all__ = ["load_config", "requested_device"]
 
@@ -25,7 +26,9 @@ def load_config(config_file: str, overrides: Sequence[str] = ()) -> Any:
     """Build the frozen config of a run.
 
     Where there is no CUDA device, ``MODEL.DEVICE`` falls back to the CPU and
-    ``SOLVER.AMP.ENABLED`` to float32, with a note.
+    ``SOLVER.AMP.ENABLED`` to float32, with a note. The datasets of ``DATASETS.DEFINITIONS`` are
+    registered; where such a training set has no captions at all, ``MODEL.GKD.LOSS_WEIGHT`` falls
+    back to 0, with a note.
 
     Args:
         config_file: path of a YAML; "" takes the defaults.
@@ -35,7 +38,8 @@ def load_config(config_file: str, overrides: Sequence[str] = ()) -> Any:
         FileNotFoundError: if the file, or its ``_BASE_``, does not exist.
         ValueError: if the file is not YAML, a key is unknown or a value has the wrong type (names
             the file or the command line, and the key), MODEL.DEVICE is no kind of device,
-            TEST.IMS_PER_BATCH is no number of images, or proposals are to be read.
+            TEST.IMS_PER_BATCH is no number of images, proposals are to be read, or a file of
+            DATASETS.DEFINITIONS or one that it names is wrong.
     """
     cfg = _merge(config_file, overrides)
     try:
@@ -55,6 +59,14 @@ def load_config(config_file: str, overrides: Sequence[str] = ()) -> Any:
             "MODEL.LOAD_PROPOSALS: no model here uses proposals from files, and detectron2 would "
             "run pickled code from DATASETS.PROPOSAL_FILES_TRAIN and PROPOSAL_FILES_TEST"
         )
+    register_definitions(cfg.DATASETS.DEFINITIONS)
+    if cfg.MODEL.GKD.LOSS_WEIGHT > 0 and has_no_captions(cfg.DATASETS.TRAIN):
+        logger.warning(
+            "%s has no captions: global distillation is off (MODEL.GKD.LOSS_WEIGHT 0.0). Name a "
+            "captions file in its YAML, or `captions: from_class_names`, to have it.",
+            ", ".join(cfg.DATASETS.TRAIN),
+        )
+        cfg.MODEL.GKD.LOSS_WEIGHT = 0.0
     cfg.freeze()
     return cfg
 

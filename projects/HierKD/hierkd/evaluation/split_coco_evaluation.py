@@ -61,6 +61,8 @@ class SplitCOCOEvaluator(COCOEvaluator):  # type: ignore[misc]
     declares neither has ``all`` alone, over its whole vocabulary.
     """
 
+    federated = False  # whether it knows what a federated dataset leaves unsaid
+
     def __init__(
         self,
         dataset_name: str,
@@ -70,6 +72,7 @@ class SplitCOCOEvaluator(COCOEvaluator):  # type: ignore[misc]
         max_dets_per_image: int = 100,
         use_fast_impl: bool = True,
         complete: bool = False,
+        split: tuple[Sequence[str], Sequence[str]] | None = None,
     ) -> None:
         """Read the ground truth of a registered dataset.
 
@@ -84,12 +87,13 @@ class SplitCOCOEvaluator(COCOEvaluator):  # type: ignore[misc]
             use_fast_impl: Evaluate with faster-coco-eval where it can be imported. The figures are
                 those of pycocotools, which serves otherwise.
             complete: Whether ``evaluate()`` refuses to leave out images that were not processed.
+            split: The base and the novel names, in place of the metadata's.
 
         Raises:
             FileNotFoundError: There is no such JSON.
             ValueError: The dataset lacks one of these metadata, its JSON is broken
-                (:func:`hierkd.evaluation.ground_truth.read_ground_truth`) or lacks a class of the
-                vocabulary.
+                (:func:`hierkd.evaluation.ground_truth.read_ground_truth`) lacks a class of the
+                vocabulary, or is federated and this evaluator is not.
         """
         # Before COCO's own code, which the parent calls, meets a broken file.
         json_file = MetadataCatalog.get(dataset_name).get("json_file")
@@ -108,12 +112,17 @@ class SplitCOCOEvaluator(COCOEvaluator):  # type: ignore[misc]
         if truth is None:  # the parent has made a file of the dataset
             truth = read_ground_truth(self._metadata.json_file)
         self._coco_api.dataset = truth
+        if self._metadata.get("federated", False) and not self.federated:
+            raise ValueError(
+                f"dataset {dataset_name!r} is annotated in LVIS's federated way, which this "
+                "evaluation does not know: evaluate it with train_net.py --eval-only"
+            )
         self._category_ids = self._find_category_ids()
-        self._groups = class_groups(
-            list(self._category_ids),
+        base, novel = split or (
             self._metadata.get("base_classes", ()),
             self._metadata.get("novel_classes", ()),
         )
+        self._groups = class_groups(list(self._category_ids), base, novel)
         image_ids = [image["id"] for image in truth["images"]]
         self._image_ids = frozenset(image_ids)
         self._library = choose_library(image_ids, use_fast_impl=use_fast_impl)
@@ -190,12 +199,13 @@ class SplitCOCOEvaluator(COCOEvaluator):  # type: ignore[misc]
                 f"{self._metadata.json_file}: detections of {len(unknown)} images that are not in "
                 f"dataset {self._dataset_name!r}, such as {sorted(unknown, key=str)[:5]}"
             )
+        found = self._counted(found)
         for number, result in enumerate(found, start=1):
             width, height = result["bbox"][2:]
             result.update(id=number, area=width * height, iscrowd=0)
         dataset = self._coco_api.dataset
         coco_eval = self._library.run(
-            self._library.index(dataset, dataset["annotations"]),
+            self._library.index(dataset, self._truth()),
             self._library.index(dataset, found),
             catIds=list(self._category_ids.values()),
             imgIds=sorted(self._image_ids) if img_ids is None else list(img_ids),
@@ -221,6 +231,15 @@ class SplitCOCOEvaluator(COCOEvaluator):  # type: ignore[misc]
             }
         )
         return results
+
+    def _truth(self) -> list[dict[str, Any]]:
+        """The annotations that detections are matched with."""
+        annotations: list[dict[str, Any]] = self._coco_api.dataset["annotations"]
+        return annotations
+
+    def _counted(self, found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The detections that count, of all in COCO's result format."""
+        return found
 
     def _find_category_ids(self) -> dict[str, int]:
         """Map each class of the vocabulary, in order, to its id in the JSON; both must agree."""

@@ -49,6 +49,7 @@ __all__ = [
     "Teacher",
     "build_teacher",
     "check_embed_dim",
+    "count_tokens",
     "encode_prompts",
     "import_clip",
     "known_weights_sha256",
@@ -78,6 +79,8 @@ _REGIONS_MULTIPLE = 32
 # A progress bar is shown when more texts than this have to be encoded. [ours] A smaller number is
 # not worth a line of output.
 _TEXTS_WITHOUT_PROGRESS = 2000
+# Tokens that are counted; a longer text counts as this long.
+_LONGEST_TEXT = 1024
 # Text embeddings held in memory; the least recently used goes first. [ours] 128 MB at D = 512.
 _TEXTS_IN_MEMORY = 65_536
 # Characters of a text that reach CLIP's tokeniser, white space collapsed. [ours] CLIP reads 75
@@ -535,6 +538,12 @@ def encode_prompts(
     if len(per_template) == 1:
         return per_template[0]
     return F.normalize(torch.stack(per_template).mean(dim=0), dim=-1)
+
+
+def count_tokens(texts: Sequence[str]) -> list[int]:
+    """How many tokens CLIP makes of each text, start and end included; needs no weights."""
+    tokens = import_clip().tokenize(list(texts), context_length=_LONGEST_TEXT, truncate=True)
+    return [int(end) + 1 for end in tokens.argmax(dim=1)]  # the end has the highest number of all
 
 
 def known_weights_sha256(weights: str) -> str | None:

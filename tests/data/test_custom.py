@@ -1,0 +1,251 @@
+"""From a YAML and plain COCO files to registered datasets."""
+
+import json
+import logging
+import multiprocessing
+import os
+from pathlib import Path
+
+import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from PIL import Image
+
+from hierkd.data.custom import describe_datasets, has_no_captions, register_definitions
+from hierkd.engine.config import load_config
+
+NAMES = ("zebra", "apple", "cat", "stop_sign", "junk")  # ids 0, 3, 6, 9, 12
+# Per image: (class, box)
+OBJECTS = {
+    1: [("zebra", [0, 0, 20, 20]), ("cat", [30, 30, 20, 20])],
+    2: [("cat", [5, 5, 30, 30])],
+    3: [("junk", [5, 5, 30, 30])],
+    4: [("apple", [1, 1, 30, 30]), ("stop_sign", [30, 5, 20, 20]), ("junk", [0, 50, 9, 9])],
+    5: [],
+}
+
+
+def coco(objects=OBJECTS):
+    annotations = [
+        {"id": 10 * image + n, "image_id": image, "category_id": 3 * NAMES.index(name)}
+        | {"bbox": box, "area": box[2] * box[3], "iscrowd": 0}
+        for image, found in objects.items()
+        for n, (name, box) in enumerate(found)
+    ]
+    return {
+        "images": [{"id": i, "file_name": f"{i}.png", "width": 64, "height": 64} for i in objects],
+        "annotations": annotations,
+        "categories": [{"id": 3 * k, "name": name} for k, name in reversed([*enumerate(NAMES)])],
+    }
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    """A folder with files and a YAML; what is registered from it is forgotten afterwards."""
+    monkeypatch.setenv("HIERKD_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "images").mkdir()
+    for image in OBJECTS:
+        Image.new("RGB", (64, 64)).save(tmp_path / "images" / f"{image}.png")
+    (tmp_path / "all.json").write_text(json.dumps(coco()))
+    write(tmp_path)
+    yield tmp_path
+    for name in [n for n in DatasetCatalog.list() if n.startswith("zoo_")]:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+def write(folder: Path, *, captions="", base="[zebra, apple]", novel="[cat, stop_sign]", more=""):
+    text = f"name: zoo\ntrain: {{json: all.json, images: images{captions}}}\n"
+    text += f"val: {{json: all.json, images: images}}\nbase: {base}\nnovel: {novel}\n{more}"
+    (folder / "zoo.yaml").write_text(text)
+    return str(folder / "zoo.yaml")
+
+
+def registered():
+    return sorted(name for name in DatasetCatalog.list() if name.startswith("zoo_"))
+
+
+def test_the_parts_hold_their_classes_and_images(world):
+    register_definitions([str(world / "zoo.yaml")])
+    assert registered() == ["zoo_train_base", "zoo_val_all", "zoo_val_base", "zoo_val_novel"]
+    images = {name: [r["image_id"] for r in DatasetCatalog.get(name)] for name in registered()}
+    assert images == {
+        "zoo_train_base": [1, 4],
+        "zoo_val_all": [1, 2, 4],
+        "zoo_val_base": [1, 4],
+        "zoo_val_novel": [1, 2, 4],
+    }
+    everything = MetadataCatalog.get("zoo_val_all")
+    assert everything.thing_classes == ["zebra", "apple", "cat", "stop_sign"]  # by id
+    assert everything.thing_dataset_id_to_contiguous_id == {0: 0, 3: 1, 6: 2, 9: 3}
+    assert everything.novel_classes == ["cat", "stop_sign"]
+    classes = [
+        a["category_id"] for r in DatasetCatalog.get("zoo_val_all") for a in r["annotations"]
+    ]
+    assert classes == [0, 2, 2, 1, 3]
+    # no box of a novel or an ignored class in training
+    boxes = [a for r in DatasetCatalog.get("zoo_train_base") for a in r["annotations"]]
+    assert [a["category_id"] for a in boxes] == [0, 1]
+    text = "\n".join(describe_datasets(["zoo_train_base"]))
+    assert "junk (2)" in text
+    assert "zebra (1)" in text
+
+
+def test_names_are_read_as_the_yaml_wants(world):
+    register_definitions([write(world, more="clean_names: true\nrename: {cat: house cat}\n")])
+    names = MetadataCatalog.get("zoo_val_all").thing_classes
+    assert names == ["zebra", "apple", "house cat", "stop sign"]
+    assert MetadataCatalog.get("zoo_val_all").novel_classes == ["house cat", "stop sign"]
+    DatasetCatalog.get("zoo_val_all")  # the file agrees
+
+
+def test_without_a_split_all_categories_and_images_count(world):
+    path = world / "whole.yaml"
+    path.write_text("name: zoo\nval: {json: all.json, images: images}\n")
+    register_definitions([str(path)])
+    assert registered() == ["zoo_val_all"]
+    metadata = MetadataCatalog.get("zoo_val_all")
+    assert metadata.thing_classes == list(NAMES)
+    assert not metadata.declares_split
+    assert len(DatasetCatalog.get("zoo_val_all")) == 5
+
+
+def test_captions_from_a_file_from_names_and_none(world):
+    register_definitions([str(world / "zoo.yaml")])
+    assert has_no_captions(["zoo_train_base"])
+    assert not has_no_captions(["coco_ovd_48_17_train_base"])
+    register_definitions([write(world, captions=", captions: from_class_names")])
+    found = {r["image_id"]: r["captions"] for r in DatasetCatalog.get("zoo_train_base")}
+    assert found == {1: ["a photo of a zebra."], 4: ["a photo of an apple."]}  # no novel name
+    assert not has_no_captions(["zoo_train_base"])
+    entries = [{"image_id": 1, "caption": " a cat by a zebra "}, {"image_id": 4, "caption": "b"}]
+    (world / "c.json").write_text(json.dumps({"annotations": entries}))
+    register_definitions([write(world, captions=", captions: c.json")])
+    found = {r["image_id"]: r["captions"] for r in DatasetCatalog.get("zoo_train_base")}
+    assert found == {1: ["a cat by a zebra"], 4: ["b"]}
+
+
+def test_distillation_of_captions_is_off_where_there_are_none(world, caplog):
+    pairs = ["DATASETS.DEFINITIONS", f"('{world}/zoo.yaml',)", "DATASETS.TRAIN"]
+    with caplog.at_level(logging.WARNING):
+        cfg = load_config("", [*pairs, "('zoo_train_base',)"])
+    assert cfg.MODEL.GKD.LOSS_WEIGHT == 0
+    assert "no captions" in caplog.text
+    write(world, captions=", captions: from_class_names")
+    assert load_config("", [*pairs, "('zoo_train_base',)"]).MODEL.GKD.LOSS_WEIGHT == 1
+    # where captions are missing on COCO, it stays an error of the training
+    assert load_config("", [*pairs, "('coco_ovd_48_17_train_base',)"]).MODEL.GKD.LOSS_WEIGHT == 1
+
+
+def test_a_changed_file_is_prepared_anew(world):
+    register_definitions([str(world / "zoo.yaml")])
+    assert len(DatasetCatalog.get("zoo_train_base")) == 2
+    changed = {**OBJECTS, 3: [("zebra", [5, 5, 30, 30])]}
+    (world / "all.json").write_text(json.dumps(coco(changed)))
+    register_definitions([str(world / "zoo.yaml")])
+    assert len(DatasetCatalog.get("zoo_train_base")) == 3
+    assert len([f for f in (world / "cache/datasets").iterdir() if f.is_dir()]) == 4
+
+
+def prepare_in_process(path, queue):
+    register_definitions([path])
+    queue.put(len(DatasetCatalog.get("zoo_val_all")))
+
+
+def test_several_processes_prepare_at_once(world):
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    path = str(world / "zoo.yaml")
+    processes = [context.Process(target=prepare_in_process, args=(path, queue)) for _ in range(6)]
+    for process in processes:
+        process.start()
+    assert [queue.get(timeout=60) for _ in processes] == [3] * 6
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    folders = [each.name for each in (world / "cache/datasets").iterdir() if each.is_dir()]
+    assert len(folders) == 2
+    assert not any(name.startswith(".") for name in folders)
+
+
+def kill_while_writing(path):
+    real = Path.write_text
+
+    def dying(self, *args, **kwargs):
+        result = real(self, *args, **kwargs)
+        if self.name == "val_novel.json":  # neither the first nor the last
+            os.kill(os.getpid(), 9)
+        return result
+
+    Path.write_text = dying
+    register_definitions([path])
+
+
+def test_a_process_killed_while_preparing_leaves_nothing_in_the_way(world):
+    path = str(world / "zoo.yaml")
+    process = multiprocessing.get_context("fork").Process(target=kill_while_writing, args=(path,))
+    process.start()
+    process.join(60)
+    assert process.exitcode == -9
+    register_definitions([path])
+    assert [len(DatasetCatalog.get(name)) for name in registered()] == [2, 3, 2, 3]
+
+
+def edited(edit):
+    content = coco()
+    edit(content)
+    return json.dumps(content)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"images": [', "not valid JSON"),
+        (edited(lambda c: c["categories"].append({"id": 99, "name": "cat"})), "all called 'cat'"),
+        (edited(lambda c: c["categories"].pop(0) and c["categories"].pop(0)), "stop_sign"),
+        (edited(lambda c: c["annotations"][0].pop("bbox")), "no 'bbox'"),
+        (edited(lambda c: c.pop("categories")), "'categories' is missing"),
+    ],
+)
+def test_broken_files_are_named(world, text, words):
+    (world / "all.json").write_text(text)
+    with pytest.raises(ValueError, match=words) as caught:
+        register_definitions([str(world / "zoo.yaml")])
+    assert "all.json" in str(caught.value)
+
+
+def test_a_misspelt_name_is_named_with_the_closest(world):
+    with pytest.raises(ValueError, match=r"zebr'.*did you mean 'zebra'"):
+        register_definitions([write(world, base="[zebr, apple]")])
+
+
+def test_two_names_that_are_read_alike(world):
+    with pytest.raises(ValueError, match="both read as 'zebra'"):
+        register_definitions([write(world, more="rename: {apple: zebra}\n")])
+
+
+def test_a_name_of_the_projects_own_is_refused(world):
+    (world / "zoo.yaml").write_text("name: coco_ovd_48_17\nval: {json: all.json, images: images}\n")
+    with pytest.raises(ValueError, match="this project's own"):
+        register_definitions([str(world / "zoo.yaml")])
+
+
+def test_two_yamls_of_one_name_are_refused(world):
+    (world / "other.yaml").write_text((world / "zoo.yaml").read_text())
+    with pytest.raises(ValueError, match="have the same 'name'"):
+        register_definitions([str(world / "zoo.yaml"), str(world / "other.yaml")])
+
+
+def test_a_deployed_detector_knows_the_names_without_the_files(world, caplog):
+    (world / "all.json").unlink()
+    register_definitions([str(world / "zoo.yaml"), str(world / "gone.yaml")])
+    assert MetadataCatalog.get("zoo_train_base").thing_classes == ["zebra", "apple"]
+    assert "gone.yaml" in caplog.text
+    with pytest.raises(FileNotFoundError, match=r"all.json does not exist.*zoo.yaml"):
+        DatasetCatalog.get("zoo_train_base")
+
+
+def test_a_cache_that_cannot_be_written_is_named(world, monkeypatch):
+    (world / "file").write_text("")
+    monkeypatch.setenv("HIERKD_CACHE", str(world / "file"))
+    with pytest.raises(ValueError, match="HIERKD_CACHE names another folder"):
+        register_definitions([str(world / "zoo.yaml")])

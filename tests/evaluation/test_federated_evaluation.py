@@ -1,0 +1,263 @@
+"""LVIS's federated evaluation, against a slow one written from its rules and the lvis package."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import Boxes, Instances
+
+from hierkd.data.datasets import register_ovd_dataset
+from hierkd.evaluation.federated_evaluation import FederatedEvaluator
+from hierkd.evaluation.split_coco_evaluation import SplitCOCOEvaluator
+
+SERIAL = itertools.count()
+NAMES = ("ant", "bee", "cow", "dog", "elk")
+IDS = (2, 3, 5, 7, 11)
+FREQUENCY = ("r", "c", "f", "f", "c")
+
+
+@pytest.fixture
+def register(tmp_path):
+    made = []
+
+    def register_dataset(images, annotations, federated=True):
+        name = f"federated_{next(SERIAL)}"
+        categories = [
+            {"id": i, "name": n, "frequency": f}
+            for i, n, f in zip(IDS, NAMES, FREQUENCY, strict=True)
+        ]
+        content = {"images": images, "annotations": annotations, "categories": categories}
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps(content))
+        register_ovd_dataset(
+            name,
+            json_file=str(path),
+            image_root=str(tmp_path),
+            vocabulary=NAMES,
+            base_classes=NAMES[:2],
+            novel_classes=NAMES[2:],
+        )
+        if federated:
+            MetadataCatalog.get(name).federated = True
+        made.append(name)
+        return name, path
+
+    yield register_dataset
+    for name in made:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+def image(number, absent=(), inexhaustive=()):
+    return {"id": number, "file_name": f"{number}.jpg", "height": 200, "width": 200} | {
+        "neg_category_ids": list(absent),
+        "not_exhaustive_category_ids": list(inexhaustive),
+    }
+
+
+def truth(number, image_id, category_id, box):
+    return {"id": number, "image_id": image_id, "category_id": category_id, "bbox": list(box)} | {
+        "area": box[2] * box[3]
+    }
+
+
+def evaluate(name, detections, images, **settings):
+    """``detections``: (image id, category id, XYWH, score)."""
+    evaluator = FederatedEvaluator(name, distributed=False, **settings)
+    evaluator.reset()
+    for each in images:
+        mine = [d for d in detections if d[0] == each["id"]]
+        boxes = np.array([d[2] for d in mine], dtype=np.float32).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        instances = Instances((200, 200))
+        instances.pred_boxes = Boxes(boxes)
+        instances.scores = np_tensor([d[3] for d in mine], float)
+        instances.pred_classes = np_tensor([IDS.index(d[1]) for d in mine], int)
+        evaluator.process([{"image_id": each["id"]}], [{"instances": instances}])
+    return evaluator.evaluate()["bbox"]
+
+
+def np_tensor(values, kind):
+    import torch
+
+    return torch.tensor(values, dtype=torch.float64 if kind is float else torch.int64)
+
+
+# ------------------------------------------------------------------------------ by hand
+
+
+def test_detections_of_unknown_classes_do_not_count_those_of_absent_ones_do(register):
+    images = [image(1), image(2, absent=[2]), image(3)]
+    boxes = [truth(1, 1, 2, (0, 0, 50, 50))]
+    name, _ = register(images, boxes)
+    right = (1, 2, (0, 0, 50, 50), 0.5)
+    assert evaluate(name, [right], images)["rare/AP"] == pytest.approx(100)
+    # image 3 says nothing about the class, image 2 that it is not there
+    assert evaluate(name, [right, (3, 2, (0, 0, 50, 50), 0.9)], images)["rare/AP"] == (
+        pytest.approx(100)
+    )
+    assert evaluate(name, [right, (2, 2, (0, 0, 50, 50), 0.9)], images)["rare/AP"] == (
+        pytest.approx(50)
+    )
+
+
+def test_surplus_detections_count_only_where_the_class_is_boxed_exhaustively(register):
+    boxes = [truth(1, 1, 2, (0, 0, 50, 50))]
+    found = [(1, 2, (100, 100, 50, 50), 0.9), (1, 2, (0, 0, 50, 50), 0.5)]
+    for inexhaustive, expected in (([], 50), ([2], 100)):
+        images = [image(1, inexhaustive=inexhaustive)]
+        name, _ = register(images, boxes)
+        assert evaluate(name, found, images)["rare/AP"] == pytest.approx(expected)
+
+
+def test_the_best_detections_of_all_classes_count(register):
+    images = [image(1, absent=[3])]
+    name, _ = register(images, [truth(1, 1, 2, (0, 0, 50, 50))])
+    found = [(1, 3, (0, 0, 9, 9), 0.9), (1, 7, (0, 0, 9, 9), 0.8), (1, 2, (0, 0, 50, 50), 0.5)]
+    assert evaluate(name, found, images, max_dets_per_image=3)["rare/AP"] == pytest.approx(100)
+    assert evaluate(name, found, images, max_dets_per_image=2)["rare/AP"] == 0
+
+
+def test_nothing_found(register):
+    images = [image(1)]
+    name, _ = register(images, [truth(1, 1, 2, (0, 0, 50, 50))])
+    figures = evaluate(name, [], images)
+    assert figures["rare/AP"] == 0
+    assert np.isnan(figures["frequent/AP"])
+
+
+def test_a_plain_evaluator_refuses_a_federated_dataset(register):
+    name, _ = register([image(1)], [truth(1, 1, 2, (0, 0, 50, 50))])
+    with pytest.raises(ValueError, match="federated"):
+        SplitCOCOEvaluator(name, distributed=False)
+
+
+def test_a_dataset_that_is_not_lvis_is_refused(register):
+    plain = {"id": 1, "file_name": "1.jpg", "height": 200, "width": 200}
+    name, _ = register([plain], [truth(1, 1, 2, (0, 0, 50, 50))])
+    with pytest.raises(ValueError, match="neg_category_ids"):
+        FederatedEvaluator(name, distributed=False)
+
+
+# ------------------------------------------------------------------------------ by reference
+
+
+def random_case(seed):
+    """Images, boxes and detections, many of them near a box of some class."""
+    rng = np.random.default_rng(seed)
+    images, boxes, found = [], [], []
+    for number in range(1, 9):
+        shown = rng.choice(IDS, rng.integers(0, 4), replace=False).tolist()
+        others = [i for i in IDS if i not in shown]
+        absent = rng.choice(others, rng.integers(0, len(others)), replace=False).tolist()
+        # LVIS marks shown classes; now and then also one that has no box
+        inexhaustive = [i for i in IDS if rng.random() < (0.4 if i in shown else 0.05)]
+        images.append(image(number, absent, inexhaustive))
+        for category in shown:
+            for _ in range(rng.integers(1, 4)):
+                box = np.round([*rng.uniform(0, 120, 2), *rng.uniform(5, 130, 2)], 1).tolist()
+                boxes.append(truth(len(boxes) + 1, number, category, box))
+        for _ in range(rng.integers(0, 25)):
+            near = [b["bbox"] for b in boxes if b["image_id"] == number]
+            if near and rng.random() < 0.7:
+                box = np.array(near[rng.integers(len(near))]) + rng.normal(0, 4, 4)
+            else:
+                box = np.array([*rng.uniform(0, 120, 2), *rng.uniform(5, 130, 2)])
+            box[2:] = box[2:].clip(2)
+            # quarters of a pixel are exact in float32
+            box = (np.round(4 * box) / 4).tolist()
+            found.append((number, int(rng.choice(IDS)), tuple(box), float(rng.random())))
+    return images, boxes, found
+
+
+def iou(a, b):
+    width = min(a[0] + a[2], b[0] + b[2]) - max(a[0], b[0])
+    height = min(a[1] + a[3], b[1] + b[3]) - max(a[1], b[1])
+    shared = max(width, 0) * max(height, 0)
+    return shared / (a[2] * a[3] + b[2] * b[3] - shared)
+
+
+def slow_ap(images, boxes, found, category, limit):
+    """AP in percent of one class, from LVIS's rules; NaN without a box."""
+    flags = {t: [] for t in range(10)}  # (score, hit) of detections that count
+    total = sum(b["category_id"] == category for b in boxes)
+    if not total:
+        return float("nan")
+    for each in images:
+        best = sorted((d for d in found if d[0] == each["id"]), key=lambda d: -d[3])[:limit]
+        mine = [d for d in best if d[1] == category]
+        there = [
+            b["bbox"] for b in boxes if (b["image_id"], b["category_id"]) == (each["id"], category)
+        ]
+        if not there and category not in each["neg_category_ids"]:
+            continue
+        for t in flags:
+            free = list(range(len(there)))
+            for detection in mine:
+                hits = [(iou(detection[2], there[i]), i) for i in free]
+                hits = [hit for hit in hits if hit[0] >= 0.5 + 0.05 * t]
+                if hits:
+                    free.remove(max(hits)[1])
+                elif category in each["not_exhaustive_category_ids"]:
+                    continue
+                flags[t].append((detection[3], bool(hits)))
+    values = []
+    for found_flags in flags.values():
+        hits = np.array([hit for _, hit in sorted(found_flags, key=lambda f: -f[0])], dtype=float)
+        recall = hits.cumsum() / total
+        precision = hits.cumsum() / np.arange(1, len(hits) + 1)
+        levels = np.linspace(0, 1, 101)
+        values.append(np.mean([precision[recall >= r].max(initial=0) for r in levels]))
+    return 100 * float(np.mean(values))
+
+
+def compare_with_the_slow_one(register, seeds):
+    for seed in seeds:
+        images, boxes, found = random_case(seed)
+        if not boxes:
+            continue
+        name, _ = register(images, boxes)
+        limit = 300 if seed % 2 else 8
+        figures = evaluate(name, found, images, max_dets_per_image=limit)
+        per_class = np.array([slow_ap(images, boxes, found, i, limit) for i in IDS])
+        groups = {"rare": [0], "common": [1, 4], "frequent": [2, 3], "all": range(5)}
+        for group, members in groups.items():
+            values = per_class[list(members)]
+            expected = np.nan if np.isnan(values).all() else np.nanmean(values)
+            assert figures[f"{group}/AP"] == pytest.approx(expected, abs=1e-6, nan_ok=True), seed
+
+
+def test_figures_are_those_of_a_slow_evaluation(register):
+    compare_with_the_slow_one(register, range(6))
+
+
+@pytest.mark.slow
+def test_figures_are_those_of_a_slow_evaluation_in_many_cases(register):
+    compare_with_the_slow_one(register, range(6, 506))
+
+
+@pytest.mark.filterwarnings("ignore:The 'warn' method is deprecated")
+def test_figures_are_those_of_the_lvis_package(register, monkeypatch):
+    lvis = pytest.importorskip("lvis")
+    monkeypatch.setattr(np, "float", float, raising=False)  # lvis 0.5.3 is older than numpy 1.24
+    for seed in range(10):
+        images, boxes, found = random_case(seed)
+        name, path = register(images, boxes)
+        limit = 300 if seed % 2 else 8
+        figures = evaluate(name, found, images, max_dets_per_image=limit)
+        api = lvis.LVIS(str(path))
+        results = [
+            {"image_id": d[0], "category_id": d[1], "bbox": list(d[2]), "score": d[3]}
+            for d in found
+        ]
+        official = lvis.LVISEval(api, lvis.LVISResults(api, results, max_dets=limit), "bbox")
+        official.run()
+        theirs = official.get_results()
+        ours = {"AP": "all/AP", "AP50": "all/AP50", "AP75": "all/AP75", "APs": "all/APs"}
+        ours |= {"APm": "all/APm", "APl": "all/APl"}
+        ours |= {"APr": "rare/AP", "APc": "common/AP", "APf": "frequent/AP"}
+        for key, mine in ours.items():
+            expected = np.nan if theirs[key] == -1 else 100 * theirs[key]
+            assert figures[mine] == pytest.approx(expected, abs=1e-4, nan_ok=True), (seed, key)

@@ -1,0 +1,182 @@
+"""A dataset of one's own, from plain COCO files to detections of novel names, by the commands."""
+
+import importlib.util
+import json
+import os
+from pathlib import Path
+
+import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from PIL import Image
+
+import tiny_training
+from tiny_training import BASE, NOVEL, PICTURES, call_main, own_log_handlers
+
+ROOT = Path(__file__).resolve().parents[1]
+NAMES = (*BASE, *NOVEL)
+
+
+def load_tool(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def check(*arguments):
+    """``tools/check_dataset.py``; leaves no log handler behind."""
+    with own_log_handlers():
+        return load_tool("check_dataset").main([str(each) for each in arguments])
+
+
+def plain_coco():
+    """All classes in one file, no captions."""
+    images, annotations = [], []
+    for number, objects in enumerate(PICTURES, start=1):
+        images.append({"id": number, "file_name": f"{number}.png", "height": 96, "width": 96})
+        for name, (x0, y0, x1, y1) in objects:
+            annotations.append(
+                {"id": len(annotations) + 1, "image_id": number, "iscrowd": 0}
+                | {"category_id": NAMES.index(name), "bbox": [x0, y0, x1 - x0, y1 - y0]}
+                | {"area": (x1 - x0) * (y1 - y0)}
+            )
+    categories = [{"id": k, "name": name} for k, name in enumerate(NAMES)]
+    return {"images": images, "annotations": annotations, "categories": categories}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Pictures, plain COCO files, YAMLs and a random CLIP."""
+    root = tmp_path_factory.mktemp("own")
+    tiny_training.write_world(root)
+    tiny_training.write_clip(root / "clip.pt")
+    (root / "all.json").write_text(json.dumps(plain_coco()))
+    text = "train: {json: all.json, images: miniature/train%s}\n"
+    text += "val: {json: all.json, images: miniature/val}\n"
+    text += f"base: {list(BASE)}\nnovel: {list(NOVEL)}\n"
+    (root / "mine.yaml").write_text("name: mine\n" + text % ", captions: from_class_names")
+    (root / "silent.yaml").write_text("name: silent\n" + text % "")
+    (root / "other.yaml").write_text(
+        f"name: other\nval: {{json: all.json, images: miniature/val}}\n"
+        f"rename: {{{NOVEL[0]}: spaceship}}\n"
+    )
+    lvis = plain_coco()
+    for image in lvis["images"]:
+        image |= {"neg_category_ids": [0, 2], "not_exhaustive_category_ids": [1]}
+    for category, letter in zip(lvis["categories"], "rcff", strict=True):
+        category["frequency"] = letter
+    (root / "lvis.json").write_text(json.dumps(lvis))
+    (root / "many.yaml").write_text(
+        "name: many\nformat: lvis\nval: {json: lvis.json, images: miniature/val}\n"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HIERKD_CACHE", str(root / "cache"))
+        patch.setenv("PYTHONHASHSEED", "0")
+        yield root
+    for name in DatasetCatalog.list():
+        if name.split("_")[0] in ("mine", "silent", "other", "many"):
+            DatasetCatalog.remove(name)
+            MetadataCatalog.remove(name)
+
+
+def run(folder, output, *extra, yamls, train="mine", test):
+    flags = [each for each in extra if each.startswith("--")]
+    pairs = {
+        "DATASETS.DEFINITIONS": tuple(str(folder / each) for each in yamls),
+        "DATASETS.TRAIN": (f"{train}_train_base",),
+        "DATASETS.TEST": test,
+    }
+    text = [str(each) for pair in pairs.items() for each in pair]
+    rest = extra[len(flags) :]
+    command = tiny_training.command_line(folder / output, folder / "clip.pt", *flags, *text, *rest)
+    return call_main(command)
+
+
+@pytest.fixture(scope="module")
+def trained(folder):
+    test = ("mine_val_novel", "mine_val_all")
+    run(folder, "run", yamls=["mine.yaml"], test=test)
+    return folder / "run"
+
+
+def metrics(output):
+    """Every name that was logged as a number during a run."""
+    lines = (output / "metrics.json").read_text().splitlines()
+    return {key for line in lines for key in json.loads(line)}
+
+
+def test_it_trains_and_is_evaluated_in_base_and_novel_classes(trained):
+    output = trained
+    names = {key.removeprefix("mine_val_all/bbox/") for key in metrics(output)}
+    assert {"base/AP50", "novel/AP50", "all/AP50"} <= names
+    assert "loss_gkd_image" in metrics(output)  # captions were made of class names
+    log = (output / "log.txt").read_text()
+    assert "mine.yaml train: 6 images; 6 with captions" in log
+    assert f"{BASE[0]} (3)" in log  # few boxes
+
+
+def test_without_captions_global_distillation_is_off(folder):
+    run(folder, "silent", yamls=["silent.yaml"], train="silent", test=())
+    names = metrics(folder / "silent")
+    assert "loss_ikd" in names
+    assert not any("gkd" in name for name in names)
+
+
+def test_transfer_to_other_datasets_with_their_own_names(folder, trained):
+    weights = str(trained / "model_final.pth")
+    yamls = ["mine.yaml", "other.yaml", "many.yaml"]
+    test = ("other_val_all", "many_val_all")
+    pairs = ["MODEL.WEIGHTS", weights, "TEST.DETECTIONS_PER_IMAGE", "5"]
+    results = run(folder, "moved", "--eval-only", *pairs, yamls=yamls, test=test)
+    record = json.loads((folder / "moved" / "inference" / "transfer.json").read_text())
+    assert record["weights"] == weights
+    # trained with the base names; one novel name is called otherwise
+    assert list(record["overlap"]["other_val_all"]["known"]) == list(BASE)
+    assert record["overlap"]["other_val_all"]["new"] == ["spaceship", NOVEL[1]]
+    ours = results["other_val_all"]["bbox"]
+    assert {key.split("/")[0] for key in ours if "/" in key} == {"base", "novel", "all"}
+    assert "rare/AP" in results["many_val_all"]["bbox"]
+    log = (folder / "moved" / "log.txt").read_text()
+    assert "| other_val_all | novel" in log
+    assert "APr" in log
+    found = {
+        name: json.loads(
+            (folder / "moved/inference" / name / "coco_instances_results.json").read_text()
+        )
+        for name in test
+    }
+    most = {
+        name: max(sum(r["image_id"] == i for r in each) for i in range(1, 7))
+        for name, each in found.items()
+    }
+    assert most["other_val_all"] <= 5 < most["many_val_all"] <= 300
+
+
+def test_an_unknown_dataset_is_named_before_anything_starts(folder):
+    with pytest.raises(ValueError, match=r"Unknown dataset 'mine_val_nvel'.*mine_val_novel"):
+        run(folder, "wrong", yamls=["mine.yaml"], test=("mine_val_nvel",))
+
+
+def test_the_dataset_is_checked_and_drawn(folder, capsys):
+    config = ["--config-file", tiny_training.CONFIG, "--output", str(folder / "check")]
+    opts = ["--opts", "MODEL.TEACHER.WEIGHTS", str(folder / "clip.pt"), "MODEL.DEVICE", "cpu"]
+    assert check(folder / "mine.yaml", *config, *opts) == 0
+    out = capsys.readouterr().out
+    assert f"mine_train_base: 6 images, 7 boxes of {len(BASE)} classes" in out
+    assert "Captions: 6 of 6 training images have one" in out
+    assert "fewer than 10 boxes" in out
+    with Image.open(folder / "check" / "mine_train_base.png") as sheet:
+        assert sheet.width > 3 * 480
+    broken = folder / "broken.yaml"
+    broken.write_text((folder / "mine.yaml").read_text().replace(BASE[0], "nothing"))
+    assert check(broken, "--output", folder / "check") == 2
+    assert "nothing" in capsys.readouterr().err
+
+
+def test_the_tool_works_without_clip(folder, capsys, monkeypatch):
+    config = ["--config-file", tiny_training.CONFIG, "--output", str(folder / "check")]
+    opts = ["--opts", "MODEL.TEACHER.WEIGHTS", os.devnull + ".pt", "MODEL.DEVICE", "cpu"]
+    assert check(folder / "mine.yaml", *config, *opts) == 0
+    assert "(not asked whether CLIP tells them apart:" in capsys.readouterr().out

@@ -1,0 +1,169 @@
+#!/usr/bin/env python
+"""Look at a dataset of your own before training on it.
+
+    python tools/check_dataset.py fruit.yaml
+    python tools/check_dataset.py fruit.yaml --config-file fruit_training.yaml --output output/check
+
+Prints how many boxes each class has, what is odd about boxes, captions and names, and draws some
+training pictures with the boxes and a caption that training will see. Whether CLIP tells the names
+apart is asked of the config's teacher; without --config-file that is left out. docs/custom_data.md
+explains the YAML. Ends with status 0, or 2 if the dataset cannot be used as it is.
+"""
+
+from __future__ import annotations
+
+import hierkd  # noqa: F401  (first: it quiets two deprecation warnings inside libraries)
+
+# isort: split
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.utils.logger import setup_logger
+from PIL import Image
+
+from hierkd.atomic_files import replacing
+from hierkd.data.custom import prepare_half, register_definitions
+from hierkd.data.dataset_mapper import read_picture
+from hierkd.data.dataset_report import class_table, warnings_of
+from hierkd.data.definitions import Definition, read_definition
+from hierkd.data.name_checks import check_embeddings, check_spelling, check_tokens
+from hierkd.engine.config import load_config
+from hierkd.engine.visualization import SheetRow, class_color, draw_boxes, draw_sheet, fit
+from hierkd.modeling.teacher import build_teacher, count_tokens
+
+COLUMNS, PANEL_PX = 3, 480
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """Build the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("dataset", metavar="YAML", help="of the dataset")
+    parser.add_argument(
+        "--config-file", default="", metavar="YAML", help="of the training, for its CLIP and prompt"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("output/check_dataset"),
+        metavar="FOLDER",
+        help="of the pictures; default: %(default)s",
+    )
+    parser.add_argument(
+        "--pictures", type=int, default=9, metavar="N", help="to draw; default: %(default)s"
+    )
+    parser.add_argument(
+        "--opts",
+        nargs=argparse.REMAINDER,
+        default=[],
+        metavar="KEY VALUE",
+        help="config overrides, last on the line",
+    )
+    return parser
+
+
+def check_names(definition: Definition, names: Sequence[str], args: Any) -> list[str]:
+    """Findings about the class names; the last says what was left out, if something was."""
+    cfg = load_config(args.config_file, args.opts)
+    text = cfg.MODEL.TEXT_CLASSIFIER
+    templates = tuple(text.TEMPLATES) or (text.TEMPLATE,)
+    found = check_spelling(names) + check_tokens(names, templates, count_tokens)
+    if not args.config_file:
+        return [*found, "(not asked whether CLIP tells them apart: no --config-file)"]
+    try:
+        return found + check_embeddings(names, build_teacher(cfg).encode_classes(names).cpu())
+    except (OSError, ValueError) as error:
+        return [*found, f"(not asked whether CLIP tells them apart: {error})"]
+
+
+def draw_samples(dataset: str, number: int, path: Path) -> None:
+    """Draw ``number`` images of a dataset, evenly spread, with boxes and the first caption."""
+    records = DatasetCatalog.get(dataset)
+    vocabulary = MetadataCatalog.get(dataset).thing_classes
+    chosen = np.unique(np.linspace(0, len(records) - 1, min(number, len(records))).astype(int))
+    panels, titles = [], []
+    for index in chosen:
+        record = records[index]
+        picture, factor = fit(read_picture(record["file_name"], "RGB"), PANEL_PX)
+        boxes = np.array([each["bbox"] for each in record["annotations"]], float).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]  # XYWH -> XYXY
+        classes = [each["category_id"] for each in record["annotations"]]
+        labels = [vocabulary[k] for k in classes]
+        colors = [class_color(k) for k in classes]
+        panels.append(draw_boxes(picture, boxes * factor, labels, colors, min_long_side=PANEL_PX))
+        titles.append((record.get("captions") or [Path(record["file_name"]).name])[0])
+    rows = [
+        SheetRow(panels[i : i + COLUMNS], titles[i : i + COLUMNS])
+        for i in range(0, len(panels), COLUMNS)
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet = draw_sheet(rows, panel_px=PANEL_PX, title_px=20)
+    with replacing(path) as temporary:
+        Image.fromarray(sheet).save(temporary, format="PNG")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print everything; an error means that the dataset cannot be used."""
+    definition = read_definition(args.dataset)
+    halves = {"train": definition.train, "val": definition.val}
+    reports = {
+        kind: prepare_half(definition, kind, half).report for kind, half in halves.items() if half
+    }
+    register_definitions([args.dataset])
+    start = f"{definition.name}_"
+    # The registered names of this YAML; loading them checks every picture's existence.
+    names = [n for n in DatasetCatalog.list() if n.startswith(start) and _is_of(n, args.dataset)]
+    numbers = {
+        name: (len(records), sum(len(each["annotations"]) for each in records))
+        for name in names
+        for records in [DatasetCatalog.get(name)]
+    }
+    print(class_table(reports))
+    print()
+    for name, (images, boxes) in numbers.items():
+        count = len(MetadataCatalog.get(name).thing_classes)
+        print(f"{name}: {images:,} images, {boxes:,} boxes of {count} classes")
+    train = f"{definition.name}_train_base"
+    if train in numbers:
+        with_captions = reports["train"]["images_with_captions"]
+        print(f"Captions: {with_captions:,} of {numbers[train][0]:,} training images have one")
+    largest = max(names, key=lambda name: len(MetadataCatalog.get(name).thing_classes))
+    vocabulary = MetadataCatalog.get(largest).thing_classes
+    findings = [text for kind, report in reports.items() for text in warnings_of(kind, report)]
+    findings += [f"names: {text}" for text in check_names(definition, vocabulary, args)]
+    print("\nLook at:" if findings else "\nNothing odd was found.")
+    for text in findings:
+        print(f"- {text}")
+    shown = train if train in numbers else largest
+    path = args.output / f"{shown}.png"
+    draw_samples(shown, args.pictures, path)
+    print(f"\n{path}: {min(args.pictures, numbers[shown][0])} pictures of {shown}")
+
+
+def _is_of(name: str, path: str) -> bool:
+    return bool(MetadataCatalog.get(name).get("definition") == str(Path(path).expanduser()))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; what is wrong with the dataset ends it with a message and status 2."""
+    parser = get_parser()
+    args = parser.parse_args(argv)
+    if args.pictures < 1:
+        parser.error(f"--pictures must be at least 1, got {args.pictures}")
+    setup_logger(name="hierkd", abbrev_name="hierkd")
+    try:
+        run(args)
+    except (FileNotFoundError, ValueError) as error:
+        print(f"check_dataset.py: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
