@@ -4,6 +4,7 @@ import functools
 import itertools
 import json
 import math
+import mmap
 import os
 import re
 import signal
@@ -38,11 +39,14 @@ STRICT = Limits(slope=0.0, slack=4.0, slower_cpu=1e9, slower_wall=1e9)
 
 
 def soak(path, work):
-    with SoakRecorder(path, interval=0.0, count_objects_every=UNITS // 2) as recorder:
+    # A clock that goes on with each look at it: counting the objects of a process that has run
+    # other tests takes longer than all units, and would leave whole quarters without a sample.
+    clock = functools.partial(next, itertools.count(0.0, 0.01))
+    options = {"interval": 0.0, "count_objects_every": UNITS // 2, "clock": clock}
+    with SoakRecorder(path, **options) as recorder:
         for number in range(UNITS):
             with recorder.unit("work"):
                 work(number)
-                time.sleep(0.002)
     return read_samples(path)
 
 
@@ -64,7 +68,14 @@ def test_a_steady_process_keeps_all_limits(tmp_path):
 
 def test_growing_memory_is_found(tmp_path):
     kept = []
-    samples = soak(tmp_path / "s.csv", lambda number: kept.append(torch.ones(2**18)))  # 1 MiB
+
+    def keep(number):
+        # asked of the system itself: what earlier tests have freed would be used first
+        block = mmap.mmap(-1, 2**20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        block.write(b"x" * 2**20)
+        kept.append((block, torch.ones(1)))
+
+    samples = soak(tmp_path / "s.csv", keep)
     assert any("memory grows" in text for text in broken(samples))
     later = [sample.memory_mib for sample in samples[UNITS // 2 :]]
     assert later[-1] - later[0] == pytest.approx(len(later) - 1, rel=0.2)
