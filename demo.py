@@ -27,6 +27,7 @@ from detectron2.utils.logger import setup_logger
 from tqdm import tqdm
 
 from hierkd.engine.config import load_config
+from hierkd.engine.cpu_memory import keep_freed_memory
 from hierkd.engine.demo_outputs import (
     VIDEO_CODECS,
     PageEntry,
@@ -402,4 +403,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()  # on a GPU it costs nothing
     main()

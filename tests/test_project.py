@@ -19,7 +19,8 @@ PACKAGE = ROOT / "projects" / "HierKD" / "hierkd"
 # A module imports only from layers above its own, that is, from lines before its own.
 # A package's __init__ may import the package's own modules, and hierkd/__init__ the packages.
 LAYERS = [
-    "atomic_files safe_files engine.metrics_file modeling.logit_scales data.resizing",
+    "atomic_files safe_files engine.metrics_file modeling.logit_scales data.resizing"
+    " engine.cpu_memory",
     "config data.splits data.coco_json data.loader data.dataset_mapper"
     " data.definitions data.dataset_report evaluation.transfer"
     " modeling.losses modeling.sampling modeling.region_crops modeling.mlca"
