@@ -238,22 +238,32 @@ class Handlers:
 # --- What the page looks like ---------------------------------------------------------------------
 
 STYLE = """
-.gradio-container { max-width: 1480px !important; margin: 0 auto !important; }
+.gradio-container, .gradio-container > main { width: 100% !important; max-width: 1480px !important;
+  margin: 0 auto !important; }
 #title h1 { font-size: 1.6rem; margin: .2rem 0 .1rem; }
-#title p { margin: 0; color: var(--body-text-color-subdued); }
-.message { padding: .65rem .9rem; border-radius: 8px; border: 1px solid var(--border-color-primary);
+#title p { margin: 0; opacity: .75; }
+#side { max-width: 460px; }
+.message { padding: .6rem .9rem; border-radius: 8px; border: 1px solid var(--border-color-primary);
   background: var(--background-fill-secondary); color: var(--body-text-color);
   overflow-wrap: anywhere; }
 .message.error { border-color: #d92d20; background: #fef3f2; color: #912018; font-weight: 500; }
 .message.good { border-color: #a6d5b5; background: #f1faf4; color: #14532d; }
-.table { max-height: 22rem; overflow: auto; }
-.table table { width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums; }
-.table th, .table td { text-align: left; padding: .3rem .7rem .3rem 0;
-  border-bottom: 1px solid var(--border-color-primary); overflow-wrap: anywhere; }
-.table th { color: var(--body-text-color-subdued); font-weight: 500; }
-.table td:nth-child(2) { white-space: nowrap; }
-.table i { display: inline-block; width: .85em; height: .85em; border-radius: 2px;
+#downloads { justify-content: flex-end; }
+#downloads button { flex: 0 0 auto; }
+.detector h3 { margin: 0; font-size: 1.05rem; }
+.panel .icon-button-wrapper { opacity: 0; }  /* it would cover labels */
+.panel:hover .icon-button-wrapper, .panel:focus-within .icon-button-wrapper { opacity: 1; }
+.found { max-height: 22rem; overflow: auto; }
+.found table, .found thead, .found tbody, .found tr { border: 0 !important; }
+.found table { width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums; }
+.found th, .found td { text-align: left; padding: .3rem .7rem .3rem 0 !important;
+  border: 0 !important; border-bottom: 1px solid var(--border-color-primary) !important;
+  overflow-wrap: anywhere; }
+.found th { font-weight: 500; opacity: .75; }
+.found td:nth-child(2) { white-space: nowrap; }
+.found i { display: inline-block; width: .85em; height: .85em; border-radius: 2px;
   margin-right: .5em; vertical-align: -.05em; border: 1px solid rgba(0, 0, 0, .25); }
+@media (max-width: 900px) { #side { max-width: none; } }
 """
 
 
@@ -280,13 +290,15 @@ def build_page(gr: Any, handlers: Handlers, names: str, examples: Sequence[Path]
             elem_id="title",
         )
         with gr.Row(equal_height=False):
-            with gr.Column(scale=2, min_width=320):
+            with gr.Column(scale=2, min_width=320, elem_id="side"):
                 picture = gr.Image(
                     label="Picture",
                     type="filepath",
                     sources=["upload", "clipboard"],
                     buttons=["fullscreen"],
                     height=300,
+                    placeholder="Drop a picture here, or click\n"
+                    f"up to {handlers.limits.max_bytes / 1024**2:g} MB",
                     elem_id="picture",
                 )
                 classes = gr.Textbox(
@@ -319,27 +331,35 @@ def build_page(gr: Any, handlers: Handlers, names: str, examples: Sequence[Path]
                         api_visibility="private",
                     )
             with gr.Column(scale=5, min_width=420):
-                message = gr.HTML(_message(Answer(HELLO, "", None)), elem_id="message")
+                message = gr.HTML(
+                    _message(Answer(HELLO, "", None)), padding=False, elem_id="message"
+                )
                 with gr.Column(visible=False, elem_id="results") as results:
+                    with gr.Row(elem_id="downloads"):
+                        json_file = gr.DownloadButton("Download JSON", size="sm", elem_id="json")
+                        png_file = gr.DownloadButton("Download PNG", size="sm", elem_id="png")
                     panels, tables = [], []
                     with gr.Row(equal_height=False):
                         for number, title in enumerate(titles):
-                            with gr.Column(min_width=320):
+                            with gr.Column(min_width=320, elem_classes="detector"):
+                                gr.Markdown("### " + _as_markdown(title))
                                 panels.append(
                                     gr.Image(
-                                        label=title,
+                                        show_label=False,
                                         interactive=False,
                                         buttons=["fullscreen"],
                                         alt_text=f"Detections of {title}",
                                         elem_id=f"panel_{number}",
+                                        elem_classes="panel",
                                     )
                                 )
                                 tables.append(
-                                    gr.HTML(elem_id=f"table_{number}", elem_classes="table")
+                                    gr.HTML(
+                                        padding=False,
+                                        elem_id=f"table_{number}",
+                                        elem_classes="found",
+                                    )
                                 )
-                    with gr.Row():
-                        json_file = gr.DownloadButton("JSON", elem_id="json")
-                        png_file = gr.DownloadButton("PNG", elem_id="png")
 
         def unpack(answer: Answer) -> list[Any]:
             shown = answer.shown
@@ -381,6 +401,10 @@ def build_page(gr: Any, handlers: Handlers, names: str, examples: Sequence[Path]
         )
     page.queue(max_size=WAITING)
     return page
+
+
+def _as_markdown(text: str) -> str:
+    return re.sub(r"([^\w\s])", r"\\\1", text)
 
 
 def _message(answer: Answer) -> str:
@@ -586,6 +610,45 @@ def find_examples(paths: Sequence[str] | None) -> list[Path]:
     return [path for path in find_inputs(paths) if not is_video(path)] if paths else []
 
 
+@contextlib.contextmanager
+def serving(
+    predictors: Mapping[str, OpenVocabularyPredictor],
+    folder: Path,
+    *,
+    names: str = "",
+    examples: Sequence[Path] = (),
+    host: str = "127.0.0.1",
+    port: int | None = None,
+    limits: Limits | None = None,
+) -> Iterator[str]:
+    """Serve the page while inside the block.
+
+    Args:
+        predictors: By title; the first one is the main one.
+        folder: An empty one, where everything is written.
+        names: Class names that are there to begin with.
+        examples: Pictures to choose from.
+        host: Address to listen on.
+        port: None is the first free one from ``FIRST_PORT`` on, 0 any free one.
+        limits: What visitors may send.
+
+    Yields:
+        The page's URL.
+
+    Raises:
+        ValueError: Nothing can listen there.
+    """
+    limits = limits or Limits()
+    downloads = folder / "downloads"
+    downloads.mkdir()
+    with gradio_in(folder) as gr:
+        page = build_page(gr, Handlers(predictors, limits, downloads), names, examples)
+        try:
+            yield launch(gr, page, host, port, limits)
+        finally:
+            page.close(verbose=False)
+
+
 def serve(args: argparse.Namespace) -> None:
     """Serve the page until a signal comes.
 
@@ -599,22 +662,23 @@ def serve(args: argparse.Namespace) -> None:
         ending_on_signals(),
         tempfile.TemporaryDirectory(prefix="hierkd_web_", ignore_cleanup_errors=True) as name,
     ):
-        folder = Path(name)
-        predictors = load_detectors(args, folder / "text_embeddings")
-        main = next(iter(predictors.values()))
-        names = ", ".join(main.vocabulary) if len(main.vocabulary) <= args.max_names else ""
-        (folder / "gradio" / "results").mkdir(parents=True)
-        with gradio_in(folder / "gradio") as gr:
-            handlers = Handlers(predictors, limits, folder / "gradio" / "results")
-            page = build_page(gr, handlers, names, examples)
-            url = launch(gr, page, args.host, args.port, limits)
-            try:
-                if args.host not in ("127.0.0.1", "localhost", "::1"):
-                    logger.warning("whoever can reach this machine can use the page")
-                logger.info("Open %s - Ctrl-C ends it", url)
-                threading.Event().wait()
-            finally:
-                page.close(verbose=False)
+        predictors = load_detectors(args, Path(name) / "text_embeddings")
+        vocabulary = next(iter(predictors.values())).vocabulary
+        served = Path(name) / "gradio"
+        served.mkdir()
+        with serving(
+            predictors,
+            served,
+            names=", ".join(vocabulary) if len(vocabulary) <= args.max_names else "",
+            examples=examples,
+            host=args.host,
+            port=args.port,
+            limits=limits,
+        ) as url:
+            if args.host not in ("127.0.0.1", "localhost", "::1"):
+                logger.warning("whoever can reach this machine can use the page")
+            logger.info("Open %s - Ctrl-C ends it", url)
+            threading.Event().wait()
 
 
 def check_options(args: argparse.Namespace) -> None:

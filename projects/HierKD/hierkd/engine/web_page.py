@@ -61,7 +61,7 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # as Pillow calls them; browse
 # Longer side of the picture that boxes are drawn on: labels can be read, and drawing takes a
 # fraction of a second. [ours]
 _VIEW_PX = (640, 1280)
-_LABELS_PER_SIDE = 40  # heights of a label that make up the longer side. [ours]
+_LABELS_PER_SIDE = 32  # heights of a label that make up the longer side. [ours]
 _MAX_SIDE = 20_000  # pixels; longer ones are no pictures. [ours]
 
 
