@@ -30,7 +30,7 @@ import socket
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -139,11 +139,13 @@ class Visit:
     Attributes:
         found: All detections in its picture; None if there are none to show.
         problem: Why there are none.
+        settings: Threshold and the like, with which they were shown last.
         token: Unguessable name of the folder with its downloads.
     """
 
     found: Found | None
     problem: str = ""
+    settings: tuple[Any, ...] | None = None
     token: str = field(default_factory=lambda: secrets.token_hex(16))
 
 
@@ -192,7 +194,9 @@ class Handlers:
         except Exception:  # whatever it was, the old answer must not stay beside the new picture
             logger.exception("detecting has failed")
             return Answer(FAILED, "error", Visit(None, FAILED))
-        return self.show(Visit(found), upload, threshold, top_k, class_thresholds)
+        visit = Visit(found)
+        shown = self.show(visit, upload, threshold, top_k, class_thresholds)
+        return shown or Answer("", "", visit)  # never None: nothing was shown before
 
     def show(
         self,
@@ -201,10 +205,14 @@ class Handlers:
         threshold: float | None,
         top_k: float | None,
         class_thresholds: str | None,
-    ) -> Answer:
-        """Answer a moved threshold; no detector is asked."""
+    ) -> Answer | None:
+        """Answer a moved threshold; no detector is asked. None: it shows in the page already."""
         if visit is None:
             return Answer(HELLO if upload is None else LOST, "", None)
+        settings = (threshold, top_k, class_thresholds)
+        if settings == visit.settings:
+            return None
+        visit = replace(visit, settings=settings)
         if visit.found is None:
             return Answer(visit.problem, "error", visit)
         try:
@@ -243,6 +251,7 @@ STYLE = """
 #title h1 { font-size: 1.6rem; margin: .2rem 0 .1rem; }
 #title p { margin: 0; opacity: .75; }
 #side { max-width: 460px; }
+#message .html-container, .found .html-container { padding: 0 !important; }
 .message { padding: .6rem .9rem; border-radius: 8px; border: 1px solid var(--border-color-primary);
   background: var(--background-fill-secondary); color: var(--body-text-color);
   overflow-wrap: anywhere; }
@@ -263,6 +272,8 @@ STYLE = """
 .found td:nth-child(2) { white-space: nowrap; }
 .found i { display: inline-block; width: .85em; height: .85em; border-radius: 2px;
   margin-right: .5em; vertical-align: -.05em; border: 1px solid rgba(0, 0, 0, .25); }
+.dark .message.error { background: #3b1210; color: #fecdca; }
+.dark .message.good { border-color: #2f6b45; background: #10291a; color: #d1f0dc; }
 @media (max-width: 900px) { #side { max-width: none; } }
 """
 
@@ -331,9 +342,7 @@ def build_page(gr: Any, handlers: Handlers, names: str, examples: Sequence[Path]
                         api_visibility="private",
                     )
             with gr.Column(scale=5, min_width=420):
-                message = gr.HTML(
-                    _message(Answer(HELLO, "", None)), padding=False, elem_id="message"
-                )
+                message = gr.HTML(_message(Answer(HELLO, "", None)), elem_id="message")
                 with gr.Column(visible=False, elem_id="results") as results:
                     with gr.Row(elem_id="downloads"):
                         json_file = gr.DownloadButton("Download JSON", size="sm", elem_id="json")
@@ -354,14 +363,12 @@ def build_page(gr: Any, handlers: Handlers, names: str, examples: Sequence[Path]
                                     )
                                 )
                                 tables.append(
-                                    gr.HTML(
-                                        padding=False,
-                                        elem_id=f"table_{number}",
-                                        elem_classes="found",
-                                    )
+                                    gr.HTML(elem_id=f"table_{number}", elem_classes="found")
                                 )
 
-        def unpack(answer: Answer) -> list[Any]:
+        def unpack(answer: Answer | None) -> Any:
+            if answer is None:
+                return gr.skip()
             shown = answer.shown
             return [
                 answer.visit,
@@ -384,7 +391,7 @@ def build_page(gr: Any, handlers: Handlers, names: str, examples: Sequence[Path]
             "preprocess": False,
             "api_visibility": "private",
         }
-        gr.on(
+        detected = gr.on(
             [picture.change, classes.submit, button.click],
             lambda *inputs: unpack(handlers.detect(*inputs)),
             [visit, picture, classes, *settings],
@@ -392,13 +399,16 @@ def build_page(gr: Any, handlers: Handlers, names: str, examples: Sequence[Path]
             show_progress_on=[message, *panels],
             **common,
         )
-        gr.on(
-            [threshold.change, top_k.change, class_thresholds.submit, class_thresholds.blur],
-            lambda *inputs: unpack(handlers.show(*inputs)),
-            [visit, picture, *settings],
-            show_progress="hidden",
+        show_anew = {
+            "fn": lambda *inputs: unpack(handlers.show(*inputs)),
+            "inputs": [visit, picture, *settings],
+            "show_progress": "hidden",
             **common,
-        )
+        }
+        moved = [threshold.change, top_k.change, class_thresholds.submit, class_thresholds.blur]
+        gr.on(moved, **show_anew)
+        # A threshold that was moved while a detection was asked for may have arrived before it.
+        detected.then(**show_anew)
     page.queue(max_size=WAITING)
     return page
 

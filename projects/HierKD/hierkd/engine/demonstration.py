@@ -104,8 +104,13 @@ def parse_compared(texts: Sequence[str], first: str) -> dict[str, str]:
 
 
 def title_of(path: str) -> str:
-    """Name of a training's folder, or of the folder of its checkpoint."""
+    """Name of a training's folder, or of the folder of its checkpoint or config.yaml.
+
+    A config of another name gives its own name.
+    """
     resolved = Path(path).resolve()
+    if resolved.suffix in (".yaml", ".yml") and resolved.stem != "config":
+        return resolved.stem
     return resolved.parent.name if resolved.suffix else resolved.name
 
 
