@@ -26,7 +26,6 @@ from typing import Any, TextIO
 from detectron2.utils.logger import setup_logger
 from tqdm import tqdm
 
-from hierkd.engine.config import load_config
 from hierkd.engine.cpu_memory import keep_freed_memory
 from hierkd.engine.demo_outputs import (
     VIDEO_CODECS,
@@ -37,7 +36,17 @@ from hierkd.engine.demo_outputs import (
     write_json,
     write_page,
 )
-from hierkd.engine.demonstration import CocoIds, Detectors, annotate_picture, annotate_video
+from hierkd.engine.demonstration import (
+    DEFAULT_RUN,
+    TRAINED_WEIGHTS,
+    CocoIds,
+    Detectors,
+    annotate_picture,
+    annotate_video,
+    load_detector,
+    parse_compared,
+    title_of,
+)
 from hierkd.engine.detections import DetectionFilter, parse_class_thresholds
 from hierkd.engine.inputs import find_inputs, is_video
 from hierkd.engine.json_lines import answer_lines
@@ -45,8 +54,6 @@ from hierkd.engine.predictor import OpenVocabularyPredictor, resolve_vocabulary
 
 logger = logging.getLogger("hierkd.demo")
 
-DEFAULT_RUN = "output/demo/hierkd"
-TRAINED_WEIGHTS = "model_final.pth"  # what detectron2's trainer calls its last checkpoint
 REQUESTS = "-"  # as the only input: JSON lines from standard input
 
 
@@ -181,62 +188,6 @@ def check_options(args: argparse.Namespace) -> None:
         given = [f"--{n.replace('_', '-')}" for n in drawing if getattr(args, n) not in (None, [])]
         if given := [flag for flag in given if flag != "--window" or args.window]:
             raise ValueError(f"--input - answers with JSON alone: leave out {', '.join(given)}")
-
-
-def load_detector(
-    run: str | None, config_file: str | None, opts: Sequence[str], device: str | None
-) -> OpenVocabularyPredictor:
-    """Build the detector; a config without named weights finds its run's own beside it.
-
-    Raises:
-        FileNotFoundError: There is no such run or config, or no weights.
-        ValueError: The config or the overrides are wrong.
-    """
-    if run is None and config_file is None:
-        run = DEFAULT_RUN
-        if not Path(run, "config.yaml").is_file():
-            raise FileNotFoundError(
-                f"--run: no detector in {run!r}; run `make demo` first, or name one: --run PATH, "
-                "or --config-file YAML --opts MODEL.WEIGHTS FILE"
-            )
-    if run is not None and "MODEL.WEIGHTS" not in opts[::2]:
-        return OpenVocabularyPredictor.from_checkpoint(run, config_file, device=device, opts=opts)
-    config_file = config_file or str(Path(run or "") / "config.yaml")
-    overrides = list(opts) + (["MODEL.DEVICE", device] if device else [])
-    trained = Path(config_file).parent / TRAINED_WEIGHTS
-    if "MODEL.WEIGHTS" not in opts[::2] and trained.is_file():
-        overrides += ["MODEL.WEIGHTS", str(trained)]
-    return OpenVocabularyPredictor(load_config(config_file, overrides))
-
-
-def parse_compared(texts: Sequence[str], first: str) -> dict[str, str]:
-    """Read TITLE=PATH or PATH; a path's title is its last folder's name.
-
-    Args:
-        texts: As typed.
-        first: Title of the first detector.
-
-    Returns:
-        Title to path.
-
-    Raises:
-        ValueError: Two detectors have one title.
-    """
-    runs: dict[str, str] = {}
-    for text in texts:
-        title, equals, path = text.partition("=")
-        if not equals or Path(text).exists():
-            title, path = title_of(text), text
-        if title in runs or title == first:
-            raise ValueError(f"--compare: two detectors are called {title!r}: name one, TITLE=PATH")
-        runs[title] = path
-    return runs
-
-
-def title_of(path: str) -> str:
-    """Name of a training's folder, or of the folder of its checkpoint."""
-    resolved = Path(path).resolve()
-    return resolved.parent.name if resolved.suffix else resolved.name
 
 
 def load_detectors(args: argparse.Namespace) -> Detectors:

@@ -42,7 +42,7 @@ LAYERS = [
     " engine.predictor engine.cache_teacher engine.replay",
     "evaluation.direct_inference evaluation.proposal_evaluation evaluation.upper_bound"
     " evaluation.heat_maps evaluation.federated_evaluation engine.gallery engine.tiny_clip"
-    " engine.soak_load modeling.exportable engine.json_lines",
+    " engine.soak_load modeling.exportable engine.json_lines engine.web_page",
     "engine.report engine.figures engine.export",
     "engine.demonstration",
     "benchmarks.random_models benchmarks.crops benchmarks.eval benchmarks.loader",

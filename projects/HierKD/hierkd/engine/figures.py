@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 from detectron2.structures import Instances
 
+from hierkd.engine.detections import scale_boxes
 from hierkd.engine.gallery import (
     CORRECT_COLOR,
     UNCOUNTED,
@@ -146,9 +147,7 @@ def draw_side_by_side(
     fitted, factor = fit(image, panel_px)
     panels = []
     for instances in found.values():
-        scaled = Instances(fitted.shape[:2], **instances.get_fields())
-        scaled.pred_boxes = instances.pred_boxes.clone()
-        scaled.pred_boxes.scale(factor, factor)
+        scaled = scale_boxes(instances, factor, fitted.shape[:2])
         panels.append(draw_instances(fitted, scaled, vocabulary, min_long_side=1, font_px=16))
     return draw_sheet([SheetRow(panels, list(found))], panel_px=panel_px)
 
