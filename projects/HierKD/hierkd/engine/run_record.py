@@ -8,6 +8,7 @@ figures as data: the same, the weights, and the figures. (A training's are in ``
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import math
@@ -16,7 +17,6 @@ import platform
 import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +39,8 @@ logger = logging.getLogger(__name__)
 ENVIRONMENT = "environment.json"
 EVALUATIONS = "evaluations.json"
 
-_DISTRIBUTIONS = (
-    *("hierkd", "torch", "torchvision", "detectron2"),
-    *("numpy", "pillow", "opencv-python-headless"),
-)
+# Importable names of what decides figures.
+_LIBRARIES = ("hierkd", "torch", "torchvision", "detectron2", "numpy", "PIL", "cv2")
 
 
 def describe_environment() -> dict[str, Any]:
@@ -54,10 +52,10 @@ def describe_environment() -> dict[str, Any]:
         report may be passed on.
     """
     versions = {"python": platform.python_version()}
-    for name in _DISTRIBUTIONS:
+    for name in _LIBRARIES:
         try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:  # from elsewhere, or not at all
+            versions[name] = str(importlib.import_module(name).__version__)
+        except (ImportError, AttributeError):  # not there, or of no version
             continue
     if torch.version.cuda:
         versions["cuda"] = torch.version.cuda

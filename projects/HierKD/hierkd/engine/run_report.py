@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -37,7 +38,7 @@ from hierkd.engine.gallery import (
     judged_classes,
     keep_as_many_as_objects_in_picture,
 )
-from hierkd.engine.metrics_file import RunMetrics, read_run_metrics
+from hierkd.engine.metrics_file import Curve, RunMetrics, read_run_metrics
 from hierkd.engine.page import escape, page
 from hierkd.engine.predictor import OpenVocabularyPredictor, find_checkpoint
 from hierkd.engine.run_record import ENVIRONMENT, EVALUATIONS, read_entries
@@ -63,7 +64,7 @@ logger = logging.getLogger(__name__)
 
 _METRICS = ("AP50", "AR50", "AP", "AP75", "APs", "APm", "APl")
 # A scalar of an evaluation: <dataset>/<task>/<group>/<metric> or <dataset>/<task>/AP50-<class>.
-_FIGURE = re.compile(r"(?P<dataset>[^/]+)/(?P<task>[^/]+)/(?P<name>.+)", re.DOTALL)
+_FIGURE = re.compile(r"(?P<dataset>[^/]+)/[^/]+/(?P<name>.+)", re.DOTALL)
 _GROUPS = ("novel", "base", "all")
 _PROTOCOLS = ("ZSD", "base alone", "GZSD", "–")  # in the order of the tables
 _PER_CLASS = "AP50-"
@@ -231,12 +232,17 @@ def _by_dataset(figures: Any) -> dict[str, dict[str, float]]:
     """Dataset to name to value, of flat names to values; what is no number becomes NaN."""
     found: dict[str, dict[str, float]] = {}
     for key, value in figures.items() if isinstance(figures, Mapping) else ():
-        matched = _FIGURE.fullmatch(str(key))
-        if matched:
-            is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            of_dataset = found.setdefault(matched["dataset"], {})
-            of_dataset[matched["name"]] = float(value) if is_number else math.nan
+        dataset, name = _split(str(key)) or ("", "")
+        if name:
+            is_number = isinstance(value, int | float) and abs(value) < math.inf
+            found.setdefault(dataset, {})[name] = float(value) if is_number else math.nan
     return dict(sorted(found.items(), key=lambda each: _PROTOCOLS.index(_protocol(each[1]))))
+
+
+def _split(scalar: str) -> tuple[str, str] | None:
+    """Dataset and name of an evaluation's figure; None for other scalars."""
+    matched = _FIGURE.fullmatch(scalar)
+    return (matched["dataset"], matched["name"]) if matched else None
 
 
 def _evaluations_of_training(metrics: RunMetrics | None) -> list[Evaluation]:
@@ -245,7 +251,7 @@ def _evaluations_of_training(metrics: RunMetrics | None) -> list[Evaluation]:
         return []
     by_iteration: dict[int, dict[str, float]] = {}
     for name, (iterations, values) in metrics.curves.items():
-        if _FIGURE.fullmatch(name):
+        if _split(name):
             for iteration, value in zip(iterations, values, strict=True):
                 by_iteration.setdefault(iteration, {})[name] = value
     return [
@@ -537,7 +543,7 @@ def _curves_sections(runs: Sequence[RunFolder]) -> str:
     learned = [s for s in TITLES if s in _LEARNED]
     speed = ("time", "data_time", "rank_data_time")
     known = {*losses, *learned, *speed, "eta_seconds"}
-    rest = [s for s in scalars if s not in known and not _FIGURE.fullmatch(s)]
+    rest = [s for s in scalars if s not in known and not _split(s)]
     parts = [
         _section(
             "Losses",
@@ -564,18 +570,21 @@ _LEARNED_CAPTION = (
 _PRECISION_CAPTION = "AP50 in percent, of every evaluation in training."
 
 
-def _precision_curves(of_runs: Mapping[str, Mapping[str, Any]]) -> str:
+def _precision_curves(of_runs: Mapping[str, Mapping[str, Curve]]) -> str:
     """A figure per dataset, with a line per group of classes and run, if there are two points."""
-    figures: dict[str, dict[str, Any]] = {}
-    for run, curves in of_runs.items():
-        for scalar, curve in curves.items():
-            matched = _FIGURE.fullmatch(scalar)
-            group, _, metric = matched["name"].partition("/") if matched else ("", "", "")
-            if matched and metric == "AP50" and len(curve[0]) > 1:
-                line = group if len(of_runs) == 1 else f"{run}: {group}"
-                figures.setdefault(matched["dataset"], {})[line] = curve
-    content = "".join(curve_figure(dataset, lines) for dataset, lines in figures.items())
-    return f'<div class="grid three">{content}</div>' if content else ""
+    scalars = dict.fromkeys(s for curves in of_runs.values() for s in curves)
+    figures = []
+    for dataset, names in _by_dataset(scalars).items():
+        lines = {}
+        for group in _groups(names):
+            wanted = (dataset, f"{group}/AP50")
+            for run, curves in of_runs.items():
+                curve = next((c for s, c in curves.items() if _split(s) == wanted), None)
+                if curve is not None and len(curve[0]) > 1:
+                    lines[group if len(of_runs) == 1 else f"{run}: {group}"] = curve
+        if lines:
+            figures.append(curve_figure(dataset, lines))
+    return f'<div class="grid three">{"".join(figures)}</div>' if figures else ""
 
 
 def _section(title: str, content: str, caption: str) -> str:
@@ -669,7 +678,7 @@ def _provenance_section(run: RunFolder) -> str:
 
 def _hardware(hardware: Mapping[str, Any]) -> str:
     gpus = hardware.get("gpus")
-    counts = {g: gpus.count(g) for g in gpus} if isinstance(gpus, list) else {}
+    counts = Counter(map(str, gpus)) if isinstance(gpus, list) else {}
     parts = [f"{n} × {name}" for name, n in counts.items()]
     parts.append(f"{hardware.get('cores')} cores of {hardware.get('processor')}")
     if hardware.get("memory_gib") is not None:
