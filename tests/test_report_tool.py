@@ -4,21 +4,26 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from detectron2.engine import default_argument_parser
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import tiny_training
 import train_net
+from hierkd.engine.config import load_config
 from hierkd.engine.metrics_file import read_run_metrics
 from hierkd.engine.run_report import read_run
 from log_handlers import own_log_handlers
 from tiny_training import call_main, command_line
 from tools import report
 
+ROOT = Path(__file__).resolve().parents[1]
 NOVEL, ALL = "miniature_ovd_val_novel", "miniature_ovd_val_all"
 
 
@@ -269,6 +274,15 @@ def test_names_from_a_folder_are_no_html(tmp_path):
         assert piece not in html
 
 
+def test_starts_before_a_new_beginning_are_left_out(tmp_path):
+    (tmp_path / "config.yaml").write_text("SEED: 1\n")
+    starts = [{"iteration": i, "commit": c} for i, c in ((0, "a"), (50, "b"), (0, "c"), (20, "d"))]
+    (tmp_path / "environment.json").write_text(json.dumps(starts))
+    run = read_run(tmp_path)
+    assert [each["commit"] for each in run.starts] == ["c", "d"]
+    assert any("2 earlier starts" in note for note in run.notes)
+
+
 @pytest.mark.parametrize(
     "starts",
     [
@@ -308,3 +322,29 @@ def test_curves_of_a_run_are_those_of_metrics_json(tmp_path):
     assert run.metrics.curves == {"total_loss": ([19, 39], [5.0, 3.0])}
     assert run.last_iteration == 39
     assert any("back to an earlier iteration 1 times" in note for note in run.notes)
+
+
+# --------------------------------------------------------------------------------------- the page
+
+PAGE = ROOT / "docs" / "monitoring.md"
+
+
+def test_every_scalar_of_a_run_is_explained(watched):
+    curves = read_run_metrics(watched / "metrics.json").curves
+    found = {name for name in curves if "/" not in name}
+    (table,) = re.findall(r"\| scalar \|.*?\n\n", PAGE.read_text(), re.DOTALL)
+    names = [row.split("|")[1] for row in table.splitlines() if row.startswith("|")]
+    explained = {name for cell in names for name in re.findall(r"`(\w+)`", cell)}
+    assert explained == found
+
+
+def test_commands_of_the_page_are_understood():
+    commands = re.findall(r"^python (tools/report|train_net)\.py (.*)$", PAGE.read_text(), re.M)
+    assert len(commands) == 4
+    for script, arguments in commands:
+        if script == "tools/report":
+            report.get_parser().parse_args(shlex.split(arguments))
+        else:
+            args = default_argument_parser().parse_args(shlex.split(arguments))
+            cfg = load_config(str(ROOT / args.config_file), args.opts)
+            assert cfg.VIS_PERIOD > 0

@@ -178,6 +178,19 @@ def test_a_failing_drawing_is_told_and_changes_nothing(detector, dataset, monkey
     assert_same_state(detector, before)
 
 
+def test_a_signal_ends_a_drawing_and_leaves_the_training_as_it_was(detector, dataset):
+    def leave(model, inputs):  # as Interruption does, from a hook before the forward pass
+        raise SystemExit(143)
+
+    hook = pictures(detector, dataset)
+    before = state(detector)
+    handle = detector.register_forward_pre_hook(leave)
+    with pytest.raises(SystemExit):
+        run([hook], [2])
+    handle.remove()
+    assert_same_state(detector, before)
+
+
 def test_pictures_show_novel_classes_and_what_was_found(detector, dataset, monkeypatch):
     drawn = []
 

@@ -89,7 +89,7 @@ table.texts3 td:nth-child(3), table.texts3 th:nth-child(3) { text-align: left; }
 .bar { display: inline-block; width: 7em; height: .62em; margin-right: .6em; background: #f1f3f5;
   border-radius: 2px; overflow: hidden; }
 .bar i { display: block; height: 100%; }
-.number { display: inline-block; min-width: 2.7em; }
+.number { display: inline-block; min-width: 3.2em; }
 .notes { color: #7a4100; font-size: .92rem; padding-left: 1.2rem; }
 details { margin: .8rem 0; }
 summary { cursor: pointer; color: #0b5cad; }

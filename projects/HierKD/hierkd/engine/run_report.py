@@ -93,7 +93,7 @@ class RunFolder:
         config: Of ``config.yaml``, plain values; None if there is none.
         config_text: The file itself.
         metrics: None if nothing was trained.
-        starts: Entries of ``environment.json``.
+        starts: Entries of ``environment.json``, since the run was begun from iteration 0.
         evaluations: Last ones first; the first are the run's figures.
         notes: What is missing or broken.
     """
@@ -151,6 +151,9 @@ def read_run(path: str | os.PathLike[str]) -> RunFolder:
     starts = _read_entries(folder / ENVIRONMENT, notes)
     if not starts:
         notes.append(f"There is no {ENVIRONMENT}: when, where and at which commit is not recorded.")
+    begun = max((i for i, each in enumerate(starts) if each.get("iteration") == 0), default=0)
+    if begun > 0:
+        notes.append(f"{begun} earlier starts in this folder are left out: it was begun anew.")
     alone = [
         Evaluation(
             f"--eval-only of {entry.get('weights') or 'random weights'}, {entry.get('date')}",
@@ -160,7 +163,7 @@ def read_run(path: str | os.PathLike[str]) -> RunFolder:
     ]
     trained = _evaluations_of_training(metrics)
     # the figures of a training are those of its own evaluations; others may be of other weights
-    return RunFolder(folder, config, text, metrics, starts, [*trained, *alone], notes)
+    return RunFolder(folder, config, text, metrics, starts[begun:], [*trained, *alone], notes)
 
 
 def write_run_report(
@@ -537,7 +540,7 @@ def _curves_sections(runs: Sequence[RunFolder]) -> str:
             for scalar in wanted
             if scalar in scalars
         }
-        return curve_grid(chosen) if chosen else ""
+        return curve_grid(chosen, list(of_runs)) if chosen else ""
 
     losses = loss_names(scalars)
     learned = [s for s in TITLES if s in _LEARNED]

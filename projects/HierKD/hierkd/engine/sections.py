@@ -81,6 +81,7 @@ _FITTED = {
 _LINE_COLORS = ("#0b5cad", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#444444")
 # A positive curve whose values differ by more than this factor gets a logarithmic axis. [ours]
 _LOG_FACTOR = 30.0
+_FEW_POINTS = 15  # below this each point is marked. [ours]
 _MAX_POINTS = 1000  # of a curve that is drawn: more than its pixels. [ours]
 
 
@@ -182,21 +183,30 @@ def pairs(examples: Sequence[Sample], *, label_uncounted: bool = False) -> str:
     return f'<div class="grid two">{"".join(found)}</div>'
 
 
-def curve_grid(curves: Mapping[str, Mapping[str, Curve]]) -> str:
+def curve_grid(curves: Mapping[str, Mapping[str, Curve]], runs: Sequence[str] | None = None) -> str:
     """Draw a figure per scalar; in each a line per run.
 
     Args:
         curves: Name of the scalar to name of the run to the curve.
+        runs: Names of all runs, so that each has one colour in all figures, also in those where
+            others are missing; None means that there is only one.
     """
     figures = [
-        curve_figure(TITLES.get(name, name), lines, name, from_zero=name not in _FITTED)
+        curve_figure(
+            TITLES.get(name, name), lines, name, names=runs or (), from_zero=name not in _FITTED
+        )
         for name, lines in curves.items()
     ]
     return f'<div class="grid three">{"".join(figures)}</div>'
 
 
 def curve_figure(
-    title: str, lines: Mapping[str, Curve], alternative: str = "", *, from_zero: bool = True
+    title: str,
+    lines: Mapping[str, Curve],
+    alternative: str = "",
+    *,
+    names: Sequence[str] = (),
+    from_zero: bool = True,
 ) -> str:
     """Draw curves into one figure, with a legend if they are several.
 
@@ -204,37 +214,40 @@ def curve_figure(
         title: Below it.
         lines: Name to curve. NaN and infinities are gaps.
         alternative: Text in place of the picture; the title if there is none.
+        names: All names that there are, also in other figures; by default those of ``lines``.
         from_zero: Whether the axis of values begins at zero, if none is negative.
     """
-    return figure(_svg(lines, from_zero), escape(title), alternative or title)
+    return figure(
+        _svg(lines, list(names) or list(lines), from_zero), escape(title), alternative or title
+    )
 
 
-def _svg(lines: Mapping[str, Curve], from_zero: bool) -> str:
-    rows = -(-len(lines) // 2) if len(lines) > 1 else 0  # of the legend
+def _svg(lines: Mapping[str, Curve], names: Sequence[str], from_zero: bool) -> str:
+    rows = -(-len(lines) // 2) if len(names) > 1 else 0  # of the legend
     height = 2.2 + 0.17 * rows
     plot = Figure(figsize=(3.6, height))
     # places by hand: matplotlib's computed layouts cost more than half as much again
     axes = plot.add_axes((0.13, 0.22 / height, 0.85, (height - 0.3 - 0.17 * rows) / height))
     values = [v for _, ys in lines.values() for v in ys if math.isfinite(v)]
-    colors = [_LINE_COLORS[i % len(_LINE_COLORS)] for i in range(len(lines))]
-    for (name, (xs, ys)), color in zip(lines.items(), colors, strict=True):
+    for name, (xs, ys) in lines.items():
+        color = _LINE_COLORS[names.index(name) % len(_LINE_COLORS)]
         step = -(-len(xs) // _MAX_POINTS) or 1
         kept = [y if math.isfinite(y) else math.nan for y in ys[::step]]
-        marker = "o" if len(kept) < 15 else None
+        marker = "o" if len(kept) < _FEW_POINTS else None
         axes.plot(xs[::step], kept, color=color, lw=1.6, marker=marker, ms=3.5, label=_plain(name))
     logarithmic = bool(values) and 0 < min(values) < max(values) / _LOG_FACTOR
     if logarithmic:
         axes.set_yscale("log")
     elif from_zero and values and min(values) >= 0:
         axes.set_ylim(bottom=0)
-    axes.margins(x=0.02 if len(lines) > 1 else 0)
+    axes.margins(x=0.03 if any(len(xs) < _FEW_POINTS for xs, _ in lines.values()) else 0)
     axes.locator_params(axis="x", nbins=5)
     if not logarithmic:
         axes.locator_params(axis="y", nbins=5)
     axes.grid(axis="y", color="#e3e6ea", linewidth=0.8)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(colors="#444", labelsize=8, length=0, which="both")
-    if len(lines) > 1:
+    if len(names) > 1:
         plot.legend(loc="upper left", fontsize=7, frameon=False, ncols=2, borderaxespad=0.1)
     buffer = io.BytesIO()
     plot.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
