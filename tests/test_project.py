@@ -34,7 +34,7 @@ LAYERS = [
     "data.datasets data.official_coco modeling.teacher"
     " engine.warm_start engine.runs engine.reproduction engine.interruption"
     " evaluation.ground_truth engine.detections engine.page",
-    "modeling.cached_teacher engine.launching engine.images engine.demo_outputs",
+    "modeling.cached_teacher engine.launching engine.images engine.demo_outputs engine.run_record",
     "data.prepare data.name_checks",
     "data.custom",
     "engine.config",
@@ -43,8 +43,8 @@ LAYERS = [
     "evaluation.direct_inference evaluation.proposal_evaluation evaluation.upper_bound"
     " evaluation.heat_maps evaluation.federated_evaluation engine.gallery engine.tiny_clip"
     " engine.soak_load modeling.exportable engine.json_lines engine.web_page",
-    "engine.report engine.figures engine.export",
-    "engine.demonstration",
+    "engine.sections engine.figures engine.export",
+    "engine.report engine.run_report engine.monitoring engine.demonstration",
     "benchmarks.random_models benchmarks.crops benchmarks.eval benchmarks.loader",
     "benchmarks.step benchmarks.infer benchmarks.vocabulary benchmarks.peers benchmarks.floor"
     " benchmarks.onnx",

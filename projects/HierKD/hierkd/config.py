@@ -199,6 +199,11 @@ def _add_miniature_and_training_keys(cfg: CN) -> None:
     # stop the run hours later: some minutes on COCO, once per start. [ours]
     cfg.DATALOADER.CHECK_IMAGES = True
 
+    # Every VIS_PERIOD iterations (detectron2's key; 0 = never) this many pictures of the test
+    # dataset with the largest vocabulary go to TensorBoard, ground truth beside detections. They
+    # are always the same ones, chosen by their ground truth. docs/monitoring.md. [ours]
+    cfg.TEST.VIS_PICTURES = 4
+
     # Images per process and step of an evaluation. More than one is faster, above all for small
     # images; images of different sizes are then padded to one, which changes scores near the
     # padding a little. 1 is detectron2's. [ours]
