@@ -11,7 +11,6 @@ import json
 import os
 import re
 import runpy
-import shlex
 import sys
 import tomllib
 import types
@@ -24,8 +23,6 @@ import pytest
 import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog
-
-import hierkd  # noqa: F401  (registers the datasets)
 from docs_pages import (
     LANGUAGES,
     PAGES,
@@ -43,6 +40,8 @@ from docs_pages import (
     usage_lines,
     without_blocks,
 )
+
+import hierkd  # noqa: F401  (registers the datasets)
 from hierkd.config import add_hierkd_config
 from hierkd.engine.config import requested_device
 
@@ -155,7 +154,7 @@ def produced(written) -> set[str]:
         found |= set(re.findall(r"""save\(["'](output/[^"']+)""", page.read_text()))
     for path in (*PAGES, *SCRIPTS):
         for command in commands_of(path):
-            for flag, value in zip(command.words, command.words[1:], strict=False):
+            for flag, value in itertools.pairwise(command.words):
                 if flag in ("--output", "OUTPUT_DIR"):
                     found.add(value)
     return found
@@ -272,7 +271,7 @@ def check_pip(arguments: list[str]) -> None:
     allowed = {"install", "download", "wheel", "uninstall", "freeze", "check"}
     if arguments[0] not in allowed:
         raise ValueError(f"pip {arguments[0]}")
-    for flag, value in zip(arguments, arguments[1:], strict=False):
+    for flag, value in itertools.pairwise(arguments):
         if flag == "-r" and not (ROOT / value).is_file():
             raise ValueError(f"no file {value}")
     for word in arguments:
@@ -285,7 +284,7 @@ def check_pip(arguments: list[str]) -> None:
         if "<" in word or ">" in word:
             declared = [
                 *project["dependencies"],
-                *sum(project["optional-dependencies"].values(), []),
+                *itertools.chain(*project["optional-dependencies"].values()),
             ]
             if word not in declared:
                 raise ValueError(f"{word} is not in pyproject.toml")
@@ -348,7 +347,7 @@ def test_commands_in_the_prose(page, checkout, written):
 
 
 def is_abridged(command: Command, error: str) -> bool:
-    """Whether a command of the prose lacks nothing but arguments: `tools/reproduce.py --num-gpus N`."""
+    """Whether a command of the prose lacks nothing but arguments, as in `demo.py --top-k N`."""
     if not re.search(r"are required:|expected (one|at least one) argument|: '[A-Z_]+'", error):
         return False
     source = (ROOT / command.words[1]).read_text()
@@ -390,9 +389,12 @@ WRONG = {
 
 @pytest.mark.parametrize("text", WRONG)
 def test_the_check_of_commands_can_fail(text, checkout, written):
-    with pytest.raises((ValueError, SyntaxError, yaml.YAMLError), match=WRONG[text]):
+    def check():
         for command in read_shell(text):
             check_command(command, checkout, written)
+
+    with pytest.raises((ValueError, SyntaxError, yaml.YAMLError), match=WRONG[text]):
+        check()
 
 
 def test_the_shell_is_read_as_a_shell_does():
