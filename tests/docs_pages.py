@@ -22,7 +22,7 @@ SCRIPTS = [
     *sorted((ROOT / "datasets").glob("*.py")),
 ]
 SHELL = ("sh", "bash")
-LANGUAGES = (*SHELL, "python", "yaml", "json", "bibtex", "text")
+LANGUAGES = (*SHELL, "python", "yaml", "json", "bibtex", "nginx", "text")
 # What separates commands; "()" and the like are words, if quoted ones.
 _SEPARATORS = {"|", "||", "&&", ";", "&"}
 _REDIRECTIONS = {">", ">>", "<"}
