@@ -2,8 +2,8 @@
 """Detect any classes you can name: in pictures, videos, from a camera, or on request.
 
     python demo.py --input street.jpg photos/ --vocabulary "cat,umbrella,traffic cone"
-    python demo.py --run output/hierkd --input trip.mp4 --every 5 --html
-    python demo.py --run output/hierkd --webcam --window --vocabulary names.txt
+    python demo.py --run output/demo/hierkd --input trip.mp4 --every 5 --html
+    python demo.py --run output/demo/hierkd --webcam --window --vocabulary names.txt
     echo '{"image": "street.jpg", "vocabulary": ["cat"]}' | python demo.py --input -
 
 Writes annotated copies and one ``detections.json`` to ``--output``. Without ``--run`` and
