@@ -161,10 +161,10 @@ READERS = [
         for plant in (torch_zip, torch_legacy, plain_pickle, torchscript_with_pickle)
     ],
     *[
-        (load_open_clip, plant, name)
+        (load_open_clip, plant, "open_clip_pytorch_model.bin")
         for plant in (torch_zip, torch_legacy, plain_pickle, torchscript_with_pickle)
-        for name in ("open_clip_pytorch_model.bin", "open_clip_model.safetensors")
     ],
+    (load_open_clip, plain_pickle, "open_clip_model.safetensors"),
     (load_text_embeddings, object_npz, "texts.npz"),
     (load_text_embeddings, plain_pickle, "texts.npz"),
     (load_text_embeddings, object_array, "texts.npz"),
