@@ -13,6 +13,7 @@ import open_clip_files
 import tiny_training
 import train_net
 from hierkd.engine.config import load_config
+from hierkd.engine.tiny_clip import TinyCLIPSpec, build_tiny_clip, save_clip
 from hierkd.modeling.openai_clip import OPENAI_MODELS
 from hierkd.modeling.teacher import CLIPTeacher
 from hierkd.modeling.text_embeddings import PROMPT_ENSEMBLE, load_text_embeddings, read_templates
@@ -83,7 +84,8 @@ def extract(output, *arguments):
 
 
 def test_training_with_both_distillations(trained):
-    last = json.loads((trained / "metrics.json").read_text().splitlines()[-1])
+    lines = map(json.loads, (trained / "metrics.json").read_text().splitlines())
+    last = [line for line in lines if "loss_cls" in line][-1]
     for loss in ("loss_ikd", "loss_gkd_image", "loss_gkd_caption"):
         assert last[loss] > 0
     weights = torch.load(trained / "model_final.pth", weights_only=True)["model"]
@@ -135,6 +137,34 @@ def test_embeddings_in_a_file_say_which_teacher_made_them(open_clip, tmp_path):
     assert stored.templates == PROMPT_ENSEMBLE
     expected = teacher.encode_classes(["cat", "dog"]).numpy()
     assert stored.embeddings == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_example_of_the_page_gives_the_same_teacher_twice(tmp_path, monkeypatch):
+    """The miniature's CLIP, read by OpenAI's package and by open_clip."""
+    pytest.importorskip("open_clip", reason="open_clip_torch is not installed")
+    page = (ROOT / "docs" / "teachers.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    theirs = tmp_path / "datasets" / "miniature" / "teacher.pt"
+    theirs.parent.mkdir(parents=True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        save_clip(build_tiny_clip(TinyCLIPSpec()), theirs)
+    exec(compile(code, "docs/teachers.md", "exec"), {})
+    folder = tmp_path / "output" / "open_clip_teacher"
+    first, second = (
+        CLIPTeacher(str(name), device="cpu") for name in (theirs, f"open_clip:{folder}")
+    )
+    assert first.weights_digest != second.weights_digest
+    texts = ["a photo of a cat.", "two dogs " * 40]
+    found = second.encode_captions(texts)
+    torch.testing.assert_close(found, first.encode_captions(texts), atol=1e-5, rtol=0)
+    generator = torch.Generator().manual_seed(0)
+    picture = (torch.rand(1, 3, 5, 7, generator=generator) * 255).repeat_interleave(20, 2)
+    boxes = torch.tensor([[3.0, 4.0, 6.0, 60.0], [0.0, 0.0, 7.0, 90.0]])
+    regions = second.encode_regions([picture[0]], [boxes], 1.5)
+    expected = first.encode_regions([picture[0]], [boxes], 1.5)
+    torch.testing.assert_close(regions, expected, atol=1e-5, rtol=0)
 
 
 # -------------------------------------------------------------------------------------- mismatches

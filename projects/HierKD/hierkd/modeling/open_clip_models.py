@@ -338,14 +338,16 @@ def _load_weights(open_clip: ModuleType, model: Any, found: _Weights) -> None:
 
 
 def _make_tokenizer(open_clip: ModuleType, found: _Weights) -> Any:
+    source = found.config["text_cfg"].get("hf_tokenizer_name")
+    # else transformers asks, in a terminal, whether to run code that a folder brings along
+    options = {"trust_remote_code": False} if source else {}
     try:
         with _quiet_root_logger():
-            return open_clip.get_tokenizer(found.model)
+            return open_clip.get_tokenizer(found.model, **options)
     # a missing package, the hub's client, a broken file: anything from OSError to KeyError
     except Exception as error:
-        source = found.config["text_cfg"].get("hf_tokenizer_name", "a model hub")
         raise FileNotFoundError(
-            f"the tokeniser of {found.title} comes from {source!r} and cannot be made "
+            f"the tokeniser of {found.title} comes from {source or 'a hub'!r} and cannot be made "
             f"({type(error).__name__}: {error}). It needs the package transformers and, the first "
             "time, the network; without, put its files (tokenizer.json, tokenizer_config.json) "
             f"beside the weights and an {_CONFIG}, and set {_KEY} to {OPEN_CLIP_PREFIX}FOLDER"

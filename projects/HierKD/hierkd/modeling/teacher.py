@@ -493,7 +493,8 @@ def build_teacher(cfg: Any) -> Teacher:
     if stored.embed_dim != text.EMBED_DIM:
         raise ValueError(
             f"{stored.path}: embeddings of size {stored.embed_dim}, but "
-            f"MODEL.TEXT_CLASSIFIER.EMBED_DIM is {text.EMBED_DIM}"
+            f"MODEL.TEXT_CLASSIFIER.EMBED_DIM is {text.EMBED_DIM}: they are of another CLIP; set "
+            f'MODEL.TEXT_CLASSIFIER.EMBEDDINGS to a file of the detector\'s, or to ""'
         )
     weights = cfg.MODEL.TEACHER.WEIGHTS
     unknown = check_provenance(

@@ -469,14 +469,16 @@ def check_provenance(
         raise ValueError(
             f"{stored.path}: made with the CLIP {stored.clip!r} (SHA-256 "
             f"{stored.weights_sha256[:12]}...), but MODEL.TEACHER.WEIGHTS is {weights!r} (SHA-256 "
-            f"{weights_sha256[:12]}...)"
+            f"{weights_sha256[:12]}...): name that CLIP, make the file anew with "
+            'datasets/extract_text_embeddings.py, or set MODEL.TEXT_CLASSIFIER.EMBEDDINGS to ""'
         )
     if not stored.templates:
         unknown.append("the file does not say which templates made it")
     elif stored.templates != tuple(templates):
         raise ValueError(
             f"{stored.path}: made with the templates {list(stored.templates)}, but "
-            f"MODEL.TEXT_CLASSIFIER.TEMPLATES (or TEMPLATE) says {list(templates)}"
+            f"MODEL.TEXT_CLASSIFIER.TEMPLATES (or TEMPLATE) says {list(templates)}: make "
+            "the file anew with datasets/extract_text_embeddings.py, or set the key to its templates"
         )
     return unknown
 
