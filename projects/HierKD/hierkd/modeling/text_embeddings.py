@@ -478,7 +478,7 @@ def check_provenance(
         raise ValueError(
             f"{stored.path}: made with the templates {list(stored.templates)}, but "
             f"MODEL.TEXT_CLASSIFIER.TEMPLATES (or TEMPLATE) says {list(templates)}: make "
-            "the file anew with datasets/extract_text_embeddings.py, or set the key to its templates"
+            "the file anew with datasets/extract_text_embeddings.py, or set the key to its own"
         )
     return unknown
 
