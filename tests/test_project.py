@@ -20,12 +20,13 @@ PACKAGE = ROOT / "projects" / "HierKD" / "hierkd"
 # A package's __init__ may import the package's own modules, and hierkd/__init__ the packages.
 LAYERS = [
     "atomic_files safe_files engine.metrics_file modeling.logit_scales data.resizing"
-    " engine.cpu_memory",
+    " engine.cpu_memory modeling.clip_model modeling.text_cache modeling.frozen_encoder",
     "config data.splits data.coco_json data.loader data.dataset_mapper"
     " data.definitions data.dataset_report evaluation.transfer"
     " modeling.losses modeling.sampling modeling.region_crops modeling.mlca"
     " modeling.text_classifier modeling.text_embeddings modeling.head modeling.atss"
-    " modeling.backbone modeling.gathering modeling.frozen_encoder modeling.crop_merging"
+    " modeling.backbone modeling.gathering modeling.crop_merging"
+    " modeling.openai_clip modeling.open_clip_models"
     " modeling.teacher_cache modeling.input_checks"
     " modeling.class_probabilities modeling.preselection"
     " engine.checkpoint engine.optimizer engine.results engine.visualization engine.inputs"
@@ -51,13 +52,14 @@ LAYERS = [
 ]
 LAYER_OF = {module: number for number, line in enumerate(LAYERS) for module in line.split()}
 
-# The only one that knows CLIP; everything else sees the Teacher protocol.
-CLIP_IMPORTERS = {"modeling.teacher"}
+# The only ones that know a CLIP's package; everything else sees the Teacher protocol.
+CLIP_IMPORTERS = {"clip": "modeling.openai_clip", "open_clip": "modeling.open_clip_models"}
 
 # Import names that differ from the distribution that pyproject.toml declares.
 DISTRIBUTIONS = {
     "clip": "clip-anytorch",
     "cv2": "opencv-python-headless",
+    "open_clip": "open_clip_torch",
     "PIL": "pillow",
     "yaml": "pyyaml",
 }
@@ -155,13 +157,14 @@ def test_only_builders_know_cfg(path: Path) -> None:
         assert functions_with_cfg(path.read_text()) == []
 
 
-def test_only_the_teacher_imports_clip() -> None:
+@pytest.mark.parametrize("package", CLIP_IMPORTERS)
+def test_only_one_module_imports_a_clip(package: str) -> None:
     importers = {
         module_name(path)
         for path in SOURCES
-        if any(m.split(".")[0] == "clip" for m in imported_modules(ast.parse(path.read_text())))
+        if any(m.split(".")[0] == package for m in imported_modules(ast.parse(path.read_text())))
     }
-    assert importers <= CLIP_IMPORTERS
+    assert importers == {CLIP_IMPORTERS[package]}
 
 
 def test_the_checks_above_can_fail() -> None:
