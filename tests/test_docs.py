@@ -149,7 +149,7 @@ def produced(written) -> set[str]:
     for text in written.values():
         found |= set(re.findall(r"""["\s](output/[\w/]+)""", text))
     for page in PAGES:
-        found |= set(re.findall(r"""save\(["'](output/[^"']+)""", page.read_text()))
+        found |= set(re.findall(r"""(?:save|Path)\(["'](output/[^"']+)""", page.read_text()))
     for path in (*PAGES, *SCRIPTS):
         for command in commands_of(path):
             for flag, value in itertools.pairwise(command.words):
