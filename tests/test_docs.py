@@ -506,7 +506,7 @@ def test_paths(page, produced):
         "\n".join(code),
     ):
         path = path.rstrip(".,/")
-        if path.startswith("output/"):
+        if path.split("/")[0] == "output":
             if not any(
                 f"{path}/".startswith(f"{each}/") or each.startswith(f"{path}/")
                 for each in produced
