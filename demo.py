@@ -38,9 +38,9 @@ from hierkd.engine.demo_outputs import (
 )
 from hierkd.engine.demonstration import (
     DEFAULT_RUN,
-    TRAINED_WEIGHTS,
     CocoIds,
     Detectors,
+    add_detector_options,
     annotate_picture,
     annotate_video,
     load_detector,
@@ -101,40 +101,9 @@ def get_parser() -> argparse.ArgumentParser:
         help="thresholds of single classes, or a text file with one NAME=SCORE a line",
     )
     add("--top-k", type=int, metavar="N", help="only the N best detections of each picture")
-    _add_detector_options(parser)
+    add_detector_options(parser)
     _add_output_options(parser)
     return parser
-
-
-def _add_detector_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("with which detector").add_argument
-    add(
-        "--run",
-        metavar="PATH",
-        help="a training's folder, or a checkpoint with its config.yaml beside it or with "
-        f"--config-file; default: {DEFAULT_RUN}",
-    )
-    add(
-        "--compare",
-        nargs="+",
-        default=[],
-        metavar="[TITLE=]PATH",
-        help="more of them, drawn side by side with the first",
-    )
-    add("--config-file", metavar="YAML", help="config; default: the config.yaml of --run")
-    add(
-        "--device",
-        metavar="DEVICE",
-        help="cpu, cuda, cuda:1, ...; default: the config's; the CPU where there is no GPU",
-    )
-    parser.add_argument(
-        "--opts",
-        nargs=argparse.REMAINDER,
-        default=[],
-        metavar="KEY VALUE",
-        help="config overrides, last on the line, e.g. MODEL.WEIGHTS model.pth; without "
-        f"--run and MODEL.WEIGHTS, a {TRAINED_WEIGHTS} beside the config file is taken",
-    )
 
 
 def _add_output_options(parser: argparse.ArgumentParser) -> None:

@@ -39,7 +39,13 @@ from detectron2.utils.logger import setup_logger
 from PIL import Image
 
 from hierkd.atomic_files import replacing
-from hierkd.engine.demonstration import DEFAULT_RUN, load_detector, parse_compared, title_of
+from hierkd.engine.demonstration import (
+    DEFAULT_RUN,
+    add_detector_options,
+    load_detector,
+    parse_compared,
+    title_of,
+)
 from hierkd.engine.inputs import find_inputs, is_video
 from hierkd.engine.page import escape
 from hierkd.engine.predictor import OpenVocabularyPredictor
@@ -76,26 +82,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add = parser.add_argument_group("with which detector").add_argument
-    add(
-        "--run",
-        metavar="PATH",
-        help="a training's folder, or a checkpoint with its config.yaml beside it or with "
-        f"--config-file; default: {DEFAULT_RUN}",
-    )
-    add(
-        "--compare",
-        nargs="+",
-        default=[],
-        metavar="[NAME=]PATH",
-        help="more of them, shown side by side with the first, for the same class names",
-    )
-    add("--config-file", metavar="YAML", help="config; default: the config.yaml of --run")
-    add(
-        "--device",
-        metavar="DEVICE",
-        help="cpu, cuda, cuda:1, ...; default: the config's; the CPU where there is no GPU",
-    )
+    add_detector_options(parser)
     add = parser.add_argument_group("the page").add_argument
     add("--host", default="127.0.0.1", help="address to listen on; default: this machine alone")
     add(
@@ -118,14 +105,6 @@ def get_parser() -> argparse.ArgumentParser:
         help="millions of pixels of a picture; default: %(default)g")  # fmt: skip
     add("--max-names", type=int, default=limits.max_names, metavar="N",
         help="class names; default: %(default)s")  # fmt: skip
-    parser.add_argument(
-        "--opts",
-        nargs=argparse.REMAINDER,
-        default=[],
-        metavar="KEY VALUE",
-        help="config overrides of the first detector, last on the line, e.g. MODEL.WEIGHTS "
-        "model.pth",
-    )
     return parser
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import logging
@@ -29,9 +30,9 @@ from hierkd.evaluation.heat_maps import score_heat_maps
 
 __all__ = [
     "DEFAULT_RUN",
-    "TRAINED_WEIGHTS",
     "CocoIds",
     "Detectors",
+    "add_detector_options",
     "annotate_picture",
     "annotate_video",
     "load_detector",
@@ -42,11 +43,43 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 DEFAULT_RUN = "output/demo/hierkd"  # where `make demo` leaves its detector
-TRAINED_WEIGHTS = "model_final.pth"  # what detectron2's trainer calls its last checkpoint
+_TRAINED_WEIGHTS = "model_final.pth"  # what detectron2's trainer calls its last checkpoint
 
 _FRAMES_PER_PASS = 8  # of a video file. [ours]
 _HEAT_MAPS = 4  # classes of a picture whose heat maps are drawn, if none are named. [ours]
 _CAMERA_FPS = 10.0  # of the video that a camera's pictures become. [ours]
+
+
+def add_detector_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say which detectors are shown, ``--opts`` as the last one."""
+    add = parser.add_argument_group("with which detector").add_argument
+    add(
+        "--run",
+        metavar="PATH",
+        help="a training's folder, or a checkpoint with its config.yaml beside it or with "
+        f"--config-file; default: {DEFAULT_RUN}",
+    )
+    add(
+        "--compare",
+        nargs="+",
+        default=[],
+        metavar="[TITLE=]PATH",
+        help="more of them, side by side with the first, for the same class names",
+    )
+    add("--config-file", metavar="YAML", help="config; default: the config.yaml of --run")
+    add(
+        "--device",
+        metavar="DEVICE",
+        help="cpu, cuda, cuda:1, ...; default: the config's; the CPU where there is no GPU",
+    )
+    parser.add_argument(
+        "--opts",
+        nargs=argparse.REMAINDER,
+        default=[],
+        metavar="KEY VALUE",
+        help="config overrides of the first detector, last on the line, e.g. MODEL.WEIGHTS "
+        f"model.pth; without --run and MODEL.WEIGHTS, a {_TRAINED_WEIGHTS} beside the config file is taken",
+    )
 
 
 def load_detector(
@@ -72,7 +105,7 @@ def load_detector(
         return predictor
     config_file = config_file or str(Path(run or "") / "config.yaml")
     overrides = list(opts) + (["MODEL.DEVICE", device] if device else [])
-    trained = Path(config_file).parent / TRAINED_WEIGHTS
+    trained = Path(config_file).parent / _TRAINED_WEIGHTS
     if "MODEL.WEIGHTS" not in opts[::2] and trained.is_file():
         overrides += ["MODEL.WEIGHTS", str(trained)]
     predictor = OpenVocabularyPredictor(load_config(config_file, overrides))
