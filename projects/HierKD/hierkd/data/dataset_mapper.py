@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from hierkd.data.resizing import ResizeShortestEdge
 
-__all__ = ["HierKDDatasetMapper", "check_images", "read_picture"]
+__all__ = ["HierKDDatasetMapper", "check_images", "problem_of_picture", "read_picture"]
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -250,12 +250,17 @@ def _problem_of_header(file_name: str) -> str:
     """Return what the first bytes of a picture say against it; empty if nothing."""
     try:
         with Image.open(file_name) as image:
-            if image.mode in _DEEP_MODES:
-                return f"its pixels are {image.mode!r}, more than 8 bits; expected 8 bits a channel"
-            if image.format == "EPS":  # a program, which Pillow would hand to Ghostscript
-                return "an EPS document; expected a picture of pixels"
+            return problem_of_picture(image)
     except Exception as error:  # as above
         return f"{type(error).__name__}: {error}"
+
+
+def problem_of_picture(image: Image.Image) -> str:
+    """Return what speaks against decoding an opened picture; empty if nothing."""
+    if image.mode in _DEEP_MODES:
+        return f"its pixels are {image.mode!r}, more than 8 bits; expected 8 bits a channel"
+    if image.format == "EPS":  # a program, which Pillow would hand to Ghostscript
+        return "an EPS document; expected a picture of pixels"
     return ""
 
 

@@ -330,7 +330,7 @@ def _as_names(names: Iterable[str]) -> list[str]:
 
 
 def _is_several(images: Any) -> bool:
-    if isinstance(images, str | os.PathLike | Image.Image):
+    if isinstance(images, str | bytes | os.PathLike | Image.Image):
         return False
     if isinstance(images, np.ndarray | Tensor):
         return images.ndim == 4
