@@ -92,7 +92,9 @@ def _from_pillow(image: Image.Image) -> NDArray[np.uint8]:
         except Exception as error:  # Pillow decodes only now; its decoders raise what they like
             problem = f"{type(error).__name__}: {error}"
     name = getattr(image, "filename", "")
-    raise ValueError(f"{f'Image {name!r}' if name else 'the picture'} cannot be decoded ({problem}).")
+    raise ValueError(
+        f"{f'Image {name!r}' if name else 'the picture'} cannot be decoded ({problem})."
+    )
 
 
 def decode_picture(content: bytes) -> NDArray[np.uint8]:
