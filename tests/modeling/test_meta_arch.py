@@ -17,6 +17,8 @@ from fake_teacher import FakeTeacher
 from hierkd.benchmarks.timing import peak_memory
 from hierkd.engine.config import load_config
 from hierkd.modeling.class_probabilities import ClassProbabilities
+from hierkd.modeling.detector_settings import InferenceSettings
+from hierkd.modeling.distilled_regions import PositivePoints
 from hierkd.modeling.meta_arch import HierKD
 
 SIZE = 128
@@ -633,7 +635,7 @@ def test_class_agnostic_nms_leaves_one_name_per_object(build, agnostic):
 @pytest.mark.parametrize("shift", [float("nan"), float("-inf")])
 def test_a_shift_that_is_not_finite_is_refused(shift):
     with pytest.raises(ValueError, match=f"MODEL.ATSS.NOVEL_LOGIT_SHIFT.*{shift}"):
-        meta_arch.InferenceSettings(novel_logit_shift=shift)
+        InferenceSettings(novel_logit_shift=shift)
 
 
 # ------------------------------------------------------------------- regions looked up beforehand
@@ -855,7 +857,7 @@ def test_the_memory_of_many_positives_grows_with_their_number_at_most(build, num
         gt_boxes = torch.cat([corners, corners + 40], dim=1)
         pred_boxes = (gt_boxes + 1).requires_grad_()
         shape = images, points
-        positives = meta_arch.PositivePoints(
+        positives = PositivePoints(
             torch.arange(images).repeat_interleave(points),
             torch.arange(points).repeat(images),
             pred_boxes,
