@@ -99,7 +99,7 @@ def answer(
     )
     instances = predictor.predict(
         image,
-        vocabulary=names,
+        vocabulary=vocabulary,
         score_threshold=keep.score_threshold,
         top_k=keep.top_k,
         class_thresholds=keep.class_thresholds,
