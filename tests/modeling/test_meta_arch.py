@@ -12,6 +12,7 @@ from detectron2.structures import Boxes, Instances, pairwise_iou
 from detectron2.utils.events import EventStorage
 from torch._dynamo.exc import TorchDynamoException
 
+import hierkd.modeling.class_probabilities as class_probabilities
 import hierkd.modeling.meta_arch as meta_arch
 from fake_teacher import FakeTeacher
 from hierkd.benchmarks.timing import peak_memory
@@ -516,6 +517,32 @@ def test_score_maps_hold_the_best_score_of_inference(build):
     assert [tuple(m.shape) for m in maps] == [(1, 5, 16, 16), (1, 5, 8, 8), (1, 5, 4, 4)]
     best = max(float(m.max()) for m in maps)
     assert model([sample([])])[0]["instances"].scores[0] == pytest.approx(best, rel=1e-5)
+
+
+@torch.no_grad()
+def test_score_maps_of_some_classes_of_a_large_vocabulary(build, monkeypatch):
+    model = build()
+    model.eval()
+    names = [*CLASSES, *(f"other thing {i}" for i in range(4000))]
+    model.set_vocabulary(names)
+    inputs = [sample([], seed=1), sample([], seed=2)]
+    with monkeypatch.context() as patch:
+        patch.setattr(class_probabilities, "_MIN_BLOCK_ROWS", 10**6)  # all points at once
+        expected = model.score_maps(inputs)
+    sizes = []
+    probabilities = model._class_probabilities
+
+    def recorded(embeddings, weight=None):
+        sizes.append(len(embeddings))
+        return probabilities(embeddings, weight)
+
+    monkeypatch.setattr(model, "_class_probabilities", recorded)
+    monkeypatch.setattr(class_probabilities, "_MIN_BLOCK_ROWS", 100)
+    monkeypatch.setattr(class_probabilities, "_BLOCK_ELEMENTS", 1)
+    found = model.score_maps(inputs, [3, 0, 4004])
+    assert max(sizes) == 100  # no array of all points and all names
+    for maps, whole in zip(found, expected, strict=True):
+        torch.testing.assert_close(maps, whole[:, [3, 0, 4004]])
 
 
 @torch.no_grad()

@@ -891,20 +891,34 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
         )
 
     @torch.no_grad()
-    def score_maps(self, batched_inputs: list[dict[str, Any]]) -> list[Tensor]:
+    def score_maps(
+        self, batched_inputs: list[dict[str, Any]], classes: Sequence[int] | None = None
+    ) -> list[Tensor]:
         """Scores of every point, for heat maps in the manner of the paper's Fig. 4.
 
         Args:
             batched_inputs: as in inference.
+            classes: positions in the vocabulary, in the order wanted; None is all K. Whichever they
+                are, all names compete.
 
         Returns:
-            L maps (N, K, H_l, W_l): class probability times sigmoid(quality). Point (y, x) of level
-            l lies at pixel ((x + o) s, (y + o) s) of the network input, with stride s and the
-            anchor generator's offset o. Padding of the batch is included.
+            L maps (N, K, H_l, W_l), or with as many channels as ``classes``: class probability
+            times sigmoid(quality). Point (y, x) of level l lies at pixel ((x + o) s, (y + o) s) of
+            the network input, with stride s and the anchor generator's offset o. Padding of the
+            batch is included.
         """
         _, (embeddings, _, qualities) = self._predict_maps(self.preprocess_image(batched_inputs))
+        weight = self.text_classifier.weight()
+        chosen: Any = slice(None) if classes is None else list(classes)
         maps = []
         for level, embedding in enumerate(embeddings):
-            probs = self._class_probabilities(embedding.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+            points = embedding.permute(0, 2, 3, 1)
+            all_probs = ClassProbabilities(
+                lambda embeddings: self._class_probabilities(embeddings, weight),
+                points.flatten(0, 2),
+                len(weight) - 1,
+            )
+            probs = torch.cat([block[:, chosen] for _, block in all_probs.blocks()])
+            probs = probs.view(*points.shape[:3], -1).permute(0, 3, 1, 2)
             maps.append(probs if qualities is None else probs * qualities[level].sigmoid())
         return maps
