@@ -2,8 +2,8 @@
 """Detect any classes you can name: in pictures, videos, from a camera, or on request.
 
     python demo.py --input street.jpg photos/ --vocabulary "cat,umbrella,traffic cone"
-    python demo.py --run output/hierkd --input trip.mp4 --every 5 --html
-    python demo.py --run output/hierkd --webcam --window --vocabulary names.txt
+    python demo.py --run output/demo/hierkd --input trip.mp4 --every 5 --html
+    python demo.py --run output/demo/hierkd --webcam --window --vocabulary names.txt
     echo '{"image": "street.jpg", "vocabulary": ["cat"]}' | python demo.py --input -
 
 Writes annotated copies and one ``detections.json`` to ``--output``. Without ``--run`` and
@@ -27,7 +27,7 @@ from typing import Any, TextIO
 from detectron2.utils.logger import setup_logger
 from tqdm import tqdm
 
-from hierkd.engine.config import load_config
+from hierkd.engine.cpu_memory import keep_freed_memory
 from hierkd.engine.demo_outputs import (
     VIDEO_CODECS,
     PageEntry,
@@ -38,7 +38,17 @@ from hierkd.engine.demo_outputs import (
     write_json,
     write_page,
 )
-from hierkd.engine.demonstration import CocoIds, Detectors, annotate_picture, annotate_video
+from hierkd.engine.demonstration import (
+    DEFAULT_RUN,
+    TRAINED_WEIGHTS,
+    CocoIds,
+    Detectors,
+    annotate_picture,
+    annotate_video,
+    load_detector,
+    parse_compared,
+    title_of,
+)
 from hierkd.engine.detections import DetectionFilter, parse_class_thresholds
 from hierkd.engine.inputs import find_inputs, is_video
 from hierkd.engine.json_lines import answer_lines
@@ -46,8 +56,6 @@ from hierkd.engine.predictor import OpenVocabularyPredictor, resolve_vocabulary
 
 logger = logging.getLogger("hierkd.demo")
 
-DEFAULT_RUN = "output/demo/hierkd"
-TRAINED_WEIGHTS = "model_final.pth"  # what detectron2's trainer calls its last checkpoint
 REQUESTS = "-"  # as the only input: JSON lines from standard input
 
 
@@ -182,62 +190,6 @@ def check_options(args: argparse.Namespace) -> None:
         given = [f"--{n.replace('_', '-')}" for n in drawing if getattr(args, n) not in (None, [])]
         if given := [flag for flag in given if flag != "--window" or args.window]:
             raise ValueError(f"--input - answers with JSON alone: leave out {', '.join(given)}")
-
-
-def load_detector(
-    run: str | None, config_file: str | None, opts: Sequence[str], device: str | None
-) -> OpenVocabularyPredictor:
-    """Build the detector; a config without named weights finds its run's own beside it.
-
-    Raises:
-        FileNotFoundError: There is no such run or config, or no weights.
-        ValueError: The config or the overrides are wrong.
-    """
-    if run is None and config_file is None:
-        run = DEFAULT_RUN
-        if not Path(run, "config.yaml").is_file():
-            raise FileNotFoundError(
-                f"--run: no detector in {run!r}; run `make demo` first, or name one: --run PATH, "
-                "or --config-file YAML --opts MODEL.WEIGHTS FILE"
-            )
-    if run is not None and "MODEL.WEIGHTS" not in opts[::2]:
-        return OpenVocabularyPredictor.from_checkpoint(run, config_file, device=device, opts=opts)
-    config_file = config_file or str(Path(run or "") / "config.yaml")
-    overrides = list(opts) + (["MODEL.DEVICE", device] if device else [])
-    trained = Path(config_file).parent / TRAINED_WEIGHTS
-    if "MODEL.WEIGHTS" not in opts[::2] and trained.is_file():
-        overrides += ["MODEL.WEIGHTS", str(trained)]
-    return OpenVocabularyPredictor(load_config(config_file, overrides))
-
-
-def parse_compared(texts: Sequence[str], first: str) -> dict[str, str]:
-    """Read TITLE=PATH or PATH; a path's title is its last folder's name.
-
-    Args:
-        texts: As typed.
-        first: Title of the first detector.
-
-    Returns:
-        Title to path.
-
-    Raises:
-        ValueError: Two detectors have one title.
-    """
-    runs: dict[str, str] = {}
-    for text in texts:
-        title, equals, path = text.partition("=")
-        if not equals or Path(text).exists():
-            title, path = title_of(text), text
-        if title in runs or title == first:
-            raise ValueError(f"--compare: two detectors are called {title!r}: name one, TITLE=PATH")
-        runs[title] = path
-    return runs
-
-
-def title_of(path: str) -> str:
-    """Name of a training's folder, or of the folder of its checkpoint."""
-    resolved = Path(path).resolve()
-    return resolved.parent.name if resolved.suffix else resolved.name
 
 
 def load_detectors(args: argparse.Namespace) -> Detectors:
@@ -408,4 +360,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()  # on a GPU it costs nothing
     main()

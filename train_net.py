@@ -57,8 +57,10 @@ from hierkd.engine.histories import BoundHistories
 from hierkd.engine.interruption import Interruption
 from hierkd.engine.launching import get_parser, launch_processes
 from hierkd.engine.metrics_file import mend_metrics
+from hierkd.engine.monitoring import build_monitoring_hooks
 from hierkd.engine.non_finite import NonFiniteGuard
 from hierkd.engine.optimizer import build_optimizer, check_optimizer_state
+from hierkd.engine.run_record import record_evaluation, record_start
 from hierkd.evaluation.federated_evaluation import FederatedEvaluator
 from hierkd.evaluation.proposal_evaluation import ProposalEvaluator
 from hierkd.evaluation.split_coco_evaluation import SplitCOCOEvaluator
@@ -71,6 +73,8 @@ from hierkd.evaluation.transfer import (
 )
 
 logger = logging.getLogger("hierkd.train_net")
+
+ROOT = Path(__file__).resolve().parent  # whose commit a run notes
 
 
 class Trainer(DefaultTrainer):  # type: ignore[misc]  # detectron2 is untyped
@@ -100,7 +104,7 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # detectron2 is untyped
         self.register_hooks(self.build_hooks())
 
     def build_hooks(self) -> list[Any]:
-        """detectron2's hooks, a guard before the optimizer, and one that signals interrupt."""
+        """detectron2's hooks, those to watch by, a guard, and one that signals interrupt."""
         trainer = weakref.proxy(self)
         guard = NonFiniteGuard(
             self.model,
@@ -111,6 +115,10 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # detectron2 is untyped
         self._trainer.register_hooks([guard])  # the outer trainer has no hook before the optimizer
         self._interruption = Interruption(self.checkpointer)
         hooks: list[Any] = super().build_hooks()
+        with in_every_process("choosing the pictures of TEST.VIS_PICTURES"):
+            if comm.is_main_process():  # before the writer, which comes last
+                detector = getattr(self.model, "module", self.model)
+                hooks[-1:-1] = build_monitoring_hooks(self.cfg, detector)
         return [BoundHistories(), *hooks, self._interruption]
 
     def build_writers(self) -> list[Any]:
@@ -303,6 +311,14 @@ def main(args: Namespace) -> dict[str, Any] | None:
             check_images(test_images)
         trainer = Trainer(cfg)
         trainer.resume_or_load(resume=args.resume)
+        if comm.is_main_process():
+            record_start(
+                cfg.OUTPUT_DIR,
+                command=shlex.join(sys.argv),
+                root=ROOT,
+                iteration=trainer.start_iter,
+                num_processes=comm.get_world_size(),
+            )
         results: dict[str, Any] | None = trainer.train()
         return results
     model = Trainer.build_model(cfg)
@@ -312,6 +328,14 @@ def main(args: Namespace) -> dict[str, Any] | None:
     results = Trainer.test(cfg, model)
     if comm.is_main_process():
         verify_results(cfg, results)
+        record_evaluation(
+            cfg.OUTPUT_DIR,
+            results,
+            command=shlex.join(sys.argv),
+            root=ROOT,
+            weights=cfg.MODEL.WEIGHTS,
+            num_processes=comm.get_world_size(),
+        )
     return results
 
 

@@ -40,6 +40,7 @@ from hierkd.modeling.text_embeddings import (
     check_template,
     make_text_embeddings,
     read_embedding_array,
+    read_templates,
     read_text_lines,
     save_text_embeddings,
 )
@@ -66,12 +67,14 @@ def get_parser() -> argparse.ArgumentParser:
     prompts.add_argument(
         "--templates",
         metavar="ensemble|FILE",
-        help="several prompts to average: the built-in ones, or a .txt with one a line",
+        help="several prompts to average: the built-in ones, or a text file with one a line",
     )
     parser.add_argument(
         "--background-prompt", metavar="TEXT", help="stored too (default: the config's)"
     )
-    parser.add_argument("--weights", help="CLIP: its name or file (default: the config's)")
+    parser.add_argument(
+        "--weights", help="CLIP, as MODEL.TEACHER.WEIGHTS names one (default: the config's)"
+    )
     parser.add_argument(
         "--config-file", default="", metavar="YAML", help="where the defaults above come from"
     )
@@ -111,23 +114,19 @@ def read_names(sources: Sequence[str], *, keep_repeated: bool) -> list[str]:
     return names if keep_repeated else list(dict.fromkeys(names))
 
 
-def read_templates(args: argparse.Namespace) -> tuple[str, ...]:
+def templates_of(args: argparse.Namespace) -> tuple[str, ...]:
     """Templates of the command line, () without any.
 
     Raises:
-        ValueError: one has not exactly one "{}".
+        FileNotFoundError: there is no such file.
+        ValueError: one has not exactly one "{}", or the file is wrong.
     """
     if args.template is not None:
-        templates, where = [args.template], "--template"
-    elif args.templates == "ensemble":
-        templates, where = list(PROMPT_ENSEMBLE), "--templates"
-    elif args.templates is not None:
-        templates, where = read_text_lines(args.templates), args.templates
-    else:
-        return ()
-    for template in templates:
-        check_template(template, where)
-    return tuple(templates)
+        check_template(args.template, "--template")
+        return (args.template,)
+    if args.templates == "ensemble":
+        return PROMPT_ENSEMBLE
+    return () if args.templates is None else read_templates(args.templates)
 
 
 def build_clip(cfg: Any, args: argparse.Namespace, templates: tuple[str, ...]) -> CLIPTeacher:
@@ -149,7 +148,7 @@ def provenance_of(clip: CLIPTeacher | None) -> dict[str, Any]:
         return {"version": hierkd.__version__}
     return {
         "version": hierkd.__version__,
-        "clip": Path(clip.weights).name if Path(clip.weights).is_file() else clip.weights,
+        "clip": clip.title,
         "weights_sha256": clip.weights_digest,
         "templates": clip.templates,
     }
@@ -249,7 +248,7 @@ def run(args: argparse.Namespace) -> TextEmbeddings:
         raise ValueError(f"--verify: expected a number of rows, found {args.verify}")
     device = () if torch.cuda.is_available() else ("MODEL.DEVICE", "cpu")
     cfg = load_config(args.config_file, device)
-    templates = read_templates(args)
+    templates = templates_of(args)
     stored = convert(cfg, args, templates) if args.array else extract(cfg, args, templates)
     save_text_embeddings(stored, args.output)
     return stored

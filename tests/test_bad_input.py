@@ -240,6 +240,7 @@ def test_no_network_for_clip(refused, no_network, tmp_path, monkeypatch):
     monkeypatch.setenv("HIERKD_CACHE", str(tmp_path / "cold"))
     message = refused(
         *("MODEL.TEACHER.WEIGHTS", "RN50", "MODEL.TEACHER.DOWNLOAD_ROOT", str(tmp_path)),
+        *("MODEL.TEXT_CLASSIFIER.EMBED_DIM", "1024"),
         error=FileNotFoundError,
     )
     assert "no route to host" in message

@@ -16,7 +16,7 @@ from hierkd import __version__
 from hierkd.data.miniature import MINIATURE_BASE, MINIATURE_CLASSES
 from hierkd.data.splits import COCO_CATEGORIES, SPLITS
 from hierkd.engine.config import load_config
-from hierkd.modeling import teacher as teacher_module
+from hierkd.modeling import openai_clip
 from hierkd.modeling.teacher import CLIPTeacher
 from hierkd.modeling.text_embeddings import PROMPT_ENSEMBLE, load_text_embeddings
 from tiny_training import call_main, command_line
@@ -158,7 +158,7 @@ def swap(path, first, second):
 
 
 def test_an_array_is_converted_without_clip(extract, theirs, tmp_path, monkeypatch):
-    monkeypatch.setattr(teacher_module, "import_clip", None)
+    monkeypatch.setattr(openai_clip, "import_clip", None)
     stored = extract("--from", theirs, "--names", tmp_path / "coco.txt", "--embed-dim", SIZE)
     assert stored.names == tuple(COCO)
     rows = torch.from_numpy(np.load(theirs)).float()

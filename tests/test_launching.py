@@ -45,6 +45,14 @@ def world(tmp_path_factory):
     return root
 
 
+@pytest.fixture(autouse=True)
+def memory_kept(monkeypatch):
+    """Leave the allocator of the tests' own process alone; how often it was to be changed."""
+    wanted = []
+    monkeypatch.setattr(launching, "keep_freed_memory", lambda: wanted.append(True))
+    return wanted
+
+
 class Command:
     """A run of ``train_net.py`` that cannot outlive its test."""
 
@@ -383,11 +391,23 @@ def test_cores_are_shared(monkeypatch):
     monkeypatch.setattr(launching, "_cores", lambda: 8)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     for processes in (1, 2, 3, 16):
-        launching._main_in_process(lambda args: None, Namespace(), processes)
+        launching._main_in_process(lambda args: None, Namespace(), "cpu", processes)
     assert chosen == [4, 2, 1]
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
-    launching._main_in_process(lambda args: None, Namespace(), 2)
+    launching._main_in_process(lambda args: None, Namespace(), "cpu", 2)
     assert chosen == [4, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("device", "available", "kept"),
+    [("cpu", True, True), ("cpu", False, True), ("cuda", False, True), ("cuda", True, False)],
+)
+def test_memory_is_kept_by_processes_that_compute_on_the_cpu(
+    monkeypatch, memory_kept, device, available, kept
+):
+    monkeypatch.setattr(launching.torch.cuda, "is_available", lambda: available)
+    launching._main_in_process(lambda args: None, Namespace(), device, 1)
+    assert memory_kept == [True] * kept
 
 
 @pytest.mark.parametrize(

@@ -19,12 +19,14 @@ PACKAGE = ROOT / "projects" / "HierKD" / "hierkd"
 # A module imports only from layers above its own, that is, from lines before its own.
 # A package's __init__ may import the package's own modules, and hierkd/__init__ the packages.
 LAYERS = [
-    "atomic_files safe_files engine.metrics_file modeling.logit_scales data.resizing",
+    "atomic_files safe_files engine.metrics_file modeling.logit_scales data.resizing"
+    " engine.cpu_memory modeling.clip_model modeling.text_cache modeling.frozen_encoder",
     "config data.splits data.coco_json data.loader data.dataset_mapper"
     " data.definitions data.dataset_report evaluation.transfer"
     " modeling.losses modeling.sampling modeling.region_crops modeling.mlca"
     " modeling.text_classifier modeling.text_embeddings modeling.head modeling.atss"
-    " modeling.backbone modeling.gathering modeling.frozen_encoder modeling.crop_merging"
+    " modeling.backbone modeling.gathering modeling.crop_merging"
+    " modeling.openai_clip modeling.open_clip_models"
     " modeling.teacher_cache modeling.input_checks modeling.detector_settings"
     " modeling.class_probabilities modeling.preselection"
     " engine.checkpoint engine.optimizer engine.results engine.visualization engine.inputs"
@@ -33,7 +35,7 @@ LAYERS = [
     "data.datasets data.official_coco modeling.teacher modeling.distilled_regions"
     " engine.warm_start engine.runs engine.reproduction engine.interruption"
     " evaluation.ground_truth engine.detections engine.page",
-    "modeling.cached_teacher engine.launching engine.images engine.demo_outputs",
+    "modeling.cached_teacher engine.launching engine.images engine.demo_outputs engine.run_record",
     "data.prepare data.name_checks",
     "data.custom",
     "engine.config",
@@ -41,22 +43,23 @@ LAYERS = [
     " engine.predictor engine.cache_teacher engine.replay",
     "evaluation.direct_inference evaluation.proposal_evaluation evaluation.upper_bound"
     " evaluation.heat_maps evaluation.federated_evaluation engine.gallery engine.tiny_clip"
-    " engine.soak_load modeling.exportable engine.json_lines",
-    "engine.report engine.figures engine.export",
-    "engine.demonstration",
+    " engine.soak_load modeling.exportable engine.json_lines engine.web_page",
+    "engine.sections engine.figures engine.export",
+    "engine.report engine.run_report engine.monitoring engine.demonstration",
     "benchmarks.random_models benchmarks.crops benchmarks.eval benchmarks.loader",
     "benchmarks.step benchmarks.infer benchmarks.vocabulary benchmarks.peers benchmarks.floor"
     " benchmarks.onnx",
 ]
 LAYER_OF = {module: number for number, line in enumerate(LAYERS) for module in line.split()}
 
-# The only one that knows CLIP; everything else sees the Teacher protocol.
-CLIP_IMPORTERS = {"modeling.teacher"}
+# The only ones that know a CLIP's package; everything else sees the Teacher protocol.
+CLIP_IMPORTERS = {"clip": "modeling.openai_clip", "open_clip": "modeling.open_clip_models"}
 
 # Import names that differ from the distribution that pyproject.toml declares.
 DISTRIBUTIONS = {
     "clip": "clip-anytorch",
     "cv2": "opencv-python-headless",
+    "open_clip": "open_clip_torch",
     "PIL": "pillow",
     "yaml": "pyyaml",
 }
@@ -154,13 +157,14 @@ def test_only_builders_know_cfg(path: Path) -> None:
         assert functions_with_cfg(path.read_text()) == []
 
 
-def test_only_the_teacher_imports_clip() -> None:
+@pytest.mark.parametrize("package", CLIP_IMPORTERS)
+def test_only_one_module_imports_a_clip(package: str) -> None:
     importers = {
         module_name(path)
         for path in SOURCES
-        if any(m.split(".")[0] == "clip" for m in imported_modules(ast.parse(path.read_text())))
+        if any(m.split(".")[0] == package for m in imported_modules(ast.parse(path.read_text())))
     }
-    assert importers <= CLIP_IMPORTERS
+    assert importers == {CLIP_IMPORTERS[package]}
 
 
 def test_the_checks_above_can_fail() -> None:
@@ -214,8 +218,10 @@ def read_lock(*names: str) -> dict[str, str]:
 def test_lock_satisfies_the_declared_dependencies(project: dict) -> None:
     pins = read_lock("lock.txt", "lock-torch.txt")
     declared = list(project["dependencies"])
-    for extra in environment.EXTRAS:  # what `make venv` installs
-        declared += project["optional-dependencies"][extra]
+    extras = project["optional-dependencies"]
+    assert set(environment.EXTRAS) <= set(extras)
+    for extra in set(extras) - {"peers"}:  # what `make venv` installs
+        declared += extras[extra]
     for text in declared:
         requirement = Requirement(text)
         version = pins.get(canonicalize_name(requirement.name))

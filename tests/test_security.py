@@ -28,6 +28,7 @@ from detectron2.modeling.backbone.resnet import build_resnet_backbone
 import clip_files
 import demo
 import hierkd.modeling.meta_arch as meta_arch
+import open_clip_files
 import toy_world
 import train_net
 from fake_teacher import FakeTeacher
@@ -136,6 +137,15 @@ def load_clip(path):
     CLIPTeacher(weights=str(path), device="cpu", precision="fp32").encode_captions(["a cat"])
 
 
+def load_open_clip(path):
+    """The planted file in place of a model's weights, in the folder of its config."""
+    planted = path.read_bytes()
+    folder = open_clip_files.write_folder(path.parent, name=path.name)
+    path.write_bytes(planted)
+    teacher = CLIPTeacher(weights=f"open_clip:{folder}", device="cpu", precision="fp32")
+    teacher.encode_captions(["a cat"])
+
+
 READERS = [
     *[(load_weights, plant, "model.pth") for plant in (torch_zip, torch_legacy, plain_pickle)],
     (load_weights, torchscript_with_pickle, "model.pth"),
@@ -150,6 +160,11 @@ READERS = [
         (load_clip, plant, "clip.pt")
         for plant in (torch_zip, torch_legacy, plain_pickle, torchscript_with_pickle)
     ],
+    *[
+        (load_open_clip, plant, "open_clip_pytorch_model.bin")
+        for plant in (torch_zip, torch_legacy, plain_pickle, torchscript_with_pickle)
+    ],
+    (load_open_clip, plain_pickle, "open_clip_model.safetensors"),
     (load_text_embeddings, object_npz, "texts.npz"),
     (load_text_embeddings, plain_pickle, "texts.npz"),
     (load_text_embeddings, object_array, "texts.npz"),

@@ -1,8 +1,9 @@
 #!/usr/bin/env python
 """Look at a dataset of your own before training on it.
 
-    python tools/check_dataset.py fruit.yaml
-    python tools/check_dataset.py fruit.yaml --config-file fruit_training.yaml --output output/check
+    python tools/check_dataset.py output/mydata/mydata.yaml
+    python tools/check_dataset.py output/mydata/mydata.yaml --output output/mydata/check \\
+        --config-file output/mydata/training.yaml
 
 Prints how many boxes each class has, what is odd about boxes, captions and names, and draws some
 training pictures with the boxes and a caption that training will see. Whether CLIP tells the names

@@ -2,9 +2,9 @@
 """Detections of several checkpoints side by side, with the ground truth (Figure 5).
 
     python tools/compare_detections.py --dataset coco_ovd_48_17_val_all --novel 6 \\
-        --run IKD=configs/COCO-48-17/ikd_R50_1x.yaml:output/ikd/model_final.pth \\
-        --run GKD=configs/COCO-48-17/gkd_R50_1x.yaml:output/gkd/model_final.pth \\
-        --run HierKD=configs/hierkd_R50.yaml:output/hierkd/model_final.pth
+        --run IKD=configs/COCO-48-17/ikd_R50_1x.yaml:output/COCO-48-17/ikd_R50_1x/model_final.pth \\
+        --run GKD=configs/COCO-48-17/gkd_R50_1x.yaml:output/COCO-48-17/gkd_R50_1x/model_final.pth \\
+        --run HierKD=configs/hierkd_R50.yaml:output/hierkd_R50/model_final.pth
 
 Pictures are chosen by id (--image-ids), at random (--random N --seed S), or so that they show the
 novel classes in turn (--novel N), never by what is detected. Blue is right, orange wrong, by AP50's

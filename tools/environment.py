@@ -20,7 +20,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 MINIMUM_PYTHON = (3, 11)
 
-# What is locked; the others of pyproject.toml are for who asks for them.
+# What the tests and the miniature need. The other extras of pyproject.toml are for who asks for
+# them, and tests of theirs are skipped where they are missing; the lock has all but `peers`.
 EXTRAS = ("miniature", "dev")
 
 # Where the import name is not the distribution's name. Stubs have nothing to import.

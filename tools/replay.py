@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Do a training step again whose loss or gradient was not finite.
 
-    python tools/replay.py output/non_finite/iteration_0001234.pth
-    python tools/replay.py output/non_finite/iteration_0001234.pth MODEL.DEVICE cpu
+    python tools/replay.py output/hierkd_R50/non_finite/iteration_0001234.pth
+    python tools/replay.py output/hierkd_R50/non_finite/iteration_0001234.pth MODEL.DEVICE cpu
 
 Reads the dump that ``train_net.py`` left (without executing anything in it), runs the same batch
 through the same weights with the same random numbers, and prints the losses of the batch and of

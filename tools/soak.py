@@ -31,6 +31,7 @@ from detectron2.utils.logger import setup_logger
 
 from hierkd.data.coco_json import write_json_atomically
 from hierkd.engine.config import load_config
+from hierkd.engine.cpu_memory import keep_freed_memory
 from hierkd.engine.predictor import OpenVocabularyPredictor
 from hierkd.engine.soak import Limits, SoakRecorder, draw, judge, read_samples
 from hierkd.engine.soak_load import ChangingInference, SoakHook, TimeIsUp
@@ -206,4 +207,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()  # as train_net.py does
     sys.exit(main())

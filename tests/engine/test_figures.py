@@ -4,7 +4,12 @@ import numpy as np
 import pytest
 
 import hierkd.engine.figures as figures
-from hierkd.engine.figures import draw_comparison, draw_heat_map_sheet, keep_best
+from hierkd.engine.figures import (
+    draw_comparison,
+    draw_heat_map_sheet,
+    draw_truth_and_detections,
+    keep_best,
+)
 from hierkd.engine.gallery import CORRECT, UNCOUNTED, WRONG, Box, Sample
 from hierkd.evaluation.heat_maps import HeatMap
 
@@ -122,3 +127,17 @@ def test_classes_that_are_not_judged_are_explained(sheets):
 def test_unequal_columns_are_refused(runs, captions):
     with pytest.raises(ValueError, match="the same pictures"):
         draw_comparison(runs, captions)
+
+
+@pytest.mark.parametrize(("judged", "legend"), [("novel", 3), ("", 2)])
+def test_a_picture_with_its_truth_and_its_detections(sheets, judged, legend):
+    found = (box("cat", CORRECT, 0.5), box("dog", WRONG, 0.4, left=20), box("ant", UNCOUNTED, 0.9))
+    sheet = draw_truth_and_detections(sample(*found), "a.png", judged=judged, panel_px=80)
+    (((row,), options),) = sheets
+    assert row.titles == ["ground truth", "detected"]
+    assert row.caption == "a.png"
+    assert [panel.shape for panel in row.panels] == [(60, 80, 3)] * 2
+    assert not np.array_equal(*row.panels)
+    assert len(options["legend"]) == legend
+    assert ("base class" in [text for _, text in options["legend"]]) == bool(judged)
+    assert sheet.dtype == np.uint8

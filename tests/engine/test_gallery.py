@@ -11,10 +11,14 @@ from hierkd.engine.gallery import (
     best_sample_per_class,
     build_samples,
     choose_by_ground_truth,
+    choose_samples,
+    choose_test_dataset,
     draw_overview,
     draw_sample,
     judge_detections,
+    judged_classes,
     keep_as_many_as_objects,
+    keep_as_many_as_objects_in_picture,
 )
 from toy_world import NOVEL, PICTURES, VOCABULARY, register_toy_world
 
@@ -104,6 +108,48 @@ def test_each_class_keeps_as_many_detections_as_it_has_objects():
         picture("bee", detections=(found("bee", 0.5), found("dog", 0.1), found("dog", 0.05))),
         picture(detections=(found("bee", 0.4), found("ant", 0.9))),
     ) == [[0.6], [0.5, 0.1], []]
+
+
+def test_a_picture_keeps_of_each_kind_as_many_as_it_has_objects():
+    box = (0, 0, 9, 9)
+    truths = (truth("bee", box), truth("dog", box), Box(box, "ant", "uncounted"))
+    detections = (
+        Box(box, "ant", "uncounted", 0.9),
+        Box(box, "elk", "uncounted", 0.8),  # one base object: the second has no place
+        Box(box, "bee", "wrong", 0.3),
+        Box(box, "bee", "correct", 0.2),
+        Box(box, "dog", "correct", 0.1),
+    )
+    kept = keep_as_many_as_objects_in_picture(Sample(BLANK, "x.png", truths, detections))
+    assert [box.score for box in kept.detections] == [0.9, 0.3, 0.2]
+    assert kept.truth == truths
+    empty = keep_as_many_as_objects_in_picture(Sample(BLANK, "x.png", (), detections))
+    assert empty.detections == ()
+
+
+def test_samples_are_chosen_without_reading_a_picture(tmp_path):
+    dataset = register_toy_world(tmp_path)
+    records = DatasetCatalog.get(dataset)
+    for path in (tmp_path / "images").iterdir():
+        path.unlink()
+    chosen = choose_samples(records, VOCABULARY, NOVEL, 3)
+    # bee: picture 2; dog: 3; bee again: 4
+    assert [s.file_name.split("/")[-1] for s in chosen] == ["2.png", "3.png", "4.png"]
+    for sample, picture in zip(chosen, PICTURES[1:4], strict=True):
+        assert {box.class_name for box in sample.truth} == {name for name, _ in picture}
+        assert sample.detections == ()
+
+
+def test_the_largest_vocabulary_is_tested_and_its_novel_classes_judged(tmp_path, monkeypatch):
+    whole = register_toy_world(tmp_path / "whole")
+    names = (*VOCABULARY, "fly")
+    for constant, value in {"VOCABULARY": names, "BASE": names, "NOVEL": ()}.items():
+        monkeypatch.setattr(f"toy_world.{constant}", value)
+    larger = register_toy_world(tmp_path / "larger")
+    assert choose_test_dataset([whole, larger]) == larger
+    assert choose_test_dataset([]) is None
+    assert judged_classes(whole) == list(NOVEL)
+    assert judged_classes(larger) == list(names)
 
 
 def test_fewer_detections_than_objects_are_all_kept():

@@ -394,7 +394,7 @@ def test_known_names_need_no_clip_and_come_at_once(world, monkeypatch):
     monkeypatch.setattr(teacher.CLIPTeacher, "_clip", refuse)
     fresh = OpenVocabularyPredictor.from_checkpoint(world / "run")
     fresh.set_vocabulary(names)  # from the disk
-    monkeypatch.setattr(teacher._TextCache, "read", refuse)
+    monkeypatch.setattr(teacher.TextCache, "read", refuse)
     started = time.perf_counter()
     fresh.set_vocabulary(names[::-1])  # from memory
     assert time.perf_counter() - started < 0.1

@@ -13,7 +13,7 @@ import hierkd.modeling.meta_arch as meta_arch
 from fake_teacher import FakeTeacher
 from hierkd.engine.config import load_config
 from hierkd.engine.predictor import OpenVocabularyPredictor
-from hierkd.engine.report import read_metrics, write_report
+from hierkd.engine.report import write_report
 from hierkd.engine.results import collect_results, summary_rows, write_results
 from toy_world import NOVEL, VOCABULARY, register_toy_world
 
@@ -87,32 +87,6 @@ def test_summary_lists_every_figure_once(results):
 def write_metrics(folder, *entries):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.json").write_text("".join(json.dumps(e) + "\n" for e in entries))
-
-
-def test_metrics_of_a_resumed_run(tmp_path):
-    write_metrics(
-        tmp_path,
-        {"iteration": 19, "loss_cls": 3.0, "total_loss": 5.0, "lr": 0.1},
-        {"iteration": 39, "loss_cls": 2.0, "total_loss": 4.0},
-        {"iteration": 39, "bbox/novel/AP50": 12.0},
-        {"iteration": 39, "loss_cls": 1.5, "total_loss": 3.5},
-    )
-    curves = read_metrics(tmp_path)
-    assert list(curves) == ["total_loss", "loss_cls"]
-    assert curves["loss_cls"] == ([19, 39], [3.0, 1.5])
-
-
-def test_missing_and_broken_metrics_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"metrics\.json"):
-        read_metrics(tmp_path)
-    (tmp_path / "metrics.json").write_text('{"iteration": 1, "loss_cls": 1}\n{"iter\n')
-    with pytest.raises(ValueError, match=r"metrics\.json, line 2"):
-        read_metrics(tmp_path)
-
-
-def test_a_last_line_that_was_not_finished_is_left_out(tmp_path):
-    (tmp_path / "metrics.json").write_text('{"iteration": 1, "loss_cls": 2}\n{"iteration": 3, "lo')
-    assert read_metrics(tmp_path) == {"loss_cls": ([1], [2.0])}
 
 
 class Page(HTMLParser):

@@ -1,10 +1,8 @@
 import hashlib
 import logging
-import multiprocessing
 import sqlite3
 import urllib.error
 import warnings
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import clip_files
+from hierkd.modeling import openai_clip
 from hierkd.modeling import teacher as teacher_module
 from hierkd.modeling.frozen_encoder import make_batch
 from hierkd.modeling.teacher import (
@@ -46,7 +45,7 @@ def no_clip(monkeypatch):
     def refuse(*_):
         raise AssertionError("CLIP was loaded")
 
-    return lambda: monkeypatch.setattr(teacher_module, "_read_state_dict", refuse)
+    return lambda: monkeypatch.setattr(openai_clip, "_read_state_dict", refuse)
 
 
 def smooth_image(height, width, seed=0):
@@ -94,8 +93,8 @@ def test_regions_are_normalised_float32_without_gradient(make_teacher):
 def test_no_parameter_can_be_trained(make_teacher):
     teacher = make_teacher()
     teacher.encode_captions(["a"])
-    assert not any(p.requires_grad for p in teacher._clip().parameters())
-    assert not teacher._clip().training
+    assert not any(p.requires_grad for p in teacher._clip().model.parameters())
+    assert not teacher._clip().model.training
     assert not isinstance(teacher, nn.Module)
 
 
@@ -122,14 +121,16 @@ def test_the_faster_encoder_computes_what_the_released_one_does(make_teacher, tm
     path = clip_files.write_state_dict(tmp_path / "other.pt", clip)
     seen = []
     teacher = make_teacher(path)
-    teacher._clip().visual.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    teacher._clip().model.visual.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     found = teacher.encode_regions([smooth_image(70, 90)], [BOXES], 1.5)
     model, _ = released_clip(path)
     with torch.no_grad():
         expected = F.normalize(model.float().encode_image(seen[0].contiguous()), dim=-1)
     torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)  # files may be in half precision
     assert seen[0].is_contiguous(memory_format=torch.channels_last)
-    assert not any(isinstance(part, nn.BatchNorm2d) for part in teacher._clip().visual.modules())
+    assert not any(
+        isinstance(part, nn.BatchNorm2d) for part in teacher._clip().model.visual.modules()
+    )
 
 
 def test_rows_that_fill_up_a_batch_are_not_seen(make_teacher, monkeypatch):
@@ -154,7 +155,7 @@ def test_half_precision_reaches_through_the_visual_encoder(make_teacher, tmp_pat
     teacher = make_teacher(path, precision="fp16")
     layers = [
         part
-        for part in teacher._clip().visual.modules()
+        for part in teacher._clip().model.visual.modules()
         if isinstance(part, nn.Conv2d | nn.Linear | nn.MultiheadAttention)
     ]
     seen = []
@@ -182,9 +183,9 @@ def test_pixel_statistics_are_what_the_crop_is_normalised_with(make_teacher, mon
     seen = []
     for statistics in ("imagenet", "clip"):
         teacher = make_teacher(pixel_statistics=statistics)
-        encode = teacher._clip().encode_image
+        encode = teacher._clip().model.encode_image
         monkeypatch.setattr(
-            teacher._clip(),
+            teacher._clip().model,
             "encode_image",
             lambda crops, encode=encode: seen.append(crops) or encode(crops),
         )
@@ -249,6 +250,7 @@ def test_texts_equal_clips_own_encoding(make_teacher, weights):
 
 def test_each_text_is_encoded_once(make_teacher, monkeypatch):
     teacher = make_teacher()
+    teacher.encode_captions(["z"])  # loaded, and the template checked
     encoded = []
     tokenize = clip_files.import_clip().tokenize
     monkeypatch.setattr(
@@ -428,34 +430,6 @@ def test_default_cache_folder(weights, tmp_path, monkeypatch):
     assert teacher._disk.path.parent == tmp_path / ".cache" / "hierkd" / "text_embeddings"
 
 
-def _write_many(path, start, barrier):
-    cache = teacher_module._TextCache(Path(path))
-    barrier.wait()
-    for index in range(start, start + 60):
-        vector = np.array([np.cos(index / 100), np.sin(index / 100), 0, 0], np.float32)
-        cache.write({f"text {index}": vector}, 4, 100.0)
-        assert cache.read([f"text {index}"])
-
-
-def test_two_processes_share_a_cache(tmp_path, caplog):
-    path = tmp_path / "cache.sqlite"
-    context = multiprocessing.get_context("fork")
-    barrier = context.Barrier(2)
-    # Half of the texts are written by both.
-    workers = [
-        context.Process(target=_write_many, args=(path, start, barrier)) for start in (0, 30)
-    ]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(60)
-    assert [worker.exitcode for worker in workers] == [0, 0]
-    texts = [f"text {index}" for index in range(90)]
-    found = teacher_module._TextCache(path).read(texts)
-    assert [round(100 * np.arctan2(*found[text][1::-1])) for text in texts] == list(range(90))
-    assert not list(tmp_path.glob("*.corrupt"))
-
-
 # --- CLIP's files ---------------------------------------------------------------------------------
 
 
@@ -587,6 +561,14 @@ def test_wrong_templates(make_teacher, templates):
         make_teacher(templates=templates)
 
 
+def test_a_template_that_leaves_no_room_for_the_name(make_teacher):
+    fits, ends = "very " * 74 + "{}", "very " * 75 + "{}"  # of 77 tokens, two are start and end
+    make_teacher(template=fits).encode_classes(["zebra"])
+    for place in ({"template": ends}, {"templates": (fits, ends)}):
+        with pytest.raises(ValueError, match=r"TEMPLATES.*tiny\.pt' reads 77 tokens.*class name"):
+            make_teacher(**place).encode_classes(["giraffe"])
+
+
 @pytest.fixture
 def make_cfg(weights, tmp_path):
     def make(path=weights, **text):
@@ -600,7 +582,8 @@ def make_cfg(weights, tmp_path):
                     PIXEL_STATISTICS="imagenet",
                 ),
                 TEXT_CLASSIFIER=SimpleNamespace(
-                    **{"TEMPLATE": "one {}", "TEMPLATES": (), "EMBEDDINGS": "", "EMBED_DIM": 16}
+                    **{"TEMPLATE": "one {}", "TEMPLATES": (), "TEMPLATES_FILE": ""}
+                    | {"EMBEDDINGS": "", "EMBED_DIM": 16}
                     | text
                 ),
             ),
@@ -616,9 +599,11 @@ def test_build_teacher_reads_the_config(make_cfg, tmp_path):
     assert isinstance(teacher, CLIPTeacher)
     assert teacher.image_format == "BGR"
     assert teacher._disk.path.parent == tmp_path / "cache"
-    assert teacher.pixel_std == (0.229, 0.224, 0.225)
+    assert teacher.pixel_statistics == "imagenet"
     ensemble = build_teacher(make_cfg(TEMPLATES=("one {}", "two {}")))
     assert ensemble.templates == ("one {}", "two {}")
+    with pytest.raises(ValueError, match="TEMPLATES_FILE is not read yet"):
+        build_teacher(make_cfg(TEMPLATES_FILE="prompts.txt"))
 
 
 # --- class embeddings from a file -----------------------------------------------------------------

@@ -94,6 +94,10 @@ def _add_detector_keys(cfg: CN) -> None:
     # Prompt ensemble: several templates in place of TEMPLATE; a class is the normalised mean of
     # their normalised embeddings, as in CLIP. Empty = TEMPLATE alone. [ours]
     cfg.MODEL.TEXT_CLASSIFIER.TEMPLATES = ()
+    # The same from a text file: one template a line, "#" begins a comment; e.g.
+    # datasets/prompts/ensemble.txt. Reading the config puts them into TEMPLATES, so that what a run
+    # writes down does not depend on the file. "" = none. [ours]
+    cfg.MODEL.TEXT_CLASSIFIER.TEMPLATES_FILE = ""
     # Class embeddings made beforehand: path of an .npz from datasets/extract_text_embeddings.py,
     # for running without CLIP's weights. "" = the teacher encodes the names. [ours]
     cfg.MODEL.TEXT_CLASSIFIER.EMBEDDINGS = ""
@@ -152,13 +156,18 @@ def _add_distillation_keys(cfg: CN) -> None:
     cfg.MODEL.GKD.GATHER = False
 
     cfg.MODEL.TEACHER = CN()
-    # OpenAI CLIP: a name ("ViT-B/32", "RN50", ...) that is downloaded once, or the path of a file
+    # OpenAI's CLIP: a name ("ViT-B/32", "RN50", ...) that is downloaded once, or the path of a file
     # in OpenAI's format (TorchScript archive or state dict). [paper §4.2]
+    # Any other CLIP, with the package open_clip: "open_clip:MODEL:TAG", downloaded once
+    # ("open_clip:ViT-B-16:laion2b_s34b_b88k"), "open_clip:MODEL:FILE" or "open_clip:FOLDER" with
+    # open_clip_config.json and weights. TEXT_CLASSIFIER.EMBED_DIM goes with it; docs/teachers.md
+    # has the sizes. [ours]
     cfg.MODEL.TEACHER.WEIGHTS = "ViT-B/32"
-    # Mean and deviation of the pixels that CLIP sees: "clip", its own [paper §4.2], or "imagenet"
-    # [release].
+    # Mean and deviation of the pixels that the teacher sees: "clip", its own [paper §4.2], or
+    # "imagenet" [release].
     cfg.MODEL.TEACHER.PIXEL_STATISTICS = "clip"
-    # Folder of downloaded CLIP weights; "" = CLIP's own ~/.cache/clip.
+    # Folder of downloaded weights; "" = ~/.cache/clip for OpenAI's CLIP, the model hub's cache
+    # (HF_HOME) for open_clip's.
     cfg.MODEL.TEACHER.DOWNLOAD_ROOT = ""
     # Folder of the text embedding cache; "" = $HIERKD_CACHE or ~/.cache/hierkd/text_embeddings.
     cfg.MODEL.TEACHER.TEXT_CACHE_DIR = ""
@@ -198,6 +207,11 @@ def _add_miniature_and_training_keys(cfg: CN) -> None:
     # Decode every training and test image once before the first step, so that a broken one does not
     # stop the run hours later: some minutes on COCO, once per start. [ours]
     cfg.DATALOADER.CHECK_IMAGES = True
+
+    # Every VIS_PERIOD iterations (detectron2's key; 0 = never) this many pictures of the test
+    # dataset with the largest vocabulary go to TensorBoard, ground truth beside detections. They
+    # are always the same ones, chosen by their ground truth. docs/monitoring.md. [ours]
+    cfg.TEST.VIS_PICTURES = 4
 
     # Images per process and step of an evaluation. More than one is faster, above all for small
     # images; images of different sizes are then padded to one, which changes scores near the

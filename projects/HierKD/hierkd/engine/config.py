@@ -13,6 +13,7 @@ from detectron2.config import get_cfg
 
 from hierkd.config import add_hierkd_config
 from hierkd.data.custom import has_no_captions, register_definitions
+from hierkd.modeling.text_embeddings import read_templates
 
 __all__ = ["load_config", "requested_device"]
 
@@ -27,7 +28,8 @@ def load_config(config_file: str, overrides: Sequence[str] = ()) -> Any:
     """Build the frozen config of a run.
 
     Where there is no CUDA device, ``MODEL.DEVICE`` falls back to the CPU and
-    ``SOLVER.AMP.ENABLED`` to float32, with a note. The datasets of ``DATASETS.DEFINITIONS`` are
+    ``SOLVER.AMP.ENABLED`` to float32, with a note. Prompt templates of a ``TEMPLATES_FILE`` go into
+    ``TEMPLATES``. The datasets of ``DATASETS.DEFINITIONS`` are
     registered; where such a training set has no captions at all, ``MODEL.GKD.LOSS_WEIGHT`` falls
     back to 0, with a note.
 
@@ -40,7 +42,8 @@ def load_config(config_file: str, overrides: Sequence[str] = ()) -> Any:
         ValueError: if the file is not YAML, a key is unknown or a value has the wrong type (names
             the file or the command line, and the key), MODEL.DEVICE is no device that PyTorch
             has here, a number of images or iterations is not positive, proposals are to be read,
-            or a file of DATASETS.DEFINITIONS or one that it names is wrong.
+            or a file of DATASETS.DEFINITIONS or one that it names, or of prompt templates, is
+            wrong.
     """
     cfg = _merge(config_file, overrides)
     device = _device(cfg.MODEL.DEVICE)
@@ -58,6 +61,7 @@ def load_config(config_file: str, overrides: Sequence[str] = ()) -> Any:
             "MODEL.LOAD_PROPOSALS: no model here uses proposals from files, and detectron2 would "
             "run pickled code from DATASETS.PROPOSAL_FILES_TRAIN and PROPOSAL_FILES_TEST"
         )
+    _read_templates_file(cfg.MODEL.TEXT_CLASSIFIER)
     register_definitions(cfg.DATASETS.DEFINITIONS)
     if cfg.MODEL.GKD.LOSS_WEIGHT > 0 and has_no_captions(cfg.DATASETS.TRAIN):
         logger.warning(
@@ -68,6 +72,23 @@ def load_config(config_file: str, overrides: Sequence[str] = ()) -> Any:
         cfg.MODEL.GKD.LOSS_WEIGHT = 0.0
     cfg.freeze()
     return cfg
+
+
+def _read_templates_file(text: Any) -> None:
+    """Put the templates of MODEL.TEXT_CLASSIFIER.TEMPLATES_FILE into TEMPLATES."""
+    key = "MODEL.TEXT_CLASSIFIER.TEMPLATES_FILE"
+    if not text.TEMPLATES_FILE:
+        return
+    if text.TEMPLATES:
+        raise ValueError(
+            f"{key} is {text.TEMPLATES_FILE!r}, but MODEL.TEXT_CLASSIFIER.TEMPLATES holds "
+            f"{len(text.TEMPLATES)} templates as well: set one of them, and the other to '' or ()"
+        )
+    try:
+        text.TEMPLATES = read_templates(text.TEMPLATES_FILE)
+    except (OSError, ValueError) as error:
+        raise type(error)(f"{key}: {error}") from error
+    text.TEMPLATES_FILE = ""
 
 
 def requested_device(config_file: str, overrides: Sequence[str] = ()) -> str:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from hierkd.atomic_files import replacing
 from hierkd.data.coco_json import get_entries, read_coco_json
 from hierkd.data.dataset_mapper import read_picture
+from hierkd.engine.config import load_config
 from hierkd.engine.demo_outputs import (
     PageEntry,
     VideoFile,
@@ -33,13 +34,91 @@ from hierkd.engine.predictor import OpenVocabularyPredictor
 from hierkd.engine.visualization import Image, draw_instances
 from hierkd.evaluation.heat_maps import score_heat_maps
 
-__all__ = ["CocoIds", "Detectors", "annotate_picture", "annotate_video"]
+__all__ = [
+    "DEFAULT_RUN",
+    "TRAINED_WEIGHTS",
+    "CocoIds",
+    "Detectors",
+    "annotate_picture",
+    "annotate_video",
+    "load_detector",
+    "parse_compared",
+    "title_of",
+]
 
 logger = logging.getLogger(__name__)
+
+DEFAULT_RUN = "output/demo/hierkd"  # where `make demo` leaves its detector
+TRAINED_WEIGHTS = "model_final.pth"  # what detectron2's trainer calls its last checkpoint
 
 _FRAMES_PER_PASS = 8  # of a video file. [ours]
 _HEAT_MAPS = 4  # classes of a picture whose heat maps are drawn, if none are named. [ours]
 _CAMERA_FPS = 10.0  # of the video that a camera's pictures become. [ours]
+
+
+def load_detector(
+    run: str | None, config_file: str | None, opts: Sequence[str], device: str | None
+) -> OpenVocabularyPredictor:
+    """Build the detector; a config without named weights finds its run's own beside it.
+
+    Raises:
+        FileNotFoundError: There is no such run or config, or no weights.
+        ValueError: The config or the overrides are wrong.
+    """
+    if run is None and config_file is None:
+        run = DEFAULT_RUN
+        if not Path(run, "config.yaml").is_file():
+            raise FileNotFoundError(
+                f"--run: no detector in {run!r}; run `make demo` first, or name one: --run PATH, "
+                "or --config-file YAML --opts MODEL.WEIGHTS FILE"
+            )
+    if run is not None and "MODEL.WEIGHTS" not in opts[::2]:
+        predictor: OpenVocabularyPredictor = OpenVocabularyPredictor.from_checkpoint(
+            run, config_file, device=device, opts=opts
+        )
+        return predictor
+    config_file = config_file or str(Path(run or "") / "config.yaml")
+    overrides = list(opts) + (["MODEL.DEVICE", device] if device else [])
+    trained = Path(config_file).parent / TRAINED_WEIGHTS
+    if "MODEL.WEIGHTS" not in opts[::2] and trained.is_file():
+        overrides += ["MODEL.WEIGHTS", str(trained)]
+    predictor = OpenVocabularyPredictor(load_config(config_file, overrides))
+    return predictor
+
+
+def parse_compared(texts: Sequence[str], first: str) -> dict[str, str]:
+    """Read TITLE=PATH or PATH; a path's title is its last folder's name.
+
+    Args:
+        texts: As typed.
+        first: Title of the first detector.
+
+    Returns:
+        Title to path.
+
+    Raises:
+        ValueError: Two detectors have one title.
+    """
+    runs: dict[str, str] = {}
+    for text in texts:
+        title, equals, path = text.partition("=")
+        if not equals or Path(text).exists():
+            title, path = title_of(text), text
+        if title in runs or title == first:
+            raise ValueError(f"--compare: two detectors are called {title!r}: name one, TITLE=PATH")
+        runs[title] = path
+    return runs
+
+
+def title_of(path: str) -> str:
+    """Name of a training's folder, or of the folder of its checkpoint or config.yaml.
+
+    A config of another name gives its own name.
+    """
+    resolved = Path(path).resolve()
+    if resolved.suffix in (".yaml", ".yml") and resolved.stem != "config":
+        return resolved.stem
+    return resolved.parent.name if resolved.suffix else resolved.name
 
 
 class Detectors:

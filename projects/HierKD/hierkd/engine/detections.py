@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,14 @@ from detectron2.structures import Instances
 
 from hierkd.modeling.text_embeddings import read_text_lines
 
-__all__ = ["DetectionFilter", "as_coco_results", "as_records", "parse_class_thresholds"]
+__all__ = [
+    "DetectionFilter",
+    "as_coco_results",
+    "as_records",
+    "parse_class_thresholds",
+    "read_class_thresholds",
+    "scale_boxes",
+]
 
 
 @dataclass(frozen=True)
@@ -91,6 +98,23 @@ def _check_threshold(what: str, value: float) -> None:
         raise ValueError(f"{what} must be 0 to 1, got {value!r}")
 
 
+def scale_boxes(instances: Instances, factor: float, size: tuple[int, int]) -> Instances:
+    """Bring detections to a picture that was resized after the detection.
+
+    Args:
+        instances: With ``pred_boxes``, XYXY in pixels of the original picture.
+        factor: By which the sides of the picture have grown.
+        size: Height and width of the resized picture, in pixels.
+
+    Returns:
+        Copies, with all other fields as they were.
+    """
+    scaled = Instances(size, **instances.get_fields())
+    scaled.pred_boxes = instances.pred_boxes.clone()
+    scaled.pred_boxes.scale(factor, factor)
+    return scaled
+
+
 def as_records(instances: Instances, vocabulary: Sequence[str]) -> list[dict[str, Any]]:
     """Write detections as plain values.
 
@@ -161,7 +185,21 @@ def parse_class_thresholds(text: str) -> dict[str, float]:
     if not text.strip():
         return {}
     from_file = Path(text).is_file() or text.endswith(".txt")
-    entries = read_text_lines(text) if from_file else text.split(",")
+    return read_class_thresholds(read_text_lines(text) if from_file else text.split(","))
+
+
+def read_class_thresholds(entries: Iterable[str]) -> dict[str, float]:
+    """Read thresholds of single classes; opens no file, whatever the texts are.
+
+    Args:
+        entries: ``NAME=SCORE`` each.
+
+    Returns:
+        Class name to threshold, not yet checked for its range.
+
+    Raises:
+        ValueError: An entry is no ``NAME=SCORE``, or a class is named twice.
+    """
     thresholds: dict[str, float] = {}
     for entry in entries:
         name, _, score = (part.strip() for part in entry.rpartition("="))

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 from detectron2.structures import Instances
 
+from hierkd.engine.detections import scale_boxes
 from hierkd.engine.gallery import (
     CORRECT_COLOR,
     UNCOUNTED,
@@ -19,7 +20,13 @@ from hierkd.engine.gallery import (
 from hierkd.engine.visualization import Color, Image, SheetRow, draw_instances, draw_sheet, fit
 from hierkd.evaluation.heat_maps import HeatMap, overlay_heat_map
 
-__all__ = ["draw_comparison", "draw_heat_map_sheet", "draw_side_by_side", "keep_best"]
+__all__ = [
+    "draw_comparison",
+    "draw_heat_map_sheet",
+    "draw_side_by_side",
+    "draw_truth_and_detections",
+    "keep_best",
+]
 
 # Bright end of a heat map's colours where every score is tiny, so that noise stays dark. [ours]
 _MIN_HEAT_RANGE = 0.05
@@ -119,6 +126,30 @@ def draw_comparison(
     return draw_sheet(rows, panel_px=panel_px, legend=legend, title_px=28)
 
 
+def draw_truth_and_detections(
+    sample: Sample, caption: str, *, judged: str = "novel", panel_px: int = 480
+) -> Image:
+    """Draw a picture twice: its objects, and what was detected.
+
+    Args:
+        sample: The picture; its boxes are labelled, also those of classes that are not judged.
+        caption: A line above it.
+        judged: What the classes that are judged are called in the legend; "" for all of them.
+        panel_px: Longer side of each of the two, in pixels.
+
+    Returns:
+        RGB sheet.
+    """
+    fitted = _fit_sample(sample, panel_px)
+    panels = [_draw(fitted, truth=True), _draw(fitted, truth=False)]
+    kind = f"{judged} class" if judged else "object"
+    legend = [(_swatch(CORRECT_COLOR), kind), (_swatch(WRONG_COLOR), f"{kind}, wrong")]
+    if judged:
+        legend.append((_swatch(UNCOUNTED_COLOR), "base class"))
+    row = SheetRow(panels, ["ground truth", "detected"], caption)
+    return draw_sheet([row], panel_px=panel_px, legend=legend)
+
+
 def draw_side_by_side(
     image: Image,
     found: Mapping[str, Instances],
@@ -146,9 +177,7 @@ def draw_side_by_side(
     fitted, factor = fit(image, panel_px)
     panels = []
     for instances in found.values():
-        scaled = Instances(fitted.shape[:2], **instances.get_fields())
-        scaled.pred_boxes = instances.pred_boxes.clone()
-        scaled.pred_boxes.scale(factor, factor)
+        scaled = scale_boxes(instances, factor, fitted.shape[:2])
         panels.append(draw_instances(fitted, scaled, vocabulary, min_long_side=1, font_px=16))
     return draw_sheet([SheetRow(panels, list(found))], panel_px=panel_px)
 

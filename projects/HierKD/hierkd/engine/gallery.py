@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from detectron2.data import MetadataCatalog
 from detectron2.structures import Boxes, BoxMode, Instances, pairwise_iou
 from detectron2.utils.logger import log_every_n_seconds
 from numpy.typing import NDArray
@@ -28,10 +29,15 @@ __all__ = [
     "build_samples",
     "choose_by_ground_truth",
     "choose_in_turn",
+    "choose_samples",
+    "choose_test_dataset",
     "draw_overview",
     "draw_sample",
     "judge_detections",
+    "judged_classes",
     "keep_as_many_as_objects",
+    "keep_as_many_as_objects_in_picture",
+    "read_truth",
 ]
 
 # Told apart with every common colour-blindness (Okabe and Ito's blue and vermilion). [ours]
@@ -105,7 +111,7 @@ def build_samples(
     samples = []
     for record in records:
         image = read_picture(record["file_name"])
-        truth = tuple(_truth_of(record, vocabulary, judged))
+        truth = tuple(read_truth(record, vocabulary, judged))
         detections = judge_detections(detect(image), truth, vocabulary, judged)
         samples.append(Sample(image, record["file_name"], truth, tuple(detections)))
         log_every_n_seconds(
@@ -114,7 +120,10 @@ def build_samples(
     return samples
 
 
-def _truth_of(record: dict[str, Any], vocabulary: Sequence[str], judged: set[str]) -> Iterable[Box]:
+def read_truth(
+    record: dict[str, Any], vocabulary: Sequence[str], judged: set[str]
+) -> Iterable[Box]:
+    """Yield the objects of a detectron2 dataset dict, crowd regions left out."""
     for annotation in record["annotations"]:
         if annotation.get("iscrowd", 0):
             continue
@@ -160,6 +169,28 @@ def judge_detections(
     return judgements
 
 
+def keep_as_many_as_objects_in_picture(sample: Sample) -> Sample:
+    """Keep, of the judged and of the other classes each, as many detections as it has objects.
+
+    The best ones of each kind. Needs no threshold and no other picture, shows wrong classes, and
+    keeps the higher scores of base classes from hiding the novel ones.
+
+    Args:
+        sample: A picture; its detections best first.
+
+    Returns:
+        The sample with fewer detections.
+    """
+    free = Counter(box.verdict == UNCOUNTED for box in sample.truth)
+    kept = []
+    for box in sample.detections:
+        kind = box.verdict == UNCOUNTED
+        if free[kind] > 0:
+            free[kind] -= 1
+            kept.append(box)
+    return replace(sample, detections=tuple(kept))
+
+
 def keep_as_many_as_objects(samples: Sequence[Sample]) -> list[Sample]:
     """Keep, of each class, as many detections as there are objects: the best over all pictures.
 
@@ -185,6 +216,21 @@ def keep_as_many_as_objects(samples: Sequence[Sample]) -> list[Sample]:
             objects[box.class_name] -= 1
             kept[number].append(box)
     return [replace(s, detections=tuple(boxes)) for s, boxes in zip(samples, kept, strict=True)]
+
+
+def choose_test_dataset(names: Sequence[str]) -> str | None:
+    """Choose the registered dataset with the largest vocabulary; None without any name."""
+    return max(
+        names, key=lambda n: len(MetadataCatalog.get(n).get("thing_classes", ())), default=None
+    )
+
+
+def judged_classes(dataset_name: str) -> list[str]:
+    """List the novel classes of a registered dataset, or all of one that has no split."""
+    metadata = MetadataCatalog.get(dataset_name)
+    names = list(metadata.thing_classes)
+    novel = set(metadata.get("novel_classes", ()))
+    return [name for name in names if name in novel] or names
 
 
 def choose_by_ground_truth(
@@ -228,6 +274,32 @@ def choose_in_turn(held: Sequence[set[str]], class_names: Sequence[str], count: 
             elif len(chosen) < count:
                 chosen[index] = None
     return list(chosen)
+
+
+def choose_samples(
+    records: Sequence[dict[str, Any]],
+    vocabulary: Sequence[str],
+    judged: Sequence[str],
+    count: int,
+) -> list[Sample]:
+    """Choose pictures that show classes in turn; neither pictures nor detections are there yet.
+
+    Args:
+        records: detectron2 dataset dicts.
+        vocabulary: Names that ``category_id`` indexes.
+        judged: Classes to show.
+        count: How many pictures; fewer if there are no more.
+
+    Returns:
+        Samples with an empty ``image``.
+    """
+    no_image = np.zeros((0, 0, 3), np.uint8)
+    truths = [tuple(read_truth(record, vocabulary, set(judged))) for record in records]
+    held = [{box.class_name for box in truth} for truth in truths]
+    return [
+        Sample(no_image, records[i]["file_name"], truths[i], ())
+        for i in choose_in_turn(held, judged, count)
+    ]
 
 
 def best_sample_per_class(

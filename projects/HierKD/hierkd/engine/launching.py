@@ -21,6 +21,7 @@ from detectron2.engine import default_argument_parser, launch
 from detectron2.utils import comm
 from torch.multiprocessing.spawn import ProcessExitedException
 
+from hierkd.engine.cpu_memory import keep_freed_memory
 from hierkd.engine.interruption import passing_signals_on
 
 __all__ = ["get_parser", "launch_processes"]
@@ -92,7 +93,7 @@ def launch_processes(main: Callable[[Namespace], Any], args: Namespace, device: 
                 num_machines=args.num_machines,
                 machine_rank=args.machine_rank,
                 dist_url=args.dist_url,
-                args=(main, args, args.num_gpus if on_cpu else 1),
+                args=(main, args, device, args.num_gpus if on_cpu else 1),
                 timeout=timeout,
             )
     except ProcessExitedException as error:
@@ -110,10 +111,19 @@ def _exit_status(error: ProcessExitedException) -> int | str:
     )
 
 
-def _main_in_process(main: Callable[[Namespace], Any], args: Namespace, share: int) -> None:
+def _main_in_process(
+    main: Callable[[Namespace], Any], args: Namespace, device: str, share: int
+) -> None:
     """What each process runs; ``share`` of them share the cores of this machine."""
-    _limit_threads(share)
+    _prepare_cpu(device, share)
     main(args)
+
+
+def _prepare_cpu(device: str, processes: int) -> None:
+    """Set threads and memory of a process that computes on the CPU, one of some."""
+    _limit_threads(processes)
+    if device == "cpu" or not torch.cuda.is_available():
+        keep_freed_memory()
 
 
 def _limit_threads(processes: int) -> None:
@@ -212,7 +222,7 @@ def _run_under_torchrun(
         torch.cuda.set_device(launched.local_rank)
     else:
         # torchrun sets OMP_NUM_THREADS to 1 where the user has not; that is its choice to make.
-        _limit_threads(launched.local_world_size)
+        _prepare_cpu(device, launched.local_world_size)
     if launched.world_size == 1:
         main(args)
         return

@@ -4,13 +4,33 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["mend_metrics", "read_metric_lines"]
+__all__ = ["Curve", "RunMetrics", "mend_metrics", "read_metric_lines", "read_run_metrics"]
 
 logger = logging.getLogger(__name__)
+
+Curve = tuple[list[int], list[float]]  # iterations, increasing, and the values there
+
+
+@dataclass(frozen=True)
+class RunMetrics:
+    """All that a run has written, each thing done twice taken once.
+
+    Attributes:
+        curves: name of a scalar to its curve; NaN is kept.
+        num_broken: lines that are no JSON object with an iteration, and were skipped.
+        num_restarts: how often the run went back to an earlier iteration.
+    """
+
+    curves: Mapping[str, Curve]
+    num_broken: int = 0
+    num_restarts: int = 0
 
 
 def read_metric_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -37,6 +57,87 @@ def read_metric_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
     return entries
+
+
+def read_run_metrics(path: str | os.PathLike[str]) -> RunMetrics:
+    """Read the scalars of a run that may have been killed, resumed and damaged.
+
+    Where a run went back to an earlier iteration, what it had written from there on is of steps
+    that were done again, and is left out, even if they have not all been done again yet.
+
+    Args:
+        path: of ``metrics.json``.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no metrics of a training run")
+    *lines, unfinished = Path(path).read_bytes().split(b"\n")
+    num_broken = 0
+    entries = []
+    for line in (each for each in lines if each.strip()):
+        entry = _parse(line)
+        if entry is None:
+            num_broken += 1
+        else:
+            entries.append(entry)
+    if unfinished.strip():
+        num_broken += 1
+    values, num_restarts = _merge(entries)
+    curves = {
+        name: (sorted(points), [points[i] for i in sorted(points)])
+        for name, points in sorted(values.items())
+        if points
+    }
+    return RunMetrics(curves, num_broken, num_restarts)
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """One line of the file; None if it is no object with an iteration."""
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(entry, dict) or not isinstance(entry.get("iteration"), int):
+        return None
+    return entry
+
+
+def _merge(entries: Iterable[Mapping[str, Any]]) -> tuple[dict[str, dict[int, float]], int]:
+    """Name to iteration to value, and the number of times that the iterations went back.
+
+    The lines that one writing leaves, the losses and an evaluation's figures, are in no order, so
+    that only a scalar's own iterations tell; of ``total_loss``, that all others went back, too.
+    """
+    values: dict[str, dict[int, float]] = {}
+    num_restarts = 0
+    for entry in entries:
+        iteration = entry["iteration"]
+        if "total_loss" in entry and iteration <= next(reversed(values.get("total_loss", {})), -1):
+            num_restarts += 1
+            for points in values.values():
+                _forget(points, iteration)
+        for name, value in entry.items():
+            if name == "iteration" or isinstance(value, bool) or not isinstance(value, int | float):
+                continue
+            points = values.setdefault(name, {})
+            _forget(points, iteration)
+            points[iteration] = _as_float(value)
+    return values, num_restarts
+
+
+def _as_float(value: float) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # an integer of hundreds of digits
+        return math.inf if value > 0 else -math.inf
+
+
+def _forget(points: dict[int, float], start: int) -> None:
+    """Drop the last points, those from an iteration on."""
+    while points and next(reversed(points)) >= start:
+        points.popitem()
 
 
 def mend_metrics(path: str | os.PathLike[str]) -> None:

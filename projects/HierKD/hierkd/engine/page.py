@@ -83,6 +83,18 @@ th, td { text-align: left; padding: .42rem .9rem .42rem 0; border-bottom: 1px so
 thead th { border-bottom: 2px solid #1b1f24; }
 td:nth-child(n+3), th:nth-child(n+3) { text-align: right; }
 .facts th { font-weight: 500; color: #56606b; width: 13rem; }
+.scroll { overflow-x: auto; }
+table.wide { max-width: none; font-size: .9rem; }
+table.texts3 td:nth-child(3), table.texts3 th:nth-child(3) { text-align: left; }
+.bar { display: inline-block; width: 7em; height: .62em; margin-right: .6em; background: #f1f3f5;
+  border-radius: 2px; overflow: hidden; }
+.bar i { display: block; height: 100%; }
+.number { display: inline-block; min-width: 3.2em; }
+.notes { color: #7a4100; font-size: .92rem; padding-left: 1.2rem; }
+details { margin: .8rem 0; }
+summary { cursor: pointer; color: #0b5cad; }
+pre { background: #f6f8fa; border-radius: 6px; padding: .8rem 1rem; overflow-x: auto;
+  font-size: .8rem; line-height: 1.45; }
 @media (max-width: 760px) {
   body { font-size: 16px; }
   main { padding-top: 1.4rem; }

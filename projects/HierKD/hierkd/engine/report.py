@@ -6,20 +6,15 @@ fetched, and every text that comes from data is escaped.
 
 from __future__ import annotations
 
-import io
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from matplotlib.figure import Figure
 from PIL import Image as PILImage
 
 from hierkd.engine.gallery import (
-    CORRECT_COLOR,
-    UNCOUNTED_COLOR,
-    WRONG_COLOR,
     Sample,
     best_sample_per_class,
     build_samples,
@@ -28,36 +23,30 @@ from hierkd.engine.gallery import (
     draw_sample,
     keep_as_many_as_objects,
 )
-from hierkd.engine.metrics_file import read_metric_lines
-from hierkd.engine.page import data_uri, escape, figure, img, jpeg_uri, page
+from hierkd.engine.metrics_file import Curve, read_run_metrics
+from hierkd.engine.page import escape, figure, jpeg_uri, page
 from hierkd.engine.predictor import OpenVocabularyPredictor
 from hierkd.engine.results import Results, summary_rows
-from hierkd.engine.visualization import Color, Image, enlarge
+from hierkd.engine.sections import (
+    BASE_LEGEND,
+    NOVEL_LEGEND,
+    curve_grid,
+    facts,
+    legend,
+    loss_names,
+    number,
+    pairs,
+)
+from hierkd.engine.visualization import Image, enlarge
 from hierkd.evaluation.heat_maps import overlay_heat_map, score_heat_maps
 
-__all__ = ["read_metrics", "write_report"]
-
-Curve = tuple[list[int], list[float]]
+__all__ = ["write_report"]
 
 _HEAT_MAP_PICTURES = 3
 # Pictures of overview.jpg: two rows. [ours]
 _OVERVIEW_PICTURES = 6
 # Bright end of a heat map's colours where every score is tiny, so that noise stays dark. [ours]
 _MIN_HEAT_RANGE = 0.05
-
-_NOVEL_LEGEND = ((CORRECT_COLOR, "novel class, correct"), (WRONG_COLOR, "novel class, wrong"))
-
-_LOSS_NAMES = {
-    "total_loss": "all losses together",
-    "loss_cls": "classification (Eq. 1)",
-    "loss_box_reg": "boxes (GIoU)",
-    "loss_iou": "box quality (IoU branch)",
-    "loss_centerness": "box quality (centre-ness)",
-    "loss_ikd": "instance-level distillation (Eq. 2)",
-    "loss_gkd": "global-level distillation",
-    "loss_gkd_image": "global-level distillation, by image (Eq. 5)",
-    "loss_gkd_caption": "global-level distillation, by caption (Eq. 5)",
-}
 
 
 def write_report(
@@ -85,7 +74,7 @@ def write_report(
     metadata = MetadataCatalog.get(dataset_name)
     vocabulary = list(metadata.thing_classes)
     novel = [name for name in vocabulary if name in set(metadata.novel_classes)]
-    curves = read_metrics(run_dir)
+    curves = _loss_curves(run_dir)
     with predictor.model.vocabulary(vocabulary):
         samples = keep_as_many_as_objects(
             build_samples(DatasetCatalog.get(dataset_name), predictor, vocabulary, novel)
@@ -109,32 +98,10 @@ def write_report(
     PILImage.fromarray(overview).save(Path(path).with_name("overview.jpg"), quality=88)
 
 
-def read_metrics(run_dir: str | os.PathLike[str]) -> dict[str, Curve]:
-    """Read the losses that detectron2 wrote during training.
-
-    Args:
-        run_dir: Folder with ``metrics.json``, one JSON object a line.
-
-    Returns:
-        Loss name to (iterations, values), ``total_loss`` first. Where a resumed run wrote an
-        iteration again, the last value counts; a last line that a killed run did not finish is
-        left out.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: A line is not JSON; the line is named.
-    """
-    values: dict[str, dict[int, float]] = {}
-    for entry in read_metric_lines(Path(run_dir) / "metrics.json"):
-        for name in entry:
-            if name == "total_loss" or name.startswith("loss_"):
-                values.setdefault(name, {})[int(entry["iteration"])] = float(entry[name])
-    order = [name for name in _LOSS_NAMES if name in values]
-    order += sorted(set(values) - set(order))
-    return {
-        name: (sorted(values[name]), [values[name][i] for i in sorted(values[name])])
-        for name in order
-    }
+def _loss_curves(run_dir: str | os.PathLike[str]) -> dict[str, dict[str, Curve]]:
+    """Loss to its one curve, ``total_loss`` first."""
+    curves = read_run_metrics(Path(run_dir) / "metrics.json").curves
+    return {name: {"": curves[name]} for name in loss_names(curves)}
 
 
 # -------------------------------------------------------------------------------------- sections
@@ -158,16 +125,9 @@ below never had a box: in the training pictures they stand unlabelled, and capti
 detects them by name, with what it learned from a vision-language model.</p>
 <div class="grid four">{"".join(figures)}</div>
 <p class="caption">For each novel class, the test picture with its most confident correct detection,
-and the detections of this class alone. {_legend(_NOVEL_LEGEND)} These are the best ones; the
+and the detections of this class alone. {legend(NOVEL_LEGEND)} These are the best ones; the
 pictures further down are chosen without looking at the detections.{note}</p>
 </header>"""
-
-
-def _legend(entries: Iterable[tuple[Color, str]]) -> str:
-    return " ".join(
-        f'<span class="key"><i style="background:{_css(color)}"></i>{name}</span>'
-        for color, name in entries
-    )
 
 
 def _figures_section(results: Results) -> str:
@@ -182,13 +142,13 @@ def _figures_section(results: Results) -> str:
         ),
     )
     card_html = "".join(
-        f'<div class="card"><span>{escape(title)}</span><strong>{_number(value)}</strong>'
+        f'<div class="card"><span>{escape(title)}</span><strong>{number(value)}</strong>'
         f"<small>{escape(note)}</small></div>"
         for title, value, note in cards
     )
     rows = "".join(
         f"<tr><td>{escape(protocol)}</td><td>{escape(group)}</td>"
-        f"<td>{_number(ap)}</td><td>{_number(ar)}</td><td>{_number(bound)}</td></tr>"
+        f"<td>{number(ap)}</td><td>{number(ar)}</td><td>{number(bound)}</td></tr>"
         for protocol, group, ap, ar, bound in summary_rows(results)
     )
     return f"""<section>
@@ -209,23 +169,12 @@ seed: runs that differ in nothing but the seed differ by a few points.</p>
 
 
 def _examples_section(examples: Sequence[Sample]) -> str:
-    pairs = []
-    for sample in examples:
-        truth = img(jpeg_uri(draw_sample(sample, sample.truth)), "ground truth")
-        found = img(jpeg_uri(draw_sample(sample, sample.detections)), "detections")
-        names = sorted({box.class_name for box in sample.truth if box.verdict == "correct"})
-        pairs.append(
-            f'<figure class="pair"><div>{truth}<span>ground truth</span></div>'
-            f"<div>{found}<span>detected</span></div>"
-            f"<figcaption>{escape(Path(sample.file_name).name)}: {escape(', '.join(names))}"
-            f"</figcaption></figure>"
-        )
     return f"""<section>
 <h2>Ground truth beside detections</h2>
 <p>{len(examples)} test pictures that show the novel classes in turn, chosen by their ground truth
 alone. All names, base and novel, compete.</p>
-<p>{_legend((*_NOVEL_LEGEND, (UNCOUNTED_COLOR, "base class")))}</p>
-<div class="grid two">{"".join(pairs)}</div>
+<p>{legend((*NOVEL_LEGEND, *BASE_LEGEND))}</p>
+{pairs(examples)}
 <p class="caption">Drawn are, of each class, the best detections over all test pictures, as many
 as there are objects; with their scores, which differ in scale from class to class. A detection
 is correct if its class is right and its overlap with an object not yet found is at least 0.5.
@@ -277,14 +226,10 @@ the paper.</p>
 </section>"""
 
 
-def _curves_section(curves: Mapping[str, Curve]) -> str:
-    figures = [
-        figure(_svg_curve(*curve), escape(_LOSS_NAMES.get(name, name)), name)
-        for name, curve in curves.items()
-    ]
+def _curves_section(curves: Mapping[str, Mapping[str, Curve]]) -> str:
     return f"""<section>
 <h2>Training losses</h2>
-<div class="grid three">{"".join(figures)}</div>
+{curve_grid(curves)}
 <p class="caption">Weighted as in Eq. 6, against the iteration; medians over 20 iterations.</p>
 </section>"""
 
@@ -296,36 +241,7 @@ def _provenance_section(results: Results) -> str:
         "Commit": results["commit"],
         **{f"Seconds, {stage}": value for stage, value in results["seconds"].items()},
     }
-    rows = "".join(
-        f"<tr><th>{escape(key)}</th><td>{escape(value)}</td></tr>" for key, value in entries.items()
-    )
     return f"""<section>
 <h2>How it was made</h2>
-<table class="facts"><tbody>{rows}</tbody></table>
+{facts(entries)}
 </section>"""
-
-
-# ---------------------------------------------------------------------------------- HTML helpers
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1f}"
-
-
-def _css(color: Color) -> str:
-    return "#" + "".join(f"{round(255 * channel):02x}" for channel in color)
-
-
-def _svg_curve(iterations: Sequence[int], values: Sequence[float]) -> str:
-    plot = Figure(figsize=(3.6, 2.2), layout="constrained")
-    axes = plot.add_subplot()
-    axes.plot(iterations, values, color="#0b5cad", linewidth=1.6)
-    axes.set_ylim(bottom=0)
-    axes.margins(x=0)
-    axes.locator_params(nbins=5)
-    axes.grid(axis="y", color="#e3e6ea", linewidth=0.8)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.tick_params(colors="#444", labelsize=8, length=0)
-    buffer = io.BytesIO()
-    plot.savefig(buffer, format="svg", transparent=True)
-    return data_uri("image/svg+xml", buffer.getvalue())

@@ -145,7 +145,9 @@ def build_cached_teacher(cfg: Any) -> CachedTeacher:
     cache = TeacherCache(cfg.MODEL.TEACHER.CACHE)
     text, weights = cfg.MODEL.TEXT_CLASSIFIER, cfg.MODEL.TEACHER.WEIGHTS
     unknown = cache.check_source(
-        weights=weights, weights_sha256=known_weights_sha256(weights), embed_dim=text.EMBED_DIM
+        weights=weights,
+        weights_sha256=known_weights_sha256(weights, cfg.MODEL.TEACHER.DOWNLOAD_ROOT),
+        embed_dim=text.EMBED_DIM,
     )
     if with_regions:
         unknown += cache.check_regions(

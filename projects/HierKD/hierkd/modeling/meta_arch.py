@@ -669,8 +669,7 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
                 by_image, by_caption = image_caption_contrastive_loss(match_scores)
                 losses["loss_gkd_image"] = self.gkd_loss_weight * by_image
                 losses["loss_gkd_caption"] = self.gkd_loss_weight * by_caption
-        num_distilled = int(regions_per_group.sum())
-        self._record_statistics(len(gt_labels), len(quality_targets), num_distilled)
+        self._record_statistics(len(gt_labels), positives, regions_per_group)
         return losses
 
     def _count_regions(self, pairs: RegionPairs | None) -> Tensor:
@@ -701,17 +700,32 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
         if self.mlca is not None:
             self.mlca.limit_logit_scale()
 
-    def _record_statistics(self, num_images: int, num_positive: int, num_distilled: int) -> None:
-        storage = get_event_storage()
-        storage.put_scalar("num_pos_anchors", num_positive / num_images)
+    @torch.no_grad()
+    def _record_statistics(
+        self, num_images: int, positives: PositivePoints, regions_per_group: Tensor
+    ) -> None:
+        """Put what is worth watching into the event storage; docs/monitoring.md explains each."""
+        values = {"num_pos_anchors": torch.tensor(len(positives.ious) / num_images)}
+        if len(positives.ious) > 0:
+            values["iou_pos_anchors"] = positives.ious.mean()
         if self.ikd is not None:
-            storage.put_scalar("num_distilled_regions", num_distilled / num_images)
-        for name, part in (("tau_c", self.text_classifier), ("tau_m", self.mlca)):
-            if part is None or part.logit_scale is None:
-                continue
-            value = part.logit_scale.item()
+            values["num_distilled_regions"] = regions_per_group.sum() / num_images
+            distillable = positives.ious[positives.ious >= self.ikd.iou_thresh]
+            if len(distillable) > 0:
+                values["iou_distilled_regions"] = distillable.mean()
+        if self.cls_loss_log_weight is not None:
+            values["cls_weight"] = (-self.cls_loss_log_weight).exp()
+        scales = {"tau_c": self.text_classifier, "tau_m": self.mlca}
+        for name, part in scales.items():
+            if part is not None and part.logit_scale is not None:
+                values[name] = part.logit_scale
+        # one transfer: each would wait for the device
+        numbers = torch.stack([each.to(self.device, torch.float32) for each in values.values()])
+        storage = get_event_storage()
+        for name, value in zip(values, numbers.tolist(), strict=True):
             storage.put_scalar(name, value)
-            if value in part.logit_scale_range:
+            part = scales.get(name)
+            if part is not None and value in part.logit_scale_range:
                 log_first_n(
                     logging.WARNING,
                     f"{name} is held at {value:g}, an end of its range {part.logit_scale_range} "

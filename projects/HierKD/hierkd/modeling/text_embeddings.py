@@ -38,6 +38,7 @@ __all__ = [
     "load_text_embeddings",
     "make_text_embeddings",
     "read_embedding_array",
+    "read_templates",
     "read_text_lines",
     "save_text_embeddings",
 ]
@@ -468,14 +469,16 @@ def check_provenance(
         raise ValueError(
             f"{stored.path}: made with the CLIP {stored.clip!r} (SHA-256 "
             f"{stored.weights_sha256[:12]}...), but MODEL.TEACHER.WEIGHTS is {weights!r} (SHA-256 "
-            f"{weights_sha256[:12]}...)"
+            f"{weights_sha256[:12]}...): name that CLIP, make the file anew with "
+            'datasets/extract_text_embeddings.py, or set MODEL.TEXT_CLASSIFIER.EMBEDDINGS to ""'
         )
     if not stored.templates:
         unknown.append("the file does not say which templates made it")
     elif stored.templates != tuple(templates):
         raise ValueError(
             f"{stored.path}: made with the templates {list(stored.templates)}, but "
-            f"MODEL.TEXT_CLASSIFIER.TEMPLATES (or TEMPLATE) says {list(templates)}"
+            f"MODEL.TEXT_CLASSIFIER.TEMPLATES (or TEMPLATE) says {list(templates)}: make "
+            "the file anew with datasets/extract_text_embeddings.py, or set the key to its own"
         )
     return unknown
 
@@ -521,8 +524,43 @@ def read_embedding_array(path: str | os.PathLike[str]) -> tuple[npt.NDArray[Any]
         return loaded, hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def read_templates(path: str | os.PathLike[str]) -> tuple[str, ...]:
+    """Read prompt templates: one a line, blank lines and lines that begin with "#" left out.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no text or holds no template, or a line, which is named, has not exactly
+            one "{}" or repeats another.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no file {str(path)!r} (looked from {os.getcwd()!r}): expected one prompt template a "
+            "line"
+        )
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: cannot be read as text ({error})") from error
+    line_of: dict[str, int] = {}
+    for number, line in enumerate(lines, start=1):
+        template = line.strip()
+        if not template or template.startswith("#"):
+            continue
+        check_template(template, f"{path}, line {number}")
+        if template in line_of:
+            raise ValueError(
+                f"{path}, line {number}: repeats line {line_of[template]}, {template!r}; each "
+                "template counts once"
+            )
+        line_of[template] = number
+    if not line_of:
+        raise ValueError(f"{path}: no templates; expected one a line, with {{}} for the class name")
+    return tuple(line_of)
+
+
 def read_text_lines(path: str | os.PathLike[str]) -> list[str]:
-    """Read names or templates: a .json with a list of texts, else a text file with one a line.
+    """Read names: a .json with a list of texts, else a text file with one a line.
 
     Raises:
         FileNotFoundError: there is no such file.

@@ -1,0 +1,73 @@
+#!/usr/bin/env python
+"""Report a run as one HTML file: figures, curves, pictures with detections, config, versions.
+
+    python tools/report.py output/hierkd_R50
+    python tools/report.py output/demo/hierkd --output hierkd.html --pictures 24
+    python tools/report.py output/demo/hierkd --compare output/miniature_study/atss/seed0
+
+Takes any folder that train_net.py has written to: of a run that has ended, was killed, is still
+going on, or was only evaluated. What is not there is left out, and the report says so. Run it in
+the folder where the run was started, where the paths in its config begin.
+"""
+
+from __future__ import annotations
+
+import hierkd  # noqa: F401  (first: it quiets two deprecation warnings inside libraries)
+
+# isort: split
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from detectron2.utils.logger import setup_logger
+
+from hierkd.engine.run_report import read_run, write_run_report
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """Build the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, metavar="RUN_DIR", help="OUTPUT_DIR of a run")
+    parser.add_argument("--output", type=Path, help="the file; default: RUN_DIR/report.html")
+    parser.add_argument(
+        "--compare", type=Path, nargs="+", default=[], metavar="RUN_DIR", help="runs beside it"
+    )
+    pictures = parser.add_mutually_exclusive_group()
+    pictures.add_argument("--pictures", type=int, default=12, help="how many; default: 12")
+    pictures.add_argument(
+        "--no-pictures", dest="pictures", action="store_const", const=0, help="none"
+    )
+    parser.add_argument(
+        "--device", help="where the detector runs, if an evaluation has left no detections"
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Read the folders and write the file.
+
+    Raises:
+        SystemExit: A folder is none of a run.
+    """
+    parser = get_parser()
+    args = parser.parse_args(argv)
+    if args.pictures < 0:
+        parser.error(f"--pictures must be 0 or more, got {args.pictures}")
+    setup_logger(name="hierkd", abbrev_name="hierkd").setLevel(logging.WARNING)
+    try:
+        run, *others = [read_run(path) for path in (args.run, *args.compare)]
+    except FileNotFoundError as error:
+        sys.exit(f"error: {error}")
+    output = args.output or args.run / "report.html"
+    write_run_report(output, run, others=others, num_pictures=args.pictures, device=args.device)
+    for note in run.notes:
+        print(f"note: {note}")
+    print(f"{output}: {output.stat().st_size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()
