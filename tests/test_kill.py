@@ -101,7 +101,7 @@ def figures(output):
 
 def assert_same_end(output, expected):
     ours, theirs = (checkpoint(each / "model_final.pth") for each in (output, expected))
-    assert set(theirs) == {"model", "trainer", "iteration"}
+    assert set(theirs) == {"model", "trainer", "iteration", "teacher_trace"}
     assert theirs["trainer"]["_trainer"]["optimizer"]["state"]
     assert same(ours, theirs)
     assert figures(output) == figures(expected)

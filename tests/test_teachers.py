@@ -190,6 +190,15 @@ def test_a_checkpoint_of_another_width(refused, trained, flags):
     assert "MODEL.TEACHER.WEIGHTS" in message
 
 
+def test_a_checkpoint_of_another_teacher_of_the_same_width(refused, trained, tmp_path):
+    name = open_clip_files.write_folder(tmp_path / "same_width", embed_dim=24, seed=5)
+    weights = str(trained / "model_final.pth")
+    flags_and_keys = with_teacher(f"open_clip:{name}", "--eval-only", "MODEL.WEIGHTS", weights)
+    message = refused(*flags_and_keys)
+    assert f"MODEL.WEIGHTS: {weights!r} was trained with another CLIP" in message
+    assert "config.yaml beside it" in message
+
+
 @pytest.mark.parametrize("same_width", [True, False])
 def test_embeddings_in_a_file_of_another_teacher(refused, folder, open_clip, tmp_path, same_width):
     if same_width:

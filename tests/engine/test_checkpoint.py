@@ -35,7 +35,7 @@ from hierkd.modeling.mlca import MLCA
 from hierkd.modeling.text_classifier import TextClassifier
 
 
-def make_detector(*, embed_dim=6, vocabulary=("cat", "dog"), seed=0, mlca=True):
+def make_detector(*, embed_dim=6, vocabulary=("cat", "dog"), seed=0, mlca=True, background=None):
     """A whole HierKD of a few hundred weights, with both distillations and a teacher."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -47,7 +47,9 @@ def make_detector(*, embed_dim=6, vocabulary=("cat", "dog"), seed=0, mlca=True):
             backbone=FPN(bottom_up, ["res2"], 4, norm="BN"),
             head=ATSSHead(in_channels=4, embed_dim=embed_dim, num_levels=1, num_convs=1, norm="BN"),
             head_in_features=["p3"],
-            text_classifier=TextClassifier(torch.randn(embed_dim)),
+            text_classifier=TextClassifier(
+                torch.ones(embed_dim) if background is None else background
+            ),
             anchor_generator=DefaultAnchorGenerator(
                 sizes=[[64]], aspect_ratios=[[1.0]], strides=[8], offset=0.0
             ),
@@ -259,10 +261,65 @@ def test_stock_detectron2_loads_our_files(saved):
     assert all(torch.equal(v, original[k]) for k, v in model.state_dict().items())
 
 
+class Iteration:
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        assert state == {}
+
+
+UNLIKE = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0, -1.0])  # orthogonal to the trace of `saved`
+
+
+@pytest.mark.parametrize("moved", [0.0, 0.8])  # the same CLIP; of another prompt: a cosine of 0.78
+def test_the_teacher_of_the_training_is_taken(saved, moved):
+    model = make_detector(background=torch.ones(6) + moved * UNLIKE)
+    model.text_classifier.background_embedding.data.neg_()  # what is learned has no say
+    HierKDCheckpointer(model).load(saved)
+
+
+def test_another_teacher_of_the_same_size_is_named(saved, tmp_path):
+    for load in (
+        lambda each: each.load(saved),
+        lambda each: each.load_detector(saved),
+        lambda each: each.resume_or_load(saved, resume=False),
+        lambda each: each.resume_or_load("", resume=True),
+    ):
+        with pytest.raises(ValueError, match=r"another CLIP.*cosine of -?0\.00") as error:
+            load(HierKDCheckpointer(make_detector(background=UNLIKE), str(tmp_path)))
+        for part in (saved, "MODEL.TEACHER.WEIGHTS", "EMBEDDINGS", "BACKGROUND_PROMPT"):
+            assert part in str(error.value)
+
+
+def test_a_new_training_may_start_from_another_teachers_detector(saved, tmp_path, caplog):
+    trained = make_detector(background=UNLIKE)
+    checkpointer = HierKDCheckpointer(trained, str(tmp_path / "new"), trainer=Iteration())
+    (tmp_path / "new").mkdir()
+    with caplog.at_level(logging.WARNING, logger="hierkd"):
+        checkpointer.resume_or_load(saved, resume=False)
+    assert "another CLIP" in caplog.text
+    checkpointer.save("model_0000001")
+    HierKDCheckpointer(make_detector(background=UNLIKE)).load(
+        str(tmp_path / "new/model_0000001.pth")
+    )
+    with pytest.raises(ValueError, match="another CLIP"):
+        HierKDCheckpointer(make_detector()).load(str(tmp_path / "new/model_0000001.pth"))
+
+
+def test_a_checkpoint_without_a_trace_is_taken(saved, tmp_path):
+    content = torch.load(saved, weights_only=True)
+    assert content.pop("teacher_trace").tolist() == pytest.approx([6**-0.5] * 6)
+    torch.save(content, tmp_path / "older.pth")
+    HierKDCheckpointer(make_detector(background=UNLIKE)).load(str(tmp_path / "older.pth"))
+
+
 def test_our_file_is_that_of_stock_detectron2_byte_for_byte(saved, tmp_path):
     stock = tmp_path / "stock"
     stock.mkdir()
-    DetectionCheckpointer(make_detector(seed=1), str(stock)).save("model_0000041", iteration=41)
+    model = make_detector(seed=1)
+    further = {"teacher_trace": model.text_classifier.start_embedding, "iteration": 41}
+    DetectionCheckpointer(model, str(stock)).save("model_0000041", **further)
     assert (stock / "model_0000041.pth").read_bytes() == Path(saved).read_bytes()
     for name in ("last_checkpoint",):
         assert (stock / name).read_bytes() == (tmp_path / name).read_bytes()

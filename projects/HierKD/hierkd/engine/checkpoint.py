@@ -37,6 +37,12 @@ __all__ = ["HierKDCheckpointer", "find_damage", "warn_of_little_space"]
 logger = logging.getLogger(__name__)
 
 _BACKGROUND = "text_classifier.background_embedding"
+# Where the background started: what the teacher of the training says of a text.
+_TRACE = "teacher_trace"
+# Least cosine of two traces of one CLIP. [ours] The same weights in another format or precision
+# differ by rounding, and other words for the background by little (any two prompts of COCO's
+# classes have 0.66 and more in ViT-B/32), while the directions of two CLIPs have nothing in common.
+_SAME_TEACHER = 0.5
 _LAST = "last_checkpoint"
 _PATTERN = "model_*.pth"  # what detectron2's PeriodicCheckpointer writes
 
@@ -76,6 +82,8 @@ class HierKDCheckpointer(DetectionCheckpointer):  # type: ignore[misc]  # detect
         """
         if not self.save_dir or not self.save_to_disk:
             return
+        if (trace := self._trace()) is not None:
+            kwargs = {_TRACE: trace, **kwargs}
         if "://" in self.save_dir:
             super().save(name, **kwargs)
         else:
@@ -84,6 +92,10 @@ class HierKDCheckpointer(DetectionCheckpointer):  # type: ignore[misc]  # detect
             data.update(kwargs)
             self._save_whole(Path(self.save_dir) / f"{name}.pth", data)
         self.saved_iteration = kwargs.get("iteration")
+
+    def _trace(self) -> Tensor | None:
+        """(D,) the trace of this detector's teacher; None of a detector without names."""
+        return getattr(getattr(self.model, "text_classifier", None), "start_embedding", None)
 
     def _save_whole(self, path: Path, data: dict[str, Any]) -> None:
         for pattern in (_PATTERN, _LAST):
@@ -237,14 +249,15 @@ class HierKDCheckpointer(DetectionCheckpointer):  # type: ignore[misc]  # detect
             **kwargs: as in detectron2.
 
         Returns:
-            What the checkpoint holds besides the model.
+            What the checkpoint holds besides the model and the trace of its teacher.
 
         Raises:
             FileNotFoundError: if a local file does not exist.
             ConnectionError: if weights have to be downloaded and cannot be.
             ValueError: if the file cannot be read as a checkpoint, has another hash than asked for
-                or than its published name says, or holds another embedding size than this
-                detector's.
+                or than its published name says, holds another embedding size than this detector's,
+                or was trained with another teacher; the last is a warning where a new training
+                starts from it.
         """
         if path and "://" not in path and not os.path.isfile(path.partition("?")[0]):
             raise FileNotFoundError(
@@ -263,7 +276,27 @@ class HierKDCheckpointer(DetectionCheckpointer):  # type: ignore[misc]  # detect
             ) from error
         finally:
             self._parsed_url_during_load = None  # detectron2 keeps it when loading fails
+        starts_training = bool(self.checkpointables) and kwargs.get("checkpointables") == []
+        self._check_teacher(loaded.pop(_TRACE, None), only_warn=starts_training)
         return loaded
+
+    def _check_teacher(self, found: Any, *, only_warn: bool) -> None:
+        """Compare the trace that was found in a checkpoint with that of this detector's teacher."""
+        expected = self._trace()
+        if found is None or expected is None or len(found) != len(expected):
+            return  # a backbone, an older checkpoint; of other sizes the background has told
+        cosine = torch.cosine_similarity(found.float(), expected, dim=0).item()
+        if cosine >= _SAME_TEACHER:
+            return
+        message = (
+            f"MODEL.WEIGHTS: {self._loading!r} was trained with another CLIP than this config's: "
+            f"what they say of the background has a cosine of {cosine:.2f}, expected nearly 1. "
+            "MODEL.TEACHER.WEIGHTS, and MODEL.TEXT_CLASSIFIER.EMBEDDINGS and BACKGROUND_PROMPT, "
+            "must be those of its training (config.yaml beside it)"
+        )
+        if not only_warn:
+            raise ValueError(message)
+        logger.warning("%s; this training teaches it the new one's", message)
 
     def _load_file(self, filename: str) -> Any:
         try:

@@ -33,6 +33,8 @@ class TextClassifier(nn.Module):
         text_embeddings: (K, D) buffer, L2-normalised; (0, D) before :meth:`set_vocabulary`.
         background_embedding: (D,) parameter, T_bg.
         logit_scale: scalar parameter tau_c; multiplies the cosines.
+        start_embedding: (D,) where the background started, L2-normalised: what the teacher says of
+            a text, and so a trace of the teacher. On the CPU, in no state_dict.
     """
 
     text_embeddings: Tensor
@@ -74,6 +76,7 @@ class TextClassifier(nn.Module):
         self.logit_scale_range = logit_scale_range
         background = F.normalize(background_embedding.detach().float(), dim=0)
         self.background_embedding = nn.Parameter(background)
+        self.start_embedding = background.cpu().clone()
         self.logit_scale = nn.Parameter(torch.tensor(float(logit_scale)))
         self.project_background = project_background
         self.register_buffer("text_embeddings", torch.zeros(0, len(background)), persistent=False)
