@@ -108,7 +108,8 @@ def _device(name: str) -> torch.device:
         if device.type != "cuda":
             torch.empty(0, device=device)
     except (RuntimeError, ImportError, AssertionError) as error:  # one or other for each kind
-        raise ValueError(f"MODEL.DEVICE: no device {name!r}: {error}") from error
+        why = str(error).split(". ")[0].split("\n")[0]  # torch may list all its kernels
+        raise ValueError(f"MODEL.DEVICE: no device {name!r}: {why}") from error
     if device.type == "cuda" and 0 < torch.cuda.device_count() <= (device.index or 0):
         raise ValueError(
             f"MODEL.DEVICE: no device {name!r}: this machine has {torch.cuda.device_count()}"
