@@ -322,9 +322,14 @@ def main(args: Namespace) -> dict[str, Any] | None:
         results: dict[str, Any] | None = trainer.train()
         return results
     model = Trainer.build_model(cfg)
-    HierKDCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(
-        cfg.MODEL.WEIGHTS, resume=args.resume
-    )
+    checkpointer = HierKDCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
+    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+    if missing := checkpointer.missing_head_weights():
+        logger.warning(
+            "MODEL.WEIGHTS %r is no trained detector of this config: it lacks %d weights of the "
+            "head, for example %r. The figures are those of random weights.",
+            *(cfg.MODEL.WEIGHTS, len(missing), missing[0]),
+        )
     results = Trainer.test(cfg, model)
     if comm.is_main_process():
         verify_results(cfg, results)

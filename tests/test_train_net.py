@@ -263,6 +263,14 @@ def test_eval_only_repeats_the_figures_without_clip(folder, finished, monkeypatc
     assert not list((folder / "evaluation").glob("*.pth"))
 
 
+def test_evaluating_random_weights_is_said(folder, finished, tmp_path):
+    said = "is no trained detector of this config: it lacks"
+    for name, checkpoint in (("random", ""), ("trained", finished[0] / "model_final.pth")):
+        evaluate(folder, tmp_path / name, checkpoint)
+        log = (tmp_path / name / "log.txt").read_text()
+        assert (said in log) == (name == "random")
+
+
 def test_eval_only_with_a_cold_cache_gives_the_same(folder, finished, monkeypatch, tmp_path):
     monkeypatch.setenv("HIERKD_CACHE", str(tmp_path))
     output, figures = finished
