@@ -149,7 +149,7 @@ def produced(written) -> set[str]:
     for text in written.values():
         found |= set(re.findall(r"""["\s](output/[\w/]+)""", text))
     for page in PAGES:
-        found |= set(re.findall(r"""save\(["'](output/[^"']+)""", page.read_text()))
+        found |= set(re.findall(r"""(?:save|Path)\(["'](output/[^"']+)""", page.read_text()))
     for path in (*PAGES, *SCRIPTS):
         for command in commands_of(path):
             for flag, value in itertools.pairwise(command.words):
@@ -506,7 +506,7 @@ def test_paths(page, produced):
         "\n".join(code),
     ):
         path = path.rstrip(".,/")
-        if path.startswith("output/"):
+        if path.split("/")[0] == "output":
             if not any(
                 f"{path}/".startswith(f"{each}/") or each.startswith(f"{path}/")
                 for each in produced

@@ -39,6 +39,7 @@ def replaced(tmp_path_factory):
         tiny_training.write_run(root / "run", clip, "TEST.DETECTIONS_PER_IMAGE", "6")
         paths = {
             "output/demo/hierkd": f"{root}/run",
+            "datasets/miniature/val/0000*.jpg": f"{root}/miniature/val/*.png",
             "datasets/miniature": f"{root}/miniature",
             "output/d": f"{root}/output/d",
             "trip.mp4": f"{root}/trip.mp4",

@@ -69,6 +69,7 @@ PROMISES = {
     ],
     "docs/export.md": ["detector.onnx", "any_classes.onnx", "mine.npz"],
     "docs/training_with_cache.md": ["output/miniature_cache/manifest.json"],
+    "docs/monitoring.md": ["output/demo/hierkd/report.html", "hierkd.html"],
 }
 PREREQUISITES = {"docs/transfer.md": "docs/custom_data.md"}  # whose first three commands it needs
 NEEDS = {

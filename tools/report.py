@@ -3,7 +3,7 @@
 
     python tools/report.py output/hierkd_R50
     python tools/report.py output/demo/hierkd --output hierkd.html --pictures 24
-    python tools/report.py output/demo/hierkd --compare output/miniature_study/atss/seed0
+    python tools/report.py output/demo/hierkd --compare output/miniature/atss
 
 Takes any folder that train_net.py has written to: of a run that has ended, was killed, is still
 going on, or was only evaluated. What is not there is left out, and the report says so. Run it in

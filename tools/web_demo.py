@@ -2,7 +2,7 @@
 """A web page: drop a picture, type class names, see boxes and scores.
 
     python tools/web_demo.py
-    python tools/web_demo.py --run output/hierkd --compare "no distillation=output/atss"
+    python tools/web_demo.py --compare "no distillation=output/miniature/atss"
     python tools/web_demo.py --config-file configs/hierkd_R50.yaml --opts MODEL.WEIGHTS model.pth
 
 Without ``--run`` and ``--config-file`` it shows the detector that ``make demo`` trained. It listens

@@ -363,7 +363,7 @@ def _import_open_clip() -> ModuleType:
     except ImportError as error:
         raise FileNotFoundError(
             f"{_KEY} names a model of open_clip, which cannot be imported ({error}): "
-            "pip install 'hierkd[open-clip]', or pip install open_clip_torch"
+            "pip install open_clip_torch"
         ) from error
     module: ModuleType = open_clip
     return module
