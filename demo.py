@@ -17,6 +17,7 @@ import hierkd  # noqa: F401  (first: it quiets two deprecation warnings inside l
 # isort: split
 import argparse
 import contextlib
+import io
 import logging
 import sys
 from collections.abc import Iterable, Sequence
@@ -31,6 +32,7 @@ from hierkd.engine.demo_outputs import (
     VIDEO_CODECS,
     PageEntry,
     Window,
+    check_inputs_stay,
     list_names,
     name_outputs,
     write_json,
@@ -188,7 +190,8 @@ def annotate(args: argparse.Namespace) -> int:
 
     Raises:
         FileNotFoundError: A file is missing.
-        ValueError: An option or a file is wrong.
+        ValueError: An option or a file is wrong, or an input would be overwritten.
+        OSError: --output cannot be written to.
     """
     camera = args.webcam is not None
     sources = [Path(f"webcam{args.webcam}")] if camera else find_inputs(args.input)
@@ -196,18 +199,19 @@ def annotate(args: argparse.Namespace) -> int:
     ids = CocoIds.read(args.coco_results) if args.coco_results else None
     if any(moving) and (ids or args.heat_maps is not None):
         raise ValueError("--coco-results and --heat-maps are for pictures, not for videos")
+    names = name_outputs(sources, [f".{args.video_format}" if m else ".png" for m in moving])
+    folder = Path(args.output)
+    check_inputs_stay(sources, folder, names)
     window = Window("HierKD") if args.window else None
+    folder.mkdir(parents=True, exist_ok=True)
     detectors = load_detectors(args)
     if ids:
         ids.check(sources, detectors.vocabulary)
     heat_maps = None if args.heat_maps is None else resolve_classes(args.heat_maps, detectors)
-    folder = Path(args.output)
-    folder.mkdir(parents=True, exist_ok=True)
 
     entries: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
     shown: list[PageEntry] = []
     broken, results = 0, []
-    names = name_outputs(sources, [f".{args.video_format}" if m else ".png" for m in moving])
     todo = list(zip(sources, moving, names, strict=True))
     for source, moves, name in tqdm(todo, disable=True if any(moving) else None, unit="picture"):
         go_on = True
@@ -306,6 +310,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     answers = sys.stdout
     serving = args.input == [REQUESTS]
+    if serving and isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="replace")  # a bad line ends itself alone
     broken = 0
     # What libraries print must not get between the answers.
     with contextlib.redirect_stdout(sys.stderr) if serving else contextlib.nullcontext():
@@ -316,7 +322,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 serve(args, sys.stdin, answers)
             else:
                 broken = annotate(args)
-        except (ValueError, FileNotFoundError, ConnectionError) as error:
+        except (ValueError, OSError) as error:  # ConnectionError: an OSError
             parser.exit(2, f"demo.py: error: {error}\n")
     if broken:
         parser.exit(1, f"demo.py: {broken} of the inputs could not be read\n")

@@ -59,7 +59,7 @@ from hierkd.engine.launching import get_parser, launch_processes
 from hierkd.engine.metrics_file import mend_metrics
 from hierkd.engine.monitoring import build_monitoring_hooks
 from hierkd.engine.non_finite import NonFiniteGuard
-from hierkd.engine.optimizer import build_optimizer
+from hierkd.engine.optimizer import build_optimizer, check_optimizer_state
 from hierkd.engine.run_record import record_evaluation, record_start
 from hierkd.evaluation.federated_evaluation import FederatedEvaluator
 from hierkd.evaluation.proposal_evaluation import ProposalEvaluator
@@ -156,6 +156,14 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # detectron2 is untyped
         check_same_weights(self.model)
         self.data_loader.batch_sampler.start_iter = self.start_iter
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """detectron2's; a checkpoint of another optimizer or detector is refused by name."""
+        inner = state_dict["_trainer"]
+        check_optimizer_state(self.optimizer, inner["optimizer"])
+        if isinstance(self._trainer, AMPTrainer):  # absent if it was trained in float32 so far
+            inner.setdefault("grad_scaler", self._trainer.grad_scaler.state_dict())
+        super().load_state_dict(state_dict)
+
     def run_step(self) -> None:
         """One step; its random draws depend on the seed and the iteration, not on the history."""
         if self.cfg.SEED >= 0:
@@ -179,6 +187,8 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # detectron2 is untyped
     def build_train_loader(cls, cfg: Any) -> Any:
         """Endless batches; captions and images are checked before the first step."""
         with in_every_process("reading DATASETS.TRAIN"):
+            if not cfg.DATASETS.TRAIN:
+                raise ValueError("DATASETS.TRAIN is empty: it must name what to train on")
             dataset_dicts = get_detection_dataset_dicts(
                 cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
             )
@@ -312,9 +322,14 @@ def main(args: Namespace) -> dict[str, Any] | None:
         results: dict[str, Any] | None = trainer.train()
         return results
     model = Trainer.build_model(cfg)
-    HierKDCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(
-        cfg.MODEL.WEIGHTS, resume=args.resume
-    )
+    checkpointer = HierKDCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
+    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+    if missing := checkpointer.missing_head_weights():
+        logger.warning(
+            "MODEL.WEIGHTS %r is no trained detector of this config: it lacks %d weights of the "
+            "head, for example %r. The figures are those of random weights.",
+            *(cfg.MODEL.WEIGHTS, len(missing), missing[0]),
+        )
     results = Trainer.test(cfg, model)
     if comm.is_main_process():
         verify_results(cfg, results)

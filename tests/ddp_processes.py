@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import train_net
 from fake_teacher import FakeTeacher
+from hierkd.data.dataset_mapper import check_images
 from hierkd.data.loader import build_resumable_train_loader
 from hierkd.engine.config import load_config
 from hierkd.modeling import meta_arch
@@ -146,6 +147,20 @@ def first_images(seed: int) -> list[int]:
     return [r["image_id"] for _, batch in zip(range(4), loader, strict=False) for r in batch]
 
 
+def checked_images(folder: Path) -> str:
+    """What this process is told of two pictures, of which the other process has the wrong one."""
+    records = [
+        {"file_name": str(folder / "miniature" / "train" / f"{i}.png"), "width": 96, "height": 96}
+        for i in (1, 2)
+    ]
+    records[1]["height"] = 95
+    try:
+        check_images(records)
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
 def train(folder: Path) -> None:
     """``train_net.main``, keeping the weights of each process."""
     run_step = train_net.Trainer.run_step
@@ -183,6 +198,7 @@ def process(rank: int, folder: Path) -> None:
             for name, shares in SHARES.items()
         }
     results["rows"] = gathered_rows(rank)
+    results["checked"] = checked_images(folder)
     results["images"] = first_images(seed=3)
     results["images without a seed"] = first_images(seed=-1)
     torch.save(results, folder / f"{rank}.pth")

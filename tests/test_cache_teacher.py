@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from hierkd.engine.config import load_config
+from hierkd.engine.predictor import OpenVocabularyPredictor
 from hierkd.modeling.teacher import build_teacher
 from hierkd.modeling.teacher_cache import TeacherCache
 from tiny_training import (
@@ -25,6 +26,7 @@ from tiny_training import (
     command_line,
     miniature_at,
     write_clip,
+    write_run,
     write_world,
 )
 from tools import cache_teacher
@@ -181,6 +183,22 @@ def test_training_with_a_stale_cache_stops_before_the_first_step(world, folder, 
     with pytest.raises(ValueError, match=r"crop_scale found 1.5, expected 1.2.*cache_teacher\.py"):
         train(world, world / "clip.pt", tmp_path / "output", *stale)
     assert not (tmp_path / "output" / "metrics.json").exists()
+
+
+def test_detecting_asks_the_cache_for_texts_alone(world, folder, tmp_path) -> None:
+    clip = tmp_path / "clip.pt"
+    shutil.copy(world / "clip.pt", clip)
+    texts = ("MODEL.TEACHER.TEXT_CACHE_DIR", str(tmp_path / "texts"))
+    with miniature_at(world):
+        run = write_run(tmp_path / "run", clip)
+        clip.unlink()
+        # neither boxes nor crops are those of the cache: training would be refused
+        cached = (*texts, "MODEL.TEACHER.CACHE", str(folder), "MODEL.IKD.CROP_SCALE", "1.2")
+        predictor = OpenVocabularyPredictor.from_checkpoint(run, opts=cached)
+        predictor.set_vocabulary(BASE)
+        predictor.predict(world / "miniature" / "val" / "1.png")
+        with pytest.raises(FileNotFoundError, match=r"does not hold .a photo of a zebra"):
+            predictor.set_vocabulary(["zebra"])
 
 
 def test_wrong_input_ends_with_a_message(world, folder, tmp_path, capsys) -> None:

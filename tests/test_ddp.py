@@ -173,6 +173,12 @@ def test_the_processes_train_on_different_images(results, key):
     assert sorted(first + second) == list(range(24))  # one epoch
 
 
+def test_an_image_of_another_size_ends_both_processes(results):
+    for result in results:
+        assert result["checked"].startswith("1 of 2 images have another size")
+        assert "2.png" in result["checked"]
+
+
 # ------------------------------------------------------------------------------ train_net in two
 
 

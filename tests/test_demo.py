@@ -111,6 +111,29 @@ def test_pictures_of_the_same_name_do_not_overwrite_each_other(call, tmp_path):
         assert annotated.size == (640, 320)
 
 
+@pytest.mark.parametrize("link", [False, True])
+def test_inputs_are_not_written_over(call, capsys, tmp_path, link):
+    folder = tmp_path / "world" / "images"
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    output = folder
+    if link:
+        output = tmp_path / "link"
+        output.symlink_to(folder)
+    code, message = failure(call, capsys, "--input", folder / "3.png", "--output", output)
+    assert code == 2
+    assert "3.png is an input" in message
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_an_output_that_is_a_file_is_named(call, capsys, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    picture = tmp_path / "world" / "images" / "1.png"
+    code, message = failure(call, capsys, "--input", picture, "--output", tmp_path / "file")
+    assert code == 2
+    assert str(tmp_path / "file") in message
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def failure(call, capsys, *arguments):
     with pytest.raises(SystemExit) as stopped:
         call(*arguments)
@@ -284,6 +307,22 @@ def test_coco_results(call, tmp_path):
         assert [x, y, x + width, y + height] == pytest.approx(detection["box_xyxy"], abs=0.011)
 
 
+def test_pictures_that_share_a_name_have_no_coco_id(call, capsys, tmp_path):
+    annotations = tmp_path / "annotations.json"
+    categories = [{"id": 10 + i, "name": name} for i, name in enumerate(VOCABULARY)]
+    images = [
+        {"id": i, "file_name": name, "height": 128, "width": 128}
+        for i, name in enumerate(["a/1.png", "b/1.png", "a/2.png"])
+    ]
+    annotations.write_text(
+        json.dumps({"images": images, "annotations": [], "categories": categories})
+    )
+    pictures = [tmp_path / "world" / "images" / f"{i}.png" for i in (1, 2)]
+    code, text = failure(call, capsys, "--input", *pictures, "--coco-results", annotations)
+    assert code == 2
+    assert f"no image, or several, of the name of ['{pictures[0]}']" in text
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -325,18 +364,17 @@ def test_requests_leave_standard_output_to_the_answers(tmp_path, monkeypatch):
     with tiny_training.miniature_at(root):
         tiny_training.write_run(root / "run", clip)
     picture = str(root / "miniature" / "val" / "1.png")
-    requests = [json.dumps({"image": picture, "vocabulary": ["a"], "id": 1}), "nonsense"]
+    request = json.dumps({"image": picture, "vocabulary": ["a"], "id": 1}).encode()
     done = subprocess.run(
         [sys.executable, "demo.py", "--run", str(root / "run"), "--input", "-"],
-        input="\n".join(requests),
+        input=b'nonsense\n{"image": "\xff"}\n' + request,  # the second line is not UTF-8
         capture_output=True,
-        text=True,
-        env={**os.environ, "DETECTRON2_DATASETS": str(root)},
+        env={**os.environ, "DETECTRON2_DATASETS": str(root), "PYTHONUTF8": "1"},
     )
-    assert done.returncode == 0, done.stderr
-    first, second = (json.loads(line) for line in done.stdout.splitlines())
+    assert done.returncode == 0, done.stderr.decode()
+    bad, worse, first = (json.loads(line) for line in done.stdout.splitlines())
     assert first["id"] == 1
     assert {d["class"] for d in first["detections"]} == {"a"}
     assert min(d["score"] for d in first["detections"]) >= 0.3
-    assert second["line"] == 2
-    assert "ready" in done.stderr
+    assert (bad["line"], worse["line"]) == (1, 2)
+    assert "ready" in done.stderr.decode()

@@ -27,12 +27,12 @@ LAYERS = [
     " modeling.text_classifier modeling.text_embeddings modeling.head modeling.atss"
     " modeling.backbone modeling.gathering modeling.crop_merging"
     " modeling.openai_clip modeling.open_clip_models"
-    " modeling.teacher_cache modeling.input_checks"
+    " modeling.teacher_cache modeling.input_checks modeling.detector_settings"
     " modeling.class_probabilities modeling.preselection"
     " engine.checkpoint engine.optimizer engine.results engine.visualization engine.inputs"
     " engine.paper_tables evaluation.coco_eval benchmarks.timing"
     " engine.soak engine.histories engine.non_finite engine.agreement evaluation.completeness",
-    "data.datasets data.official_coco modeling.teacher"
+    "data.datasets data.official_coco modeling.teacher modeling.distilled_regions"
     " engine.warm_start engine.runs engine.reproduction engine.interruption"
     " evaluation.ground_truth engine.detections engine.page",
     "modeling.cached_teacher engine.launching engine.images engine.demo_outputs engine.run_record",

@@ -213,6 +213,20 @@ def test_resuming_a_finished_run_only_evaluates(folder, train, finished):
     same_figures(flat(repeated), flat(figures))
 
 
+def test_resuming_another_training_is_refused(train):
+    output, _ = train("other")
+    before = weights(output)
+    for changed in (("SOLVER.OPTIMIZER", "SGD"), ("MODEL.GKD.LOSS_WEIGHT", "0.0")):
+        with pytest.raises(ValueError, match="--resume: the checkpoint is of another training"):
+            train("other", "--resume", "SOLVER.MAX_ITER", "6", *changed)
+    assert differing(weights(output), before) == []
+
+
+def test_training_on_nothing_is_named(train):
+    with pytest.raises(ValueError, match=r"DATASETS\.TRAIN is empty"):
+        train("nothing", "DATASETS.TRAIN", "()")
+
+
 def test_one_seed_gives_one_result_also_with_evaluations_on_the_way(train, finished):
     output, figures = train("evaluated", "TEST.EVAL_PERIOD", "1")
     assert len([m for m in metrics(output) if any("val_all" in key for key in m)]) > 0
@@ -247,6 +261,14 @@ def test_eval_only_repeats_the_figures_without_clip(folder, finished, monkeypatc
     assert tuple(results) == EVALUATED
     same_figures(flat(results), flat(figures))
     assert not list((folder / "evaluation").glob("*.pth"))
+
+
+def test_evaluating_random_weights_is_said(folder, finished, tmp_path):
+    said = "is no trained detector of this config: it lacks"
+    for name, checkpoint in (("random", ""), ("trained", finished[0] / "model_final.pth")):
+        evaluate(folder, tmp_path / name, checkpoint)
+        log = (tmp_path / name / "log.txt").read_text()
+        assert (said in log) == (name == "random")
 
 
 def test_eval_only_with_a_cold_cache_gives_the_same(folder, finished, monkeypatch, tmp_path):

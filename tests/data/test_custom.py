@@ -218,6 +218,16 @@ def test_a_misspelt_name_is_named_with_the_closest(world):
         register_definitions([write(world, base="[zebr, apple]")])
 
 
+def test_renaming_what_is_not_there_is_no_typing_error_to_pass_over(world):
+    with pytest.raises(ValueError, match=r"renames \['aple'\].*did you mean 'apple'"):
+        register_definitions([write(world, more="rename: {aple: red apple}\n")])
+    (world / "whole.yaml").write_text(
+        "name: zoo\nval: {json: all.json, images: images}\nrename: {lion: big cat}\n"
+    )
+    with pytest.raises(ValueError, match=r"renames \['lion'\], which 'categories' does not have\."):
+        register_definitions([str(world / "whole.yaml")])
+
+
 def test_two_names_that_are_read_alike(world):
     with pytest.raises(ValueError, match="both read as 'zebra'"):
         register_definitions([write(world, more="rename: {apple: zebra}\n")])

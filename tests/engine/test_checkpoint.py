@@ -28,8 +28,9 @@ from iopath.common.file_io import NativePathHandler, PathManager
 from fake_teacher import FakeTeacher
 from hierkd.engine.checkpoint import HierKDCheckpointer, find_damage, warn_of_little_space
 from hierkd.modeling.atss import ATSSMatcher
+from hierkd.modeling.detector_settings import IKD, DetectionSettings, InferenceSettings
 from hierkd.modeling.head import ATSSHead
-from hierkd.modeling.meta_arch import IKD, DetectionSettings, HierKD, InferenceSettings
+from hierkd.modeling.meta_arch import HierKD
 from hierkd.modeling.mlca import MLCA
 from hierkd.modeling.text_classifier import TextClassifier
 

@@ -222,6 +222,27 @@ def test_an_unknown_device():
         load_config("", ["MODEL.DEVICE", "gpu"])
 
 
+def test_a_device_that_pytorch_lacks_here_is_named(monkeypatch):
+    absent = next(name for name in ("hpu", "xpu", "mps") if not _has(name))
+    for name in {absent, "mps"} if not _has("mps") else {absent}:
+        with pytest.raises(ValueError, match=rf"MODEL\.DEVICE: no device '{name}'") as caught:
+            load_config("", ["MODEL.DEVICE", name])
+        assert len(str(caught.value)) < 400
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert load_config("", ["MODEL.DEVICE", "cuda:1"]).MODEL.DEVICE == "cuda:1"
+    with pytest.raises(ValueError, match=r"MODEL\.DEVICE: no device 'cuda:2': this machine has 2"):
+        load_config("", ["MODEL.DEVICE", "cuda:2"])
+
+
+def _has(device):
+    try:
+        torch.empty(0, device=device)
+    except Exception:
+        return False
+    return True
+
+
 def test_half_precision_without_cuda_is_left_out_with_a_note(monkeypatch, caplog):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with caplog.at_level(logging.WARNING):
@@ -231,6 +252,9 @@ def test_half_precision_without_cuda_is_left_out_with_a_note(monkeypatch, caplog
 
 
 @pytest.mark.parametrize("number", [0, -4])
-def test_an_evaluation_step_has_at_least_one_image(number):
-    with pytest.raises(ValueError, match=rf"TEST\.IMS_PER_BATCH must be 1 or more, got {number}"):
-        load_config("", ["TEST.IMS_PER_BATCH", str(number)])
+@pytest.mark.parametrize(
+    "key", ["TEST.IMS_PER_BATCH", "SOLVER.MAX_ITER", "SOLVER.CHECKPOINT_PERIOD"]
+)
+def test_numbers_of_images_and_iterations_are_positive(key, number):
+    with pytest.raises(ValueError, match=rf"{key} must be 1 or more, got {number}"):
+        load_config("", [key, str(number)])

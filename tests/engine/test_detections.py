@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from detectron2.structures import Boxes, Instances
@@ -35,6 +36,7 @@ def numbers(instances):
         ({"score_threshold": 0.5}, [0, 1, 2]),
         ({"score_threshold": 1}, []),
         ({"top_k": 2}, [0, 1]),
+        ({"score_threshold": np.float32(0.25), "top_k": np.int64(2)}, [0, 1]),
         ({"top_k": 100}, [0, 1, 2, 3, 4]),
         ({"class_thresholds": {"cat": 0.6}}, [0, 1, 3, 4]),
         ({"score_threshold": 0.6, "class_thresholds": {"traffic cone": 0.2}}, [0, 1, 3]),

@@ -71,6 +71,15 @@ def test_vocabulary_threshold_and_top_k_of_a_request(predictor, picture):
     assert predictor.vocabulary == before
 
 
+def test_the_vocabulary_is_not_embedded_anew_for_each_request(predictor, picture, monkeypatch):
+    def embed(names):
+        pytest.fail(f"embedded {names}")
+
+    monkeypatch.setattr(predictor.model.teacher, "encode_classes", embed)
+    (found,) = ask(predictor, {"image": str(picture)})
+    assert len(found["detections"]) > 0
+
+
 @pytest.mark.parametrize(
     ("request_", "message"),
     [

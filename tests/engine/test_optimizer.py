@@ -10,7 +10,7 @@ from detectron2.solver import build_optimizer as build_detectron2_optimizer
 from torch import nn
 
 from hierkd.config import add_hierkd_config
-from hierkd.engine.optimizer import FULL_MODEL_CLIP, build_optimizer
+from hierkd.engine.optimizer import FULL_MODEL_CLIP, build_optimizer, check_optimizer_state
 
 
 def make_cfg(**solver):
@@ -249,3 +249,44 @@ def test_errors_name_both_sides():
         build_optimizer(cfg, make_model())
     with pytest.raises(ValueError, match="bogus"):
         build_optimizer(make_cfg(ENABLED=True, CLIP_TYPE="bogus"), make_model())
+
+
+# --------------------------------------------------------------------------------------- resuming
+
+
+def trained_state(model, **solver):
+    """State of an optimizer that has done a step."""
+    optimizer = build_optimizer(full_model_cfg(**solver), model)
+    set_gradients(model, 1.0)
+    optimizer.step()
+    return optimizer.state_dict()
+
+
+@pytest.mark.parametrize("name", ["SGD", "ADAMW"])
+def test_the_state_of_the_same_training_goes_on(name):
+    optimizer = build_optimizer(full_model_cfg(OPTIMIZER=name), make_model())
+    check_optimizer_state(optimizer, trained_state(make_model(), OPTIMIZER=name))
+    check_optimizer_state(optimizer, optimizer.state_dict())  # before the first step
+    # other settings are the new config's business, and torch adds settings now and then
+    other = trained_state(make_model(), OPTIMIZER=name, BASE_LR=3.0)
+    for group in other["param_groups"]:
+        del group["foreach"]
+    check_optimizer_state(optimizer, other)
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "message"),
+    [
+        ("ADAMW", make_model, "its optimizer is no SGD, it has no 'momentum'"),
+        ("SGD", lambda: make_model()[:2], "it has 4 trained parameters, this run 6"),
+        (
+            "SGD",
+            lambda: nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Linear(5, 4)),
+            r"parameter 2 has shape \(4, 5\), in this run \(2, 5\)",
+        ),
+    ],
+)
+def test_the_state_of_another_training_is_refused(name, layers, message):
+    optimizer = build_optimizer(full_model_cfg(OPTIMIZER="SGD"), make_model())
+    with pytest.raises(ValueError, match=rf"--resume.*another training: {message}\. Resume with"):
+        check_optimizer_state(optimizer, trained_state(layers(), OPTIMIZER=name))

@@ -237,6 +237,20 @@ def test_without_a_gpu_the_cpu_is_used_and_said(world, caplog):
     assert "no CUDA device: using the CPU" in caplog.text
 
 
+def test_a_detector_trained_with_a_cache_does_without_it(world, pictures, caplog):
+    predictor = OpenVocabularyPredictor.from_checkpoint(
+        world / "run", opts=["MODEL.TEACHER.CACHE", "gone/cache"]
+    )
+    assert "MODEL.TEACHER.CACHE: 'gone/cache' is not there" in caplog.text
+    expected = OpenVocabularyPredictor.from_checkpoint(world / "run").predict(pictures[0])
+    assert torch.equal(rows(predictor.predict(pictures[0])), rows(expected))
+
+
+def test_bytes_are_named_as_what_they_are(predictor):
+    with pytest.raises(TypeError, match="got bytes"):
+        predictor.predict(b"\x89PNG")
+
+
 def test_wrong_checkpoints(world, tmp_path):
     load = OpenVocabularyPredictor.from_checkpoint
     with pytest.raises(FileNotFoundError, match="no training's folder 'gone/run'"):

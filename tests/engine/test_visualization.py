@@ -52,6 +52,17 @@ def test_nothing_to_draw():
     assert not changed(drawn).any()
 
 
+def test_a_label_is_no_formula():
+    def drawn(label):
+        return draw_boxes(GREY, [[10, 30, 60, 60]], [label], [RED], min_long_side=512)
+
+    assert changed(drawn(r"$\bad{$ 9%")).any()  # as a formula it would be an error
+    # "$" is as wide in the middle as elsewhere, and letters are upright: one glyph differs, alone
+    one, two = drawn("$5 or 6"), drawn("$5 or $")
+    columns = np.nonzero((one != two).any(axis=2).any(axis=0))[0]
+    assert 0 < columns.max() - columns.min() < 30
+
+
 def test_labels_at_the_edges_stay_inside():
     """A label at the right or lower edge has as many pixels as one in the middle."""
 

@@ -46,12 +46,12 @@ class TwoLevelModel:
     )
     anchor_generator = SimpleNamespace(offset=0.0)
 
-    def score_maps(self, batched_inputs):
+    def score_maps(self, batched_inputs, classes):
         (one,) = batched_inputs
         assert one["image"].shape == (3, 20, 30)
-        index = torch.arange(3.0)[None, :, None, None]
+        index = torch.arange(3.0)[None, classes, None, None]
         # The batch is padded to 32 x 32.
-        return [(0.01 * index).expand(1, 3, 4, 4), (0.1 * index).expand(1, 3, 2, 2)]
+        return [(0.01 * index).expand(1, -1, 4, 4), (0.1 * index).expand(1, -1, 2, 2)]
 
 
 def test_one_map_per_class_and_level_without_the_padding():

@@ -58,10 +58,10 @@ def test_every_mode_is_decoded_as_pillow_does(tmp_path, kind, mode):
     path = tmp_path / "picture.jpg"  # a wrong suffix for all but one
     try:
         saved(picture(mode), path, kind)
-    except (OSError, ValueError, KeyError):
-        pytest.skip(f"{kind} does not hold {mode}")
-    with Image.open(path) as stored:
-        expected = np.asarray(stored.convert("RGB"))
+        with Image.open(path) as stored:
+            expected = np.asarray(stored.convert("RGB"))
+    except (OSError, ValueError, KeyError) as error:  # Pillow 12 cannot read its YCbCr TIFF
+        pytest.skip(f"Pillow's {kind} does not hold {mode}: {error}")
     assert np.array_equal(read_picture(str(path), "RGB"), expected)
     assert np.array_equal(read_picture(str(path)), expected[..., ::-1])
     assert np.array_equal(mapped(path), expected)

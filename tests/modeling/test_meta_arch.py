@@ -12,11 +12,14 @@ from detectron2.structures import Boxes, Instances, pairwise_iou
 from detectron2.utils.events import EventStorage
 from torch._dynamo.exc import TorchDynamoException
 
+import hierkd.modeling.class_probabilities as class_probabilities
 import hierkd.modeling.meta_arch as meta_arch
 from fake_teacher import FakeTeacher
 from hierkd.benchmarks.timing import peak_memory
 from hierkd.engine.config import load_config
 from hierkd.modeling.class_probabilities import ClassProbabilities
+from hierkd.modeling.detector_settings import InferenceSettings
+from hierkd.modeling.distilled_regions import PositivePoints
 from hierkd.modeling.meta_arch import HierKD
 
 SIZE = 128
@@ -517,6 +520,32 @@ def test_score_maps_hold_the_best_score_of_inference(build):
 
 
 @torch.no_grad()
+def test_score_maps_of_some_classes_of_a_large_vocabulary(build, monkeypatch):
+    model = build()
+    model.eval()
+    names = [*CLASSES, *(f"other thing {i}" for i in range(4000))]
+    model.set_vocabulary(names)
+    inputs = [sample([], seed=1), sample([], seed=2)]
+    with monkeypatch.context() as patch:
+        patch.setattr(class_probabilities, "_MIN_BLOCK_ROWS", 10**6)  # all points at once
+        expected = model.score_maps(inputs)
+    sizes = []
+    probabilities = model._class_probabilities
+
+    def recorded(embeddings, weight=None):
+        sizes.append(len(embeddings))
+        return probabilities(embeddings, weight)
+
+    monkeypatch.setattr(model, "_class_probabilities", recorded)
+    monkeypatch.setattr(class_probabilities, "_MIN_BLOCK_ROWS", 100)
+    monkeypatch.setattr(class_probabilities, "_BLOCK_ELEMENTS", 1)
+    found = model.score_maps(inputs, [3, 0, 4004])
+    assert max(sizes) == 100  # no array of all points and all names
+    for maps, whole in zip(found, expected, strict=True):
+        torch.testing.assert_close(maps, whole[:, [3, 0, 4004]])
+
+
+@torch.no_grad()
 def test_fore_anchors_are_the_best_of_each_level(build):
     model = build("MODEL.ATSS.TOPK_ANCHORS_TEST", 6)
     model.eval()
@@ -633,7 +662,7 @@ def test_class_agnostic_nms_leaves_one_name_per_object(build, agnostic):
 @pytest.mark.parametrize("shift", [float("nan"), float("-inf")])
 def test_a_shift_that_is_not_finite_is_refused(shift):
     with pytest.raises(ValueError, match=f"MODEL.ATSS.NOVEL_LOGIT_SHIFT.*{shift}"):
-        meta_arch.InferenceSettings(novel_logit_shift=shift)
+        InferenceSettings(novel_logit_shift=shift)
 
 
 # ------------------------------------------------------------------- regions looked up beforehand
@@ -855,7 +884,7 @@ def test_the_memory_of_many_positives_grows_with_their_number_at_most(build, num
         gt_boxes = torch.cat([corners, corners + 40], dim=1)
         pred_boxes = (gt_boxes + 1).requires_grad_()
         shape = images, points
-        positives = meta_arch.PositivePoints(
+        positives = PositivePoints(
             torch.arange(images).repeat_interleave(points),
             torch.arange(points).repeat(images),
             pred_boxes,

@@ -280,6 +280,9 @@ def _build_half(definition: Definition, kind: str, half: Half) -> dict[str, Json
     logger.info("%s: preparing %s", definition.path, half.json)
     content = _read(half.json, lvis=definition.lvis)
     category_of = _categories_by_name(content["categories"], half.json)
+    named = {*category_of, *definition.base, *definition.novel}
+    if unknown := [name for name in definition.rename if name not in named]:
+        raise _unknown_names(unknown, category_of, definition, half.json, "renames")
     groups = {"base": definition.base} if kind == "train" else definition.groups
     captions = _read_captions(half, content) if kind == "train" else {}
     vocabularies, files = {}, {}
@@ -357,12 +360,7 @@ def _find(
     """The categories called ``names``, in id order."""
     missing = [name for name in names if name not in category_of]
     if missing:
-        close = difflib.get_close_matches(missing[0], category_of, 1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(
-            f"{path}: {definition.path} names {missing[:_MAX_NAMED]}, which 'categories' does not "
-            f"have{hint} It has {len(category_of)}: {list(category_of)[:20]}"
-        )
+        raise _unknown_names(missing, category_of, definition, path, "names")
     wanted = sorted(category_of[name] for name in names)
     spoken: dict[str, str] = {}
     for category in wanted:
@@ -373,6 +371,22 @@ def _find(
                 f"read as {definition.spoken(other)!r}; 'rename' one of them"
             )
     return wanted
+
+
+def _unknown_names(
+    names: Sequence[str],
+    category_of: Mapping[str, Category],
+    definition: Definition,
+    path: Path,
+    verb: str,
+) -> ValueError:
+    """The error for names in a YAML that its annotations do not have."""
+    close = difflib.get_close_matches(names[0], category_of, 1)
+    hint = f"; did you mean {close[0]!r}?" if close else "."
+    return ValueError(
+        f"{path}: {definition.path} {verb} {list(names[:_MAX_NAMED])}, which 'categories' does not "
+        f"have{hint} It has {len(category_of)}: {list(category_of)[:20]}"
+    )
 
 
 def _rename(part: JsonObject, definition: Definition, content: JsonObject) -> JsonObject:

@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from hierkd.data.resizing import ResizeShortestEdge
 
-__all__ = ["HierKDDatasetMapper", "check_images", "read_picture"]
+__all__ = ["HierKDDatasetMapper", "check_images", "problem_of_picture", "read_picture"]
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -250,12 +250,17 @@ def _problem_of_header(file_name: str) -> str:
     """Return what the first bytes of a picture say against it; empty if nothing."""
     try:
         with Image.open(file_name) as image:
-            if image.mode in _DEEP_MODES:
-                return f"its pixels are {image.mode!r}, more than 8 bits; expected 8 bits a channel"
-            if image.format == "EPS":  # a program, which Pillow would hand to Ghostscript
-                return "an EPS document; expected a picture of pixels"
+            return problem_of_picture(image)
     except Exception as error:  # as above
         return f"{type(error).__name__}: {error}"
+
+
+def problem_of_picture(image: Image.Image) -> str:
+    """Return what speaks against decoding an opened picture; empty if nothing."""
+    if image.mode in _DEEP_MODES:
+        return f"its pixels are {image.mode!r}, more than 8 bits; expected 8 bits a channel"
+    if image.format == "EPS":  # a program, which Pillow would hand to Ghostscript
+        return "an EPS document; expected a picture of pixels"
     return ""
 
 
@@ -290,10 +295,16 @@ def check_images(
         found = list(
             tqdm(pool.map(_find_problem, share), total=len(share), desc="checking images", delay=2)
         )
-    problems = [""] * len(dataset_dicts)
+    # Nothing was raised so far: the other processes would wait here for the one that did.
+    problems = [_Problem("")] * len(dataset_dicts)
     for rank, of_process in enumerate(comm.all_gather(found)):
         problems[rank :: comm.get_world_size()] = of_process
-    broken = [problem for problem in problems if problem]
+    if mismatched := [problem.text for problem in problems if problem.is_mismatch]:
+        raise ValueError(
+            f"{len(mismatched):,} of {len(problems):,} images have another size than the "
+            f"annotations say, first: {'; '.join(mismatched[:5])}."
+        )
+    broken = [problem.text for problem in problems if problem.text]
     if not broken:
         return list(dataset_dicts)
     first = "; ".join(broken[:5])
@@ -304,13 +315,22 @@ def check_images(
             "DATALOADER.SKIP_BROKEN_IMAGES True."
         )
     _LOGGER.warning("Skipped: %s", message)
-    return [each for each, problem in zip(dataset_dicts, problems, strict=True) if not problem]
+    return [each for each, found in zip(dataset_dicts, problems, strict=True) if not found.text]
 
 
-def _find_problem(dataset_dict: Mapping[str, Any]) -> str:
-    """Return why the image cannot be decoded, with its file's name; empty if it can."""
+class _Problem(NamedTuple):
+    """What is wrong with an image, with its file's name; empty if nothing."""
+
+    text: str
+    is_mismatch: bool = False  # the image is whole, but not what its dict says
+
+
+def _find_problem(dataset_dict: Mapping[str, Any]) -> _Problem:
     image, problem = _decode(dataset_dict["file_name"], "RGB")
     if image is None:
-        return f"{dataset_dict['file_name']} ({problem})"
-    detection_utils.check_image_size(dict(dataset_dict), image)
-    return ""
+        return _Problem(f"{dataset_dict['file_name']} ({problem})")
+    try:
+        detection_utils.check_image_size(dict(dataset_dict), image)
+    except detection_utils.SizeMismatchError as error:
+        return _Problem(" ".join(str(error).split()), is_mismatch=True)
+    return _Problem("")

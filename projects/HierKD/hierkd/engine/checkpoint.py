@@ -12,7 +12,7 @@ import pickle
 import shutil
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -64,6 +64,7 @@ class HierKDCheckpointer(DetectionCheckpointer):  # type: ignore[misc]  # detect
     """
 
     saved_iteration: int | None = None
+    _missing_keys: Sequence[str] | None = None  # of the file loaded last; None before
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Write a checkpoint, then let ``last_checkpoint`` name it.
@@ -216,6 +217,14 @@ class HierKDCheckpointer(DetectionCheckpointer):  # type: ignore[misc]  # detect
         damage = find_damage(path)
         return path, "" if damage is None else f"last_checkpoint names {name!r}, which {damage}"
 
+    def missing_head_weights(self) -> list[str]:
+        """Names of those weights of the detector's head that no file has given so far.
+
+        All of them, if nothing or a backbone was loaded: what is detected is then noise.
+        """
+        missing = self.model.state_dict() if self._missing_keys is None else self._missing_keys
+        return [key for key in missing if key.startswith("head.")]
+
     def load_detector(self, path: str) -> None:
         """Load the weights of a trained detector, for uses that make no sense with random ones.
 
@@ -228,10 +237,8 @@ class HierKDCheckpointer(DetectionCheckpointer):  # type: ignore[misc]  # detect
             ValueError: as :meth:`load`; also if the file lacks weights of the detector's head, as
                 those of a backbone do.
         """
-        self._missing_keys = list(self.model.state_dict())
         self.load(path)
-        missing = [key for key in self._missing_keys if key.startswith("head.")]
-        if missing:
+        if missing := self.missing_head_weights():
             raise ValueError(
                 f"MODEL.WEIGHTS: {path!r} is no trained detector of this config: it lacks "
                 f"{len(missing)} weights of the head, for example {missing[0]!r}; give a "

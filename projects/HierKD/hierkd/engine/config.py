@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 # What yacs and fvcore raise; TypeError: an empty file, or a key below a value
 _MERGE_ERRORS = (KeyError, ValueError, AttributeError, AssertionError, TypeError)
+_POSITIVE = (("TEST", "IMS_PER_BATCH"), ("SOLVER", "MAX_ITER"), ("SOLVER", "CHECKPOINT_PERIOD"))
 
 
 def load_config(config_file: str, overrides: Sequence[str] = ()) -> Any:
@@ -39,23 +40,22 @@ def load_config(config_file: str, overrides: Sequence[str] = ()) -> Any:
     Raises:
         FileNotFoundError: if the file, or its ``_BASE_``, does not exist.
         ValueError: if the file is not YAML, a key is unknown or a value has the wrong type (names
-            the file or the command line, and the key), MODEL.DEVICE is no kind of device,
-            TEST.IMS_PER_BATCH is no number of images, proposals are to be read, or a file of
-            DATASETS.DEFINITIONS or one that it names, or of prompt templates, is wrong.
+            the file or the command line, and the key), MODEL.DEVICE is no device that PyTorch
+            has here, a number of images or iterations is not positive, proposals are to be read,
+            or a file of DATASETS.DEFINITIONS or one that it names, or of prompt templates, is
+            wrong.
     """
     cfg = _merge(config_file, overrides)
-    try:
-        device = torch.device(cfg.MODEL.DEVICE)
-    except RuntimeError as error:
-        raise ValueError(f"MODEL.DEVICE: no device {cfg.MODEL.DEVICE!r}: {error}") from error
+    device = _device(cfg.MODEL.DEVICE)
     if device.type == "cuda" and not torch.cuda.is_available():
         logger.warning("MODEL.DEVICE is %s, but there is no CUDA device: using the CPU", device)
         cfg.MODEL.DEVICE = "cpu"
     if cfg.SOLVER.AMP.ENABLED and torch.device(cfg.MODEL.DEVICE).type != "cuda":
         logger.warning("SOLVER.AMP.ENABLED needs a CUDA device: training in float32")
         cfg.SOLVER.AMP.ENABLED = False
-    if cfg.TEST.IMS_PER_BATCH < 1:
-        raise ValueError(f"TEST.IMS_PER_BATCH must be 1 or more, got {cfg.TEST.IMS_PER_BATCH}")
+    for node, key in _POSITIVE:
+        if cfg[node][key] < 1:
+            raise ValueError(f"{node}.{key} must be 1 or more, got {cfg[node][key]}")
     if cfg.MODEL.LOAD_PROPOSALS:
         raise ValueError(
             "MODEL.LOAD_PROPOSALS: no model here uses proposals from files, and detectron2 would "
@@ -99,6 +99,22 @@ def requested_device(config_file: str, overrides: Sequence[str] = ()) -> str:
         ValueError: as :func:`load_config`, of the file, the keys and the values.
     """
     return str(_merge(config_file, overrides).MODEL.DEVICE)
+
+
+def _device(name: str) -> torch.device:
+    """The device of that name; a CUDA device also where there is none."""
+    try:
+        device = torch.device(name)
+        if device.type != "cuda":
+            torch.empty(0, device=device)
+    except (RuntimeError, ImportError, AssertionError) as error:  # one or other for each kind
+        why = str(error).split(". ")[0].split("\n")[0]  # torch may list all its kernels
+        raise ValueError(f"MODEL.DEVICE: no device {name!r}: {why}") from error
+    if device.type == "cuda" and 0 < torch.cuda.device_count() <= (device.index or 0):
+        raise ValueError(
+            f"MODEL.DEVICE: no device {name!r}: this machine has {torch.cuda.device_count()}"
+        )
+    return device
 
 
 def _merge(config_file: str, overrides: Sequence[str]) -> Any:

@@ -27,6 +27,8 @@ __all__ = [
     "PageEntry",
     "VideoFile",
     "Window",
+    "check_inputs_stay",
+    "heat_maps_path",
     "list_names",
     "name_outputs",
     "save_picture",
@@ -59,6 +61,29 @@ def name_outputs(sources: Sequence[Path], suffixes: Sequence[str]) -> list[str]:
         taken.add(stem.casefold())
         names.append(f"{stem}{suffix}")
     return names
+
+
+def check_inputs_stay(sources: Sequence[Path], folder: Path, names: Sequence[str]) -> None:
+    """Refuse to write over the pictures and videos that are looked at.
+
+    Args:
+        sources: Of the pictures and videos.
+        folder: Where the outputs go.
+        names: The outputs' names, from :func:`name_outputs`.
+
+    Raises:
+        ValueError: An output, or a picture's heat maps, would replace a source; it is named.
+    """
+    inputs = {source.resolve() for source in sources}
+    for name in names:
+        for path in (folder / name, heat_maps_path(folder / name)):
+            if path.resolve() in inputs:
+                raise ValueError(f"--output: {path} is an input: name another folder")
+
+
+def heat_maps_path(annotated: Path) -> Path:
+    """Where the heat maps of a picture go, beside its annotated copy."""
+    return annotated.with_name(f"{annotated.stem}_heat_maps.png")
 
 
 def save_picture(path: Path, image: Image) -> None:

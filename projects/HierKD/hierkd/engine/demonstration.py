@@ -6,6 +6,7 @@ import argparse
 import itertools
 import json
 import logging
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,13 @@ from hierkd.atomic_files import replacing
 from hierkd.data.coco_json import get_entries, read_coco_json
 from hierkd.data.dataset_mapper import read_picture
 from hierkd.engine.config import load_config
-from hierkd.engine.demo_outputs import PageEntry, VideoFile, Window, save_picture
+from hierkd.engine.demo_outputs import (
+    PageEntry,
+    VideoFile,
+    Window,
+    heat_maps_path,
+    save_picture,
+)
 from hierkd.engine.detections import DetectionFilter, as_coco_results, as_records
 from hierkd.engine.figures import draw_heat_map_sheet, draw_side_by_side
 from hierkd.engine.inputs import Frame, Video
@@ -225,7 +232,7 @@ class CocoIds:
     """The ids by which an annotation file calls pictures and classes.
 
     Attributes:
-        images: File name without its folder, to id.
+        images: File name without its folder, to id; without names that several images have.
         categories: Class name to id.
     """
 
@@ -243,8 +250,14 @@ class CocoIds:
         content = read_coco_json(path)
         images = get_entries(content, "images", {"id": int, "file_name": str}, path)
         categories = get_entries(content, "categories", {"id": int, "name": str}, path)
+        names = [Path(entry["file_name"]).name for entry in images]
+        times = Counter(names)
         return cls(
-            {Path(entry["file_name"]).name: entry["id"] for entry in images},
+            {
+                name: entry["id"]
+                for name, entry in zip(names, images, strict=True)
+                if times[name] == 1
+            },
             {entry["name"]: entry["id"] for entry in categories},
         )
 
@@ -252,7 +265,9 @@ class CocoIds:
         """Raise ValueError if a picture or a class has no id."""
         unknown = [str(path) for path in pictures if path.name not in self.images]
         if unknown:
-            raise ValueError(f"--coco-results: the file has no images {unknown[:5]}")
+            raise ValueError(
+                f"--coco-results: the file has no image, or several, of the name of {unknown[:5]}"
+            )
         classes = [name for name in vocabulary if name not in self.categories]
         if classes:
             raise ValueError(f"--coco-results: the file has no categories {classes[:10]}")
@@ -301,7 +316,7 @@ def annotate_picture(
     if heat_maps is not None:
         sheet = detectors.draw_heat_maps(image, next(iter(found.values())), heat_maps)
         if sheet is not None:
-            extra = (output.with_name(f"{output.stem}_heat_maps.png"),)
+            extra = (heat_maps_path(output),)
             save_picture(extra[0], sheet)
             entry["heat_maps"] = extra[0].name
     go_on = window is None or window.show(drawn, wait_ms=0)

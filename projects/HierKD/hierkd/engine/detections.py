@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,7 +47,9 @@ class DetectionFilter:
         for name, threshold in self.class_thresholds.items():
             _check_threshold(f"the score threshold of class {name!r}", threshold)
         if self.top_k is not None and (
-            isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 1
+            isinstance(self.top_k, bool)
+            or not isinstance(self.top_k, numbers.Integral)
+            or self.top_k < 1
         ):
             raise ValueError(f"top-k must be a whole number of at least 1, got {self.top_k!r}")
 
@@ -89,7 +92,8 @@ class DetectionFilter:
 
 
 def _check_threshold(what: str, value: float) -> None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    # Real: numpy's numbers are as good as Python's.
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not is_number or not math.isfinite(value) or not 0 <= value <= 1:
         raise ValueError(f"{what} must be 0 to 1, got {value!r}")
 

@@ -1,19 +1,20 @@
-"""Pictures as callers have them - paths, Pillow images, arrays, tensors - brought to one form."""
+"""Pictures as callers have them - paths, bytes, Pillow images, arrays, tensors - in one form."""
 
 from __future__ import annotations
 
+import io
 import os
 from typing import TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from hierkd.data.dataset_mapper import read_picture
+from hierkd.data.dataset_mapper import problem_of_picture, read_picture
 
-__all__ = ["ImageInput", "as_bgr", "check_channels"]
+__all__ = ["ImageInput", "as_bgr", "check_channels", "decode_picture"]
 
 ImageInput: TypeAlias = "str | os.PathLike[str] | Image.Image | NDArray[np.uint8] | Tensor"
 """A picture: see :func:`as_bgr` for what each kind has to look like."""
@@ -32,7 +33,7 @@ def as_bgr(image: ImageInput, channels: str = "BGR") -> NDArray[np.uint8]:
         image: One of
 
             - the path of a picture; turned upright as its EXIF orientation says;
-            - a Pillow image of any mode, its pixels taken as they lie;
+            - a Pillow image of any mode of 8 bits, its pixels taken as they lie;
             - an array (H, W, 3) uint8, its channels in the order of ``channels``;
             - a tensor (3, H, W) uint8 on any device, likewise.
         channels: "BGR", as OpenCV and detectron2 have it, or "RGB", as torchvision and matplotlib
@@ -43,8 +44,8 @@ def as_bgr(image: ImageInput, channels: str = "BGR") -> NDArray[np.uint8]:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file cannot be decoded, the array or tensor has another shape or type, or
-            there are no pixels.
+        ValueError: The picture cannot be decoded or has more than 8 bits a channel, the array or
+            tensor has another shape or type, or there are no pixels.
         TypeError: It is nothing of the above.
     """
     check_channels(channels)
@@ -84,21 +85,49 @@ def as_bgr(image: ImageInput, channels: str = "BGR") -> NDArray[np.uint8]:
 def _from_pillow(image: Image.Image) -> NDArray[np.uint8]:
     if 0 in image.size:
         raise ValueError(f"the image has no pixels: {image.width} x {image.height}")
+    problem = problem_of_picture(image)
+    if not problem:
+        try:
+            return np.asarray(image.convert("RGB"), np.uint8)[:, :, ::-1]
+        except Exception as error:  # Pillow decodes only now; its decoders raise what they like
+            problem = f"{type(error).__name__}: {error}"
+    name = getattr(image, "filename", "")
+    raise ValueError(
+        f"{f'Image {name!r}' if name else 'the picture'} cannot be decoded ({problem})."
+    )
+
+
+def decode_picture(content: bytes) -> NDArray[np.uint8]:
+    """Decode the bytes of a picture file.
+
+    Returns:
+        (H, W, 3), BGR, 0..255, upright: what :func:`as_bgr` makes of the file's path.
+
+    Raises:
+        ValueError: They cannot be decoded, or have more than 8 bits a channel.
+    """
+    what = f"the picture of {len(content)} bytes cannot be decoded"
     try:
-        pixels = np.asarray(image.convert("RGB"), np.uint8)
-    except (OSError, SyntaxError) as error:  # Pillow decodes only now
-        raise ValueError(
-            f"Image {getattr(image, 'filename', '')!r} cannot be decoded "
-            f"({type(error).__name__}: {error})."
-        ) from error
-    return pixels[:, :, ::-1]
+        with Image.open(io.BytesIO(content)) as opened:
+            problem = problem_of_picture(opened)
+            if not problem:
+                return as_bgr(ImageOps.exif_transpose(opened))
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{what} (no known format)") from error
+    except Exception as error:  # as above
+        raise ValueError(f"{what} ({error})") from error
+    raise ValueError(f"{what} ({problem})")
 
 
 def _advice(dtype: str, shape: tuple[int, ...], *, channels_last: bool) -> str:
     if "float" in dtype:
         return "; for values of 0 to 1, multiply by 255, round, and convert"
-    if len(shape) == 3 and channels_last and shape[0] == 3:
+    if channels_last and len(shape) == 3 and shape[0] == 3:
         return "; put the channels last: array.transpose(1, 2, 0)"
-    if len(shape) == 3 and not channels_last and shape[2] == 3:
+    if channels_last and len(shape) == 3 and shape[2] == 4:
+        return "; leave out the fourth channel: array[:, :, :3]"
+    if channels_last and (len(shape) == 2 or shape[2:] == (1,)):
+        return "; of a grey picture, repeat it: numpy.dstack([array] * 3)"
+    if not channels_last and len(shape) == 3 and shape[2] == 3:
         return "; put the channels first: tensor.permute(2, 0, 1)"
     return ""

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import io
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -25,10 +24,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
 
 from hierkd.engine.detections import DetectionFilter, as_records
-from hierkd.engine.images import as_bgr
+from hierkd.engine.images import as_bgr, decode_picture
 from hierkd.engine.predictor import OpenVocabularyPredictor
 
 __all__ = ["answer", "answer_lines", "decode_base64_picture"]
@@ -101,7 +99,7 @@ def answer(
     )
     instances = predictor.predict(
         image,
-        vocabulary=names,
+        vocabulary=vocabulary,
         score_threshold=keep.score_threshold,
         top_k=keep.top_k,
         class_thresholds=keep.class_thresholds,
@@ -148,11 +146,4 @@ def decode_base64_picture(text: str) -> NDArray[np.uint8]:
         content = base64.b64decode(text, validate=True)
     except binascii.Error as error:
         raise ValueError(f"the picture is no base64: {error}") from error
-    try:
-        with Image.open(io.BytesIO(content)) as opened:
-            return as_bgr(ImageOps.exif_transpose(opened))
-    except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        found = "no known format" if isinstance(error, UnidentifiedImageError) else error
-        raise ValueError(
-            f"the picture of {len(content)} bytes cannot be decoded ({found})"
-        ) from error
+    return decode_picture(content)

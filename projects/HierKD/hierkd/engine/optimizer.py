@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from detectron2.solver import build_optimizer as build_detectron2_optimizer
 from detectron2.solver import get_default_optimizer_params
-from torch import nn
+from torch import Tensor, nn
 
-__all__ = ["FULL_MODEL_CLIP", "build_optimizer"]
+__all__ = ["FULL_MODEL_CLIP", "build_optimizer", "check_optimizer_state"]
 
 FULL_MODEL_CLIP = "full_model"
+_TELLING = {"momentum", "betas"}  # settings that SGD, or Adam and its kin, has alone
 
 
 def build_optimizer(cfg: Any, model: nn.Module) -> torch.optim.Optimizer:
@@ -62,3 +64,43 @@ def build_optimizer(cfg: Any, model: nn.Module) -> torch.optim.Optimizer:
 
         optimizer.register_step_pre_hook(clip_gradients)
     return optimizer
+
+
+def check_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Refuse to go on with the state of another optimizer, or of other parameters.
+
+    torch notices some of it, in words of its own, and some only in the first step.
+
+    Args:
+        optimizer: of this run.
+        state: ``state_dict()`` of the one that a checkpoint was written with.
+
+    Raises:
+        ValueError: they differ; says in what, and which keys decide it.
+    """
+    groups = state["param_groups"]
+    parameters = [each for group in optimizer.param_groups for each in group["params"]]
+    found = sum(len(group["params"]) for group in groups)
+    problem = ""
+    if missing := _TELLING & set(optimizer.param_groups[0]) - set(groups[0]):
+        problem = f"its optimizer is no {type(optimizer).__name__}, it has no {missing.pop()!r}"
+    elif found != len(parameters) or len(groups) != len(optimizer.param_groups):
+        problem = f"it has {found} trained parameters, this run {len(parameters)}"
+    else:
+        for index, of_parameter in state["state"].items():
+            shapes = {tuple(v.shape) for v in of_parameter.values() if _is_like_a_parameter(v)}
+            if other := shapes - {tuple(parameters[index].shape)}:
+                problem = f"parameter {index} has shape {other.pop()}, in this run "
+                problem += str(tuple(parameters[index].shape))
+                break
+    if problem:
+        raise ValueError(
+            f"--resume: the checkpoint is of another training: {problem}. Resume with its "
+            "config.yaml (SOLVER.OPTIMIZER and all of MODEL as they were), or start anew from its "
+            "weights: without --resume, with MODEL.WEIGHTS and another OUTPUT_DIR"
+        )
+
+
+def _is_like_a_parameter(value: object) -> bool:
+    """Whether an entry of an optimizer's state is a moment, not a counter of steps."""
+    return isinstance(value, Tensor) and value.dim() > 0

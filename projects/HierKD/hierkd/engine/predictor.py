@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Iterable, Mapping, Sequence
@@ -33,9 +34,12 @@ from hierkd.engine.checkpoint import HierKDCheckpointer
 from hierkd.engine.config import load_config
 from hierkd.engine.detections import DetectionFilter
 from hierkd.engine.images import ImageInput, as_bgr, check_channels
+from hierkd.modeling.teacher_cache import MANIFEST
 from hierkd.modeling.text_embeddings import check_names, read_text_lines
 
 __all__ = ["OpenVocabularyPredictor", "find_checkpoint", "resolve_vocabulary"]
+
+logger = logging.getLogger(__name__)
 
 CONFIG_NAME = "config.yaml"  # what a training leaves in its folder
 FINAL_WEIGHTS = "model_final.pth"  # what detectron2's trainer calls its last checkpoint
@@ -127,7 +131,7 @@ class OpenVocabularyPredictor:
         """
         if not cfg.MODEL.WEIGHTS:  # the checkpointer takes it for random weights
             raise ValueError("MODEL.WEIGHTS is empty: detecting needs trained weights")
-        model: Any = build_model(cfg)
+        model: Any = build_model(_for_inference(cfg))
         HierKDCheckpointer(model).load_detector(cfg.MODEL.WEIGHTS)
         vocabularies = [MetadataCatalog.get(n).get("thing_classes", []) for n in cfg.DATASETS.TEST]
         largest: list[str] = max(vocabularies, key=len, default=[])
@@ -319,6 +323,22 @@ class OpenVocabularyPredictor:
         return [found[index] for index in range(len(prepared))]
 
 
+def _for_inference(cfg: Any) -> Any:
+    """The config without what training alone needs: a detector also runs where it was not trained.
+
+    Of a cache of the teacher only the texts count, and CLIP takes its place where it is missing.
+    """
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.IKD.LOSS_WEIGHT = 0.0  # no look at the regions, nor at the annotations they are of
+    folder = cfg.MODEL.TEACHER.CACHE
+    if folder and not Path(folder, MANIFEST).is_file():
+        logger.warning("MODEL.TEACHER.CACHE: %r is not there, class names go to CLIP", folder)
+        cfg.MODEL.TEACHER.CACHE = ""
+    cfg.freeze()
+    return cfg
+
+
 def _as_names(names: Iterable[str]) -> list[str]:
     if isinstance(names, str):
         raise ValueError(f"a vocabulary is a list of class names, got the text {names!r}")
@@ -330,7 +350,7 @@ def _as_names(names: Iterable[str]) -> list[str]:
 
 
 def _is_several(images: Any) -> bool:
-    if isinstance(images, str | os.PathLike | Image.Image):
+    if isinstance(images, str | bytes | os.PathLike | Image.Image):
         return False
     if isinstance(images, np.ndarray | Tensor):
         return images.ndim == 4

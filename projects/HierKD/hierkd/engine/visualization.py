@@ -115,7 +115,7 @@ def draw_boxes(
     places = _place_labels(scaled, labels, font_px, label_px, (height, width))
     for (x, y), label, color in zip(places, labels, colors, strict=True):
         visualizer.draw_text(
-            label,
+            label.replace("$", r"\$"),  # matplotlib takes what is between two for a formula
             (x, y),
             font_size=font_px * _POINTS_PER_PX,
             color=tuple((1 + channel) / 2 for channel in color),  # on a dark ground

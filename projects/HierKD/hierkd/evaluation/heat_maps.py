@@ -64,18 +64,19 @@ def score_heat_maps(
     shapes = model.backbone.output_shape()
     levels = [(name, shapes[name].stride) for name in model.head_in_features]
     offset = model.anchor_generator.offset
-    maps: list[Tensor] = [m[0].float().cpu() for m in model.score_maps([batched_input])]
+    classes = [vocabulary.index(name) for name in class_names]
+    maps: list[Tensor] = [m[0].float().cpu() for m in model.score_maps([batched_input], classes)]
     return [
         [
             HeatMap(
                 name,
                 level,
                 stride,
-                sample_score_map(scores[vocabulary.index(name)].numpy(), stride, offset, size),
+                sample_score_map(scores[index].numpy(), stride, offset, size),
             )
             for (level, stride), scores in zip(levels, maps, strict=True)
         ]
-        for name in class_names
+        for index, name in enumerate(class_names)
     ]
 
 

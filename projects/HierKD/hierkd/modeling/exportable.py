@@ -18,7 +18,8 @@ from detectron2.structures import Boxes
 from torch import Tensor, nn
 from torchvision.ops import nms
 
-from hierkd.modeling.meta_arch import HierKD, InferenceSettings
+from hierkd.modeling.detector_settings import InferenceSettings
+from hierkd.modeling.meta_arch import HierKD
 from hierkd.modeling.preselection import vocabulary_representatives
 
 __all__ = ["ExportableDetector", "nms_per_class"]

@@ -18,10 +18,8 @@ classified, distilled per point, distilled globally. ``pred_anchor_deltas``, ``g
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -44,15 +42,24 @@ from torch.nn import functional as F
 from hierkd.modeling.atss import ATSSMatcher
 from hierkd.modeling.cached_teacher import CachedTeacher, build_cached_teacher
 from hierkd.modeling.class_probabilities import ClassProbabilities, best_pairs, nms_of_classes
-from hierkd.modeling.crop_merging import merge_boxes, number_objects
+from hierkd.modeling.detector_settings import (
+    IKD,
+    DetectionSettings,
+    InferenceSettings,
+    check_choice,
+)
+from hierkd.modeling.distilled_regions import (
+    PositivePoints,
+    RegionPairs,
+    choose_crops,
+    region_loss,
+)
 from hierkd.modeling.gathering import gather_rows
 from hierkd.modeling.head import ATSSHead
 from hierkd.modeling.input_checks import check_ground_truth
 from hierkd.modeling.losses import (
     box_iou_targets,
     centerness_targets,
-    embedding_l1_loss,
-    embedding_l2_loss,
     image_caption_contrastive_loss,
     positive_pairs_loss,
     quality_loss,
@@ -66,78 +73,11 @@ from hierkd.modeling.teacher import Teacher, build_teacher, check_embed_dim
 from hierkd.modeling.text_classifier import TextClassifier
 from hierkd.modeling.text_embeddings import check_names
 
-__all__ = ["IKD", "DetectionSettings", "ForeAnchors", "HierKD", "InferenceSettings"]
+__all__ = ["ForeAnchors", "HierKD"]
 
 logger = logging.getLogger(__name__)
 
 PredictedMaps = tuple[list[Tensor], list[Tensor], list[Tensor] | None]  # what ATSSHead returns
-
-_EMBEDDING_LOSSES = {"l1": embedding_l1_loss, "l2": embedding_l2_loss}
-
-
-@dataclass(frozen=True)
-class DetectionSettings:
-    """Numbers of the §3.1 losses; see the keys of the same names in ``config.py``."""
-
-    quality: str = "iou"
-    focal_gamma: float = 2.0
-    focal_alpha: float = 0.25
-    cls_loss_weight: float = 1.0
-    learn_cls_loss_weight: bool = True
-    box_reg_loss_weight: float = 2.0
-    quality_loss_weight: float = 1.0
-    negative_sampling: str = "fraction"
-    negative_amount: float = 0.1
-    negative_scope: str = "batch"
-
-    def __post_init__(self) -> None:
-        _check_choice("MODEL.ATSS.NEGATIVE_SCOPE", self.negative_scope, ("batch", "level"))
-        _check_choice("MODEL.ATSS.QUALITY", self.quality, ("iou", "centerness", "none"))
-
-
-@dataclass(frozen=True)
-class IKD:
-    """Numbers of instance-level distillation (§3.2)."""
-
-    loss_weight: float = 1.0
-    loss_type: str = "l1"
-    boxes: str = "predicted"
-    crop_scale: float = 1.5
-    iou_thresh: float = 0.5
-    max_crops_per_image: int = 0
-    merge_crops_iou: float = 1.0
-    average_over: str = "points"
-    close_modality_gap: bool = False
-
-    def __post_init__(self) -> None:
-        _check_choice("MODEL.IKD.LOSS_TYPE", self.loss_type, tuple(_EMBEDDING_LOSSES))
-        _check_choice("MODEL.IKD.BOXES", self.boxes, ("predicted", "gt"))
-        _check_choice("MODEL.IKD.AVERAGE_OVER", self.average_over, ("points", "levels"))
-        if not 0 <= self.merge_crops_iou <= 1:
-            raise ValueError(
-                f"MODEL.IKD.MERGE_CROPS_IOU must be between 0 and 1, got {self.merge_crops_iou}"
-            )
-
-
-@dataclass(frozen=True)
-class InferenceSettings:
-    """Numbers of inference; see the ``*_TEST`` keys of ``MODEL.ATSS``."""
-
-    score_thresh: float = 0.0
-    topk_anchors: int = 1000
-    topk_pairs: int = 3000
-    nms_thresh: float = 0.4
-    max_detections: int = 100
-    class_agnostic_nms: bool = False
-    novel_logit_shift: float = 0.0
-    preselect_above: int = 0
-    preselect_points: int = 2000
-
-    def __post_init__(self) -> None:
-        if not math.isfinite(self.novel_logit_shift):
-            raise ValueError(
-                f"MODEL.ATSS.NOVEL_LOGIT_SHIFT must be finite, got {self.novel_logit_shift}"
-            )
 
 
 class DensePredictions(NamedTuple):
@@ -154,25 +94,6 @@ class DensePredictions(NamedTuple):
             self.anchor_deltas[index],
             None if self.qualities is None else self.qualities[index],
         )
-
-
-class PositivePoints(NamedTuple):
-    """The p positive points of the batch, image by image."""
-
-    image_idxs: Tensor  # (p,)
-    point_idxs: Tensor  # (p,) in [0, R)
-    pred_boxes: Tensor  # (p, 4), decoded, with gradient
-    gt_boxes: Tensor  # (p, 4)
-    gt_idxs: Tensor  # (p,) positions among the M boxes of the image
-    ious: Tensor  # (p,) IoU of the two, no gradient
-
-
-class RegionPairs(NamedTuple):
-    """What Eq. 2 compares at the P distilled points, and the level of each."""
-
-    student: Tensor  # (P, D), L2-normalised, with gradient
-    teacher: Tensor  # (P, D), L2-normalised, without
-    levels: Tensor  # (P,) in [0, L)
 
 
 class ForeAnchors(NamedTuple):
@@ -200,35 +121,12 @@ class ForeAnchors(NamedTuple):
         return ForeAnchors(self.boxes[top], self.classes.select(top), self.qualities[top])
 
 
-def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{key} must be one of {choices}, got {value!r}")
-
-
 def _average_over_processes(values: Tensor) -> Tensor:
     """Mean over the processes of a vector of normalisers."""
     world_size = comm.get_world_size()
     if world_size > 1:
         torch.distributed.all_reduce(values)
     return values.div_(world_size)
-
-
-def _embedding_loss(loss_type: str, pairs: RegionPairs, num_regions: list[Tensor]) -> Tensor:
-    """Eq. 2: a mean over all points, or over the points of each level and then over the levels.
-
-    Args:
-        loss_type: "l1" or "l2".
-        pairs: what is compared.
-        num_regions: the normaliser of all points, or of each of the L levels.
-    """
-    total = _EMBEDDING_LOSSES[loss_type]
-    if len(num_regions) == 1:
-        return total(pairs.student, pairs.teacher) / num_regions[0]
-    of_levels = [
-        total(pairs.student[pairs.levels == i], pairs.teacher[pairs.levels == i]) / number
-        for i, number in enumerate(num_regions)
-    ]
-    return torch.stack(of_levels).mean()
 
 
 def _half_precision(device: torch.device, *, enabled: bool) -> AbstractContextManager[Any]:
@@ -375,7 +273,7 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
         text = cfg.MODEL.TEXT_CLASSIFIER
         check_embed_dim(teacher, text.EMBED_DIM)
         atss, ikd, gkd = cfg.MODEL.ATSS, cfg.MODEL.IKD, cfg.MODEL.GKD
-        _check_choice("MODEL.GKD.LOSS_TYPE", gkd.LOSS_TYPE, ("contrastive", "positive_only"))
+        check_choice("MODEL.GKD.LOSS_TYPE", gkd.LOSS_TYPE, ("contrastive", "positive_only"))
         contrastive = gkd.LOSS_TYPE == "contrastive"
         return {
             "backbone": backbone,
@@ -643,7 +541,7 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
         """
         if self.ikd is None:
             return None
-        points, crops, crop_of_point = self._choose_crops(
+        points, crops, crop_of_point = choose_crops(
             self.ikd, positives, len(batched_inputs), looked_up=self.region_cache is not None
         )
         image_idxs, point_idxs = positives.image_idxs[points], positives.point_idxs[points]
@@ -667,46 +565,6 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
             teacher=teacher,
             levels=torch.bucketize(point_idxs, level_ends, right=True),
         )
-
-    @staticmethod
-    @torch.no_grad()
-    def _choose_crops(
-        ikd: IKD, positives: PositivePoints, num_images: int, *, looked_up: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Choose the points to distil and the boxes that the teacher looks at for them.
-
-        Boxes are merged first and drawn then, so that the limit is one of crops, and each crop
-        drawn serves all of its points. Where regions are looked up, only the points count.
-
-        Returns:
-            points (P,) and crops (U,), increasing indices of positives; crop_of_point (P,), the
-            position in ``crops`` of each point's.
-        """
-        points = (positives.ious >= ikd.iou_thresh).nonzero().squeeze(1)
-
-        def merge(iou_thresh: float) -> tuple[Tensor, Tensor]:
-            boxes = positives.pred_boxes if ikd.boxes == "predicted" else positives.gt_boxes
-            objects = number_objects(positives.image_idxs[points], positives.gt_boxes[points])
-            chosen, stand_in = merge_boxes(
-                boxes[points], positives.ious[points], objects, iou_thresh
-            )
-            return points[chosen], stand_in
-
-        crops, crop_of_point = points, torch.arange(len(points), device=points.device)
-        if ikd.merge_crops_iou < 1:
-            crops, crop_of_point = merge(ikd.merge_crops_iou)
-        limit = ikd.max_crops_per_image * num_images
-        if 0 < limit < len(crops):
-            drawn = torch.randperm(len(crops), device=crops.device)[:limit].sort().values
-            position = torch.full_like(crops, -1)
-            position[drawn] = torch.arange(limit, device=crops.device)
-            crop_of_point = position[crop_of_point]
-            points, crop_of_point = points[crop_of_point >= 0], crop_of_point[crop_of_point >= 0]
-            crops = crops[drawn]
-        if ikd.boxes == "gt" and ikd.merge_crops_iou == 1 and not looked_up:
-            # The points of an object have the same box: any threshold below 1 finds them.
-            crops, crop_of_point = merge(0.5)
-        return points, crops, crop_of_point
 
     def _look_up_regions(
         self, batched_inputs: list[dict[str, Any]], image_idxs: Tensor, gt_idxs: Tensor
@@ -802,7 +660,7 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
                 settings.quality_loss_weight * loss_quality
             )
         if self.ikd is not None and region_pairs is not None:
-            loss_ikd = _embedding_loss(self.ikd.loss_type, region_pairs, num_regions)
+            loss_ikd = region_loss(self.ikd.loss_type, region_pairs, num_regions)
             losses["loss_ikd"] = self.ikd.loss_weight * loss_ikd
         if match_scores is not None and self.mlca is not None:
             if self.mlca.logit_scale is None:
@@ -1047,20 +905,34 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
         )
 
     @torch.no_grad()
-    def score_maps(self, batched_inputs: list[dict[str, Any]]) -> list[Tensor]:
+    def score_maps(
+        self, batched_inputs: list[dict[str, Any]], classes: Sequence[int] | None = None
+    ) -> list[Tensor]:
         """Scores of every point, for heat maps in the manner of the paper's Fig. 4.
 
         Args:
             batched_inputs: as in inference.
+            classes: positions in the vocabulary, in the order wanted; None is all K. Whichever they
+                are, all names compete.
 
         Returns:
-            L maps (N, K, H_l, W_l): class probability times sigmoid(quality). Point (y, x) of level
-            l lies at pixel ((x + o) s, (y + o) s) of the network input, with stride s and the
-            anchor generator's offset o. Padding of the batch is included.
+            L maps (N, K, H_l, W_l), or with as many channels as ``classes``: class probability
+            times sigmoid(quality). Point (y, x) of level l lies at pixel ((x + o) s, (y + o) s) of
+            the network input, with stride s and the anchor generator's offset o. Padding of the
+            batch is included.
         """
         _, (embeddings, _, qualities) = self._predict_maps(self.preprocess_image(batched_inputs))
+        weight = self.text_classifier.weight()
+        chosen: Any = slice(None) if classes is None else list(classes)
         maps = []
         for level, embedding in enumerate(embeddings):
-            probs = self._class_probabilities(embedding.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+            points = embedding.permute(0, 2, 3, 1)
+            all_probs = ClassProbabilities(
+                lambda embeddings: self._class_probabilities(embeddings, weight),
+                points.flatten(0, 2),
+                len(weight) - 1,
+            )
+            probs = torch.cat([block[:, chosen] for _, block in all_probs.blocks()])
+            probs = probs.view(*points.shape[:3], -1).permute(0, 3, 1, 2)
             maps.append(probs if qualities is None else probs * qualities[level].sigmoid())
         return maps
