@@ -85,7 +85,8 @@ def add_detector_options(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="KEY VALUE",
         help="config overrides of the first detector, last on the line, e.g. MODEL.WEIGHTS "
-        f"model.pth; without --run and MODEL.WEIGHTS, a {_TRAINED_WEIGHTS} beside the config file is taken",
+        f"model.pth; without --run and MODEL.WEIGHTS, a {_TRAINED_WEIGHTS} beside the config file "
+        "is taken",
     )
 
 
