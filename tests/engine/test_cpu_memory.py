@@ -8,16 +8,17 @@ import pytest
 
 from hierkd.engine import cpu_memory
 
+# The module by itself: the package would bring PyTorch. A kept answer, then the page faults.
 ALLOCATE_AGAIN = """
-import resource, sys, torch
-from hierkd.engine.cpu_memory import keep_freed_memory
+import resource, runpy, sys
 
-kept = sys.argv[1] == "keep" and keep_freed_memory()
+module = runpy.run_path(sys.argv[1])
+kept = sys.argv[2] == "keep" and module["keep_freed_memory"]()
 for _ in range(3):
-    torch.zeros(16 * 2**20)
+    b"x" * 2**26
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(5):
-    torch.zeros(16 * 2**20)  # 64 MiB: 16,384 pages of 4 KiB, or 32 of 2 MiB
+    b"x" * 2**26  # 64 MiB: 16,384 pages of 4 KiB, or 32 of 2 MiB
 print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
@@ -28,7 +29,7 @@ def allocate(way, **environment):
     """Whether memory was kept in a new process, and the page faults of five allocations."""
     undecided = {name: text for name, text in os.environ.items() if "MALLOC" not in name.upper()}
     done = subprocess.run(
-        [sys.executable, "-c", ALLOCATE_AGAIN, way],
+        [sys.executable, "-c", ALLOCATE_AGAIN, cpu_memory.__file__, way],
         env={**undecided, **environment},
         capture_output=True,
         text=True,

@@ -354,7 +354,7 @@ def test_without_the_package(make_teacher, folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "open_clip", None)
     for weights in (f"open_clip:{folder}", "open_clip:ViT-B-16:laion2b_s34b_b88k"):
         assert known_weights_sha256(weights) is None
-        with pytest.raises(FileNotFoundError, match=r"pip install 'hierkd\[open-clip\]'"):
+        with pytest.raises(FileNotFoundError, match=r"pip install open_clip_torch"):
             make_teacher(weights)
 
 
