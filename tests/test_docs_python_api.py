@@ -11,6 +11,7 @@ from PIL import Image
 
 import demo
 import tiny_training
+from hierkd.engine import demonstration
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -84,7 +85,8 @@ COMMANDS = [
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_of_the_demo(replaced, command, tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "DEFAULT_RUN", replaced("output/demo/hierkd"))
+    for module in (demo, demonstration):
+        monkeypatch.setattr(module, "DEFAULT_RUN", replaced("output/demo/hierkd"))
     _, _, *arguments = shlex.split(replaced(command))
     if "--output" not in arguments:
         arguments = ["--output", str(tmp_path), *arguments]

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -193,6 +194,15 @@ class Page:
             self.page.click(f"#{kind}")
         return caught.value.suggested_filename, Path(caught.value.path()).read_bytes()
 
+    def download_json(self, threshold):
+        """The file's name and content, once the button has what belongs to this threshold."""
+        until = time.monotonic() + TIMEOUT / 1000
+        while True:
+            file_name, content = self.download("json")
+            told = json.loads(content)
+            if told["confidence_threshold"] == threshold or time.monotonic() > until:
+                return file_name, told
+
     def panel(self, number):
         source = self.page.get_attribute(f"#panel_{number} img", "src")
         return np.array(Image.open(io.BytesIO(self.page.request.get(source).body())))
@@ -243,9 +253,8 @@ def test_from_a_picture_to_its_boxes(visit, server, world, reference):
     assert page.rows(1) == expected_rows(compared, names) != page.rows(0)
     assert page.page.locator(".detector h3").all_inner_texts() == ["first", "another"]
 
-    file_name, content = page.download("json")
+    file_name, told = page.download_json(threshold=0)
     assert file_name == "2_detections.json"
-    told = json.loads(content)
     assert told["detections"] == as_records(expected, names)
     assert told["compared"] == {"another": as_records(compared, names)}
     assert (told["file_name"], told["height"], told["width"]) == ("2.png", 96, 96)

@@ -65,14 +65,19 @@ def test_a_steady_process_keeps_all_limits(tmp_path):
     assert samples[-1].peak_mib >= samples[-1].rss_mib
 
 
+def memory(mebibytes):
+    """Memory asked of the system itself: an allocation would first use what tests have freed."""
+    size = mebibytes * 2**20
+    block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    block.write(b"x" * size)
+    return block
+
+
 def test_growing_memory_is_found(tmp_path):
     kept = []
 
     def keep(number):
-        # asked of the system itself: what earlier tests have freed would be used first
-        block = mmap.mmap(-1, 2**20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        block.write(b"x" * 2**20)
-        kept.append((block, torch.ones(1)))
+        kept.append((memory(1), torch.ones(1)))
 
     samples = soak(tmp_path / "s.csv", keep)
     assert any("memory grows" in text for text in broken(samples))
@@ -282,7 +287,7 @@ def test_the_tool_finds_a_leak_in_the_training(world, tmp_path, capsys, monkeypa
 
     def leaking(self):
         run_step(self)
-        kept.append((torch.ones(2**20), (tmp_path / "left_open").open("w")))  # 4 MiB
+        kept.append((memory(4), (tmp_path / "left_open").open("w")))
 
     monkeypatch.setattr(train_net.Trainer, "run_step", leaking)
     assert run_tool(world, tmp_path) == 1
