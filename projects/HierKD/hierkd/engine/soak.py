@@ -444,11 +444,13 @@ def draw(samples: Sequence[Sample], path: Path, title: str) -> None:
             ls=":",
             lw=1.2,
         )
-    speed.set(ylabel="time of a step or picture (ms)", xlabel="time (minutes)")
+    speed.set(ylabel="time of a step or picture (ms)", xlabel="time (minutes)", yscale="log")
+    speed.yaxis.set_major_formatter("{x:g}")
+    memory.set_ylim(bottom=0)
+    counts.set_ylim(bottom=0)
     for axes in (memory, counts, speed):
-        axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
-        axes.legend(loc="lower right", fontsize=8, ncols=4)
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=5, fontsize=8, frameon=False)
     figure.suptitle(title)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
