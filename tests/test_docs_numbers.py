@@ -177,10 +177,10 @@ def test_hours_of_the_zoo(config):
 def test_the_ratios_behind_the_hours_are_those_measured():
     performance = text_of("docs/performance.md")
     for line in (
-        r"\| IKD \| [\d.]+ \| 1\.74 ",
-        r"\| GKD \| [\d.]+ \| 1\.18 ",
-        r"\| HierKD \(with the IoU branch\) \| [\d.]+ \| 1\.83 ",
-        r"\*\*cached\*\* \| [\d.]+ \| \*\*1\.03\*\*",
+        r"\| IKD \| [\d.]+ \| [\d.]+ \(1\.74\)",
+        r"\| GKD \| [\d.]+ \| [\d.]+ \(1\.18\)",
+        r"\| HierKD \(with the IoU branch\) \| [\d.]+ \| [\d.]+ \(1\.83\)",
+        r"\*\*cached\*\* \| [\d.]+ \| \*\*1\.02\*\* \(1\.03\)",
         r"adds 37 % to a step",
         r"0\.97 of RetinaNet's operations",
     ):
