@@ -258,3 +258,12 @@ def test_half_precision_without_cuda_is_left_out_with_a_note(monkeypatch, caplog
 def test_numbers_of_images_and_iterations_are_positive(key, number):
     with pytest.raises(ValueError, match=rf"{key} must be 1 or more, got {number}"):
         load_config("", [key, str(number)])
+
+
+def test_a_seed_that_numpy_cannot_take_is_refused():
+    for seed in (-1, 0, 2**31 - 1):
+        cfg = load_config("", ["SEED", str(seed), "MODEL.DEVICE", "cpu"])
+        assert cfg.SEED == seed
+    for seed in (2**31, 2**32):
+        with pytest.raises(ValueError, match=f"SEED must be below 2147483648.*got {seed}"):
+            load_config("", ["SEED", str(seed), "MODEL.DEVICE", "cpu"])

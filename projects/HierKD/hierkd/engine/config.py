@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 # What yacs and fvcore raise; TypeError: an empty file, or a key below a value
 _MERGE_ERRORS = (KeyError, ValueError, AttributeError, AssertionError, TypeError)
 _POSITIVE = (("TEST", "IMS_PER_BATCH"), ("SOLVER", "MAX_ITER"), ("SOLVER", "CHECKPOINT_PERIOD"))
+_SEEDS = 2**31  # numpy has twice as many; each process adds its number
 
 
 def load_config(config_file: str, overrides: Sequence[str] = ()) -> Any:
@@ -29,9 +30,8 @@ def load_config(config_file: str, overrides: Sequence[str] = ()) -> Any:
 
     Where there is no CUDA device, ``MODEL.DEVICE`` falls back to the CPU and
     ``SOLVER.AMP.ENABLED`` to float32, with a note. Prompt templates of a ``TEMPLATES_FILE`` go into
-    ``TEMPLATES``. The datasets of ``DATASETS.DEFINITIONS`` are
-    registered; where such a training set has no captions at all, ``MODEL.GKD.LOSS_WEIGHT`` falls
-    back to 0, with a note.
+    ``TEMPLATES``. The datasets of ``DATASETS.DEFINITIONS`` are registered; where such a training
+    set has no captions at all, ``MODEL.GKD.LOSS_WEIGHT`` falls back to 0, with a note.
 
     Args:
         config_file: path of a YAML; "" takes the defaults.
@@ -41,9 +41,9 @@ def load_config(config_file: str, overrides: Sequence[str] = ()) -> Any:
         FileNotFoundError: if the file, or its ``_BASE_``, does not exist.
         ValueError: if the file is not YAML, a key is unknown or a value has the wrong type (names
             the file or the command line, and the key), MODEL.DEVICE is no device that PyTorch
-            has here, a number of images or iterations is not positive, proposals are to be read,
-            or a file of DATASETS.DEFINITIONS or one that it names, or of prompt templates, is
-            wrong.
+            has here, a number of images or iterations is not positive, SEED is too large, proposals
+            are to be read, or a file of DATASETS.DEFINITIONS or one that it names, or of prompt
+            templates, is wrong.
     """
     cfg = _merge(config_file, overrides)
     device = _device(cfg.MODEL.DEVICE)
@@ -56,6 +56,8 @@ def load_config(config_file: str, overrides: Sequence[str] = ()) -> Any:
     for node, key in _POSITIVE:
         if cfg[node][key] < 1:
             raise ValueError(f"{node}.{key} must be 1 or more, got {cfg[node][key]}")
+    if cfg.SEED >= _SEEDS:
+        raise ValueError(f"SEED must be below {_SEEDS}, which numpy can take, got {cfg.SEED}")
     if cfg.MODEL.LOAD_PROPOSALS:
         raise ValueError(
             "MODEL.LOAD_PROPOSALS: no model here uses proposals from files, and detectron2 would "
