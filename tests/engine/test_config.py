@@ -261,9 +261,9 @@ def test_numbers_of_images_and_iterations_are_positive(key, number):
 
 
 def test_a_seed_that_numpy_cannot_take_is_refused():
-    for seed in (-1, 0, 2**31 - 1):
-        cfg = load_config("", ["SEED", str(seed), "MODEL.DEVICE", "cpu"])
-        assert cfg.SEED == seed
+    taken = [-1, 0, 2**31 - 1]
+    cfgs = [load_config("", ["SEED", str(seed), "MODEL.DEVICE", "cpu"]) for seed in taken]
+    assert [cfg.SEED for cfg in cfgs] == taken
     for seed in (2**31, 2**32):
         with pytest.raises(ValueError, match=f"SEED must be below 2147483648.*got {seed}"):
             load_config("", ["SEED", str(seed), "MODEL.DEVICE", "cpu"])
