@@ -33,12 +33,7 @@ class StopError(Exception):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    root = tmp_path_factory.mktemp("watching")
-    tiny_training.write_world(root)
-    tiny_training.write_clip(root / "clip.pt")
-    with pytest.MonkeyPatch.context() as patch, tiny_training.miniature_at(root):
-        patch.setenv("HIERKD_CACHE", str(root / "cache"))
-        patch.setenv("PYTHONHASHSEED", "0")
+    with tiny_training.prepared(tmp_path_factory.mktemp("watching")) as root:
         yield root
 
 

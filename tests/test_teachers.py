@@ -27,12 +27,7 @@ ENSEMBLE = ROOT / "datasets" / "prompts" / "ensemble.txt"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A world, an OpenAI CLIP, and a text cache of its own for all tests of this module."""
-    root = tmp_path_factory.mktemp("teachers")
-    tiny_training.write_world(root)
-    tiny_training.write_clip(root / "clip.pt")
-    with pytest.MonkeyPatch.context() as patch, tiny_training.miniature_at(root):
-        patch.setenv("HIERKD_CACHE", str(root / "texts"))
-        patch.setenv("PYTHONHASHSEED", "0")  # detectron2 sets it; undone with the rest
+    with tiny_training.prepared(tmp_path_factory.mktemp("teachers")) as root:
         yield root
 
 

@@ -42,12 +42,7 @@ class CrashError(Exception):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A world and a CLIP; the miniature's dataset names mean this world while the module runs."""
-    root = tmp_path_factory.mktemp("training")
-    tiny_training.write_world(root)
-    tiny_training.write_clip(root / "clip.pt")
-    with pytest.MonkeyPatch.context() as patch, tiny_training.miniature_at(root):
-        patch.setenv("HIERKD_CACHE", str(root / "cache"))
-        patch.setenv("PYTHONHASHSEED", "0")  # detectron2 sets it; undone with the rest
+    with tiny_training.prepared(tmp_path_factory.mktemp("training")) as root:
         yield root
 
 

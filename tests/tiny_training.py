@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import default_argument_parser
@@ -134,6 +135,17 @@ def call_main(arguments: list[str]) -> dict[str, Any] | None:
     """``train_net.main`` in this process; leaves no log handler behind."""
     with own_log_handlers():
         return train_net.main(default_argument_parser().parse_args(arguments))
+
+
+@contextlib.contextmanager
+def prepared(root: Path) -> Iterator[Path]:
+    """A world and a CLIP in ``root``, which the miniature's names, and a cache, mean meanwhile."""
+    write_world(root)
+    write_clip(root / "clip.pt")
+    with pytest.MonkeyPatch.context() as patch, miniature_at(root):
+        patch.setenv("HIERKD_CACHE", str(root / "cache"))
+        patch.setenv("PYTHONHASHSEED", "0")  # detectron2 sets it; undone with the rest
+        yield root
 
 
 @contextlib.contextmanager

@@ -156,7 +156,7 @@ def test_pictures_change_nothing(detector, dataset, monkeypatch):
         random.random()
         return judge(*args)
 
-    monkeypatch.setattr("hierkd.engine.monitoring.judge_detections", noisy)
+    monkeypatch.setattr("hierkd.engine.gallery.judge_detections", noisy)
     before = state(detector)
     storage = run([pictures(detector, dataset), BackgroundDrift(detector)], [2, 19, 20])
     assert len(storage._vis_data) == 2 * 2

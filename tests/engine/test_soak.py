@@ -246,12 +246,7 @@ def test_the_plot_is_a_picture(tmp_path):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    root = tmp_path_factory.mktemp("soak")
-    tiny_training.write_world(root)
-    tiny_training.write_clip(root / "clip.pt")
-    with pytest.MonkeyPatch.context() as patch, tiny_training.miniature_at(root):
-        patch.setenv("HIERKD_CACHE", str(root / "cache"))
-        patch.setenv("PYTHONHASHSEED", "0")
+    with tiny_training.prepared(tmp_path_factory.mktemp("soak")) as root:
         yield root
 
 

@@ -38,6 +38,7 @@ __all__ = [
     "keep_as_many_as_objects",
     "keep_as_many_as_objects_in_picture",
     "read_truth",
+    "with_detections",
 ]
 
 # Told apart with every common colour-blindness (Okabe and Ito's blue and vermilion). [ours]
@@ -167,6 +168,27 @@ def judge_detections(
         x0, y0, x1, y1 = found.pred_boxes.tensor[row].tolist()
         judgements.append(Box((x0, y0, x1, y1), name, verdict, float(found.scores[row])))
     return judgements
+
+
+def with_detections(
+    sample: Sample,
+    image: Image,
+    found: Instances,
+    vocabulary: Sequence[str],
+    judged_classes: Sequence[str],
+) -> Sample:
+    """Fill in a chosen picture and, of each kind, as many of its detections as it has objects.
+
+    Args:
+        sample: From :func:`choose_samples`.
+        image: Its picture.
+        found: As for :func:`judge_detections`.
+        vocabulary: Likewise.
+        judged_classes: Likewise.
+    """
+    detections = judge_detections(found, sample.truth, vocabulary, set(judged_classes))
+    filled = replace(sample, image=image, detections=tuple(detections))
+    return keep_as_many_as_objects_in_picture(filled)
 
 
 def keep_as_many_as_objects_in_picture(sample: Sample) -> Sample:

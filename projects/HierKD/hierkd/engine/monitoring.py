@@ -11,7 +11,6 @@ import logging
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +26,8 @@ from hierkd.engine.gallery import (
     Sample,
     choose_samples,
     choose_test_dataset,
-    judge_detections,
     judged_classes,
-    keep_as_many_as_objects_in_picture,
+    with_detections,
 )
 from hierkd.engine.predictor import OpenVocabularyPredictor
 
@@ -49,20 +47,16 @@ class BackgroundDrift(HookBase):  # type: ignore[misc]  # detectron2 is untyped
     """
 
     def __init__(self, detector: Any) -> None:
-        """Note where the background starts.
-
-        Args:
-            detector: A :class:`hierkd.modeling.meta_arch.HierKD` before it loads any weights.
-        """
+        """Take a :class:`hierkd.modeling.meta_arch.HierKD`."""
         self._classifier = detector.text_classifier
-        self._start = self._background().clone()
 
     def after_step(self) -> None:
         """Record, as often as the scalars are written."""
         if (self.trainer.iter + 1) % _WRITER_PERIOD == 0 or _is_last(self.trainer):
             background = self._background()
             classes = self._classifier.text_embeddings
-            cosines = {"background_start_cosine": self._start.to(background) @ background}
+            start = self._classifier.start_embedding.to(background)
+            cosines = {"background_start_cosine": start @ background}
             if len(classes) > 0:
                 cosines["background_class_cosine"] = (classes @ background).max()
             for name, cosine in cosines.items():
@@ -133,13 +127,10 @@ class DetectionPictures(HookBase):  # type: ignore[misc]  # detectron2 is untype
         image = read_picture(sample.file_name)
         predictor = OpenVocabularyPredictor(model=self._detector, **self._predictor_args)
         found = predictor.predict(image, vocabulary=self._vocabulary)
-        judged = set(self._judged)
-        detections = judge_detections(found, sample.truth, self._vocabulary, judged)
-        sample = replace(sample, image=image, detections=tuple(detections))
         sheet = draw_truth_and_detections(
-            keep_as_many_as_objects_in_picture(sample),
+            with_detections(sample, image, found, self._vocabulary, self._judged),
             f"{Path(sample.file_name).name}, iteration {self.trainer.iter + 1}",
-            judged="" if len(judged) == len(self._vocabulary) else "novel",
+            judged="" if len(set(self._judged)) == len(self._vocabulary) else "novel",
         )
         return sheet.transpose(2, 0, 1)
 
@@ -149,7 +140,7 @@ def build_monitoring_hooks(cfg: Any, detector: Any) -> list[HookBase]:
 
     Args:
         cfg: Of the run.
-        detector: Before it loads any weights, and outside of its DDP wrapper.
+        detector: Outside of its DDP wrapper.
 
     Raises:
         ValueError: ``VIS_PERIOD`` or ``TEST.VIS_PICTURES`` is negative.

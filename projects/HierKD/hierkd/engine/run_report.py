@@ -15,7 +15,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -34,9 +34,8 @@ from hierkd.engine.gallery import (
     Sample,
     choose_samples,
     choose_test_dataset,
-    judge_detections,
     judged_classes,
-    keep_as_many_as_objects_in_picture,
+    with_detections,
 )
 from hierkd.engine.metrics_file import Curve, RunMetrics, read_run_metrics
 from hierkd.engine.page import escape, page
@@ -304,9 +303,7 @@ def _find_pictures(run: RunFolder, count: int, device: str | None) -> tuple[list
         for sample in chosen:
             image = read_picture(sample.file_name)
             found = detect(sample.file_name, image)
-            boxes = judge_detections(found, sample.truth, vocabulary, set(judged))
-            full = replace(sample, image=image, detections=tuple(boxes))
-            samples.append(keep_as_many_as_objects_in_picture(full))
+            samples.append(with_detections(sample, image, found, vocabulary, judged))
     # whatever a folder, a dataset and a checkpoint can be wrong in: the rest can still be told
     except Exception as error:
         logger.warning("%s: no pictures: %s", run.path, error)
