@@ -257,6 +257,35 @@ STYLE = """
 """
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """What a visitor sets: Gradio's components."""
+
+    picture: Any
+    classes: Any
+    button: Any
+    threshold: Any
+    top_k: Any
+    class_thresholds: Any
+
+    @property
+    def settings(self) -> list[Any]:
+        """Those that need no new detection."""
+        return [self.threshold, self.top_k, self.class_thresholds]
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a visitor is shown: Gradio's components, ``panels`` and ``tables`` one a detector."""
+
+    message: Any
+    results: Any
+    panels: list[Any]
+    tables: list[Any]
+    json_file: Any
+    png_file: Any
+
+
 def build_page(gr: Any, handlers: Handlers, names: str, examples: Sequence[Path]) -> Any:
     """Lay out the page.
 
@@ -269,7 +298,6 @@ def build_page(gr: Any, handlers: Handlers, names: str, examples: Sequence[Path]
     Returns:
         The ``gradio.Blocks``, to be given to :func:`launch`.
     """
-    titles = list(handlers.predictors)
     with gr.Blocks(
         title="HierKD", analytics_enabled=False, fill_width=True, delete_cache=(600, SECONDS_KEPT)
     ) as page:
@@ -280,116 +308,141 @@ def build_page(gr: Any, handlers: Handlers, names: str, examples: Sequence[Path]
             elem_id="title",
         )
         with gr.Row(equal_height=False):
-            with gr.Column(scale=2, min_width=320, elem_id="side"):
-                picture = gr.Image(
-                    label="Picture",
-                    type="filepath",
-                    sources=["upload", "clipboard"],
-                    buttons=["fullscreen"],
-                    height=300,
-                    placeholder="Drop a picture here, or click\n"
-                    f"up to {handlers.limits.max_bytes / 1024**2:g} MB",
-                    elem_id="picture",
-                )
-                classes = gr.Textbox(
-                    label="Classes, separated by commas",
-                    value=names,
-                    placeholder="cat, traffic cone, umbrella",
-                    lines=1,
-                    max_lines=6,
-                    elem_id="classes",
-                )
-                button = gr.Button("Detect", variant="primary", elem_id="detect")
-                threshold = gr.Slider(
-                    0, 1, value=0.3, step=0.01, label="Score threshold", elem_id="threshold"
-                )
-                with gr.Accordion("More", open=False, elem_id="more"):
-                    top_k = gr.Slider(
-                        1, 100, value=100, step=1, label="At most, best first", elem_id="top_k"
-                    )
-                    class_thresholds = gr.Textbox(
-                        label="Thresholds of single classes",
-                        placeholder="dog=0.6, cup=0.2",
-                        elem_id="class_thresholds",
-                    )
-                if examples:
-                    gr.Examples(
-                        [[str(path)] for path in examples],
-                        [picture],
-                        label="Or choose one",
-                        cache_examples=False,
-                        api_visibility="private",
-                    )
-            with gr.Column(scale=5, min_width=420):
-                message = gr.HTML(_message(Answer(HELLO, "", None)), elem_id="message")
-                with gr.Column(visible=False, elem_id="results") as results:
-                    with gr.Row(elem_id="downloads"):
-                        json_file = gr.DownloadButton("Download JSON", size="sm", elem_id="json")
-                        png_file = gr.DownloadButton("Download PNG", size="sm", elem_id="png")
-                    panels, tables = [], []
-                    with gr.Row(equal_height=False):
-                        for number, title in enumerate(titles):
-                            with gr.Column(min_width=320, elem_classes="detector"):
-                                gr.Markdown("### " + _as_markdown(title))
-                                panels.append(
-                                    gr.Image(
-                                        show_label=False,
-                                        interactive=False,
-                                        buttons=["fullscreen"],
-                                        alt_text=f"Detections of {title}",
-                                        elem_id=f"panel_{number}",
-                                        elem_classes="panel",
-                                    )
-                                )
-                                tables.append(
-                                    gr.HTML(elem_id=f"table_{number}", elem_classes="found")
-                                )
-
-        def unpack(answer: Answer | None) -> Any:
-            if answer is None:
-                return gr.skip()
-            shown = answer.shown
-            return [
-                answer.visit,
-                _message(answer),
-                gr.update(visible=shown is not None),
-                *[shown.panels[title] if shown else None for title in titles],
-                *[shown.tables[title] if shown else "" for title in titles],
-                answer.json_file,
-                answer.png_file,
-            ]
-
-        settings = [threshold, top_k, class_thresholds]
-        # One after the other, in the order in which they came: none overtakes another. The upload
-        # comes as Gradio stored it (preprocess=False): Gradio would decode it without our limits.
-        common = {
-            "outputs": [visit, message, results, *panels, *tables, json_file, png_file],
-            "trigger_mode": "always_last",
-            "concurrency_id": "detector",
-            "concurrency_limit": 1,
-            "preprocess": False,
-            "api_visibility": "private",
-        }
-        detected = gr.on(
-            [picture.change, classes.submit, button.click],
-            lambda *inputs: unpack(handlers.detect(*inputs)),
-            [visit, picture, classes, *settings],
-            show_progress="full",
-            show_progress_on=[message, *panels],
-            **common,
-        )
-        show_anew = {
-            "fn": lambda *inputs: unpack(handlers.show(*inputs)),
-            "inputs": [visit, picture, *settings],
-            "show_progress": "hidden",
-            **common,
-        }
-        moved = [threshold.change, top_k.change, class_thresholds.submit, class_thresholds.blur]
-        gr.on(moved, **show_anew)
-        # A threshold that was moved while a detection was asked for may have arrived before it.
-        detected.then(**show_anew)
+            inputs = _lay_out_inputs(gr, handlers.limits, names, examples)
+            outputs = _lay_out_outputs(gr, list(handlers.predictors))
+        _connect(gr, handlers, visit, inputs, outputs)
     page.queue(max_size=WAITING)
     return page
+
+
+def _lay_out_inputs(gr: Any, limits: Limits, names: str, examples: Sequence[Path]) -> Inputs:
+    with gr.Column(scale=2, min_width=320, elem_id="side"):
+        picture = gr.Image(
+            label="Picture",
+            type="filepath",
+            sources=["upload", "clipboard"],
+            buttons=["fullscreen"],
+            height=300,
+            placeholder=f"Drop a picture here, or click\nup to {limits.max_bytes / 1024**2:g} MB",
+            elem_id="picture",
+        )
+        classes = gr.Textbox(
+            label="Classes, separated by commas",
+            value=names,
+            placeholder="cat, traffic cone, umbrella",
+            lines=1,
+            max_lines=6,
+            elem_id="classes",
+        )
+        button = gr.Button("Detect", variant="primary", elem_id="detect")
+        threshold = gr.Slider(
+            0, 1, value=0.3, step=0.01, label="Score threshold", elem_id="threshold"
+        )
+        with gr.Accordion("More", open=False, elem_id="more"):
+            top_k = gr.Slider(
+                1, 100, value=100, step=1, label="At most, best first", elem_id="top_k"
+            )
+            class_thresholds = gr.Textbox(
+                label="Thresholds of single classes",
+                placeholder="dog=0.6, cup=0.2",
+                elem_id="class_thresholds",
+            )
+        if examples:
+            gr.Examples(
+                [[str(path)] for path in examples],
+                [picture],
+                label="Or choose one",
+                cache_examples=False,
+                api_visibility="private",
+            )
+    return Inputs(picture, classes, button, threshold, top_k, class_thresholds)
+
+
+def _lay_out_outputs(gr: Any, titles: Sequence[str]) -> Outputs:
+    with gr.Column(scale=5, min_width=420):
+        message = gr.HTML(_message(Answer(HELLO, "", None)), elem_id="message")
+        with gr.Column(visible=False, elem_id="results") as results:
+            with gr.Row(elem_id="downloads"):
+                json_file = gr.DownloadButton("Download JSON", size="sm", elem_id="json")
+                png_file = gr.DownloadButton("Download PNG", size="sm", elem_id="png")
+            panels, tables = [], []
+            with gr.Row(equal_height=False):
+                for number, title in enumerate(titles):
+                    with gr.Column(min_width=320, elem_classes="detector"):
+                        gr.Markdown("### " + _as_markdown(title))
+                        panels.append(
+                            gr.Image(
+                                show_label=False,
+                                interactive=False,
+                                buttons=["fullscreen"],
+                                alt_text=f"Detections of {title}",
+                                elem_id=f"panel_{number}",
+                                elem_classes="panel",
+                            )
+                        )
+                        tables.append(gr.HTML(elem_id=f"table_{number}", elem_classes="found"))
+    return Outputs(message, results, panels, tables, json_file, png_file)
+
+
+def _connect(gr: Any, handlers: Handlers, visit: Any, inputs: Inputs, outputs: Outputs) -> None:
+    """Say which event calls what."""
+    titles = list(handlers.predictors)
+
+    def unpack(answer: Answer | None) -> Any:
+        if answer is None:
+            return gr.skip()
+        shown = answer.shown
+        return [
+            answer.visit,
+            _message(answer),
+            gr.update(visible=shown is not None),
+            *[shown.panels[title] if shown else None for title in titles],
+            *[shown.tables[title] if shown else "" for title in titles],
+            answer.json_file,
+            answer.png_file,
+        ]
+
+    # One after the other, in the order in which they came: none overtakes another. The upload
+    # comes as Gradio stored it (preprocess=False): Gradio would decode it without our limits.
+    common = {
+        "outputs": [
+            visit,
+            outputs.message,
+            outputs.results,
+            *outputs.panels,
+            *outputs.tables,
+            outputs.json_file,
+            outputs.png_file,
+        ],
+        "trigger_mode": "always_last",
+        "concurrency_id": "detector",
+        "concurrency_limit": 1,
+        "preprocess": False,
+        "api_visibility": "private",
+    }
+    detected = gr.on(
+        [inputs.picture.change, inputs.classes.submit, inputs.button.click],
+        lambda *values: unpack(handlers.detect(*values)),
+        [visit, inputs.picture, inputs.classes, *inputs.settings],
+        show_progress="full",
+        show_progress_on=[outputs.message, *outputs.panels],
+        **common,
+    )
+    show_anew = {
+        "fn": lambda *values: unpack(handlers.show(*values)),
+        "inputs": [visit, inputs.picture, *inputs.settings],
+        "show_progress": "hidden",
+        **common,
+    }
+    moved = [
+        inputs.threshold.change,
+        inputs.top_k.change,
+        inputs.class_thresholds.submit,
+        inputs.class_thresholds.blur,
+    ]
+    gr.on(moved, **show_anew)
+    # A threshold that was moved while a detection was asked for may have arrived before it.
+    detected.then(**show_anew)
 
 
 def _as_markdown(text: str) -> str:
