@@ -14,9 +14,6 @@ PYTEST_ARGS ?=
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-# Tests work on small tensors, where one thread per process is fastest and always sums in one order.
-ONE_THREAD := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}
-
 LOCKS := requirements/lock.txt requirements/lock-torch.txt requirements/detectron2.txt
 
 ifeq ($(strip $(PYTHON)),)
@@ -97,10 +94,10 @@ demo: $(SETUP)  ## train and evaluate HierKD on the miniature world; writes outp
 # ---------------------------------------------------------------------------------------- checks
 
 test: $(SETUP)  ## the tests (PYTEST_ARGS="-k name" and the like are passed on)
-	@$(ONE_THREAD) $(PY) -m pytest -m "not slow and not clip" $(PYTEST_ARGS)
+	@$(PY) -m pytest -m "not slow and not clip" $(PYTEST_ARGS)
 
 test-slow: $(SETUP)  ## the tests that take more than half a minute each
-	@$(ONE_THREAD) $(PY) -m pytest -m "slow and not clip" $(PYTEST_ARGS)
+	@$(PY) -m pytest -m "slow and not clip" $(PYTEST_ARGS)
 
 check: format-check lint types test  ## everything that must pass: format, lint, types, tests
 
