@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck
 
-from hierkd.modeling import text_classifier
+from hierkd.modeling import onednn
 from hierkd.modeling.text_classifier import TextClassifier
 
 D = 6
@@ -215,7 +215,7 @@ def test_logits_of_a_large_vocabulary_are_those_of_its_parts():
 @pytest.mark.parametrize("shape", [(300,), (2, 3, 5), (0,)])
 def test_many_classes_are_multiplied_exactly_with_and_without_onednn(monkeypatch, shape, available):
     if not available:
-        monkeypatch.setattr(text_classifier, "_onednn_linear", None)
+        monkeypatch.setattr(onednn, "_linear_pointwise", None)
     module = TextClassifier(random(64))
     module.set_vocabulary(random(1000, 64, seed=1))
     points = random(*shape[:-1], 2 * shape[-1], 64, seed=2)[..., ::2, :]  # not contiguous
@@ -226,15 +226,15 @@ def test_many_classes_are_multiplied_exactly_with_and_without_onednn(monkeypatch
     torch.testing.assert_close(logits.double(), expected, rtol=0, atol=1e-3)
 
 
-@pytest.mark.skipif(text_classifier._onednn_linear is None, reason="PyTorch without oneDNN")
+@pytest.mark.skipif(onednn._linear_pointwise is None, reason="PyTorch without oneDNN")
 def test_onednn_is_for_many_classes_in_inference_alone(monkeypatch):
-    used, operator = [], text_classifier._onednn_linear
+    used, operator = [], onednn._linear_pointwise
 
     def spy(*arguments):
         used.append(len(arguments[1]))
         return operator(*arguments)
 
-    monkeypatch.setattr(text_classifier, "_onednn_linear", spy)
+    monkeypatch.setattr(onednn, "_linear_pointwise", spy)
     module = TextClassifier(torch.ones(8))
     points = random(4, 8)
     for number in (20, 500):

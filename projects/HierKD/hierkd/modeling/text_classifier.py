@@ -5,35 +5,18 @@ Letters: D embedding size · K classes of the current vocabulary, index K = back
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hierkd.modeling import onednn
 from hierkd.modeling.logit_scales import LOGIT_SCALE_RANGE, check_logit_scale
 
 __all__ = ["TextClassifier"]
 
-# In inference on a CPU, products with more classes than this go to oneDNN, which computes PyTorch's
-# convolutions, and not to the BLAS of its matrix products: two cores of an AMD EPYC then take half
-# of the time for 1,203 classes of 512 numbers and 0.4 of it for 20,000. MKL, the BLAS of PyTorch's
-# own builds, is made for other processors. [ours]
+# Products with more classes than this are oneDNN's where it can compute them: two cores of an AMD
+# EPYC then take half of the time for 1,203 classes of 512 numbers and 0.4 of it for 20,000. [ours]
 _FEW_CLASSES = 128
-
-
-def _find_onednn_linear() -> Callable[..., Tensor] | None:
-    """What ``torch.compile`` makes of a linear layer on a CPU; None if this PyTorch has none."""
-    if not torch.backends.mkldnn.is_available():
-        return None
-    try:
-        operator: Callable[..., Tensor] = torch.ops.mkldnn._linear_pointwise
-    except (AttributeError, RuntimeError):
-        return None
-    return operator
-
-
-_onednn_linear = _find_onednn_linear()
 
 
 class TextClassifier(nn.Module):
@@ -165,14 +148,6 @@ class TextClassifier(nn.Module):
             (..., K+1) logits, background last.
         """
         weight = self.weight() if weight is None else weight
-        if (
-            _onednn_linear is None
-            or len(weight) <= _FEW_CLASSES
-            or weight.device.type != "cpu"
-            or not embeddings.dtype == weight.dtype == torch.float32
-            or torch.is_grad_enabled()
-        ):
+        if len(weight) <= _FEW_CLASSES or torch.is_grad_enabled():
             return self.logit_scale * F.linear(embeddings, weight)
-        scaled = (self.logit_scale * embeddings).flatten(end_dim=-2)
-        logits = _onednn_linear(scaled, weight, None, "none", [], "")
-        return logits.view(*embeddings.shape[:-1], len(weight))
+        return onednn.linear(self.logit_scale * embeddings, weight)  # the smaller side is scaled
