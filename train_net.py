@@ -42,6 +42,7 @@ from detectron2.engine import (
 )
 from detectron2.evaluation import DatasetEvaluator, verify_results
 from detectron2.utils import comm
+from detectron2.utils.events import get_event_storage, has_event_storage
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
@@ -260,6 +261,24 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # detectron2 is untyped
             report_transfer(cfg, results)
         return results
 
+    @classmethod
+    def check_vocabularies(cls, cfg: Any, model: nn.Module) -> None:
+        """Embed the class names of each test dataset, so that no evaluation lacks any.
+
+        Raises:
+            ValueError: the teacher has no embedding of a name; names the dataset.
+            FileNotFoundError: that needs CLIP, and its weights are not there; likewise.
+        """
+        detector: Any = model.module if hasattr(model, "module") else model
+        if not hasattr(detector, "vocabulary"):
+            return
+        for name in cfg.DATASETS.TEST:
+            with (
+                in_every_process(f"embedding the class names of {name}"),
+                detector.vocabulary(MetadataCatalog.get(name).thing_classes),
+            ):
+                pass
+
 
 def overlap_with_training(cfg: Any, dataset_name: str) -> Overlap | None:
     """Which names of a dataset without a split of its own training knew; None for the others."""
@@ -284,22 +303,40 @@ def report_transfer(cfg: Any, results: dict[str, Any]) -> None:
     for name, overlap in overlaps.items():
         logger.info("%s: %s", name, overlap)
     path = Path(cfg.OUTPUT_DIR) / "inference" / "transfer.json"
+    training = {"iteration": get_event_storage().iter + 1} if has_event_storage() else {}
     record = transfer_record(
         figures,
         overlaps,
         command=shlex.join(sys.argv),
-        weights=cfg.MODEL.WEIGHTS,
+        weights=cfg.OUTPUT_DIR if training else cfg.MODEL.WEIGHTS,
+        **training,
         trained_on=list(cfg.DATASETS.TRAIN),
     )
     write_json_atomically(path, record)
     logger.info("Transfer (percent), also in %s:\n%s", path, transfer_table(figures, overlaps))
 
 
+def evaluation_setup(cfg: Any) -> Any:
+    """The config that detectron2 sets a process up with for an evaluation.
+
+    It writes a config.yaml and a log into its OUTPUT_DIR: in a training's folder these are the
+    training's, so that the evaluation's go into ``inference``.
+    """
+    trained = (Path(cfg.OUTPUT_DIR) / "config.yaml").is_file()
+    if comm.all_gather(trained)[0]:  # of the first process, which writes it
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.OUTPUT_DIR = str(Path(cfg.OUTPUT_DIR) / "inference")
+        cfg.freeze()
+    return cfg
+
+
 def main(args: Namespace) -> dict[str, Any] | None:
     """Run one process of a training or of an evaluation."""
     cfg = load_config(args.config_file, args.opts)
-    default_setup(cfg, args)
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="hierkd")
+    setup = evaluation_setup(cfg) if args.eval_only else cfg
+    default_setup(setup, args)
+    setup_logger(setup.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="hierkd")
     with in_every_process("reading DATASETS.TEST"):
         if cfg.DATASETS.DEFINITIONS:
             trained = () if args.eval_only else cfg.DATASETS.TRAIN
@@ -311,6 +348,7 @@ def main(args: Namespace) -> dict[str, Any] | None:
             check_images(test_images)
         trainer = Trainer(cfg)
         trainer.resume_or_load(resume=args.resume)
+        Trainer.check_vocabularies(cfg, trainer.model)
         if comm.is_main_process():
             record_start(
                 cfg.OUTPUT_DIR,
@@ -324,12 +362,16 @@ def main(args: Namespace) -> dict[str, Any] | None:
     model = Trainer.build_model(cfg)
     checkpointer = HierKDCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
-    if missing := checkpointer.missing_head_weights():
+    cfg.defrost()
+    cfg.MODEL.WEIGHTS = checkpointer.loaded  # what is evaluated and recorded: --resume finds it
+    cfg.freeze()
+    if missing := checkpointer.missing_weights():
         logger.warning(
-            "MODEL.WEIGHTS %r is no trained detector of this config: it lacks %d weights of the "
-            "head, for example %r. The figures are those of random weights.",
+            "MODEL.WEIGHTS %r is no trained detector of this config: it lacks %d of its weights, "
+            "for example %r. The figures are those of random weights.",
             *(cfg.MODEL.WEIGHTS, len(missing), missing[0]),
         )
+    Trainer.check_vocabularies(cfg, model)
     results = Trainer.test(cfg, model)
     if comm.is_main_process():
         verify_results(cfg, results)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,6 +21,7 @@ from hierkd.data.miniature import MINIATURE_BASE, MINIATURE_CLASSES, MINIATURE_N
 from hierkd.engine.config import load_config
 from hierkd.modeling.meta_arch import HierKD
 from hierkd.modeling.teacher import CLIPTeacher
+from hierkd.modeling.text_embeddings import make_text_embeddings, save_text_embeddings
 from tiny_training import call_main, command_line
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -256,6 +258,39 @@ def test_eval_only_repeats_the_figures_without_clip(folder, finished, monkeypatc
     assert tuple(results) == EVALUATED
     same_figures(flat(results), flat(figures))
     assert not list((folder / "evaluation").glob("*.pth"))
+
+
+def test_evaluating_in_a_trainings_folder_leaves_its_config_and_log(folder, train):
+    output, figures = train("kept")
+    names = ("config.yaml", "log.txt", "metrics.json")
+    before = [(output / name).read_bytes() for name in names]
+    changed = ("TEST.DETECTIONS_PER_IMAGE", "3", "MODEL.WEIGHTS", "")
+    results = evaluate(folder, output, "", "--resume", *changed)
+    assert flat(results).keys() == flat(figures).keys()
+    assert [(output / name).read_bytes() for name in names] == before
+    assert "DETECTIONS_PER_IMAGE: 3" in (output / "inference" / "config.yaml").read_text()
+    assert "Evaluat" in (output / "inference" / "log.txt").read_text()
+    record = json.loads((output / "evaluations.json").read_text())
+    assert record[-1]["weights"] == str(output / "model_final.pth")
+
+
+def test_names_without_an_embedding_are_found_before_the_first_step(folder, train, tmp_path):
+    rows = np.random.default_rng(0).normal(size=(len(MINIATURE_BASE) + 1, 16))
+    stored = make_text_embeddings(
+        MINIATURE_BASE,
+        rows[1:],
+        background_prompt="a photo of background.",
+        background=rows[0],
+    )
+    save_text_embeddings(stored, tmp_path / "base.npz")
+    with pytest.raises(ValueError, match=rf"no embedding of.*'{MINIATURE_NOVEL[0]}'"):
+        train(
+            "too few names",
+            *("MODEL.TEXT_CLASSIFIER.EMBEDDINGS", str(tmp_path / "base.npz")),
+            *("MODEL.IKD.LOSS_WEIGHT", "0.0", "MODEL.GKD.LOSS_WEIGHT", "0.0"),
+        )
+    assert not list((folder / "too few names").glob("*.pth"))
+    assert (folder / "too few names" / "metrics.json").read_text() == ""
 
 
 def test_evaluating_random_weights_is_said(folder, finished, tmp_path):

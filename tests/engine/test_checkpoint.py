@@ -227,6 +227,23 @@ def test_a_trained_detector_is_told_from_a_backbone(saved, tmp_path):
         HierKDCheckpointer(model).load_detector("")
 
 
+def test_a_detector_of_another_backbone_is_refused(saved, tmp_path):
+    content = torch.load(saved, weights_only=True)
+    backbone = [key for key in content["model"] if key.startswith("backbone.")]
+    del content["model"][backbone[-1]]
+    torch.save(content, tmp_path / "other.pth")
+    said = rf"lacks 1 of its weights, for example '{backbone[-1]}'"
+    with pytest.raises(ValueError, match=said):
+        HierKDCheckpointer(make_detector(seed=2)).load_detector(str(tmp_path / "other.pth"))
+
+
+def test_what_was_loaded_is_known(saved, tmp_path):
+    checkpointer = HierKDCheckpointer(make_detector(seed=2), str(tmp_path))
+    assert checkpointer.loaded == ""
+    checkpointer.load(saved)
+    assert checkpointer.loaded == saved
+
+
 # --------------------------------------------------------------------------- whole or not at all
 
 

@@ -260,6 +260,19 @@ def test_numbers_of_images_and_iterations_are_positive(key, number):
         load_config("", [key, str(number)])
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler"),
+        ("DATALOADER.REPEAT_THRESHOLD", "0.5"),
+        ("TEST.AUG.ENABLED", "True"),
+    ],
+)
+def test_keys_that_would_be_set_in_vain_are_refused(key, value):
+    with pytest.raises(ValueError, match=rf"{key} is '?{value}'?, but is not read here"):
+        load_config("", [key, value, "MODEL.DEVICE", "cpu"])
+
+
 def test_a_seed_that_numpy_cannot_take_is_refused():
     taken = [-1, 0, 2**31 - 1]
     cfgs = [load_config("", ["SEED", str(seed), "MODEL.DEVICE", "cpu"]) for seed in taken]

@@ -59,7 +59,7 @@ def make_predictor(*opts: str, quality: bool = True) -> OpenVocabularyPredictor:
     for name, parameter in model.head.named_parameters():
         if name.endswith("weight") and parameter.dim() == 4:
             torch.nn.init.normal_(parameter, std=0.06)
-    model.training_vocabulary = frozenset(NAMES[:3])
+    model.training_vocabulary = tuple(NAMES[:3])
     model.set_vocabulary(NAMES)
     return OpenVocabularyPredictor(model=model, min_size=96, max_size=300)
 

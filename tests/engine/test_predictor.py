@@ -20,7 +20,11 @@ import hierkd.modeling.teacher as teacher
 import tiny_training
 from fake_teacher import FakeTeacher
 from hierkd.engine.config import load_config
-from hierkd.engine.predictor import OpenVocabularyPredictor, resolve_vocabulary
+from hierkd.engine.predictor import (
+    OpenVocabularyPredictor,
+    find_checkpoint,
+    resolve_vocabulary,
+)
 from toy_world import VOCABULARY, register_toy_world
 
 CONFIG = "configs/miniature/hierkd.yaml"
@@ -249,6 +253,22 @@ def test_a_detector_trained_with_a_cache_does_without_it(world, pictures, caplog
 def test_bytes_are_named_as_what_they_are(predictor):
     with pytest.raises(TypeError, match="got bytes"):
         predictor.predict(b"\x89PNG")
+
+
+def test_a_folder_stands_for_its_last_checkpoint(tmp_path):
+    (tmp_path / "config.yaml").touch()
+    for name in ("model_final.pth", "model_0000007.pth"):
+        (tmp_path / name).touch()
+    last = tmp_path / "last_checkpoint"
+    for named, expected in (
+        (None, "model_final.pth"),
+        ("model_final.pth", "model_final.pth"),
+        ("model_0000007.pth\n", "model_0000007.pth"),  # begun anew in the same folder
+        ("model_0000009.pth", "model_final.pth"),  # was removed
+    ):
+        if named is not None:
+            last.write_text(named)
+        assert find_checkpoint(tmp_path)[1] == str(tmp_path / expected)
 
 
 def test_wrong_checkpoints(world, tmp_path):

@@ -88,6 +88,20 @@ def test_nothing_over_the_threshold_gives_no_pairs(probs):
         assert [len(x) for x in best_pairs(blocks, qualities(), score_thresh=1.0)] == [0, 0, 0]
 
 
+def test_few_classes_with_large_numbers_are_told_apart_exactly():
+    generator = torch.Generator().manual_seed(0)
+    corners = 1300 * torch.rand(900, 2, generator=generator)
+    boxes = torch.cat([corners, corners + 5 + 60 * torch.rand(900, 2, generator=generator)], 1)
+    boxes = boxes[torch.randint(0, 300, (900,), generator=generator)]
+    boxes[:, 2:] += torch.rand(900, 2, generator=generator)  # all over the range of IoUs
+    scores = torch.rand(900, generator=generator)
+    classes = torch.randint(0, 40, (900,), generator=generator)
+    assert torch.equal(
+        nms_of_classes(boxes, scores, classes, 0.6),
+        nms_of_classes(boxes, scores, classes * 100_000 + 7, 0.6),
+    )
+
+
 @pytest.mark.parametrize("first", [0, 19_000])
 def test_nms_of_many_classes_is_that_of_each_class(first):
     generator = torch.Generator().manual_seed(0)

@@ -573,13 +573,44 @@ def test_inference_without_a_vocabulary_says_what_to_do(monkeypatch):
         model([sample([])])
 
 
+@pytest.mark.parametrize(("height", "width"), [(128, 128), (100, 70), (128, 33)])
+def test_points_outside_the_images_own_padding_can_be_left_out(build, height, width):
+    labels = {}
+    for ignored in (False, True):
+        model = build("MODEL.ATSS.IGNORE_PADDING", ignored)
+        wide = sample([[10, 12, 70, 80]])
+        wide["image"] = torch.zeros(3, 128, 224, dtype=torch.uint8)
+        small = sample([[5, 5, 30, 30]])
+        small["image"] = torch.zeros(3, height, width, dtype=torch.uint8)
+        for each in (wide, small):
+            each["instances"]._image_size = tuple(each["image"].shape[1:])
+        features = model._predict_maps(model.preprocess_image([wide, small]))[0]
+        anchors = model.anchor_generator(features)
+        instances = [wide["instances"], small["instances"]]
+        labels[ignored] = model.label_anchors(anchors, instances)[0]
+    # by another way: the maps of the small image alone, in the corners of those of the batch
+    alone = model._predict_maps(model.preprocess_image([small]))[0]
+    inside = []
+    for own, of_batch in zip(alone, features, strict=True):
+        mask = torch.zeros(of_batch.shape[2:], dtype=torch.bool)
+        mask[: own.shape[2], : own.shape[3]] = True
+        inside.append(mask.flatten())
+    inside = torch.cat(inside)
+    assert torch.equal(labels[True][0], labels[False][0])
+    assert torch.equal(labels[True][1][inside], labels[False][1][inside])
+    assert set(labels[True][1][~inside].tolist()) == {-1}
+    assert set(labels[False][1][~inside].tolist()) == {len(CLASSES)}
+    chosen = model.sample_negatives(labels[True], [len(each) for each in anchors])
+    assert (chosen[1][~inside] == -1).all()
+
+
 # ---------------------------------------------------------------------------- base against novel
 
 
 def calibrated(build, *overrides: Any) -> HierKD:
     """A detector trained on the first three of ``CLASSES``; all five are the vocabulary now."""
     model = build(*overrides)
-    model.training_vocabulary = frozenset(CLASSES[:3])
+    model.training_vocabulary = tuple(CLASSES[:3])
     return model.eval()
 
 
@@ -594,7 +625,7 @@ def test_the_training_vocabulary_is_that_of_the_training_set(monkeypatch):
     cfg = load_config(CONFIG, ["MODEL.DEVICE", "cpu"])
     monkeypatch.setattr(meta_arch, "build_teacher", lambda cfg: FakeTeacher(64))
     model = build_model(cfg)
-    assert model.training_vocabulary == set(model.vocabulary_names)
+    assert model.training_vocabulary == model.vocabulary_names
     assert len(model.training_vocabulary) == 24
     model.set_vocabulary(["another"])
     assert len(model.training_vocabulary) == 24
@@ -625,9 +656,20 @@ def test_without_both_kinds_or_without_a_shift_nothing_changes(build, names):
         model.set_vocabulary(names)
     same = torch.equal(all_scores(plain), all_scores(shifted))
     assert same == (names != CLASSES)
-    if names == CLASSES:  # also not if it is unknown what the training vocabulary was
-        shifted.training_vocabulary = frozenset()
-        assert torch.equal(all_scores(plain), all_scores(shifted))
+
+
+def test_a_shift_needs_to_know_the_training_vocabulary(build):
+    model = calibrated(build, "MODEL.ATSS.NOVEL_LOGIT_SHIFT", 2.0)
+    model.training_vocabulary = ()
+    with pytest.raises(ValueError, match="NOVEL_LOGIT_SHIFT needs the class names of the training"):
+        all_scores(model)
+
+
+def test_names_are_novel_as_in_the_evaluation_of_transfer(build):
+    model = build()
+    model.training_vocabulary = ("tv", "car", "wine glass")
+    names = ["TV", "cars", "wine_glass", "kite", "sports car"]
+    assert model.are_novel(names) == [False, False, False, True, True]
 
 
 def hand_made(model: HierKD, probs: list[list[float]], boxes: list[list[float]]) -> Instances:

@@ -57,6 +57,10 @@ def _add_detector_keys(cfg: CN) -> None:
     # Where they are drawn: "batch" = from all levels together [paper §3.4], or "level" = from each
     # level by itself, and none from a level without a positive [release].
     cfg.MODEL.ATSS.NEGATIVE_SCOPE = "batch"
+    # Whether points outside an image's own size, padded to a multiple of the backbone's stride, are
+    # left out of the losses. False: where a batch pads the image further, they are negatives like
+    # any others, as in detectron2's detectors. [release: True]
+    cfg.MODEL.ATSS.IGNORE_PADDING = False
     # Inference: class probabilities at or below the threshold are dropped (before the product with
     # the IoU); then the best anchors of each level, then the best (anchor, class) pairs of the
     # image go to NMS (0 = all pairs). [release: 0.0, 1000; pairs: ours, the release sends all]
@@ -123,11 +127,13 @@ def _add_distillation_keys(cfg: CN) -> None:
     # [paper §3.2]
     cfg.MODEL.IKD.IOU_THRESH = 0.5
     # At most this many crops per image on average, drawn at random over the batch; 0 = no limit.
+    # With BOXES "gt" and MERGE_CROPS_IOU 1 it is a limit of points, several of which may share a
+    # crop, so that a training does the same with and without MODEL.TEACHER.CACHE.
     # [ours: bounds the cost of the teacher]
     cfg.MODEL.IKD.MAX_CROPS_PER_IMAGE = 0
     # Points of one object whose boxes overlap by more than this IoU share the teacher's embedding
     # of the best one among them; 1 = every predicted box is looked at (with BOXES "gt", every
-    # object once). MAX_CROPS_PER_IMAGE counts what is left. [ours: saves time]
+    # object once). Below 1, MAX_CROPS_PER_IMAGE counts what is left. [ours: saves time]
     cfg.MODEL.IKD.MERGE_CROPS_IOU = 1.0
     # What the loss is a mean of: "points" = all distilled points [paper Eq. 2], or "levels" = the
     # means of the levels, each with the same weight [release].
@@ -201,6 +207,9 @@ def _add_miniature_and_training_keys(cfg: CN) -> None:
     cfg.SOLVER.OPTIMIZER = "SGD"
     # CLIP_GRADIENTS.CLIP_TYPE "full_model" clips the norm of all gradients together, as the release
     # does; detectron2's own types clip each parameter by itself.
+
+    # detectron2's ASPECT_RATIO_GROUPING is not read: batches are of any shapes, in the order that
+    # the seed gives. [ours]
 
     # What to do with a training image that cannot be decoded: stop (False) or skip it and say so.
     cfg.DATALOADER.SKIP_BROKEN_IMAGES = False

@@ -61,9 +61,11 @@ class HierKDCheckpointer(DetectionCheckpointer):  # type: ignore[misc]  # detect
 
     Attributes:
         saved_iteration: of the last checkpoint that this object wrote; None before.
+        loaded: path or URL of the weights that were loaded last; "" before.
     """
 
     saved_iteration: int | None = None
+    loaded: str = ""
     _missing_keys: Sequence[str] | None = None  # of the file loaded last; None before
 
     def save(self, name: str, **kwargs: Any) -> None:
@@ -217,13 +219,13 @@ class HierKDCheckpointer(DetectionCheckpointer):  # type: ignore[misc]  # detect
         damage = find_damage(path)
         return path, "" if damage is None else f"last_checkpoint names {name!r}, which {damage}"
 
-    def missing_head_weights(self) -> list[str]:
-        """Names of those weights of the detector's head that no file has given so far.
+    def missing_weights(self) -> list[str]:
+        """Names of the detector's weights that no file has given so far, its head's first.
 
-        All of them, if nothing or a backbone was loaded: what is detected is then noise.
+        All of them, if nothing was loaded. Where one is missing, what is detected is noise.
         """
         missing = self.model.state_dict() if self._missing_keys is None else self._missing_keys
-        return [key for key in missing if key.startswith("head.")]
+        return sorted(missing, key=lambda key: not key.startswith("head."))
 
     def load_detector(self, path: str) -> None:
         """Load the weights of a trained detector, for uses that make no sense with random ones.
@@ -234,15 +236,15 @@ class HierKDCheckpointer(DetectionCheckpointer):  # type: ignore[misc]  # detect
         Raises:
             FileNotFoundError: as :meth:`load`.
             ConnectionError: as :meth:`load`.
-            ValueError: as :meth:`load`; also if the file lacks weights of the detector's head, as
-                those of a backbone do.
+            ValueError: as :meth:`load`; also if the file lacks weights of the detector, as those
+                of a backbone or of another backbone's detector do.
         """
         self.load(path)
-        if missing := self.missing_head_weights():
+        if missing := self.missing_weights():
             raise ValueError(
                 f"MODEL.WEIGHTS: {path!r} is no trained detector of this config: it lacks "
-                f"{len(missing)} weights of the head, for example {missing[0]!r}; give a "
-                "checkpoint that was trained with this config"
+                f"{len(missing)} of its weights, for example {missing[0]!r}; give a checkpoint "
+                "that was trained with this config"
             )
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -285,6 +287,7 @@ class HierKDCheckpointer(DetectionCheckpointer):  # type: ignore[misc]  # detect
             self._parsed_url_during_load = None  # detectron2 keeps it when loading fails
         starts_training = bool(self.checkpointables) and kwargs.get("checkpointables") == []
         self._check_teacher(loaded.pop(_TRACE, None), only_warn=starts_training)
+        self.loaded = self._loading
         return loaded
 
     def _check_teacher(self, found: Any, *, only_warn: bool) -> None:

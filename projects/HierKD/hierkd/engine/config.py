@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from functools import reduce
+from operator import getitem
 from typing import Any
 
 import torch
@@ -22,6 +24,15 @@ logger = logging.getLogger(__name__)
 # What yacs and fvcore raise; TypeError: an empty file, or a key below a value
 _MERGE_ERRORS = (KeyError, ValueError, AttributeError, AssertionError, TypeError)
 _POSITIVE = (("TEST", "IMS_PER_BATCH"), ("SOLVER", "MAX_ITER"), ("SOLVER", "CHECKPOINT_PERIOD"))
+# Keys of detectron2's that would be set in vain: what they must be, and why.
+_NOT_READ: dict[str, tuple[Any, str]] = {
+    "DATALOADER.SAMPLER_TRAIN": (
+        "TrainingSampler",
+        "each image comes once an epoch, in an order that --resume can take up",
+    ),
+    "DATALOADER.REPEAT_THRESHOLD": (0.0, "it belongs to detectron2's RepeatFactorTrainingSampler"),
+    "TEST.AUG.ENABLED": (False, "there is no test-time augmentation"),
+}
 _SEEDS = 2**31  # numpy has twice as many; each process adds its number
 
 
@@ -41,9 +52,9 @@ def load_config(config_file: str, overrides: Sequence[str] = ()) -> Any:
         FileNotFoundError: if the file, or its ``_BASE_``, does not exist.
         ValueError: if the file is not YAML, a key is unknown or a value has the wrong type (names
             the file or the command line, and the key), MODEL.DEVICE is no device that PyTorch
-            has here, a number of images or iterations is not positive, SEED is too large, proposals
-            are to be read, or a file of DATASETS.DEFINITIONS or one that it names, or of prompt
-            templates, is wrong.
+            has here, a number of images or iterations is not positive, SEED is too large, a key of
+            detectron2's is set that nothing here reads, proposals are to be read, or a file of
+            DATASETS.DEFINITIONS or one that it names, or of prompt templates, is wrong.
     """
     cfg = _merge(config_file, overrides)
     device = _device(cfg.MODEL.DEVICE)
@@ -58,6 +69,9 @@ def load_config(config_file: str, overrides: Sequence[str] = ()) -> Any:
             raise ValueError(f"{node}.{key} must be 1 or more, got {cfg[node][key]}")
     if cfg.SEED >= _SEEDS:
         raise ValueError(f"SEED must be below {_SEEDS}, which numpy can take, got {cfg.SEED}")
+    for key, (expected, instead) in _NOT_READ.items():
+        if (found := reduce(getitem, key.split("."), cfg)) != expected:
+            raise ValueError(f"{key} is {found!r}, but is not read here: {instead}")
     if cfg.MODEL.LOAD_PROPOSALS:
         raise ValueError(
             "MODEL.LOAD_PROPOSALS: no model here uses proposals from files, and detectron2 would "

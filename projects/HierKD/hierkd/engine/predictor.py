@@ -371,8 +371,8 @@ def find_checkpoint(
     """Find the config and the weights that one path stands for.
 
     Args:
-        path: A training's folder - its model_final.pth, or else the checkpoint that its
-            last_checkpoint names - or a checkpoint. May be a URL, if ``config_file`` is given.
+        path: A training's folder - the checkpoint that its last_checkpoint names, or else its
+            model_final.pth - or a checkpoint. May be a URL, if ``config_file`` is given.
         config_file: The config; None is the config.yaml in the folder, or beside the checkpoint.
 
     Returns:
@@ -409,17 +409,18 @@ def find_checkpoint(
 
 def _weights_in(folder: Path) -> Path:
     final, last = folder / FINAL_WEIGHTS, folder / LAST_CHECKPOINT
-    if final.is_file():
-        return final
-    if not last.is_file():
+    if last.is_file():  # names model_final.pth, unless a training went on or began anew after it
+        noted = folder / last.read_text(encoding="utf-8", errors="replace").strip()
+        if noted.is_file():
+            return noted
+        if not final.is_file():
+            raise FileNotFoundError(f"{last} names {noted.name!r}, which is not in {folder}")
+    if not final.is_file():
         raise FileNotFoundError(
             f"{folder} is no training's folder: it has neither {FINAL_WEIGHTS} nor "
             f"{LAST_CHECKPOINT}"
         )
-    noted = folder / last.read_text(encoding="utf-8", errors="replace").strip()
-    if not noted.is_file():
-        raise FileNotFoundError(f"{last} names {noted.name!r}, which is not in {folder}")
-    return noted
+    return final
 
 
 def resolve_vocabulary(text: str) -> list[str]:

@@ -175,9 +175,9 @@ def nms_of_classes(boxes: Tensor, scores: Tensor, classes: Tensor, iou_thresh: f
     """detectron2's class-wise NMS, also for pairs of thousands of different classes.
 
     On a CPU that goes class by class, which takes longer than the network where nearly every box
-    has a class of its own; on a GPU it moves the boxes of class k by k times the picture, which is
-    pixels beside the truth in float32 when k is in the tens of thousands. With many different
-    classes the boxes are therefore moved in float64, by the rank of their class.
+    has a class of its own; for few boxes, and on a GPU, it moves the boxes of class k by k times
+    the picture, which is pixels beside the truth in float32 when k is large. Classes are therefore
+    counted by rank among those that occur, and the boxes of many are moved in float64.
 
     Args:
         boxes: (n, 4) XYXY, pixels.
@@ -191,7 +191,7 @@ def nms_of_classes(boxes: Tensor, scores: Tensor, classes: Tensor, iou_thresh: f
     names, ranks = classes.unique(return_inverse=True)
     keep: Tensor
     if len(names) < _MANY_CLASSES:
-        keep = batched_nms(boxes, scores, classes, iou_thresh)
+        keep = batched_nms(boxes, scores, ranks, iou_thresh)
     else:
         boxes = boxes.double()
         extent = boxes.max() - boxes.min() + 1

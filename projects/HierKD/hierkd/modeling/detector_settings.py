@@ -31,6 +31,7 @@ class DetectionSettings:
     negative_sampling: str = "fraction"
     negative_amount: float = 0.1
     negative_scope: str = "batch"
+    ignore_padding: bool = False
 
     def __post_init__(self) -> None:
         check_choice("MODEL.ATSS.NEGATIVE_SCOPE", self.negative_scope, ("batch", "level"))

@@ -83,7 +83,7 @@ class ExportableDetector(nn.Module):
             )
         if not vocabulary_as_input and not names:
             raise ValueError("the vocabulary is empty: set one before exporting")
-        is_novel = [name not in detector.training_vocabulary for name in names]
+        is_novel = detector.are_novel(names)
         compete = any(is_novel) and not all(is_novel)
         # Buffers that are not used are none at all: torch.export cannot save empty ones.
         shift = representatives = None

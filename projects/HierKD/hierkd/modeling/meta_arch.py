@@ -20,7 +20,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 from torch.nn import functional as F
 
+from hierkd.evaluation.transfer import find_overlap
 from hierkd.modeling.atss import ATSSMatcher
 from hierkd.modeling.cached_teacher import CachedTeacher, build_cached_teacher
 from hierkd.modeling.class_probabilities import ClassProbabilities, best_pairs, nms_of_classes
@@ -156,6 +157,9 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return result
 
 
+_overlap = lru_cache(maxsize=64)(find_overlap)
+
+
 @META_ARCH_REGISTRY.register()
 class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
     """Open-vocabulary one-stage detector.
@@ -253,7 +257,7 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
             if detection.learn_cls_loss_weight
             else None
         )
-        self.training_vocabulary = frozenset(vocabulary)
+        self.training_vocabulary = tuple(vocabulary)
         self.vocabulary_names: tuple[str, ...] = ()
         if vocabulary:
             self.set_vocabulary(vocabulary)
@@ -307,6 +311,7 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
                 negative_sampling=atss.NEGATIVE_SAMPLING,
                 negative_amount=atss.NEGATIVE_AMOUNT,
                 negative_scope=atss.NEGATIVE_SCOPE,
+                ignore_padding=atss.IGNORE_PADDING,
             ),
             "inference": InferenceSettings(
                 score_thresh=atss.SCORE_THRESH_TEST,
@@ -386,6 +391,20 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
         finally:
             self.vocabulary_names, self.text_classifier.text_embeddings = previous
 
+    def are_novel(self, names: Sequence[str]) -> list[bool]:
+        """Which class names are not of the training vocabulary, compared as for transfer.
+
+        Raises:
+            ValueError: if the training vocabulary is not known.
+        """
+        if not self.training_vocabulary:
+            raise ValueError(
+                "MODEL.ATSS.NOVEL_LOGIT_SHIFT needs the class names of the training: DATASETS."
+                "TRAIN must name a dataset that is registered here (DATASETS.DEFINITIONS)"
+            )
+        known = _overlap(tuple(names), self.training_vocabulary).known
+        return [name not in known for name in names]
+
     def _teacher_or_raise(self) -> Teacher:
         if self.teacher is None:
             raise RuntimeError("this detector was built without a teacher, and this needs one")
@@ -458,9 +477,9 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
             gt_instances: N instances with ``gt_boxes`` and ``gt_classes``.
 
         Returns:
-            gt_labels (N, R): class in [0, K), K = background; matched_gt_boxes (N, R, 4): of the
-            positives, zero elsewhere; matched_idxs (N, R): their positions among the image's M
-            boxes, of the positives.
+            gt_labels (N, R): class in [0, K), K = background, -1 = ignored; matched_gt_boxes
+            (N, R, 4): of the positives, zero elsewhere; matched_idxs (N, R): their positions among
+            the image's M boxes, of the positives.
         """
         background = self.text_classifier.num_classes
         all_labels, all_boxes, all_idxs = [], [], []
@@ -471,10 +490,23 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
             positive = match_labels == 1
             labels[positive] = gt.gt_classes[matches[positive]]
             boxes[positive] = gt.gt_boxes.tensor[matches[positive]]
+            if self.detection.ignore_padding:
+                labels[self._in_padding(anchors, gt.image_size)] = -1
             all_labels.append(labels)
             all_boxes.append(boxes)
             all_idxs.append(matches)
         return torch.stack(all_labels), torch.stack(all_boxes), torch.stack(all_idxs)
+
+    def _in_padding(self, anchors: list[Boxes], image_size: tuple[int, int]) -> Tensor:
+        """(R,) whether a point belongs to a cell that lies outside the image's own padded size."""
+        multiple = max(self.backbone.size_divisibility, 1)
+        height, width = (-(-side // multiple) * multiple for side in image_size)
+        size = anchors[0].tensor.new_tensor([width, height])
+        outside = [
+            (level.get_centers() // stride >= (size / stride).ceil()).any(dim=1)
+            for level, stride in zip(anchors, self.anchor_generator.strides, strict=True)
+        ]
+        return torch.cat(outside)
 
     def sample_negatives(self, gt_labels: Tensor, level_sizes: list[int]) -> Tensor:
         """Ignore most of the negatives (§3.4).
@@ -761,7 +793,7 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
         probs = logits.softmax(dim=-1)[..., :-1]
         shift = self.inference_settings.novel_logit_shift
         if shift:
-            is_novel = [name not in self.training_vocabulary for name in self.vocabulary_names]
+            is_novel = self.are_novel(self.vocabulary_names)
             if any(is_novel) and not all(is_novel):
                 shifted = logits[..., :-1] + shift * logits.new_tensor(is_novel)
                 probs = probs.sum(dim=-1, keepdim=True) * shifted.softmax(dim=-1)
