@@ -20,8 +20,8 @@ PACKAGE = ROOT / "projects" / "HierKD" / "hierkd"
 # A package's __init__ may import the package's own modules, and hierkd/__init__ the packages.
 LAYERS = [
     "atomic_files safe_files engine.metrics_file modeling.logit_scales data.resizing"
-    " engine.cpu_memory modeling.clip_model modeling.text_cache modeling.frozen_encoder"
-    " modeling.onednn",
+    " engine.hardware engine.cpu_memory modeling.clip_model modeling.text_cache"
+    " modeling.frozen_encoder modeling.onednn",
     "config data.splits data.coco_json data.loader data.dataset_mapper"
     " data.definitions data.dataset_report evaluation.transfer"
     " modeling.losses modeling.sampling modeling.region_crops modeling.mlca"

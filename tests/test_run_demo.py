@@ -79,8 +79,3 @@ def test_stages_are_numbered_and_timed(capsys):
         pass
     assert f"/{len(run_demo.STAGES)}] Training" in capsys.readouterr().out
     assert 0 <= stages.seconds["train"] <= stages.total
-
-
-def test_commit_is_a_word():
-    assert run_demo.current_commit()
-    assert " " not in run_demo.current_commit()

@@ -35,6 +35,7 @@ from hierkd.engine.config import load_config
 from hierkd.engine.predictor import OpenVocabularyPredictor
 from hierkd.engine.report import write_report
 from hierkd.engine.results import collect_results, summary_rows, write_results
+from hierkd.engine.runs import git_commit
 from hierkd.evaluation.upper_bound import clip_upper_bound
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -129,16 +130,6 @@ def read_evaluation(process: Popen[bytes], folder: Path) -> dict[str, dict[str, 
     }
 
 
-def current_commit() -> str:
-    """Return the checkout's commit, with a plus if files differ from it; "unknown" without git."""
-    describe = ["git", "describe", "--always", "--abbrev=10", "--dirty=+", "--exclude=*"]
-    try:
-        answer = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return answer.stdout.strip()
-
-
 def get_parser() -> argparse.ArgumentParser:
     """Build the command line."""
     parser = argparse.ArgumentParser(
@@ -194,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             upper_bound_gzsd=bounds[GZSD],
             config=args.config_file,
             seed=args.seed,
-            commit=current_commit(),
+            commit=git_commit(ROOT) or "unknown",
             seconds={**stages.seconds, "total": stages.total},
         )
         write_results(args.output / "results.json", results)

@@ -271,6 +271,16 @@ def test_a_folder_stands_for_its_last_checkpoint(tmp_path):
         assert find_checkpoint(tmp_path)[1] == str(tmp_path / expected)
 
 
+def test_test_datasets_that_are_not_known_here_are_said(world, caplog):
+    predictor = OpenVocabularyPredictor.from_checkpoint(
+        world / "run", opts=["DATASETS.TEST", "('gone_val_all',)"]
+    )
+    assert "['gone_val_all'], which are not registered here" in caplog.text
+    assert predictor.vocabulary == tuple(
+        MetadataCatalog.get("miniature_ovd_train_base").thing_classes
+    )
+
+
 def test_wrong_checkpoints(world, tmp_path):
     load = OpenVocabularyPredictor.from_checkpoint
     with pytest.raises(FileNotFoundError, match="no training's folder 'gone/run'"):

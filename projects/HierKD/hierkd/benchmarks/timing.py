@@ -28,6 +28,7 @@ import torch
 from tqdm import tqdm
 
 from hierkd.atomic_files import replacing
+from hierkd.engine.hardware import processor_name
 
 __all__ = ["Measurement", "Report", "describe_machine", "measure", "peak_memory", "ratio"]
 
@@ -127,7 +128,7 @@ def peak_memory(call: Callable[[], object], device: torch.device) -> float:
 def describe_machine(device: torch.device) -> dict[str, str]:
     """Hardware, threads and versions that a figure belongs to."""
     machine = {
-        "processor": f"{_cpu_name()}, {os.cpu_count()} CPUs",
+        "processor": f"{processor_name()}, {os.cpu_count()} CPUs",
         "threads": str(torch.get_num_threads()),
         "system": platform.platform(),
         "python": platform.python_version(),
@@ -250,14 +251,6 @@ def _time(call: Callable[[], object], device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - start
-
-
-def _cpu_name() -> str:
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def _cell(value: Any) -> str:

@@ -133,6 +133,13 @@ class OpenVocabularyPredictor:
             raise ValueError("MODEL.WEIGHTS is empty: detecting needs trained weights")
         model: Any = build_model(_for_inference(cfg))
         HierKDCheckpointer(model).load_detector(cfg.MODEL.WEIGHTS)
+        unknown = [name for name in cfg.DATASETS.TEST if name not in DatasetCatalog.list()]
+        if unknown:
+            logger.warning(
+                "DATASETS.TEST names %s, which are not registered here (DATASETS.DEFINITIONS): "
+                "their class names are not known, choose a vocabulary",
+                unknown,
+            )
         vocabularies = [MetadataCatalog.get(n).get("thing_classes", []) for n in cfg.DATASETS.TEST]
         largest: list[str] = max(vocabularies, key=len, default=[])
         if largest:

@@ -14,7 +14,6 @@ import logging
 import math
 import os
 import platform
-import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 
 from hierkd.atomic_files import replacing
+from hierkd.engine.hardware import processor_name
 from hierkd.engine.runs import git_commit
 
 __all__ = [
@@ -64,7 +64,7 @@ def describe_environment() -> dict[str, Any]:
         "versions": versions,
         "hardware": {
             "system": f"{platform.system()} {platform.machine()}",
-            "processor": _processor(),
+            "processor": processor_name(),
             "cores": len(os.sched_getaffinity(0))
             if hasattr(os, "sched_getaffinity")
             else os.cpu_count(),
@@ -72,16 +72,6 @@ def describe_environment() -> dict[str, Any]:
             "gpus": gpus,
         },
     }
-
-
-def _processor() -> str:
-    """The processor's name."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:  # not Linux
-        text = ""
-    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return found[1].strip() if found else platform.processor()
 
 
 def _memory_gib() -> float | None:
