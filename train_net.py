@@ -21,9 +21,10 @@ import sys
 import weakref
 from argparse import Namespace
 from collections import OrderedDict
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -49,7 +50,7 @@ from torch import nn
 from hierkd.data.coco_json import write_json_atomically
 from hierkd.data.custom import describe_datasets
 from hierkd.data.dataset_mapper import HierKDDatasetMapper, check_images
-from hierkd.data.datasets import check_captions, check_datasets
+from hierkd.data.datasets import check_captions, check_datasets, check_registered
 from hierkd.data.loader import build_resumable_train_loader
 from hierkd.engine.agreement import broadcast_buffers, check_same_weights, in_every_process
 from hierkd.engine.checkpoint import HierKDCheckpointer, warn_of_little_space
@@ -157,8 +158,28 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # detectron2 is untyped
         check_same_weights(self.model)
         self.data_loader.batch_sampler.start_iter = self.start_iter
 
+    def data_order(self) -> dict[str, int]:
+        """What decides which images come when; as docs/resuming.md says, it is to stay."""
+        return {
+            "SEED": self.cfg.SEED,
+            "SOLVER.IMS_PER_BATCH": self.cfg.SOLVER.IMS_PER_BATCH,
+            "the number of processes": comm.get_world_size(),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """detectron2's, with what decides the order of the data."""
+        return {**super().state_dict(), "data_order": self.data_order()}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """detectron2's; a checkpoint of another optimizer or detector is refused by name."""
+        found = state_dict.get("data_order", {})  # absent in older ones
+        for name, value in self.data_order().items():
+            if (before := found.get(name, value)) != value:
+                logger.warning(
+                    "--resume: %s is %d and was %d: from here on the images are others than those "
+                    "of a run without the interruption",
+                    *(name, value, before),
+                )
         inner = state_dict["_trainer"]
         check_optimizer_state(self.optimizer, inner["optimizer"])
         if isinstance(self._trainer, AMPTrainer):  # absent if it was trained in float32 so far
@@ -331,8 +352,16 @@ def evaluation_setup(cfg: Any) -> Any:
     return cfg
 
 
-def main(args: Namespace) -> dict[str, Any] | None:
-    """Run one process of a training or of an evaluation."""
+def prepare(args: Namespace) -> Callable[[], dict[str, Any] | None]:
+    """Check and build all that one process of a training or of an evaluation needs.
+
+    Returns:
+        What does the work, and returns its figures.
+
+    Raises:
+        ValueError: the config, a file that it names, or the command line is wrong.
+        OSError: a file is missing, cannot be read or written, or cannot be downloaded.
+    """
     cfg = load_config(args.config_file, args.opts)
     setup = evaluation_setup(cfg) if args.eval_only else cfg
     default_setup(setup, args)
@@ -343,49 +372,96 @@ def main(args: Namespace) -> dict[str, Any] | None:
             for line in describe_datasets([*trained, *cfg.DATASETS.TEST]):
                 logger.info(line)
         test_images = check_datasets(cfg.DATASETS.TEST)
-    if not args.eval_only:
-        if cfg.DATALOADER.CHECK_IMAGES:
-            check_images(test_images)
-        trainer = Trainer(cfg)
-        trainer.resume_or_load(resume=args.resume)
-        Trainer.check_vocabularies(cfg, trainer.model)
-        if comm.is_main_process():
-            record_start(
-                cfg.OUTPUT_DIR,
-                command=shlex.join(sys.argv),
-                root=ROOT,
-                iteration=trainer.start_iter,
-                num_processes=comm.get_world_size(),
-            )
-        results: dict[str, Any] | None = trainer.train()
-        return results
-    model = Trainer.build_model(cfg)
-    checkpointer = HierKDCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
-    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
-    cfg.defrost()
-    cfg.MODEL.WEIGHTS = checkpointer.loaded  # what is evaluated and recorded: --resume finds it
-    cfg.freeze()
-    if missing := checkpointer.missing_weights():
-        logger.warning(
-            "MODEL.WEIGHTS %r is no trained detector of this config: it lacks %d of its weights, "
-            "for example %r. The figures are those of random weights.",
-            *(cfg.MODEL.WEIGHTS, len(missing), missing[0]),
+        if not args.eval_only:
+            check_registered(cfg.DATASETS.TRAIN)
+        elif not cfg.DATASETS.TEST:
+            raise ValueError("DATASETS.TEST is empty: it must name what to evaluate on")
+    if args.eval_only:
+        return prepare_evaluation(cfg, resume=args.resume)
+    if cfg.DATALOADER.CHECK_IMAGES:
+        check_images(test_images)
+    return prepare_training(cfg, resume=args.resume)
+
+
+def prepare_training(cfg: Any, *, resume: bool) -> Callable[[], dict[str, Any] | None]:
+    """Build a trainer, with the weights or the checkpoint that it starts from."""
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=resume)
+    Trainer.check_vocabularies(cfg, trainer.model)
+    if trainer.start_iter >= trainer.max_iter:
+        logger.info(
+            "The training has done its %d iterations already; more need a larger SOLVER.MAX_ITER",
+            trainer.start_iter,
         )
-    Trainer.check_vocabularies(cfg, model)
-    results = Trainer.test(cfg, model)
     if comm.is_main_process():
-        verify_results(cfg, results)
-        record_evaluation(
+        record_start(
             cfg.OUTPUT_DIR,
-            results,
             command=shlex.join(sys.argv),
             root=ROOT,
-            weights=cfg.MODEL.WEIGHTS,
+            iteration=trainer.start_iter,
             num_processes=comm.get_world_size(),
         )
-    return results
+    return trainer.train
+
+
+def prepare_evaluation(cfg: Any, *, resume: bool) -> Callable[[], dict[str, Any]]:
+    """Build a detector with trained weights.
+
+    Raises:
+        ValueError: they are not those of a trained detector of this config.
+    """
+    model = Trainer.build_model(cfg)
+    checkpointer = HierKDCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
+    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    checkpointer.check_trained()
+    Trainer.check_vocabularies(cfg, model)
+    cfg.defrost()
+    cfg.MODEL.WEIGHTS = checkpointer.loaded  # what is evaluated: --resume has found it
+    cfg.freeze()
+
+    def evaluate() -> dict[str, Any]:
+        results = Trainer.test(cfg, model)
+        if comm.is_main_process():
+            verify_results(cfg, results)
+            record_evaluation(
+                cfg.OUTPUT_DIR,
+                results,
+                command=shlex.join(sys.argv),
+                root=ROOT,
+                weights=cfg.MODEL.WEIGHTS,
+                num_processes=comm.get_world_size(),
+            )
+        return results
+
+    return evaluate
+
+
+def main(args: Namespace) -> dict[str, Any] | None:
+    """Run one process of a training or of an evaluation."""
+    return prepare(args)()
+
+
+def run(args: Namespace) -> None:
+    """Do the same as a program: what is wrong before the work ends it with one line, status 2."""
+    try:
+        work = prepare(args)
+    except (ValueError, OSError) as error:
+        if comm.get_world_size() > 1:  # the others have to hear of it
+            raise
+        fail(error)
+    work()
+
+
+def fail(error: Exception) -> NoReturn:
+    """End the program because of something the user can put right."""
+    sys.stderr.write(f"train_net.py: error: {error}\n")
+    raise SystemExit(2)
 
 
 if __name__ == "__main__":
     arguments = get_parser(epilog=__doc__).parse_args()
-    launch_processes(main, arguments, requested_device(arguments.config_file, arguments.opts))
+    try:
+        requested = requested_device(arguments.config_file, arguments.opts)
+    except (ValueError, OSError) as error:
+        fail(error)
+    launch_processes(run, arguments, requested)

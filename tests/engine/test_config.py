@@ -180,7 +180,7 @@ def test_a_value_where_a_section_is_expected(write):
 
 
 def test_a_key_without_a_value():
-    with pytest.raises(ValueError, match=r"KEY VALUE.*odd length"):
+    with pytest.raises(ValueError, match=r"KEY VALUE pairs, but 'MODEL\.ATSS\.TOPK' has no value"):
         load_config("", ["MODEL.ATSS.TOPK"])
 
 
@@ -270,6 +270,31 @@ def test_numbers_of_images_and_iterations_are_positive(key, number):
 )
 def test_keys_that_would_be_set_in_vain_are_refused(key, value):
     with pytest.raises(ValueError, match=rf"{key} is '?{value}'?, but is not read here"):
+        load_config("", [key, value, "MODEL.DEVICE", "cpu"])
+
+
+def test_an_option_behind_the_pairs_is_said():
+    with pytest.raises(ValueError, match="'--resume' stands among the KEY VALUE pairs"):
+        load_config("", ["SEED", "1", "--resume", "SOLVER.MAX_ITER", "3"])
+
+
+def test_whole_numbers_are_floats_where_a_key_holds_one():
+    cfg = load_config("", ["SOLVER.BASE_LR", "1", "SEED", "2", "MODEL.DEVICE", "cpu"])
+    assert (cfg.SOLVER.BASE_LR, type(cfg.SOLVER.BASE_LR)) == (1.0, float)
+    assert type(cfg.SEED) is int
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("MODEL.IKD.IOU_THRESH", "2.0"),
+        ("MODEL.GKD.LOSS_WEIGHT", "-1.0"),
+        ("MODEL.ATSS.NMS_THRESH_TEST", "5.0"),
+        ("TEST.DETECTIONS_PER_IMAGE", "0"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(key, value):
+    with pytest.raises(ValueError, match=rf"{key} must be .*, got {value}"):
         load_config("", [key, value, "MODEL.DEVICE", "cpu"])
 
 

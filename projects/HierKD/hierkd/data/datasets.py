@@ -15,6 +15,7 @@ import math
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from functools import partial
 from typing import Any
 
@@ -36,6 +37,7 @@ from hierkd.data.splits import COCO_2014, COCO_2017, Category, CocoVariant, Spli
 __all__ = [
     "check_captions",
     "check_datasets",
+    "check_registered",
     "datasets_root",
     "load_ovd_json",
     "register_coco_ovd",
@@ -436,14 +438,25 @@ def check_datasets(names: Iterable[str]) -> list[DatasetDict]:
         ValueError: A name is not registered, or a file is wrong (see :func:`load_ovd_json`).
         FileNotFoundError: A file or folder does not exist.
     """
-    registered = DatasetCatalog.list()
+    names = list(names)
+    check_registered(names)
     images: dict[str, DatasetDict] = {}
     for name in names:
-        if name not in registered:
-            ours = sorted(each for each in registered if "_ovd_" in each)
-            raise ValueError(f"Unknown dataset {name!r}; this project registers {ours}.")
         images |= {record["file_name"]: record for record in DatasetCatalog.get(name)}
     return list(images.values())
+
+
+def check_registered(names: Iterable[str]) -> None:
+    """Raise ValueError, with the names there are, if one is not in ``DatasetCatalog``."""
+    registered = DatasetCatalog.list()
+    for name in names:
+        if name not in registered:
+            close = get_close_matches(name, registered, n=1)
+            ours = sorted(each for each in registered if "_ovd_" in each)
+            raise ValueError(
+                f"Unknown dataset {name!r}{f' (did you mean {close[0]!r}?)' if close else ''}; "
+                f"this project registers {ours}."
+            )
 
 
 def register_coco_ovd(root: str | None = None) -> None:

@@ -240,9 +240,13 @@ class HierKDCheckpointer(DetectionCheckpointer):  # type: ignore[misc]  # detect
                 of a backbone or of another backbone's detector do.
         """
         self.load(path)
+        self.check_trained()
+
+    def check_trained(self) -> None:
+        """Raise ValueError if the file loaded last lacks weights of the detector."""
         if missing := self.missing_weights():
             raise ValueError(
-                f"MODEL.WEIGHTS: {path!r} is no trained detector of this config: it lacks "
+                f"MODEL.WEIGHTS: {self.loaded!r} is no trained detector of this config: it lacks "
                 f"{len(missing)} of its weights, for example {missing[0]!r}; give a checkpoint "
                 "that was trained with this config"
             )

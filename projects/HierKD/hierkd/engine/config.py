@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Sequence
 from functools import reduce
@@ -23,7 +24,27 @@ logger = logging.getLogger(__name__)
 
 # What yacs and fvcore raise; TypeError: an empty file, or a key below a value
 _MERGE_ERRORS = (KeyError, ValueError, AttributeError, AssertionError, TypeError)
-_POSITIVE = (("TEST", "IMS_PER_BATCH"), ("SOLVER", "MAX_ITER"), ("SOLVER", "CHECKPOINT_PERIOD"))
+# Least and largest values of keys whose misprints would go unnoticed.
+_RANGES = {
+    "SOLVER.MAX_ITER": (1, math.inf),
+    "SOLVER.CHECKPOINT_PERIOD": (1, math.inf),
+    "SOLVER.IMS_PER_BATCH": (1, math.inf),
+    "SOLVER.BASE_LR": (0, math.inf),
+    "SOLVER.GAMMA": (0, math.inf),
+    "SOLVER.WEIGHT_DECAY": (0, math.inf),
+    "INPUT.MIN_SIZE_TEST": (0, math.inf),
+    "INPUT.MAX_SIZE_TEST": (32, math.inf),
+    "TEST.IMS_PER_BATCH": (1, math.inf),
+    "TEST.DETECTIONS_PER_IMAGE": (1, math.inf),
+    "MODEL.ATSS.NMS_THRESH_TEST": (0, 1),
+    "MODEL.ATSS.SCORE_THRESH_TEST": (0, 1),
+    "MODEL.ATSS.TOPK": (1, math.inf),
+    "MODEL.IKD.LOSS_WEIGHT": (0, math.inf),
+    "MODEL.IKD.IOU_THRESH": (0, 1),
+    "MODEL.IKD.MERGE_CROPS_IOU": (0, 1),
+    "MODEL.IKD.MAX_CROPS_PER_IMAGE": (0, math.inf),
+    "MODEL.GKD.LOSS_WEIGHT": (0, math.inf),
+}
 # Keys of detectron2's that would be set in vain: what they must be, and why.
 _NOT_READ: dict[str, tuple[Any, str]] = {
     "DATALOADER.SAMPLER_TRAIN": (
@@ -52,7 +73,7 @@ def load_config(config_file: str, overrides: Sequence[str] = ()) -> Any:
         FileNotFoundError: if the file, or its ``_BASE_``, does not exist.
         ValueError: if the file is not YAML, a key is unknown or a value has the wrong type (names
             the file or the command line, and the key), MODEL.DEVICE is no device that PyTorch
-            has here, a number of images or iterations is not positive, SEED is too large, a key of
+            has here, a number is out of its range, SEED is too large, a key of
             detectron2's is set that nothing here reads, proposals are to be read, or a file of
             DATASETS.DEFINITIONS or one that it names, or of prompt templates, is wrong.
     """
@@ -64,9 +85,10 @@ def load_config(config_file: str, overrides: Sequence[str] = ()) -> Any:
     if cfg.SOLVER.AMP.ENABLED and torch.device(cfg.MODEL.DEVICE).type != "cuda":
         logger.warning("SOLVER.AMP.ENABLED needs a CUDA device: training in float32")
         cfg.SOLVER.AMP.ENABLED = False
-    for node, key in _POSITIVE:
-        if cfg[node][key] < 1:
-            raise ValueError(f"{node}.{key} must be 1 or more, got {cfg[node][key]}")
+    for key, (least, most) in _RANGES.items():
+        if not least <= (number := reduce(getitem, key.split("."), cfg)) <= most:
+            expected = f"{least:g} or more" if most == math.inf else f"{least:g} to {most:g}"
+            raise ValueError(f"{key} must be {expected}, got {number}")
     if cfg.SEED >= _SEEDS:
         raise ValueError(f"SEED must be below {_SEEDS}, which numpy can take, got {cfg.SEED}")
     for key, (expected, instead) in _NOT_READ.items():
@@ -150,13 +172,40 @@ def _merge(config_file: str, overrides: Sequence[str]) -> Any:
             raise ValueError(f"{config_file}: a _BASE_ leads back to a file before it") from error
         except (*_MERGE_ERRORS, yaml.YAMLError) as error:
             raise ValueError(f"{config_file}: {_message(error)}") from error
-    try:
-        cfg.merge_from_list(list(overrides))
-    except _MERGE_ERRORS as error:
-        raise ValueError(f"KEY VALUE pairs {list(overrides)}: {_message(error)}") from error
+    _check_pairs(overrides)
+    for key, value in zip(overrides[::2], overrides[1::2], strict=True):
+        try:
+            cfg.merge_from_list([key, _as_float(cfg, key, value)])
+        except _MERGE_ERRORS as error:
+            raise ValueError(f"KEY VALUE pair {key} {value!r}: {_message(error)}") from error
     return cfg
+
+
+def _check_pairs(overrides: Sequence[str]) -> None:
+    """Raise ValueError if what stands behind the options cannot be KEY VALUE pairs."""
+    for text in overrides[::2]:
+        if str(text).startswith("-"):
+            raise ValueError(f"{text!r} stands among the KEY VALUE pairs: options go before them")
+        if "=" in str(text):
+            raise ValueError(f"{text!r}: expected KEY VALUE, with a blank between the two")
+    if len(overrides) % 2:
+        raise ValueError(f"expected KEY VALUE pairs, but {overrides[-1]!r} has no value behind it")
+
+
+def _as_float(cfg: Any, key: str, value: Any) -> Any:
+    """A whole number as a float where the key holds one: yacs tells 1 from 1.0."""
+    try:
+        is_float = isinstance(reduce(getitem, key.split("."), cfg), float)
+        return float(int(value)) if is_float and not isinstance(value, float) else value
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return value
 
 
 def _message(error: Exception) -> str:
     # str() of a KeyError is the repr of its message
-    return str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    if "'NoneType' is not iterable" in text:
+        return "the file is empty"
+    if "(<class 'float'> vs. <class 'int'>)" in text:
+        text += "; write the number with a decimal point"
+    return text
