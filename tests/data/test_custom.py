@@ -259,3 +259,17 @@ def test_a_cache_that_cannot_be_written_is_named(world, monkeypatch):
     monkeypatch.setenv("HIERKD_CACHE", str(world / "file"))
     with pytest.raises(ValueError, match="HIERKD_CACHE names another folder"):
         register_definitions([str(world / "zoo.yaml")])
+
+
+@pytest.mark.parametrize("value", ["", None])
+def test_an_empty_variable_means_the_default_cache(world, monkeypatch, value):
+    monkeypatch.setenv("HOME", str(world / "home"))
+    monkeypatch.chdir(world)
+    if value is None:
+        monkeypatch.delenv("HIERKD_CACHE")
+    else:
+        monkeypatch.setenv("HIERKD_CACHE", value)
+    register_definitions([str(world / "zoo.yaml")])
+    folder = world / "home" / ".cache" / "hierkd" / "datasets"
+    assert Path(MetadataCatalog.get("zoo_val_all").json_file).parent.parent == folder
+    assert not (world / "datasets").exists()

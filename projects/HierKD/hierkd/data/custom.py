@@ -13,7 +13,6 @@ import difflib
 import hashlib
 import json
 import logging
-import os
 import shutil
 import tempfile
 from collections import defaultdict
@@ -24,6 +23,7 @@ from typing import Any
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from iopath.common.file_io import file_lock
 
+from hierkd.cache_root import cache_root
 from hierkd.data.coco_json import FieldTypes, get_entries, index_by_id, read_coco_json
 from hierkd.data.dataset_report import Report, count_contents, short_line, warnings_of
 from hierkd.data.datasets import register_ovd_dataset
@@ -76,7 +76,7 @@ class PreparedHalf:
 
 def cache_folder() -> Path:
     """Where prepared datasets lie: ``$HIERKD_CACHE/datasets``; ~/.cache/hierkd by default."""
-    return Path(os.getenv("HIERKD_CACHE", "~/.cache/hierkd")).expanduser() / "datasets"
+    return cache_root() / "datasets"
 
 
 # ------------------------------------------------------------------------------ registration

@@ -11,7 +11,6 @@ evaluation and inference with known texts never load it; with a file of class em
 """
 
 import logging
-import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from hierkd.cache_root import cache_root
 from hierkd.modeling.clip_model import CLIPFiles, LoadedCLIP
 from hierkd.modeling.frozen_encoder import make_batch
 from hierkd.modeling.onednn import use_onednn
@@ -178,7 +178,10 @@ class CLIPTeacher:
         self._files = find_clip(weights, download_root)
         self._loaded: LoadedCLIP | None = None
         self._memory: OrderedDict[str, Vector] = OrderedDict()
-        folder = Path(text_cache_dir).expanduser() if text_cache_dir else _default_text_cache_dir()
+        if text_cache_dir:
+            folder = Path(text_cache_dir).expanduser()
+        else:
+            folder = cache_root() / "text_embeddings"
         self._disk = TextCache(folder / f"clip-{self.weights_digest[:32]}.sqlite")
 
     def __repr__(self) -> str:
@@ -574,11 +577,6 @@ def known_weights_sha256(weights: str, download_root: str | None = None) -> str 
 def _check_sequence_of_names(names: Sequence[str]) -> None:
     if isinstance(names, str):
         raise ValueError(f"expected a sequence of class names, found the single name {names!r}")
-
-
-def _default_text_cache_dir() -> Path:
-    root = os.environ.get("HIERKD_CACHE") or "~/.cache/hierkd"
-    return Path(root).expanduser() / "text_embeddings"
 
 
 def _chunks(
