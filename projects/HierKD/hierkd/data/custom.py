@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 JsonObject = dict[str, Any]
 
-_VERSION = 1  # of what the cache holds: raised when the same input gives other files
+_VERSION = 2  # of what the cache holds: raised when the same input gives other files
 _STAMP = "stamp.json"
 _MAX_NAMED = 5
 
@@ -291,6 +291,8 @@ def _build_half(definition: Definition, kind: str, half: Half) -> dict[str, Json
         part = build_part(content, wanted, half.json)
         if not definition.has_split:  # images without an object count as well
             part = {**part, "images": content["images"]}
+        elif definition.lvis:
+            part = {**part, "images": _annotated_images(content, wanted)}
         if kind == "train":
             part = _add_captions(part, captions, definition, half)
         part = _rename(part, definition, content)
@@ -387,6 +389,20 @@ def _unknown_names(
         f"{path}: {definition.path} {verb} {list(names[:_MAX_NAMED])}, which 'categories' does not "
         f"have{hint} It has {len(category_of)}: {list(category_of)[:20]}"
     )
+
+
+def _annotated_images(content: JsonObject, categories: Sequence[Category]) -> list[JsonObject]:
+    """The images of LVIS that are annotated with one of ``categories``, be it as absent.
+
+    In those without a box every detection of an absent class counts as wrong.
+    """
+    wanted = {category.id for category in categories}
+    boxed = {box["image_id"] for box in content["annotations"] if box["category_id"] in wanted}
+    return [
+        image
+        for image in content["images"]
+        if image["id"] in boxed or any(wanted.intersection(image[field]) for field in _LVIS_FIELDS)
+    ]
 
 
 def _rename(part: JsonObject, definition: Definition, content: JsonObject) -> JsonObject:
