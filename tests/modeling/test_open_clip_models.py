@@ -135,6 +135,27 @@ def test_one_file_is_another_teacher_with_another_activation(make_teacher, tmp_p
     assert not torch.allclose(first.encode_captions(["a cat"]), second.encode_captions(["a cat"]))
 
 
+def test_a_folders_tokeniser_is_part_of_the_teacher(tmp_path):
+    """With other tokens, texts have other embeddings: those of before must not be reused."""
+    text = {**TINY["text_cfg"], "hf_tokenizer_name": "org/tokens"}
+    own, plain = write_folder(tmp_path / "own", text_cfg=text), write_folder(tmp_path / "plain")
+    for folder in (own, plain):
+        (folder / "tokenizer.json").write_text('{"cat": 1, "dog": 2}')
+    before = [known_weights_sha256(f"open_clip:{each}") for each in (own, plain)]
+    for folder in (own, plain):
+        (folder / "README.md").write_text("a model")
+    assert [known_weights_sha256(f"open_clip:{each}") for each in (own, plain)] == before
+    for folder in (own, plain):
+        (folder / "tokenizer.json").write_text('{"cat": 2, "dog": 1}')
+    changed = known_weights_sha256(f"open_clip:{own}")
+    assert changed not in before
+    assert open_clip_models.OpenCLIPFiles(f"open_clip:{own}").digest == changed
+    (own / "merges.txt").write_text("c at")
+    assert known_weights_sha256(f"open_clip:{own}") not in {*before, changed}
+    # open_clip takes its own tokeniser for the other
+    assert known_weights_sha256(f"open_clip:{plain}") == before[1]
+
+
 def test_pixels_are_normalised_as_the_model_says(make_teacher, folder, tmp_path):
     plain = write_folder(tmp_path / "plain", preprocess_cfg={"mean": None})
     for weights, arguments, mean in (
