@@ -276,6 +276,8 @@ def test_renaming_what_is_not_there_is_no_typing_error_to_pass_over(world):
 def test_two_names_that_are_read_alike(world):
     with pytest.raises(ValueError, match="both read as 'zebra'"):
         register_definitions([write(world, more="rename: {apple: zebra}\n")])
+    with pytest.raises(ValueError, match=r"'zebra' and 'apple' .* both read as 'zebra'"):
+        register_definitions([write(world, more="rename: {apple: Zebra}\n")])
 
 
 def test_a_name_of_the_projects_own_is_refused(world):

@@ -30,6 +30,7 @@ from hierkd.data.datasets import register_ovd_dataset
 from hierkd.data.definitions import Definition, Half, caption_of, read_definition
 from hierkd.data.prepare import build_part, join_captions
 from hierkd.data.splits import Category
+from hierkd.modeling.text_embeddings import as_clip_reads
 
 __all__ = [
     "PreparedHalf",
@@ -366,11 +367,12 @@ def _find(
     wanted = sorted(category_of[name] for name in names)
     spoken: dict[str, str] = {}
     for category in wanted:
-        other = spoken.setdefault(definition.spoken(category.name), category.name)
+        read = as_clip_reads(definition.spoken(category.name))
+        other = spoken.setdefault(read, category.name)
         if other != category.name:
             raise ValueError(
                 f"{definition.path}: categories {other!r} and {category.name!r} of {path} are both "
-                f"read as {definition.spoken(other)!r}; 'rename' one of them"
+                f"read as {read!r}; 'rename' one of them"
             )
     return wanted
 
