@@ -19,7 +19,7 @@ PACKAGE = ROOT / "projects" / "HierKD" / "hierkd"
 # A module imports only from layers above its own, that is, from lines before its own.
 # A package's __init__ may import the package's own modules, and hierkd/__init__ the packages.
 LAYERS = [
-    "atomic_files safe_files engine.metrics_file modeling.logit_scales data.resizing"
+    "atomic_files safe_files cache_root engine.metrics_file modeling.logit_scales data.resizing"
     " engine.hardware engine.cpu_memory modeling.clip_model modeling.text_cache"
     " modeling.frozen_encoder modeling.onednn",
     "config data.splits data.coco_json data.loader data.dataset_mapper"

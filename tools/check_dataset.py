@@ -35,7 +35,7 @@ from hierkd.data.definitions import Definition, read_definition
 from hierkd.data.name_checks import check_embeddings, check_spelling, check_tokens
 from hierkd.engine.config import load_config
 from hierkd.engine.visualization import SheetRow, class_color, draw_boxes, draw_sheet, fit
-from hierkd.modeling.teacher import build_teacher, count_tokens
+from hierkd.modeling.teacher import OPENAI_TOKENS, build_teacher, find_token_counter
 
 COLUMNS, PANEL_PX = 3, 480
 
@@ -70,11 +70,17 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def check_names(definition: Definition, names: Sequence[str], args: Any) -> list[str]:
-    """Findings about the class names; the last says what was left out, if something was."""
+    """Findings about the class names; those in brackets say what was left out."""
     cfg = load_config(args.config_file, args.opts)
-    text = cfg.MODEL.TEXT_CLASSIFIER
+    text, root = cfg.MODEL.TEXT_CLASSIFIER, cfg.MODEL.TEACHER.DOWNLOAD_ROOT or None
     templates = tuple(text.TEMPLATES) or (text.TEMPLATE,)
-    found = check_spelling(names) + check_tokens(names, templates, count_tokens)
+    found = check_spelling(names)
+    try:
+        tokens, left_out = find_token_counter(cfg.MODEL.TEACHER.WEIGHTS, root), []
+    except (OSError, ValueError) as error:
+        tokens = OPENAI_TOKENS
+        left_out = [f"(tokens are those of OpenAI's CLIP, not of the teacher: {error})"]
+    found += check_tokens(names, templates, tokens) + left_out
     if not args.config_file:
         return [*found, "(not asked whether CLIP tells them apart: no --config-file)"]
     try:

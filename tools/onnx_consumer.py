@@ -24,6 +24,10 @@ parser.add_argument("--threshold", type=float, default=0.3)
 args = parser.parse_args()
 
 session = onnxruntime.InferenceSession(args.model, providers=["CPUExecutionProvider"])
+asks = "text_embeddings" in [each.name for each in session.get_inputs()]
+if asks != bool(args.embeddings):
+    need = "asks for classes: give" if asks else "has classes of its own: leave out"
+    parser.error(f"{args.model} {need} --embeddings")
 about = {k: json.loads(v) for k, v in session.get_modelmeta().custom_metadata_map.items()}
 picture = ImageOps.exif_transpose(Image.open(args.picture)).convert("RGB")
 factor = about["min_size"] / min(picture.size)

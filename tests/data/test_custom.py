@@ -7,11 +7,14 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import Boxes, Instances
 from PIL import Image
 
 from hierkd.data.custom import describe_datasets, has_no_captions, register_definitions
 from hierkd.engine.config import load_config
+from hierkd.evaluation.federated_evaluation import FederatedEvaluator
 
 NAMES = ("zebra", "apple", "cat", "stop_sign", "junk")  # ids 0, 3, 6, 9, 12
 # Per image: (class, box)
@@ -107,6 +110,48 @@ def test_without_a_split_all_categories_and_images_count(world):
     assert metadata.thing_classes == list(NAMES)
     assert not metadata.declares_split
     assert len(DatasetCatalog.get("zoo_val_all")) == 5
+
+
+def test_a_split_of_lvis_keeps_images_that_show_none_of_the_classes(world):
+    """What is found in an image that is known not to show it lowers AP, with a split or without."""
+    content = coco()
+    absent, inexhaustive = {2: [0], 3: [6], 5: [0, 12]}, {3: [9]}
+    for image in content["images"]:
+        image["neg_category_ids"] = absent.get(image["id"], [])
+        image["not_exhaustive_category_ids"] = inexhaustive.get(image["id"], [])
+    for category in content["categories"]:
+        category["frequency"] = "f"
+    (world / "all.json").write_text(json.dumps(content))
+    text = "name: zoo\nformat: lvis\nval: {json: all.json, images: images}\n"
+    aps = {}
+    for split in ("base: [zebra, apple]\nnovel: [cat, stop_sign]\n", ""):
+        (world / "zoo.yaml").write_text(text + split)
+        register_definitions([str(world / "zoo.yaml")])
+        if split:
+            images = {n: [r["image_id"] for r in DatasetCatalog.get(n)] for n in registered()}
+            assert images == {
+                "zoo_val_all": [1, 2, 3, 4, 5],
+                "zoo_val_base": [1, 2, 4, 5],  # 2 and 5 have no zebra
+                "zoo_val_novel": [1, 2, 3, 4],  # 3 has no cat, 5 says nothing of cats
+            }
+        for name in ("zoo_val_all", "zoo_val_base") if split else ("zoo_val_all",):
+            aps[name, bool(split)] = zebra_ap(name)
+    # one zebra; three found with a score as high, two of them where there is none
+    assert aps == {key: pytest.approx(100 / 3) for key in aps}
+    assert len(aps) == 3
+
+
+def zebra_ap(dataset):
+    """AP50 of zebras if one is found in every image, best in those without."""
+    evaluator = FederatedEvaluator(dataset, distributed=False)
+    evaluator.reset()
+    for record in DatasetCatalog.get(dataset):
+        found = Instances((64, 64))
+        found.pred_boxes = Boxes([[0.0, 0.0, 20.0, 20.0]])
+        found.scores = torch.tensor([0.5 if record["image_id"] == 1 else 0.9])
+        found.pred_classes = torch.tensor([0])
+        evaluator.process([record], [{"instances": found}])
+    return evaluator.evaluate()["bbox"]["AP50-zebra"]
 
 
 def test_captions_from_a_file_from_names_and_none(world):
@@ -231,6 +276,8 @@ def test_renaming_what_is_not_there_is_no_typing_error_to_pass_over(world):
 def test_two_names_that_are_read_alike(world):
     with pytest.raises(ValueError, match="both read as 'zebra'"):
         register_definitions([write(world, more="rename: {apple: zebra}\n")])
+    with pytest.raises(ValueError, match=r"'zebra' and 'apple' .* both read as 'zebra'"):
+        register_definitions([write(world, more="rename: {apple: Zebra}\n")])
 
 
 def test_a_name_of_the_projects_own_is_refused(world):
@@ -259,3 +306,17 @@ def test_a_cache_that_cannot_be_written_is_named(world, monkeypatch):
     monkeypatch.setenv("HIERKD_CACHE", str(world / "file"))
     with pytest.raises(ValueError, match="HIERKD_CACHE names another folder"):
         register_definitions([str(world / "zoo.yaml")])
+
+
+@pytest.mark.parametrize("value", ["", None])
+def test_an_empty_variable_means_the_default_cache(world, monkeypatch, value):
+    monkeypatch.setenv("HOME", str(world / "home"))
+    monkeypatch.chdir(world)
+    if value is None:
+        monkeypatch.delenv("HIERKD_CACHE")
+    else:
+        monkeypatch.setenv("HIERKD_CACHE", value)
+    register_definitions([str(world / "zoo.yaml")])
+    folder = world / "home" / ".cache" / "hierkd" / "datasets"
+    assert Path(MetadataCatalog.get("zoo_val_all").json_file).parent.parent == folder
+    assert not (world / "datasets").exists()

@@ -221,13 +221,7 @@ def test_the_consumer_needs_neither_torch_nor_this_package(exported, tmp_path, n
         stored = make_text_embeddings(NAMES, rows, clip="fake", templates=("{}",))
         save_text_embeddings(stored, tmp_path / "classes.npz")
         options += ["--embeddings", str(tmp_path / "classes.npz")]
-    script = str(ROOT / "tools" / "onnx_consumer.py")
-    result = subprocess.run(
-        [sys.executable, "-c", BLOCKED, script, str(path), str(tmp_path / "picture.png"), *options],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    result = run_consumer(str(path), str(tmp_path / "picture.png"), *options)
     assert result.returncode == 0, result.stderr
     lines = [line.split() for line in result.stdout.splitlines()]
     instances = predictor(picture)
@@ -240,6 +234,32 @@ def test_the_consumer_needs_neither_torch_nor_this_package(exported, tmp_path, n
     agreement = Agreement()
     agreement.add(_detections(instances), found, 0.4)
     assert agreement.complete
+
+
+def run_consumer(*arguments: str) -> subprocess.CompletedProcess[str]:
+    script = str(ROOT / "tools" / "onnx_consumer.py")
+    return subprocess.run(
+        [sys.executable, "-c", BLOCKED, script, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("open.onnx", [], "asks for classes: give --embeddings"),
+        ("baked.onnx", ["--embeddings", "a.npz"], "has classes of its own: leave out --embeddings"),
+    ],
+)
+def test_the_consumer_says_whether_it_needs_classes(exported, name, options, words) -> None:
+    if name not in exported:
+        pytest.skip("onnx, onnxscript or onnxruntime is missing")
+    result = run_consumer(str(exported[name][1]), "no picture is read yet", *options)
+    assert result.returncode == 2
+    assert f"{name} {words}\n" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def _detections(instances) -> Detections:

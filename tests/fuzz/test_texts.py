@@ -1,5 +1,6 @@
 """Captions, vocabularies and stored embeddings of every kind."""
 
+import itertools
 import json
 import os
 import random
@@ -18,6 +19,7 @@ from hierkd.atomic_files import replacing
 from hierkd.engine.predictor import resolve_vocabulary
 from hierkd.modeling import teacher as teacher_module
 from hierkd.modeling.meta_arch import HierKD
+from hierkd.modeling.openai_clip import import_clip
 from hierkd.modeling.teacher import CLIPTeacher
 from hierkd.modeling.teacher_cache import (
     CacheContents,
@@ -31,6 +33,7 @@ from hierkd.modeling.text_embeddings import (
     load_text_embeddings,
     make_text_embeddings,
     read_text_lines,
+    repeated_names,
     save_text_embeddings,
 )
 from mutations import break_bytes, broken_json_file
@@ -199,7 +202,10 @@ def test_twenty_thousand_names_take_no_time(tmp_path):
         (["cat\ud800"], "halves of characters at positions 0"),
         (["a" * 501], "more than 500 characters"),
         (["cat", "dog", "cat"], "repeats 'cat'"),
-        (["caf\u00e9", "cafe\u0301"], "repeats 'caf\u00e9'"),
+        (["caf\u00e9", "cafe\u0301"], "'caf\u00e9' and 'cafe\u0301' are one name to CLIP"),
+        (["a", "Cat", "b", "cat"], "the vocabulary: 'Cat' and 'cat' are one name to CLIP"),
+        (["wine  glass", "wine glass", "a", "A"], "'wine  glass' and 'wine glass'.* 1 more"),
+        (["cat", "cat "], "'cat' and 'cat ' are one name"),
     ],
 )
 def test_what_is_no_vocabulary_is_refused(names, message):
@@ -213,7 +219,8 @@ def test_what_is_no_vocabulary_is_refused(names, message):
     "names",
     [
         ["cat"],
-        ["Cat", "cat"],
+        ["Cat"],
+        ["stra\u00dfe", "STRASSE"],  # two to CLIP
         ["\u05e9\u05dc\u05d5\u05dd"],
         ["\U0001f469\u200d\U0001f467", "{}"],
         ["a" * 500],
@@ -225,6 +232,23 @@ def test_unusual_names_are_names(names, tmp_path):
     path = tmp_path / "names.npz"
     save_text_embeddings(make_text_embeddings(names, rows), path)
     assert list(load_text_embeddings(path).names) == names
+
+
+def test_names_are_one_name_where_clips_tokeniser_makes_the_same_of_them():
+    spellings = [
+        "Cat",
+        "cat ",
+        "caT",
+        "caf\u00e9",
+        "cafe\u0301",
+        "CAF\u00c9",
+        "cafe",
+        "wine  glass",
+    ]
+    spellings += ["wine\u00a0glass", "wine glass", "wineglass", "stra\u00dfe", "STRASSE", "strasse"]
+    tokens = import_clip().tokenize(spellings)
+    for (i, first), (j, second) in itertools.combinations(enumerate(spellings), 2):
+        assert bool(repeated_names([first, second])) == torch.equal(tokens[i], tokens[j]), first
 
 
 @pytest.mark.parametrize("number", [150, pytest.param(5_000, marks=MANY)])

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import clip_files
 from hierkd.modeling import open_clip_models, openai_clip
-from hierkd.modeling.teacher import CLIPTeacher, known_weights_sha256
+from hierkd.modeling.teacher import CLIPTeacher, find_token_counter, known_weights_sha256
 from open_clip_files import PIXELS, TINY, write_folder
 
 open_clip = pytest.importorskip("open_clip", reason="open_clip_torch is not installed")
@@ -133,6 +133,36 @@ def test_one_file_is_another_teacher_with_another_activation(make_teacher, tmp_p
     first, second = make_teacher(f"open_clip:{plain}"), make_teacher(f"open_clip:{quick}")
     assert first.weights_digest != second.weights_digest
     assert not torch.allclose(first.encode_captions(["a cat"]), second.encode_captions(["a cat"]))
+
+
+def test_a_folders_tokeniser_is_part_of_the_teacher(tmp_path):
+    """With other tokens, texts have other embeddings: those of before must not be reused."""
+    text = {**TINY["text_cfg"], "hf_tokenizer_name": "org/tokens"}
+    own, plain = write_folder(tmp_path / "own", text_cfg=text), write_folder(tmp_path / "plain")
+    for folder in (own, plain):
+        (folder / "tokenizer.json").write_text('{"cat": 1, "dog": 2}')
+    before = [known_weights_sha256(f"open_clip:{each}") for each in (own, plain)]
+    for folder in (own, plain):
+        (folder / "README.md").write_text("a model")
+    assert [known_weights_sha256(f"open_clip:{each}") for each in (own, plain)] == before
+    for folder in (own, plain):
+        (folder / "tokenizer.json").write_text('{"cat": 2, "dog": 1}')
+    changed = known_weights_sha256(f"open_clip:{own}")
+    assert changed not in before
+    assert open_clip_models.OpenCLIPFiles(f"open_clip:{own}").digest == changed
+    (own / "merges.txt").write_text("c at")
+    assert known_weights_sha256(f"open_clip:{own}") not in {*before, changed}
+    # open_clip takes its own tokeniser for the other
+    assert known_weights_sha256(f"open_clip:{plain}") == before[1]
+
+
+def test_tokens_are_counted_without_weights(publish):
+    publish()  # not downloaded
+    counter = find_token_counter("open_clip:tiny:web")
+    assert counter.context_length == TINY["text_cfg"]["context_length"]
+    nothing, *counts = counter.count(["", "cat", "A  cat", "cat " * 60, "cat " * 2000])
+    assert counts == [3, 4, 62, 1024]  # start and end included
+    assert nothing == counter.count([" "])[0] < min(counts)
 
 
 def test_pixels_are_normalised_as_the_model_says(make_teacher, folder, tmp_path):

@@ -13,7 +13,6 @@ import difflib
 import hashlib
 import json
 import logging
-import os
 import shutil
 import tempfile
 from collections import defaultdict
@@ -24,12 +23,14 @@ from typing import Any
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from iopath.common.file_io import file_lock
 
+from hierkd.cache_root import cache_root
 from hierkd.data.coco_json import FieldTypes, get_entries, index_by_id, read_coco_json
 from hierkd.data.dataset_report import Report, count_contents, short_line, warnings_of
 from hierkd.data.datasets import register_ovd_dataset
 from hierkd.data.definitions import Definition, Half, caption_of, read_definition
 from hierkd.data.prepare import build_part, join_captions
 from hierkd.data.splits import Category
+from hierkd.modeling.text_embeddings import as_clip_reads
 
 __all__ = [
     "PreparedHalf",
@@ -43,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 JsonObject = dict[str, Any]
 
-_VERSION = 1  # of what the cache holds: raised when the same input gives other files
+_VERSION = 2  # of what the cache holds: raised when the same input gives other files
 _STAMP = "stamp.json"
 _MAX_NAMED = 5
 
@@ -76,7 +77,7 @@ class PreparedHalf:
 
 def cache_folder() -> Path:
     """Where prepared datasets lie: ``$HIERKD_CACHE/datasets``; ~/.cache/hierkd by default."""
-    return Path(os.getenv("HIERKD_CACHE", "~/.cache/hierkd")).expanduser() / "datasets"
+    return cache_root() / "datasets"
 
 
 # ------------------------------------------------------------------------------ registration
@@ -291,6 +292,8 @@ def _build_half(definition: Definition, kind: str, half: Half) -> dict[str, Json
         part = build_part(content, wanted, half.json)
         if not definition.has_split:  # images without an object count as well
             part = {**part, "images": content["images"]}
+        elif definition.lvis:
+            part = {**part, "images": _annotated_images(content, wanted)}
         if kind == "train":
             part = _add_captions(part, captions, definition, half)
         part = _rename(part, definition, content)
@@ -364,11 +367,12 @@ def _find(
     wanted = sorted(category_of[name] for name in names)
     spoken: dict[str, str] = {}
     for category in wanted:
-        other = spoken.setdefault(definition.spoken(category.name), category.name)
+        read = as_clip_reads(definition.spoken(category.name))
+        other = spoken.setdefault(read, category.name)
         if other != category.name:
             raise ValueError(
                 f"{definition.path}: categories {other!r} and {category.name!r} of {path} are both "
-                f"read as {definition.spoken(other)!r}; 'rename' one of them"
+                f"read as {read!r}; 'rename' one of them"
             )
     return wanted
 
@@ -387,6 +391,20 @@ def _unknown_names(
         f"{path}: {definition.path} {verb} {list(names[:_MAX_NAMED])}, which 'categories' does not "
         f"have{hint} It has {len(category_of)}: {list(category_of)[:20]}"
     )
+
+
+def _annotated_images(content: JsonObject, categories: Sequence[Category]) -> list[JsonObject]:
+    """The images of LVIS that are annotated with one of ``categories``, be it as absent.
+
+    In those without a box every detection of an absent class counts as wrong.
+    """
+    wanted = {category.id for category in categories}
+    boxed = {box["image_id"] for box in content["annotations"] if box["category_id"] in wanted}
+    return [
+        image
+        for image in content["images"]
+        if image["id"] in boxed or any(wanted.intersection(image[field]) for field in _LVIS_FIELDS)
+    ]
 
 
 def _rename(part: JsonObject, definition: Definition, content: JsonObject) -> JsonObject:

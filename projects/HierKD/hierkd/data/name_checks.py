@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor
+
+from hierkd.modeling.clip_model import TokenCounter
 
 __all__ = ["check_embeddings", "check_spelling", "check_tokens"]
 
@@ -52,26 +54,25 @@ def check_spelling(names: Sequence[str]) -> list[str]:
 def check_tokens(
     names: Sequence[str],
     templates: Sequence[str],
-    count_tokens: Callable[[Sequence[str]], Sequence[int]],
-    context_length: int = 77,
+    tokens: TokenCounter,
 ) -> list[str]:
     """Names whose prompt is longer than CLIP reads, or that hold nothing it reads.
 
     Args:
         names: K class names.
         templates: Prompts with one "{}".
-        count_tokens: Of each text, start and end included.
-        context_length: Tokens of a prompt that CLIP reads; the rest is cut off. [CLIP: 77]
+        tokens: The teacher's tokeniser.
     """
     longest = max(templates, key=len)
-    prompts = count_tokens([longest.replace("{}", name) for name in names])
-    alone = count_tokens(list(names))
+    prompts = tokens.count([longest.replace("{}", name) for name in names])
+    nothing, *alone = tokens.count(["", *names])
+    limit = tokens.context_length
     findings = {
-        f"prompts longer than the {context_length} tokens that CLIP reads": [
-            name for name, number in zip(names, prompts, strict=True) if number > context_length
+        f"prompts longer than the {limit} tokens that CLIP reads": [
+            name for name, number in zip(names, prompts, strict=True) if number > limit
         ],
         "names without anything that CLIP reads": [
-            name for name, number in zip(names, alone, strict=True) if number <= 2
+            name for name, number in zip(names, alone, strict=True) if number <= nothing
         ],
     }
     return [f"{text}: {_some(found)}" for text, found in findings.items() if found]

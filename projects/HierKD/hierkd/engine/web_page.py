@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -40,7 +39,7 @@ from hierkd.engine.visualization import (
     enlarge,
     fit,
 )
-from hierkd.modeling.text_embeddings import check_names
+from hierkd.modeling.text_embeddings import check_names, repeated_names
 
 __all__ = [
     "Found",
@@ -169,12 +168,8 @@ def parse_names(text: str | None, limits: Limits) -> tuple[str, ...]:
             f"A class name of {len(long[0])} characters is too long: at most "
             f"{limits.max_name_length}. It begins “{long[0][:30]}…”; separate names by commas."
         )
-    seen: set[str] = set()
-    for name in names:
-        key = unicodedata.normalize("NFC", name).casefold()
-        if key in seen:
-            raise PageError(f"The class “{name}” is named twice: each one once, please.")
-        seen.add(key)
+    for _, name in repeated_names(names):
+        raise PageError(f"The class “{name}” is named twice: each one once, please.")
     try:
         check_names(names, "the classes")
     except ValueError as error:

@@ -9,7 +9,23 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["CLIPFiles", "LoadedCLIP"]
+__all__ = ["LONGEST_TEXT", "CLIPFiles", "LoadedCLIP", "TokenCounter"]
+
+LONGEST_TEXT = 1024
+"""Tokens that a `TokenCounter` counts; a longer text counts as this long."""
+
+
+@dataclass(frozen=True)
+class TokenCounter:
+    """What a CLIP's tokeniser, which needs no weights, says of texts.
+
+    Attributes:
+        count: C texts -> the tokens of each; one that holds nothing has as many as "".
+        context_length: tokens that the text encoder reads; the rest of a text is cut off.
+    """
+
+    count: Callable[[Sequence[str]], Sequence[int]]
+    context_length: int
 
 
 @dataclass(frozen=True)

@@ -757,7 +757,8 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
         for name, value in zip(values, numbers.tolist(), strict=True):
             storage.put_scalar(name, value)
             part = scales.get(name)
-            if part is not None and value in part.logit_scale_range:
+            # in float32, as the parameter holds an end
+            if part is not None and value in torch.tensor(part.logit_scale_range).float().tolist():
                 log_first_n(
                     logging.WARNING,
                     f"{name} is held at {value:g}, an end of its range {part.logit_scale_range} "

@@ -26,10 +26,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hierkd.modeling.clip_model import LoadedCLIP
+from hierkd.modeling.clip_model import LONGEST_TEXT, LoadedCLIP, TokenCounter
 from hierkd.safe_files import check_hash, file_hash, is_torchscript, read_torch_file
 
-__all__ = ["OPEN_CLIP_PREFIX", "OpenCLIPFiles", "known_open_clip_digest"]
+__all__ = ["OPEN_CLIP_PREFIX", "OpenCLIPFiles", "known_open_clip_digest", "open_clip_token_counter"]
 
 OPEN_CLIP_PREFIX = "open_clip:"
 
@@ -38,7 +38,10 @@ _SYNTAX = (
     "expected open_clip:MODEL:TAG, open_clip:MODEL:FILE or open_clip:FOLDER (docs/teachers.md)"
 )
 _CONFIG = "open_clip_config.json"
+_LOCAL = "local-dir:"  # how open_clip names a folder
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
+# tokenizer.json, merges.txt, spiece.model and the like
+_TOKENIZER_SUFFIXES = (".json", ".txt", ".model", ".vocab", ".bpe", ".codes", ".tiktoken")
 # What a config may tell the tokeniser. Others reach functions that run code of the folder
 # (trust_remote_code) or draw tokens at random (reduction_mask).
 _TOKENIZER_OPTIONS = {"clean", "strip_sep_token", "language", "additional_special_tokens"}
@@ -61,8 +64,9 @@ class _Weights(NamedTuple):
 class OpenCLIPFiles:
     """A CLIP of the package open_clip; implements `CLIPFiles`.
 
-    Its `digest` is of the weights, the architecture and the pixel statistics together: open_clip
-    reads one file into different models, with other embeddings ("ViT-B-32", "ViT-B-32-quickgelu").
+    Its `digest` is of the weights, the architecture, the pixel statistics and the files of a
+    folder's own tokeniser together: open_clip reads one file into different models, with other
+    embeddings ("ViT-B-32", "ViT-B-32-quickgelu"). A tokeniser of the model hub counts by its name.
 
     Args:
         weights: "open_clip:...", as this module describes. Published weights that are not there are
@@ -136,6 +140,26 @@ def known_open_clip_digest(weights: str, download_root: str | None = None) -> st
     except FileNotFoundError:
         return None
     return None if found.path is None else _digest(found)
+
+
+def open_clip_token_counter(weights: str, download_root: str | None = None) -> TokenCounter:
+    """The tokeniser of a model; downloads no weights, but a tokeniser may come from the model hub.
+
+    Raises:
+        FileNotFoundError: there is no such model, or its tokeniser cannot be made.
+        ValueError: the syntax, or the folder's config, is wrong.
+    """
+    tokenizer = _make_tokenizer(_import_open_clip(), _find(weights, download_root))
+
+    def count(texts: Sequence[str]) -> list[int]:
+        # What pads a row differs, and may be a text's own end: compare with a row of nothing.
+        nothing, *rows = tokenizer(["", *texts], context_length=LONGEST_TEXT).tolist()
+        return [
+            max((n + 1 for n, token in enumerate(row) if token != nothing[n]), default=0)
+            for row in rows
+        ]
+
+    return TokenCounter(count, int(tokenizer.context_length))
 
 
 # --- Names ----------------------------------------------------------------------------------------
@@ -212,7 +236,7 @@ def _find_folder(folder: Path) -> _Weights:
         ) from error
     title = f"{OPEN_CLIP_PREFIX}{folder.resolve().name}"
     return _Weights(
-        title, f"local-dir:{folder}", config, mean, std, _weights_in(folder), published={}
+        title, f"{_LOCAL}{folder}", config, mean, std, _weights_in(folder), published={}
     )
 
 
@@ -266,8 +290,21 @@ def _side(size: int | Sequence[int], title: str) -> int:
 
 def _digest(found: _Weights) -> str:
     weights_sha256 = file_hash(str(found.path))
-    described = json.dumps([found.config, found.mean, found.std, weights_sha256], sort_keys=True)
-    return hashlib.sha256(described.encode()).hexdigest()
+    described = [found.config, found.mean, found.std, weights_sha256]
+    if tokenizer := _tokenizer_files(found):
+        described.append({path.name: file_hash(path) for path in tokenizer})
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+
+
+def _tokenizer_files(found: _Weights) -> list[Path]:
+    """What a folder's own tokeniser may be made of; none where it is CLIP's, of the package."""
+    if not (found.model.startswith(_LOCAL) and found.config["text_cfg"].get("hf_tokenizer_name")):
+        return []
+    return [
+        path
+        for path in Path(found.model.removeprefix(_LOCAL)).iterdir()
+        if path.suffix in _TOKENIZER_SUFFIXES and path.name != _CONFIG and path.is_file()
+    ]
 
 
 def _hub_names(published: Mapping[str, Any]) -> tuple[str, list[str]]:

@@ -15,7 +15,7 @@ import torch
 from iopath.common.file_io import file_lock
 from torch import Tensor, nn
 
-from hierkd.modeling.clip_model import LoadedCLIP
+from hierkd.modeling.clip_model import LONGEST_TEXT, LoadedCLIP, TokenCounter
 from hierkd.modeling.frozen_encoder import fold_batch_norms
 from hierkd.safe_files import (
     file_hash,
@@ -28,6 +28,7 @@ __all__ = [
     "CLIP_MEAN",
     "CLIP_STD",
     "OPENAI_MODELS",
+    "OPENAI_TOKENS",
     "OpenAIFiles",
     "OpenAIModel",
     "count_tokens",
@@ -60,9 +61,6 @@ OPENAI_MODELS = {
     "ViT-L/14": OpenAIModel(768, 224),
     "ViT-L/14@336px": OpenAIModel(768, 336),
 }
-
-# Tokens that are counted; a longer text counts as this long.
-_LONGEST_TEXT = 1024
 
 # Entries of OpenAI's state dict from which `clip.model.build_model` reads the shape of the model.
 _CLIP_ENTRIES = (
@@ -145,8 +143,12 @@ def known_openai_digest(weights: str) -> str | None:
 
 def count_tokens(texts: Sequence[str]) -> list[int]:
     """How many tokens CLIP makes of each text, start and end included; needs no weights."""
-    tokens = import_clip().tokenize(list(texts), context_length=_LONGEST_TEXT, truncate=True)
+    tokens = import_clip().tokenize(list(texts), context_length=LONGEST_TEXT, truncate=True)
     return [int(end) + 1 for end in tokens.argmax(dim=1)]  # the end has the highest number of all
+
+
+OPENAI_TOKENS = TokenCounter(count_tokens, context_length=77)
+"""The tokeniser of all of OpenAI's models."""
 
 
 def import_clip() -> ModuleType:

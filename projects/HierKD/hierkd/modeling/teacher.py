@@ -11,7 +11,6 @@ evaluation and inference with known texts never load it; with a file of class em
 """
 
 import logging
-import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -23,19 +22,21 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from hierkd.modeling.clip_model import CLIPFiles, LoadedCLIP
+from hierkd.cache_root import cache_root
+from hierkd.modeling.clip_model import CLIPFiles, LoadedCLIP, TokenCounter
 from hierkd.modeling.frozen_encoder import make_batch
 from hierkd.modeling.onednn import use_onednn
 from hierkd.modeling.open_clip_models import (
     OPEN_CLIP_PREFIX,
     OpenCLIPFiles,
     known_open_clip_digest,
+    open_clip_token_counter,
 )
 from hierkd.modeling.openai_clip import (
     CLIP_MEAN,
     CLIP_STD,
+    OPENAI_TOKENS,
     OpenAIFiles,
-    count_tokens,
     import_clip,
     known_openai_digest,
 )
@@ -51,14 +52,15 @@ from hierkd.modeling.text_embeddings import (
 __all__ = [
     "CLIP_MEAN",
     "CLIP_STD",
+    "OPENAI_TOKENS",
     "CLIPTeacher",
     "StoredTextTeacher",
     "Teacher",
     "build_teacher",
     "check_embed_dim",
-    "count_tokens",
     "encode_prompts",
     "find_clip",
+    "find_token_counter",
     "import_clip",
     "known_weights_sha256",
 ]
@@ -178,7 +180,10 @@ class CLIPTeacher:
         self._files = find_clip(weights, download_root)
         self._loaded: LoadedCLIP | None = None
         self._memory: OrderedDict[str, Vector] = OrderedDict()
-        folder = Path(text_cache_dir).expanduser() if text_cache_dir else _default_text_cache_dir()
+        if text_cache_dir:
+            folder = Path(text_cache_dir).expanduser()
+        else:
+            folder = cache_root() / "text_embeddings"
         self._disk = TextCache(folder / f"clip-{self.weights_digest[:32]}.sqlite")
 
     def __repr__(self) -> str:
@@ -571,14 +576,25 @@ def known_weights_sha256(weights: str, download_root: str | None = None) -> str 
     return known_openai_digest(weights)
 
 
+def find_token_counter(weights: str, download_root: str | None = None) -> TokenCounter:
+    """The tokeniser of a CLIP, without its weights.
+
+    Args:
+        weights: MODEL.TEACHER.WEIGHTS, see `find_clip`.
+        download_root: likewise.
+
+    Raises:
+        FileNotFoundError: there is no such model of open_clip, or its tokeniser cannot be made.
+        ValueError: `weights`, or the config of the folder it names, is wrong.
+    """
+    if weights.startswith(OPEN_CLIP_PREFIX):
+        return open_clip_token_counter(weights, download_root)
+    return OPENAI_TOKENS
+
+
 def _check_sequence_of_names(names: Sequence[str]) -> None:
     if isinstance(names, str):
         raise ValueError(f"expected a sequence of class names, found the single name {names!r}")
-
-
-def _default_text_cache_dir() -> Path:
-    root = os.environ.get("HIERKD_CACHE") or "~/.cache/hierkd"
-    return Path(root).expanduser() / "text_embeddings"
 
 
 def _chunks(

@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 _CACHE_TIMEOUT = 30.0
 # Texts looked up in one SQL statement; SQLite before 3.32 allows 999 parameters.
 _CACHE_LOOKUP = 900
+# Bytes of a page of a new file. SQLite's own 4,096 hold one row of 512 numbers and stay half empty.
+_PAGE_SIZE = 16384
 
 Vector = npt.NDArray[np.float32]
 
@@ -109,6 +111,8 @@ class TextCache:
         try:
             # Without waiting for the disk: what a power cut may corrupt can be computed again.
             connection.execute("PRAGMA synchronous = OFF")
+            # Of a file that is still empty; any other keeps its own.
+            connection.execute(f"PRAGMA page_size = {_PAGE_SIZE}")
             yield connection
         finally:
             connection.close()

@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 import unicodedata
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from hierkd.atomic_files import replacing
 __all__ = [
     "PROMPT_ENSEMBLE",
     "TextEmbeddings",
+    "as_clip_reads",
     "check_known_order",
     "check_names",
     "check_provenance",
@@ -40,6 +40,7 @@ __all__ = [
     "read_embedding_array",
     "read_templates",
     "read_text_lines",
+    "repeated_names",
     "save_text_embeddings",
 ]
 
@@ -179,9 +180,9 @@ def check_names(names: Sequence[str], names_from: str) -> None:
 
     Raises:
         ValueError: there are none; one is not a text, is blank or invisible, holds a control
-            character or half a character, or is longer than a name can be; or two are the same, be
-            it that Unicode writes one of them with combining marks (NFC and NFD), which CLIP does
-            not tell apart. Positions, or names, are named.
+            character or half a character, or is longer than a name can be; or two are the same to
+            CLIP (:func:`as_clip_reads`), which would share the probability of one class. Positions,
+            or names, are named.
     """
     if isinstance(names, str):
         raise ValueError(f"{names_from}: expected a list of names, found the text {_shown(names)}")
@@ -194,10 +195,33 @@ def check_names(names: Sequence[str], names_from: str) -> None:
             raise ValueError(
                 f"{names_from}: {found} at positions {positions}: {_shown(names[wrong[0]])}"
             )
-    counts = Counter(unicodedata.normalize("NFC", name) for name in names)
-    repeated = [name for name, count in counts.items() if count > 1]
-    if repeated:
+    pairs = repeated_names(names)
+    if repeated := list(dict.fromkeys(first for first, second in pairs if first == second)):
         raise ValueError(f"{names_from}: repeats {_some(repeated)}; each name must occur once")
+    if pairs:
+        first, second = pairs[0]
+        more = f"; so are {len(pairs) - 1} more pairs" if len(pairs) > 1 else ""
+        raise ValueError(
+            f"{names_from}: {first!r} and {second!r} are one name to CLIP, which reads neither "
+            f"capitals, surplus blanks nor ways to write an accent; keep one{more}"
+        )
+
+
+def as_clip_reads(name: str) -> str:
+    """A name as OpenAI's CLIP reads it: NFC, lower case, and one blank for white space."""
+    return " ".join(unicodedata.normalize("NFC", name).lower().split())
+
+
+def repeated_names(names: Sequence[str]) -> list[tuple[str, str]]:
+    """Pairs of names that CLIP cannot tell apart: one, and another that comes later."""
+    first: dict[str, str] = {}
+    pairs = []
+    for name in names:
+        read = as_clip_reads(name)
+        if read in first:
+            pairs.append((first[read], name))
+        first.setdefault(read, name)
+    return pairs
 
 
 def _is_blank(name: str) -> bool:
