@@ -83,6 +83,18 @@ def test_any_vocabulary(call, tmp_path):
     assert {d["class"] for d in entry["detections"]} == {"traffic cone", "umbrella"}
 
 
+@pytest.mark.parametrize(("trained_on", "warnings"), [("miniature_ovd_train_base", 1), ("", 0)])
+def test_a_detector_of_icons_is_said_once(call, run_dir, capsys, tmp_path, trained_on, warnings):
+    config = run_dir / "config.yaml"
+    names = f"('{trained_on}',)" if trained_on else "()"
+    changed = load_config(str(config), ["DATASETS.TRAIN", names])
+    config.write_text(changed.dump())
+    images = tmp_path / "world" / "images"
+    call("--input", images / "1.png", images / "2.png")
+    said = capsys.readouterr()
+    assert (said.out + said.err).count("rendered icons only: run.") == warnings
+
+
 def test_threshold(run_dir, tmp_path):
     arguments = ["--config-file", str(run_dir / "config.yaml"), "--output", str(tmp_path / "out")]
     picture = str(tmp_path / "world" / "images" / "2.png")

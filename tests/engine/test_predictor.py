@@ -127,6 +127,27 @@ def test_from_config_loads_the_weights_and_the_largest_vocabulary(make_cfg, tmp_
     assert set(predictor(image).pred_classes.tolist()) == {0}
 
 
+@pytest.mark.parametrize(
+    ("trained_on", "icons"),
+    [
+        (["miniature_ovd_train_base"], True),
+        (["coco_ovd_train_base_48_17"], False),
+        (["miniature_ovd_train_base", "mine_train_base"], False),
+        ([], False),  # not known
+    ],
+)
+def test_a_detector_of_the_miniature_alone_says_so(trained_on, icons):
+    predictor = OpenVocabularyPredictor(
+        model=RecordingModel(), min_size=64, max_size=64, trained_on=trained_on
+    )
+    assert predictor.trained_on == tuple(trained_on)
+    assert predictor.knows_icons_only is icons
+
+
+def test_what_a_run_was_trained_on(predictor):
+    assert predictor.trained_on == ("miniature_ovd_train_base",)
+
+
 def test_missing_weights_are_named(make_cfg):
     with pytest.raises(FileNotFoundError, match=r"nowhere/model\.pth"):
         OpenVocabularyPredictor(make_cfg("MODEL.WEIGHTS", "nowhere/model.pth"))

@@ -44,6 +44,7 @@ logger = logging.getLogger(__name__)
 CONFIG_NAME = "config.yaml"  # what a training leaves in its folder
 FINAL_WEIGHTS = "model_final.pth"  # what detectron2's trainer calls its last checkpoint
 LAST_CHECKPOINT = "last_checkpoint"  # and where it notes the name of the latest
+_MINIATURE = "miniature_ovd_"  # what the names of the miniature's datasets begin with
 
 # Images per forward pass of a list, where they have one size. [ours] Video frames and tiles gain on
 # a GPU; photographs of many sizes go one by one, as in detectron2's own predictor.
@@ -64,7 +65,13 @@ class OpenVocabularyPredictor:
 
     @configurable
     def __init__(
-        self, *, model: nn.Module, min_size: int, max_size: int, image_format: str = "BGR"
+        self,
+        *,
+        model: nn.Module,
+        min_size: int,
+        max_size: int,
+        image_format: str = "BGR",
+        trained_on: Sequence[str] = (),
     ) -> None:
         """Wrap a model; ``OpenVocabularyPredictor(cfg)`` builds one and loads its weights.
 
@@ -73,6 +80,7 @@ class OpenVocabularyPredictor:
             min_size: Length the shorter side is resized to, in pixels.
             max_size: Limit of the longer side, in pixels.
             image_format: Channel order the model was trained with, "RGB" or "BGR".
+            trained_on: Names of the datasets it was trained on; none are not known.
 
         Raises:
             ValueError: ``image_format`` is neither.
@@ -82,6 +90,7 @@ class OpenVocabularyPredictor:
         self.model: Any = model.eval()
         self.resize = ResizeShortestEdge([min_size, min_size], max_size)
         self.image_format = image_format
+        self.trained_on = tuple(trained_on)
         self._lock = threading.RLock()
 
     @classmethod
@@ -149,12 +158,20 @@ class OpenVocabularyPredictor:
             "min_size": cfg.INPUT.MIN_SIZE_TEST,
             "max_size": cfg.INPUT.MAX_SIZE_TEST,
             "image_format": cfg.INPUT.FORMAT,
+            "trained_on": tuple(cfg.DATASETS.TRAIN),
         }
 
     @property
     def vocabulary(self) -> tuple[str, ...]:
         """Class names that ``pred_classes`` index."""
         return tuple(self.model.vocabulary_names)
+
+    @property
+    def knows_icons_only(self) -> bool:
+        """Whether it was trained on the miniature alone: what it finds in photographs is noise."""
+        return bool(self.trained_on) and all(
+            name.startswith(_MINIATURE) for name in self.trained_on
+        )
 
     @property
     def device(self) -> torch.device:
