@@ -294,11 +294,20 @@ def write_outputs(
         write_page(folder / "index.html", shown, facts, embed=args.html == "one-file")
     count = sum(len(entry["detections"]) for entry in entries[False])
     count += sum(entry["num_detections"] for entry in entries[True])
+    kinds = [
+        _count(len(entries[moves]), noun)
+        for moves, noun in ((False, "picture"), (True, "video"))
+        if entries[moves] or (not moves and not entries[True])
+    ]
     logger.info(
-        "%d detections in %d pictures and %d videos: see %s",
-        *(count, len(entries[False]), len(entries[True])),
+        "%s in %s: see %s",
+        *(_count(count, "detection"), " and ".join(kinds)),
         folder / "index.html" if args.html else folder,
     )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + "s" * (number != 1)
 
 
 def serve(args: argparse.Namespace, requests: Iterable[str], answers: TextIO) -> None:

@@ -123,6 +123,17 @@ def test_pictures_of_the_same_name_do_not_overwrite_each_other(call, tmp_path):
         assert annotated.size == (640, 320)
 
 
+def test_what_was_found_is_counted_in_words(call, capsys, tmp_path):
+    images = tmp_path / "world" / "images"
+    for arguments, words in (
+        (["--input", images / "1.png", "--top-k", "1"], "1 detection in 1 picture: see "),
+        (["--input", images / "1.png", images / "2.png", "--top-k", "1"], "2 detections in 2 pict"),
+    ):
+        call(*arguments)
+        said = capsys.readouterr()
+        assert words in said.out + said.err
+
+
 @pytest.mark.parametrize("link", [False, True])
 def test_inputs_are_not_written_over(call, capsys, tmp_path, link):
     folder = tmp_path / "world" / "images"
