@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import Boxes, Instances
 from PIL import Image
 
@@ -176,6 +176,32 @@ def test_vocabulary_from_a_dataset(tmp_path):
 def test_unusable_vocabularies(text, message):
     with pytest.raises(ValueError, match=message):
         resolve_vocabulary(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("toy_wrld_all", "did you mean 'toy_world_all'"),
+        ("toy_world_al", "did you mean 'toy_world_all'"),
+        ("cat;dog", "separated by commas"),
+        ("names/mine", "no file of this name exists"),
+        (".", "is a folder"),
+    ],
+)
+def test_what_looks_like_something_else_than_names(tmp_path, text, message):
+    MetadataCatalog.get("toy_world_all").thing_classes = ["a"]
+    DatasetCatalog.register("toy_world_all", list)
+    try:
+        assert resolve_vocabulary("toy_world_all") == ["a"]
+        with pytest.raises(ValueError, match=message):
+            resolve_vocabulary(text)
+        # Of several names none is taken for a dataset, and classes are not like one.
+        assert resolve_vocabulary("toy_world_al,dog") == ["toy_world_al", "dog"]
+        assert resolve_vocabulary("toy world all") == ["toy world all"]
+        assert resolve_vocabulary("traffic_cone") == ["traffic_cone"]
+    finally:
+        DatasetCatalog.remove("toy_world_all")
+        MetadataCatalog.remove("toy_world_all")
 
 
 # ------------------------------------------------------------------ from_checkpoint and predict
