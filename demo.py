@@ -1,13 +1,16 @@
 #!/usr/bin/env python
 """Detect any classes you can name: in pictures, videos, from a camera, or on request.
 
-    python demo.py --input street.jpg photos/ --vocabulary "cat,umbrella,traffic cone"
-    python demo.py --run output/demo/hierkd --input trip.mp4 --every 5 --html
-    python demo.py --run output/demo/hierkd --webcam --window --vocabulary names.txt
-    echo '{"image": "street.jpg", "vocabulary": ["cat"]}' | python demo.py --input -
+    python demo.py --input datasets/miniature/test/00340.jpg --vocabulary "elephant,bicycle"
+    python demo.py --run RUN --input street.jpg photos/ --vocabulary "cat,umbrella,traffic cone"
+    python demo.py --run RUN --input trip.mp4 --every 5 --html
+    python demo.py --run RUN --webcam --window --vocabulary names.txt
+    echo '{"image": "street.jpg", "vocabulary": ["cat"]}' | python demo.py --run RUN --input -
 
 Writes annotated copies and one ``detections.json`` to ``--output``. Without ``--run`` and
-``--config-file`` it uses the detector that ``make demo`` trained. docs/demo.md shows every option.
+``--config-file`` it uses the detector that ``make demo`` trained, which knows rendered icons only:
+what it finds in photographs is noise. They need --run with a detector trained on photographs (no
+weights are published yet). docs/demo.md shows every option.
 """
 
 from __future__ import annotations
@@ -45,6 +48,7 @@ from hierkd.engine.demonstration import (
     add_detector_options,
     annotate_picture,
     annotate_video,
+    icons_only,
     load_detector,
     parse_compared,
     title_of,
@@ -179,6 +183,8 @@ def load_detectors(args: argparse.Namespace) -> Detectors:
     predictors = {first: load_detector(args.run, args.config_file, args.opts, args.device)}
     for title, path in compared.items():
         predictors[title] = OpenVocabularyPredictor.from_checkpoint(path, device=args.device)
+    if icons := icons_only(predictors):
+        logger.warning("%s", icons)
     return Detectors(predictors, keep, vocabulary)
 
 
@@ -288,11 +294,20 @@ def write_outputs(
         write_page(folder / "index.html", shown, facts, embed=args.html == "one-file")
     count = sum(len(entry["detections"]) for entry in entries[False])
     count += sum(entry["num_detections"] for entry in entries[True])
+    kinds = [
+        _count(len(entries[moves]), noun)
+        for moves, noun in ((False, "picture"), (True, "video"))
+        if entries[moves] or (not moves and not entries[True])
+    ]
     logger.info(
-        "%d detections in %d pictures and %d videos: see %s",
-        *(count, len(entries[False]), len(entries[True])),
+        "%s in %s: see %s",
+        *(_count(count, "detection"), " and ".join(kinds)),
         folder / "index.html" if args.html else folder,
     )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + "s" * (number != 1)
 
 
 def serve(args: argparse.Namespace, requests: Iterable[str], answers: TextIO) -> None:

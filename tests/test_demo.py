@@ -83,6 +83,18 @@ def test_any_vocabulary(call, tmp_path):
     assert {d["class"] for d in entry["detections"]} == {"traffic cone", "umbrella"}
 
 
+@pytest.mark.parametrize(("trained_on", "warnings"), [("miniature_ovd_train_base", 1), ("", 0)])
+def test_a_detector_of_icons_is_said_once(call, run_dir, capsys, tmp_path, trained_on, warnings):
+    config = run_dir / "config.yaml"
+    names = f"('{trained_on}',)" if trained_on else "()"
+    changed = load_config(str(config), ["DATASETS.TRAIN", names])
+    config.write_text(changed.dump())
+    images = tmp_path / "world" / "images"
+    call("--input", images / "1.png", images / "2.png")
+    said = capsys.readouterr()
+    assert (said.out + said.err).count("rendered icons only: run.") == warnings
+
+
 def test_threshold(run_dir, tmp_path):
     arguments = ["--config-file", str(run_dir / "config.yaml"), "--output", str(tmp_path / "out")]
     picture = str(tmp_path / "world" / "images" / "2.png")
@@ -109,6 +121,17 @@ def test_pictures_of_the_same_name_do_not_overwrite_each_other(call, tmp_path):
     assert [entry["annotated"] for entry in content["images"]] == ["1.png", "1_1.png"]
     with Image.open(output / "1_1.png") as annotated:
         assert annotated.size == (640, 320)
+
+
+def test_what_was_found_is_counted_in_words(call, capsys, tmp_path):
+    images = tmp_path / "world" / "images"
+    for arguments, words in (
+        (["--input", images / "1.png", "--top-k", "1"], "1 detection in 1 picture: see "),
+        (["--input", images / "1.png", images / "2.png", "--top-k", "1"], "2 detections in 2 pict"),
+    ):
+        call(*arguments)
+        said = capsys.readouterr()
+        assert words in said.out + said.err
 
 
 @pytest.mark.parametrize("link", [False, True])

@@ -62,10 +62,10 @@ PROMISES = {
     ],
     "docs/transfer.md": ["output/glyphs/inference/transfer.json"],
     "docs/demo.md": [
-        *("output/detections/00000.png", "output/detections/detections.json"),
+        *("output/detections/00340.png", "output/detections/detections.json"),
         *("output/detections/video/trip.webm", "output/detections/video/trip.jsonl"),
         *("output/detections/video/index.html", "output/detections/page/index.html"),
-        *("output/detections/page/00000_heat_maps.png", "output/detections/coco/coco_results.json"),
+        *("output/detections/page/00340_heat_maps.png", "output/detections/coco/coco_results.json"),
     ],
     "docs/export.md": ["detector.onnx", "any_classes.onnx", "mine.npz"],
     "docs/training_with_cache.md": ["output/miniature_cache/manifest.json"],

@@ -273,6 +273,8 @@ def expected_rows(instances, names):
 def test_from_a_picture_to_its_boxes(visit, server, world, reference):
     picture = world.pictures[1]
     page = visit()
+    icons = page.page.locator("#icons_only").inner_text()  # the runs' DATASETS.TRAIN
+    assert "rendered icons only: first, another." in icons
     page.upload(picture)
     page.says("Detections shown")
     page.type_names("cup,\ndog , red box, zebra")

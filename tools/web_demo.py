@@ -5,9 +5,10 @@
     python tools/web_demo.py --compare "no distillation=output/miniature/atss"
     python tools/web_demo.py --config-file configs/hierkd_R50.yaml --opts MODEL.WEIGHTS model.pth
 
-Without ``--run`` and ``--config-file`` it shows the detector that ``make demo`` trained. It listens
-on this machine alone, uses no other one, and writes into one temporary folder, which is removed at
-the end (Ctrl-C). Needs Gradio: pip install -e '.[web]'. docs/web_demo.md says more.
+Without ``--run`` and ``--config-file`` it shows the detector that ``make demo`` trained, which
+knows rendered icons only: photographs need a detector trained on photographs. It listens on this
+machine alone, uses no other one, and writes into one temporary folder, which is removed at the end
+(Ctrl-C). Needs Gradio: pip install -e '.[web]'. docs/web_demo.md says more.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from hierkd.atomic_files import replacing
 from hierkd.engine.demonstration import (
     DEFAULT_RUN,
     add_detector_options,
+    icons_only,
     load_detector,
     parse_compared,
     title_of,
@@ -230,11 +232,13 @@ STYLE = """
 #title h1 { font-size: 1.6rem; margin: .2rem 0 .1rem; }
 #title p { margin: 0; opacity: .75; }
 #side { max-width: 460px; }
-#message .html-container, .found .html-container { padding: 0 !important; }
+#message .html-container, #icons_only .html-container,
+.found .html-container { padding: 0 !important; }
 .message { padding: .6rem .9rem; border-radius: 8px; border: 1px solid var(--border-color-primary);
   background: var(--background-fill-secondary); color: var(--body-text-color);
   overflow-wrap: anywhere; }
 .message.error { border-color: #d92d20; background: #fef3f2; color: #912018; font-weight: 500; }
+.message.note { border-color: #e0b252; background: #fffaeb; color: #7a4100; }
 .message.good { border-color: #a6d5b5; background: #f1faf4; color: #14532d; }
 #downloads { justify-content: flex-end; }
 #downloads button { flex: 0 0 auto; }
@@ -252,6 +256,7 @@ STYLE = """
 .found i { display: inline-block; width: .85em; height: .85em; border-radius: 2px;
   margin-right: .5em; vertical-align: -.05em; border: 1px solid rgba(0, 0, 0, .25); }
 .dark .message.error { background: #3b1210; color: #fecdca; }
+.dark .message.note { border-color: #8a6116; background: #2e2208; color: #fedf89; }
 .dark .message.good { border-color: #2f6b45; background: #10291a; color: #d1f0dc; }
 @media (max-width: 900px) { #side { max-width: none; } }
 """
@@ -307,6 +312,8 @@ def build_page(gr: Any, handlers: Handlers, names: str, examples: Sequence[Path]
             "Moving the threshold does not detect anew.",
             elem_id="title",
         )
+        if icons := icons_only(handlers.predictors):
+            gr.HTML(f'<div class="message note">{escape(icons)}</div>', elem_id="icons_only")
         with gr.Row(equal_height=False):
             inputs = _lay_out_inputs(gr, handlers.limits, names, examples)
             outputs = _lay_out_outputs(gr, list(handlers.predictors))

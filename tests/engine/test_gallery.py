@@ -6,6 +6,9 @@ from detectron2.data import DatasetCatalog
 from detectron2.structures import Boxes, Instances
 
 from hierkd.engine.gallery import (
+    CORRECT_COLOR,
+    UNCOUNTED_COLOR,
+    WRONG_COLOR,
     Box,
     Sample,
     best_sample_per_class,
@@ -198,11 +201,22 @@ def test_drawing_tells_verdicts_apart():
     assert all(edge_colours)
 
 
-def test_the_overview_puts_pairs_in_rows_with_white_between():
+def test_the_overview_has_headings_above_pairs_and_a_legend_below():
     samples = [Sample(BLANK, f"{i}.png", (), ()) for i in range(3)]
-    sheet = draw_overview(samples, columns=2, gap_px=10)
     height, width, _ = draw_sample(samples[0], ()).shape
-    assert sheet.shape == (2 * height + 10, 2 * (2 * width) + 10, 3)
-    assert (sheet[:height, 2 * width : 2 * width + 10] == 255).all()
-    assert (sheet[height + 10 :, 2 * width + 10 :] == 255).all()  # no fourth pair
-    assert (sheet[:height, : 2 * width] == 0).all()
+    black = (draw_overview(samples, columns=2) == 0).all(axis=2)
+    lines = [int(row.sum()) for row in black if row.sum() >= 2 * width]  # no text has so many
+    assert lines == [4 * width] * height + [2 * width] * height  # and there is no fourth pair
+
+
+def test_the_overview_labels_base_classes_and_says_the_colours():
+    boxes = [Box((2, 2, 14, 14), "bee", "uncounted", 0.9)]
+    plain = draw_overview([Sample(BLANK, "1.png", (), ())])
+    named = draw_overview([Sample(BLANK, "1.png", (), tuple(boxes))])
+    unnamed = draw_sample(Sample(BLANK, "1.png", (), ()), boxes)
+    assert plain.shape == named.shape
+    changed = (plain != named).any(axis=2).sum()
+    assert changed > (unnamed != 0).any(axis=2).sum()  # the label, too
+    for color in (CORRECT_COLOR, WRONG_COLOR, UNCOUNTED_COLOR):
+        swatch = (plain == np.round(255 * np.array(color))).all(axis=2)
+        assert swatch.sum() >= 400

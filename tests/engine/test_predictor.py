@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import Boxes, Instances
 from PIL import Image
 
@@ -127,6 +127,27 @@ def test_from_config_loads_the_weights_and_the_largest_vocabulary(make_cfg, tmp_
     assert set(predictor(image).pred_classes.tolist()) == {0}
 
 
+@pytest.mark.parametrize(
+    ("trained_on", "icons"),
+    [
+        (["miniature_ovd_train_base"], True),
+        (["coco_ovd_train_base_48_17"], False),
+        (["miniature_ovd_train_base", "mine_train_base"], False),
+        ([], False),  # not known
+    ],
+)
+def test_a_detector_of_the_miniature_alone_says_so(trained_on, icons):
+    predictor = OpenVocabularyPredictor(
+        model=RecordingModel(), min_size=64, max_size=64, trained_on=trained_on
+    )
+    assert predictor.trained_on == tuple(trained_on)
+    assert predictor.knows_icons_only is icons
+
+
+def test_what_a_run_was_trained_on(predictor):
+    assert predictor.trained_on == ("miniature_ovd_train_base",)
+
+
 def test_missing_weights_are_named(make_cfg):
     with pytest.raises(FileNotFoundError, match=r"nowhere/model\.pth"):
         OpenVocabularyPredictor(make_cfg("MODEL.WEIGHTS", "nowhere/model.pth"))
@@ -155,6 +176,32 @@ def test_vocabulary_from_a_dataset(tmp_path):
 def test_unusable_vocabularies(text, message):
     with pytest.raises(ValueError, match=message):
         resolve_vocabulary(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("toy_wrld_all", "did you mean 'toy_world_all'"),
+        ("toy_world_al", "did you mean 'toy_world_all'"),
+        ("cat;dog", "separated by commas"),
+        ("names/mine", "no file of this name exists"),
+        (".", "is a folder"),
+    ],
+)
+def test_what_looks_like_something_else_than_names(tmp_path, text, message):
+    MetadataCatalog.get("toy_world_all").thing_classes = ["a"]
+    DatasetCatalog.register("toy_world_all", list)
+    try:
+        assert resolve_vocabulary("toy_world_all") == ["a"]
+        with pytest.raises(ValueError, match=message):
+            resolve_vocabulary(text)
+        # Of several names none is taken for a dataset, and classes are not like one.
+        assert resolve_vocabulary("toy_world_al,dog") == ["toy_world_al", "dog"]
+        assert resolve_vocabulary("toy world all") == ["toy world all"]
+        assert resolve_vocabulary("traffic_cone") == ["traffic_cone"]
+    finally:
+        DatasetCatalog.remove("toy_world_all")
+        MetadataCatalog.remove("toy_world_all")
 
 
 # ------------------------------------------------------------------ from_checkpoint and predict

@@ -42,6 +42,7 @@ __all__ = [
     "add_detector_options",
     "annotate_picture",
     "annotate_video",
+    "icons_only",
     "load_detector",
     "parse_compared",
     "title_of",
@@ -118,6 +119,24 @@ def load_detector(
         overrides += ["MODEL.WEIGHTS", str(trained)]
     predictor = OpenVocabularyPredictor(load_config(config_file, overrides))
     return predictor
+
+
+def icons_only(predictors: Mapping[str, OpenVocabularyPredictor]) -> str:
+    """Say which detectors are useless on photographs, since they saw the miniature alone.
+
+    Args:
+        predictors: By title.
+
+    Returns:
+        A sentence or two for the user; "" if there is no such detector.
+    """
+    titles = [title for title, predictor in predictors.items() if predictor.knows_icons_only]
+    if not titles:
+        return ""
+    return (
+        f"Trained on the miniature's rendered icons only: {', '.join(titles)}. Detections in "
+        "photographs are noise; these need a detector that was trained on photographs."
+    )
 
 
 def parse_compared(texts: Sequence[str], first: str) -> dict[str, str]:

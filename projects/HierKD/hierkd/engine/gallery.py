@@ -16,7 +16,7 @@ from detectron2.utils.logger import log_every_n_seconds
 from numpy.typing import NDArray
 
 from hierkd.data.dataset_mapper import read_picture
-from hierkd.engine.visualization import Color, Image, draw_boxes
+from hierkd.engine.visualization import Color, Image, SheetRow, draw_boxes, draw_sheet
 
 __all__ = [
     "CORRECT",
@@ -50,6 +50,14 @@ CORRECT, WRONG, UNCOUNTED = "correct", "wrong", "uncounted"
 _COLORS = {CORRECT: CORRECT_COLOR, WRONG: WRONG_COLOR, UNCOUNTED: UNCOUNTED_COLOR}
 
 _MATCH_IOU = 0.5  # that of AP50
+
+# Of an overview.
+_HEADINGS = ("ground truth", "detected")
+_LEGEND = (
+    (CORRECT_COLOR, "novel class, correct"),
+    (WRONG_COLOR, "novel class, wrong"),
+    (UNCOUNTED_COLOR, "base class"),
+)
 
 
 @dataclass(frozen=True)
@@ -371,28 +379,30 @@ def draw_sample(
     )
 
 
-def draw_overview(samples: Sequence[Sample], *, columns: int = 3, gap_px: int = 12) -> Image:
-    """Draw ground truth (left) beside detections (right) of several pictures on one sheet.
+def draw_overview(samples: Sequence[Sample], *, columns: int = 2) -> Image:
+    """Draw ground truth beside detections of several pictures on one sheet, all of them labelled.
 
     Args:
         samples: Pictures of one size.
         columns: Pairs per row.
-        gap_px: White space between pairs.
 
     Returns:
-        (H, W, 3) RGB.
+        (H, W, 3) RGB, on white, with a heading above each picture and a legend below all.
     """
-    pairs = [
-        np.concatenate([draw_sample(s, s.truth), draw_sample(s, s.detections)], axis=1)
-        for s in samples
+    panels = [
+        draw_sample(sample, boxes, label_uncounted=True)
+        for sample in samples
+        for boxes in (sample.truth, sample.detections)
     ]
-    height, width, _ = pairs[0].shape
-    rows = -(-len(pairs) // columns)
-    sheet: Image = np.full(
-        (rows * (height + gap_px) - gap_px, columns * (width + gap_px) - gap_px, 3), 255, np.uint8
+    width = max(panel.shape[1] for panel in panels)
+    in_rows = [panels[start : start + 2 * columns] for start in range(0, len(panels), 2 * columns)]
+    return draw_sheet(
+        [SheetRow(row, _HEADINGS * (len(row) // 2)) for row in in_rows],
+        panel_px=width,
+        legend=[(np.full((20, 20, 3), _as_bytes(color), np.uint8), t) for color, t in _LEGEND],
+        title_px=26,
     )
-    for index, pair in enumerate(pairs):
-        y, x = divmod(index, columns)
-        top, left = y * (height + gap_px), x * (width + gap_px)
-        sheet[top : top + height, left : left + width] = pair
-    return sheet
+
+
+def _as_bytes(color: Color) -> tuple[int, ...]:
+    return tuple(round(255 * channel) for channel in color)

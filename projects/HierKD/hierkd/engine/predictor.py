@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 import os
 import threading
@@ -44,6 +45,9 @@ logger = logging.getLogger(__name__)
 CONFIG_NAME = "config.yaml"  # what a training leaves in its folder
 FINAL_WEIGHTS = "model_final.pth"  # what detectron2's trainer calls its last checkpoint
 LAST_CHECKPOINT = "last_checkpoint"  # and where it notes the name of the latest
+_MINIATURE = "miniature_ovd_"  # what the names of the miniature's datasets begin with
+# How alike (difflib's ratio) a text and a dataset's name are that was meant. [ours]
+_MISSPELT = 0.8
 
 # Images per forward pass of a list, where they have one size. [ours] Video frames and tiles gain on
 # a GPU; photographs of many sizes go one by one, as in detectron2's own predictor.
@@ -64,7 +68,13 @@ class OpenVocabularyPredictor:
 
     @configurable
     def __init__(
-        self, *, model: nn.Module, min_size: int, max_size: int, image_format: str = "BGR"
+        self,
+        *,
+        model: nn.Module,
+        min_size: int,
+        max_size: int,
+        image_format: str = "BGR",
+        trained_on: Sequence[str] = (),
     ) -> None:
         """Wrap a model; ``OpenVocabularyPredictor(cfg)`` builds one and loads its weights.
 
@@ -73,6 +83,7 @@ class OpenVocabularyPredictor:
             min_size: Length the shorter side is resized to, in pixels.
             max_size: Limit of the longer side, in pixels.
             image_format: Channel order the model was trained with, "RGB" or "BGR".
+            trained_on: Names of the datasets it was trained on; none are not known.
 
         Raises:
             ValueError: ``image_format`` is neither.
@@ -82,6 +93,7 @@ class OpenVocabularyPredictor:
         self.model: Any = model.eval()
         self.resize = ResizeShortestEdge([min_size, min_size], max_size)
         self.image_format = image_format
+        self.trained_on = tuple(trained_on)
         self._lock = threading.RLock()
 
     @classmethod
@@ -149,12 +161,20 @@ class OpenVocabularyPredictor:
             "min_size": cfg.INPUT.MIN_SIZE_TEST,
             "max_size": cfg.INPUT.MAX_SIZE_TEST,
             "image_format": cfg.INPUT.FORMAT,
+            "trained_on": tuple(cfg.DATASETS.TRAIN),
         }
 
     @property
     def vocabulary(self) -> tuple[str, ...]:
         """Class names that ``pred_classes`` index."""
         return tuple(self.model.vocabulary_names)
+
+    @property
+    def knows_icons_only(self) -> bool:
+        """Whether it was trained on the miniature alone: what it finds in photographs is noise."""
+        return bool(self.trained_on) and all(
+            name.startswith(_MINIATURE) for name in self.trained_on
+        )
 
     @property
     def device(self) -> torch.device:
@@ -430,6 +450,14 @@ def _weights_in(folder: Path) -> Path:
     return final
 
 
+def _near_dataset(name: str) -> str | None:
+    """The registered dataset that a text is a misspelling of; None if it is of none."""
+    if "_" not in name or " " in name:  # as in the names of datasets, and not in those of classes
+        return None
+    known = DatasetCatalog.list()
+    return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=_MISSPELT)), None)
+
+
 def resolve_vocabulary(text: str) -> list[str]:
     """Read class names as a user types them.
 
@@ -442,7 +470,8 @@ def resolve_vocabulary(text: str) -> list[str]:
 
     Raises:
         ValueError: No names, a blank name between commas, a repeated name, or one that is no
-            name (:func:`hierkd.modeling.text_embeddings.check_names`).
+            name (:func:`hierkd.modeling.text_embeddings.check_names`); or it looks like something
+            else: a folder, a path, names between semicolons, a misspelt dataset.
         FileNotFoundError: A .txt or .json is named that does not exist.
     """
     if text in DatasetCatalog.list():
@@ -453,5 +482,19 @@ def resolve_vocabulary(text: str) -> list[str]:
     names = [name.strip() for name in text.split(",")]
     if not any(names):
         raise ValueError("the vocabulary is empty: give class names separated by commas")
+    if text.strip() and os.path.isdir(text.strip()):
+        raise ValueError(
+            f"the vocabulary {text!r} is a folder: give class names, or a file of them"
+        )
+    if odd := [name for name in names if ";" in name or "/" in name]:
+        raise ValueError(
+            f"the vocabulary has {odd[0]!r}: names are separated by commas and hold neither ';' "
+            "nor '/', and no file of this name exists; names with these go into a text file"
+        )
+    if len(names) == 1 and (near := _near_dataset(names[0])):
+        raise ValueError(
+            f"the vocabulary {names[0]!r} is no registered dataset; did you mean {near!r}? A class "
+            "of this name goes into a text file"
+        )
     check_names(names, "the vocabulary")
     return names

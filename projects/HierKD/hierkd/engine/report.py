@@ -43,7 +43,7 @@ from hierkd.evaluation.heat_maps import overlay_heat_map, score_heat_maps
 __all__ = ["write_report"]
 
 _HEAT_MAP_PICTURES = 3
-# Pictures of overview.jpg: two rows. [ours]
+# Pictures of overview.jpg: three rows. [ours]
 _OVERVIEW_PICTURES = 6
 # Bright end of a heat map's colours where every score is tiny, so that noise stays dark. [ours]
 _MIN_HEAT_RANGE = 0.05
