@@ -1,7 +1,7 @@
 """An exported detector in onnxruntime beside PyTorch, on the CPU.
 
 From the resized picture to boxes with classes and scores; random weights, one random picture. Both
-get as many threads (--threads). onnxruntime comes with ``pip install 'hierkd[export]'``; the
+get as many threads (--threads). onnxruntime comes with ``pip install -e '.[export]'``; the
 export takes a minute before anything is timed.
 """
 

@@ -2,7 +2,7 @@
 
 From the picture as the network gets it to boxes with classes and scores; random weights, which have
 the speed of trained ones. OWLv2 and Grounding DINO come from ``transformers``
-(``pip install 'hierkd[peers]'``) and are built from the published sizes of ``owlv2-base-patch16``
+(``pip install -e '.[peers]'``) and are built from the published sizes of ``owlv2-base-patch16``
 and ``grounding-dino-tiny``. Every detector gets the picture at the size its authors use, scaled by
 the same factor (``--scale``); OWLv2's square has fewer pixels than the rectangle of the others.
 """

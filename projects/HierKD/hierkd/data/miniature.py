@@ -151,7 +151,7 @@ def _font(key: str) -> tuple[ImageFont.FreeTypeFont, dict[str, str]]:
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError(
             "the miniature world is drawn with the icon fonts of the package qtawesome, which is "
-            "not installed: pip install 'hierkd[miniature]'"
+            "not installed: pip install -e '.[miniature]'"
         )
     folder = Path(spec.origin).parent / "fonts"
     tables = sorted(folder.glob(f"{_FONTS[key]}-charmap-*.json"))

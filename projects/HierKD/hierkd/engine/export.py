@@ -2,7 +2,7 @@
 
 Both hold one graph from a resized picture to its detections, of any size of picture, with the
 class names and all that a consumer needs to know as metadata. ONNX is written with ``onnx`` and
-``onnxscript`` and run with ``onnxruntime`` (``pip install 'hierkd[export]'``); the ``.pt2`` of
+``onnxscript`` and run with ``onnxruntime`` (``pip install -e '.[export]'``); the ``.pt2`` of
 :func:`torch.export.save` needs nothing more, and torchvision where it is loaded.
 """
 
@@ -78,7 +78,7 @@ def require_packages(*names: str) -> None:
     if missing:
         raise ImportError(
             f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed: "
-            f"pip install {' '.join(missing)}, or pip install 'hierkd[export]'"
+            f"pip install {' '.join(missing)}, or pip install -e '.[export]'"
         )
 
 
