@@ -370,7 +370,7 @@ def test_without_the_fonts_the_error_says_what_to_install(
     miniature._font.cache_clear()
     miniature._glyph.cache_clear()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'hierkd\[miniature\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install -e '.\[miniature\]'"):
         ensure_miniature(tmp_path, SPEC)
     assert not files_of(tmp_path)
 
