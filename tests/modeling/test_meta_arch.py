@@ -164,7 +164,7 @@ def test_distilled_regions_are_ground_truth_boxes_by_key(build):
 
 
 def test_only_well_localised_positives_are_distilled_and_crops_are_limited(build):
-    never = build("MODEL.IKD.IOU_THRESH", 1.1)
+    never = build("MODEL.IKD.IOU_THRESH", 1.0)
     assert train_losses(never, batch())["loss_ikd"] == 0
     limited = build("MODEL.IKD.IOU_THRESH", 0.0, "MODEL.IKD.MAX_CROPS_PER_IMAGE", 2)
     train_losses(limited, batch())

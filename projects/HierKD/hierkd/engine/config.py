@@ -41,7 +41,6 @@ _RANGES = {
     "MODEL.ATSS.TOPK": (1, math.inf),
     "MODEL.IKD.LOSS_WEIGHT": (0, math.inf),
     "MODEL.IKD.IOU_THRESH": (0, 1),
-    "MODEL.IKD.MERGE_CROPS_IOU": (0, 1),
     "MODEL.IKD.MAX_CROPS_PER_IMAGE": (0, math.inf),
     "MODEL.GKD.LOSS_WEIGHT": (0, math.inf),
 }
