@@ -207,6 +207,7 @@ def process(rank: int, folder: Path) -> None:
     train(folder)
     dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # detectron2's groups may abort an interpreter that ends
 
 
 train_net_teacher = meta_arch.build_teacher

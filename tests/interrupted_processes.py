@@ -61,6 +61,7 @@ def process(rank: int, folder: Path) -> None:
         (folder / f"status_{rank}").write_text(str(error.code))
     dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # detectron2's groups may abort an interpreter that ends
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import itertools
 import json
 import logging
 import math
+import os
 
 import numpy as np
 import pytest
@@ -422,6 +423,9 @@ def _evaluate_in_one_of_two_processes(path, name, result_file):
             json.dump(results, file)
     elif results:
         raise AssertionError("only the main process may have results")
+    comm.synchronize()
+    torch.distributed.destroy_process_group()
+    os._exit(0)  # detectron2's groups may abort an interpreter that ends
 
 
 @pytest.mark.skipif(
