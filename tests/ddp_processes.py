@@ -20,6 +20,7 @@ from fake_teacher import FakeTeacher
 from hierkd.data.dataset_mapper import check_images
 from hierkd.data.loader import build_resumable_train_loader
 from hierkd.engine.config import load_config
+from hierkd.engine.launching import leave_groups
 from hierkd.modeling import meta_arch
 from hierkd.modeling.gathering import gather_rows
 from tiny_training import CONFIG, command_line, miniature_at, own_log_handlers
@@ -206,8 +207,7 @@ def process(rank: int, folder: Path) -> None:
     meta_arch.build_teacher = train_net_teacher
     train(folder)
     dist.barrier()
-    dist.destroy_process_group()
-    os._exit(0)  # detectron2's groups may abort an interpreter that ends
+    leave_groups()
 
 
 train_net_teacher = meta_arch.build_teacher

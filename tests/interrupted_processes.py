@@ -19,6 +19,7 @@ from detectron2.utils.logger import setup_logger
 
 from hierkd.engine.checkpoint import HierKDCheckpointer
 from hierkd.engine.interruption import Interruption, passing_signals_on
+from hierkd.engine.launching import leave_groups
 
 NUM_PROCESSES, MAX_ITER = 2, 1000
 STOPPING, SIGNALLED = 3, 1  # the step, and the process, that the signal arrives in
@@ -60,8 +61,7 @@ def process(rank: int, folder: Path) -> None:
     except SystemExit as error:
         (folder / f"status_{rank}").write_text(str(error.code))
     dist.barrier()
-    dist.destroy_process_group()
-    os._exit(0)  # detectron2's groups may abort an interpreter that ends
+    leave_groups()
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from detectron2.utils import comm
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from hierkd.engine.launching import leave_groups
 from hierkd.engine.non_finite import NonFiniteGuard
 
 NUM_PROCESSES = 2
@@ -68,4 +69,4 @@ def process(rank, folder, wrong):
         trainer.train(0, 3)
     except FloatingPointError as error:
         (Path(folder) / f"{rank}.txt").write_text(f"{type(error).__name__}: {error}")
-    dist.destroy_process_group()
+    leave_groups()

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from detectron2.utils import comm
 from torch.multiprocessing import ProcessExitedException
 
 import tiny_training
@@ -422,3 +424,16 @@ def test_status_of_a_process_that_ended(monkeypatch, code, name, expected):
     with pytest.raises(SystemExit) as caught:
         launch_processes(pytest.fail, get_parser().parse_args(["--num-gpus", "4"]), "cpu")
     assert caught.value.code == expected or str(caught.value).startswith(str(expected))
+
+
+def test_no_group_outlasts_the_work(tmp_path):
+    for number in range(2):  # what detectron2 remembers of the first job would be in the way
+        store = f"file://{tmp_path}/store{number}"
+        dist.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+        comm.create_local_process_group(1)
+        comm._get_global_gloo_group()
+        launching.leave_groups()
+        assert not dist.is_initialized()
+        assert comm._LOCAL_PROCESS_GROUP is None
+        assert comm._get_global_gloo_group.cache_info().currsize == 0
+    launching.leave_groups()  # nothing is left to do

@@ -24,7 +24,7 @@ from torch.multiprocessing.spawn import ProcessExitedException
 from hierkd.engine.cpu_memory import keep_freed_memory
 from hierkd.engine.interruption import passing_signals_on
 
-__all__ = ["get_parser", "launch_processes"]
+__all__ = ["get_parser", "launch_processes", "leave_groups"]
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -117,6 +117,20 @@ def _main_in_process(
     """What each process runs; ``share`` of them share the cores of this machine."""
     _prepare_cpu(device, share)
     main(args)
+    leave_groups()
+
+
+def leave_groups() -> None:
+    """End this process's part in the groups of a job whose work is done.
+
+    Not after an error: the others may wait in a collective. detectron2 keeps two groups of its own
+    until the interpreter ends, whose threads may then abort the process after all its work.
+    """
+    if dist.is_initialized():
+        comm._LOCAL_PROCESS_GROUP = None
+        comm.create_local_process_group.cache_clear()
+        comm._get_global_gloo_group.cache_clear()
+        dist.destroy_process_group()
 
 
 def _prepare_cpu(device: str, processes: int) -> None:
@@ -230,4 +244,4 @@ def _run_under_torchrun(
     comm.create_local_process_group(launched.local_world_size)
     comm.synchronize()
     main(args)
-    dist.destroy_process_group()  # not after an error: the others may wait in a collective
+    leave_groups()
