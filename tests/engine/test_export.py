@@ -325,6 +325,12 @@ def test_unusable_outputs(tmp_path) -> None:
         check_output(tmp_path / "file" / "detector.pt2")
 
 
+def test_without_a_shift_the_training_vocabulary_need_not_be_known() -> None:
+    predictor = make_predictor()
+    predictor.model.training_vocabulary = ()
+    assert ExportableDetector(predictor.model).novel_shift is None
+
+
 def test_a_shift_by_name_needs_the_names() -> None:
     predictor = make_predictor("MODEL.ATSS.NOVEL_LOGIT_SHIFT", "0.7")
     with pytest.raises(ValueError, match="NOVEL_LOGIT_SHIFT"):

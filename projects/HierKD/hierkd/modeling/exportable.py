@@ -83,13 +83,9 @@ class ExportableDetector(nn.Module):
             )
         if not vocabulary_as_input and not names:
             raise ValueError("the vocabulary is empty: set one before exporting")
-        is_novel = detector.are_novel(names)
-        compete = any(is_novel) and not all(is_novel)
         # Buffers that are not used are none at all: torch.export cannot save empty ones.
-        shift = representatives = None
-        if compete and self.settings.novel_logit_shift:
-            shift = self.settings.novel_logit_shift * texts.new_tensor(is_novel)
-        self.register_buffer("novel_shift", shift)
+        self.register_buffer("novel_shift", detector.novel_logit_shifts())
+        representatives = None
         if names and 0 < self.settings.preselect_above < len(names):
             means = vocabulary_representatives(texts)
             representatives = torch.cat([means, detector.training_embeddings])

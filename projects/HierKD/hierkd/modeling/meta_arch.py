@@ -405,6 +405,17 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
         known = _overlap(tuple(names), self.training_vocabulary).known
         return [name not in known for name in names]
 
+    def novel_logit_shifts(self) -> Tensor | None:
+        """(K,) what ``novel_logit_shift`` adds to the logits of the classes.
+
+        None where it changes nothing: it is 0, or base and novel classes do not compete.
+        """
+        shift = self.inference_settings.novel_logit_shift
+        is_novel = self.are_novel(self.vocabulary_names) if shift else []
+        if not any(is_novel) or all(is_novel):
+            return None
+        return shift * self.text_classifier.text_embeddings.new_tensor(is_novel)
+
     def _teacher_or_raise(self) -> Teacher:
         if self.teacher is None:
             raise RuntimeError("this detector was built without a teacher, and this needs one")
@@ -792,12 +803,10 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
         """
         logits: Tensor = self.text_classifier(embeddings, weight)
         probs = logits.softmax(dim=-1)[..., :-1]
-        shift = self.inference_settings.novel_logit_shift
-        if shift:
-            is_novel = self.are_novel(self.vocabulary_names)
-            if any(is_novel) and not all(is_novel):
-                shifted = logits[..., :-1] + shift * logits.new_tensor(is_novel)
-                probs = probs.sum(dim=-1, keepdim=True) * shifted.softmax(dim=-1)
+        shifts = self.novel_logit_shifts()
+        if shifts is not None:
+            shifted = logits[..., :-1] + shifts
+            probs = probs.sum(dim=-1, keepdim=True) * shifted.softmax(dim=-1)
         return probs
 
     def _detect(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Instances]]:
