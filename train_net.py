@@ -119,8 +119,7 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # detectron2 is untyped
         hooks: list[Any] = super().build_hooks()
         with in_every_process("choosing the pictures of TEST.VIS_PICTURES"):
             if comm.is_main_process():  # before the writer, which comes last
-                detector = getattr(self.model, "module", self.model)
-                hooks[-1:-1] = build_monitoring_hooks(self.cfg, detector)
+                hooks[-1:-1] = build_monitoring_hooks(self.cfg, without_ddp(self.model))
         return [BoundHistories(), *hooks, self._interruption]
 
     def build_writers(self) -> list[Any]:
@@ -261,7 +260,7 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # detectron2 is untyped
         Returns:
             Results per dataset name, also when there is only one dataset.
         """
-        detector: Any = model.module if hasattr(model, "module") else model
+        detector = without_ddp(model)
         broadcast_buffers(detector)  # what is evaluated is what is saved
         results: OrderedDict[str, Any] = OrderedDict()
         for index, name in enumerate(cfg.DATASETS.TEST):
@@ -287,10 +286,10 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # detectron2 is untyped
         """Embed the class names of each test dataset, so that no evaluation lacks any.
 
         Raises:
-            ValueError: the teacher has no embedding of a name; names the dataset.
-            FileNotFoundError: that needs CLIP, and its weights are not there; likewise.
+            ValueError: the teacher has no embedding of a name.
+            FileNotFoundError: that needs CLIP, and its weights are not there.
         """
-        detector: Any = model.module if hasattr(model, "module") else model
+        detector = without_ddp(model)
         if not hasattr(detector, "vocabulary"):
             return
         for name in cfg.DATASETS.TEST:
@@ -299,6 +298,11 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # detectron2 is untyped
                 detector.vocabulary(MetadataCatalog.get(name).thing_classes),
             ):
                 pass
+
+
+def without_ddp(model: nn.Module) -> Any:
+    """The detector itself."""
+    return getattr(model, "module", model)
 
 
 def overlap_with_training(cfg: Any, dataset_name: str) -> Overlap | None:

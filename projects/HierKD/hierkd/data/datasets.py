@@ -38,6 +38,7 @@ __all__ = [
     "check_captions",
     "check_datasets",
     "check_registered",
+    "closest_dataset",
     "datasets_root",
     "load_ovd_json",
     "register_coco_ovd",
@@ -451,12 +452,22 @@ def check_registered(names: Iterable[str]) -> None:
     registered = DatasetCatalog.list()
     for name in names:
         if name not in registered:
-            close = get_close_matches(name, registered, n=1)
+            close = closest_dataset(name)
             ours = sorted(each for each in registered if "_ovd_" in each)
             raise ValueError(
-                f"Unknown dataset {name!r}{f' (did you mean {close[0]!r}?)' if close else ''}; "
+                f"Unknown dataset {name!r}{f' (did you mean {close!r}?)' if close else ''}; "
                 f"this project registers {ours}."
             )
+
+
+def closest_dataset(name: str, least: float = 0.6) -> str | None:
+    """The registered dataset whose name is most like ``name``; None if none is ``least`` alike.
+
+    Args:
+        name: What was typed.
+        least: difflib's ratio, 0..1; its own default.
+    """
+    return next(iter(get_close_matches(name, DatasetCatalog.list(), n=1, cutoff=least)), None)
 
 
 def register_coco_ovd(root: str | None = None) -> None:

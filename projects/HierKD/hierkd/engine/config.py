@@ -52,6 +52,11 @@ _NOT_READ: dict[str, tuple[Any, str]] = {
     ),
     "DATALOADER.REPEAT_THRESHOLD": (0.0, "it belongs to detectron2's RepeatFactorTrainingSampler"),
     "TEST.AUG.ENABLED": (False, "there is no test-time augmentation"),
+    "MODEL.LOAD_PROPOSALS": (
+        False,
+        "no model here uses proposals from files, and detectron2 would run pickled code from "
+        "DATASETS.PROPOSAL_FILES_TRAIN and PROPOSAL_FILES_TEST",
+    ),
 }
 _SEEDS = 2**31  # numpy has twice as many; each process adds its number
 
@@ -72,9 +77,9 @@ def load_config(config_file: str, overrides: Sequence[str] = ()) -> Any:
         FileNotFoundError: if the file, or its ``_BASE_``, does not exist.
         ValueError: if the file is not YAML, a key is unknown or a value has the wrong type (names
             the file or the command line, and the key), MODEL.DEVICE is no device that PyTorch
-            has here, a number is out of its range, SEED is too large, a key of
-            detectron2's is set that nothing here reads, proposals are to be read, or a file of
-            DATASETS.DEFINITIONS or one that it names, or of prompt templates, is wrong.
+            has here, a number is out of its range, SEED is too large, a key of detectron2's is
+            set that nothing here reads, or a file of DATASETS.DEFINITIONS or one that it names, or
+            of prompt templates, is wrong.
     """
     cfg = _merge(config_file, overrides)
     device = _device(cfg.MODEL.DEVICE)
@@ -85,19 +90,14 @@ def load_config(config_file: str, overrides: Sequence[str] = ()) -> Any:
         logger.warning("SOLVER.AMP.ENABLED needs a CUDA device: training in float32")
         cfg.SOLVER.AMP.ENABLED = False
     for key, (least, most) in _RANGES.items():
-        if not least <= (number := reduce(getitem, key.split("."), cfg)) <= most:
+        if not least <= (number := _value(cfg, key)) <= most:
             expected = f"{least:g} or more" if most == math.inf else f"{least:g} to {most:g}"
             raise ValueError(f"{key} must be {expected}, got {number}")
     if cfg.SEED >= _SEEDS:
         raise ValueError(f"SEED must be below {_SEEDS}, which numpy can take, got {cfg.SEED}")
     for key, (expected, instead) in _NOT_READ.items():
-        if (found := reduce(getitem, key.split("."), cfg)) != expected:
+        if (found := _value(cfg, key)) != expected:
             raise ValueError(f"{key} is {found!r}, but is not read here: {instead}")
-    if cfg.MODEL.LOAD_PROPOSALS:
-        raise ValueError(
-            "MODEL.LOAD_PROPOSALS: no model here uses proposals from files, and detectron2 would "
-            "run pickled code from DATASETS.PROPOSAL_FILES_TRAIN and PROPOSAL_FILES_TEST"
-        )
     _read_templates_file(cfg.MODEL.TEXT_CLASSIFIER)
     register_definitions(cfg.DATASETS.DEFINITIONS)
     if cfg.MODEL.GKD.LOSS_WEIGHT > 0 and has_no_captions(cfg.DATASETS.TRAIN):
@@ -191,10 +191,15 @@ def _check_pairs(overrides: Sequence[str]) -> None:
         raise ValueError(f"expected KEY VALUE pairs, but {overrides[-1]!r} has no value behind it")
 
 
+def _value(cfg: Any, key: str) -> Any:
+    """The value of a dotted key."""
+    return reduce(getitem, key.split("."), cfg)
+
+
 def _as_float(cfg: Any, key: str, value: Any) -> Any:
     """A whole number as a float where the key holds one: yacs tells 1 from 1.0."""
     try:
-        is_float = isinstance(reduce(getitem, key.split("."), cfg), float)
+        is_float = isinstance(_value(cfg, key), float)
         return float(int(value)) if is_float and not isinstance(value, float) else value
     except (KeyError, TypeError, ValueError, AttributeError):
         return value

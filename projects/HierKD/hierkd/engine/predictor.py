@@ -11,7 +11,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
 import threading
@@ -30,6 +29,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
+from hierkd.data.datasets import closest_dataset
 from hierkd.data.resizing import ResizeShortestEdge
 from hierkd.engine.checkpoint import HierKDCheckpointer
 from hierkd.engine.config import load_config
@@ -454,8 +454,7 @@ def _near_dataset(name: str) -> str | None:
     """The registered dataset that a text is a misspelling of; None if it is of none."""
     if "_" not in name or " " in name:  # as in the names of datasets, and not in those of classes
         return None
-    known = DatasetCatalog.list()
-    return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=_MISSPELT)), None)
+    return closest_dataset(name, _MISSPELT)
 
 
 def resolve_vocabulary(text: str) -> list[str]:
