@@ -21,7 +21,7 @@ PACKAGE = ROOT / "projects" / "HierKD" / "hierkd"
 LAYERS = [
     "atomic_files safe_files cache_root engine.metrics_file modeling.logit_scales data.resizing"
     " engine.hardware engine.cpu_memory modeling.clip_model modeling.text_cache"
-    " modeling.frozen_encoder modeling.onednn",
+    " modeling.frozen_encoder",
     "config data.splits data.coco_json data.loader data.dataset_mapper"
     " data.definitions data.dataset_report evaluation.transfer"
     " modeling.losses modeling.sampling modeling.region_crops modeling.mlca"

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck
 
-from hierkd.modeling import onednn
 from hierkd.modeling.text_classifier import TextClassifier
 
 D = 6
@@ -211,11 +210,8 @@ def test_logits_of_a_large_vocabulary_are_those_of_its_parts():
     torch.testing.assert_close(logits[..., -1], few[..., -1])
 
 
-@pytest.mark.parametrize("available", [True, False])
 @pytest.mark.parametrize("shape", [(300,), (2, 3, 5), (0,)])
-def test_many_classes_are_multiplied_exactly_with_and_without_onednn(monkeypatch, shape, available):
-    if not available:
-        monkeypatch.setattr(onednn, "_linear_pointwise", None)
+def test_many_classes_are_multiplied_exactly(shape):
     module = TextClassifier(random(64))
     module.set_vocabulary(random(1000, 64, seed=1))
     points = random(*shape[:-1], 2 * shape[-1], 64, seed=2)[..., ::2, :]  # not contiguous
@@ -224,27 +220,6 @@ def test_many_classes_are_multiplied_exactly_with_and_without_onednn(monkeypatch
     expected = 100.0 * points.double() @ module.weight().double().T
     assert logits.shape == (*shape, 1001)
     torch.testing.assert_close(logits.double(), expected, rtol=0, atol=1e-3)
-
-
-@pytest.mark.skipif(onednn._linear_pointwise is None, reason="PyTorch without oneDNN")
-def test_onednn_is_for_many_classes_in_inference_alone(monkeypatch):
-    used, operator = [], onednn._linear_pointwise
-
-    def spy(*arguments):
-        used.append(len(arguments[1]))
-        return operator(*arguments)
-
-    monkeypatch.setattr(onednn, "_linear_pointwise", spy)
-    module = TextClassifier(torch.ones(8))
-    points = random(4, 8)
-    for number in (20, 500):
-        module.set_vocabulary(torch.ones(number, 8))
-        module(points).sum().backward()  # has no derivative in oneDNN
-        with torch.no_grad():
-            module(points)
-    with torch.no_grad():
-        assert module.double()(points.double()).dtype == torch.float64
-    assert used == [501]
 
 
 def test_tau_c_stays_in_its_range():

@@ -25,7 +25,6 @@ from tqdm import tqdm
 from hierkd.cache_root import cache_root
 from hierkd.modeling.clip_model import CLIPFiles, LoadedCLIP, TokenCounter
 from hierkd.modeling.frozen_encoder import make_batch
-from hierkd.modeling.onednn import use_onednn
 from hierkd.modeling.open_clip_models import (
     OPEN_CLIP_PREFIX,
     OpenCLIPFiles,
@@ -354,8 +353,6 @@ class CLIPTeacher:
             with torch.random.fork_rng(devices=[]), torch.inference_mode(False):
                 loaded = self._files.load(self.device, self.half)
                 loaded.model.visual.to(memory_format=torch.channels_last)
-                if self.device.type == "cpu":
-                    use_onednn(loaded.model)
             self._check_templates(loaded)
             self._loaded = loaded
         return self._loaded

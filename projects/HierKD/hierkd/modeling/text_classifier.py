@@ -9,14 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hierkd.modeling import onednn
 from hierkd.modeling.logit_scales import LOGIT_SCALE_RANGE, check_logit_scale
 
 __all__ = ["TextClassifier"]
-
-# Products with more classes than this are oneDNN's where it can compute them: two cores of an AMD
-# EPYC then take half of the time for 1,203 classes of 512 numbers and 0.4 of it for 20,000. [ours]
-_FEW_CLASSES = 128
 
 
 class TextClassifier(nn.Module):
@@ -148,6 +143,4 @@ class TextClassifier(nn.Module):
             (..., K+1) logits, background last.
         """
         weight = self.weight() if weight is None else weight
-        if len(weight) <= _FEW_CLASSES or torch.is_grad_enabled():
-            return self.logit_scale * F.linear(embeddings, weight)
-        return onednn.linear(self.logit_scale * embeddings, weight)  # the smaller side is scaled
+        return self.logit_scale * F.linear(embeddings, weight)
