@@ -30,8 +30,11 @@ from typing import Any, TextIO
 from detectron2.utils.logger import setup_logger
 from tqdm import tqdm
 
-from hierkd.engine.cpu_memory import keep_freed_memory
-from hierkd.engine.demo_outputs import (
+from hierkd.inference.detections import DetectionFilter, parse_class_thresholds
+from hierkd.inference.json_lines import answer_lines
+from hierkd.inference.predictor import OpenVocabularyPredictor, resolve_vocabulary
+from hierkd.inference.video import find_inputs, is_video
+from hierkd.reports.demo_outputs import (
     VIDEO_CODECS,
     PageEntry,
     Window,
@@ -41,7 +44,7 @@ from hierkd.engine.demo_outputs import (
     write_json,
     write_page,
 )
-from hierkd.engine.demonstration import (
+from hierkd.reports.demonstration import (
     DEFAULT_RUN,
     CocoIds,
     Detectors,
@@ -53,10 +56,7 @@ from hierkd.engine.demonstration import (
     parse_compared,
     title_of,
 )
-from hierkd.engine.detections import DetectionFilter, parse_class_thresholds
-from hierkd.engine.inputs import find_inputs, is_video
-from hierkd.engine.json_lines import answer_lines
-from hierkd.engine.predictor import OpenVocabularyPredictor, resolve_vocabulary
+from hierkd.training.cpu_memory import keep_freed_memory
 
 logger = logging.getLogger("hierkd.demo")
 

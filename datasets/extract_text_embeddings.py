@@ -27,10 +27,10 @@ import torch
 from detectron2.utils.logger import setup_logger
 
 from hierkd.data.splits import COCO_CATEGORIES, SPLITS
-from hierkd.engine.config import load_config
-from hierkd.engine.predictor import resolve_vocabulary
-from hierkd.modeling.teacher import CLIPTeacher
-from hierkd.modeling.text_embeddings import (
+from hierkd.inference.predictor import resolve_vocabulary
+from hierkd.load_config import load_config
+from hierkd.teachers.teacher import CLIPTeacher
+from hierkd.teachers.texts import (
     PROMPT_ENSEMBLE,
     TextEmbeddings,
     check_known_order,

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from hierkd.data.datasets import datasets_root
+from hierkd.data.coco import datasets_root
 from hierkd.data.official_coco import Archive, describe_inputs
 from hierkd.data.prepare import Figure, PartSummary, prepare_coco
 from hierkd.data.splits import COCO_2014, COCO_2017, SPLITS, CocoVariant

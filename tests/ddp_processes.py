@@ -17,12 +17,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 import train_net
 from fake_teacher import FakeTeacher
-from hierkd.data.dataset_mapper import check_images
 from hierkd.data.loader import build_resumable_train_loader
-from hierkd.engine.config import load_config
-from hierkd.engine.launching import leave_groups
-from hierkd.modeling import meta_arch
+from hierkd.data.mapper import check_images
+from hierkd.load_config import load_config
+from hierkd.modeling import detector as meta_arch
 from hierkd.modeling.gathering import gather_rows
+from hierkd.training.launch import leave_groups
 from tiny_training import CONFIG, command_line, miniature_at, own_log_handlers
 
 SIZE = 96

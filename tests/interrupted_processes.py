@@ -17,9 +17,9 @@ from detectron2.engine import TrainerBase, launch
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from hierkd.engine.checkpoint import HierKDCheckpointer
-from hierkd.engine.interruption import Interruption, passing_signals_on
-from hierkd.engine.launching import leave_groups
+from hierkd.checkpoint import HierKDCheckpointer
+from hierkd.training.interruption import Interruption, passing_signals_on
+from hierkd.training.launch import leave_groups
 
 NUM_PROCESSES, MAX_ITER = 2, 1000
 STOPPING, SIGNALLED = 3, 1  # the step, and the process, that the signal arrives in

@@ -71,7 +71,7 @@ def kill_at_rename(name, *, before):
 
 
 def kill_in_call(number, *, training):
-    from hierkd.modeling.meta_arch import HierKD
+    from hierkd.modeling.detector import HierKD
 
     forward, calls = HierKD.forward, []
 
@@ -86,7 +86,7 @@ def kill_in_call(number, *, training):
 
 
 def kill_after(seconds):
-    from hierkd.modeling.meta_arch import HierKD
+    from hierkd.modeling.detector import HierKD
 
     forward, begun = HierKD.forward, []
 
@@ -102,7 +102,7 @@ def kill_after(seconds):
 
 
 def hang_in_call(number):
-    from hierkd.modeling.meta_arch import HierKD
+    from hierkd.modeling.detector import HierKD
 
     forward, calls = HierKD.forward, []
 

@@ -9,8 +9,8 @@ from detectron2.utils import comm
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hierkd.engine.launching import leave_groups
-from hierkd.engine.non_finite import NonFiniteGuard
+from hierkd.training.launch import leave_groups
+from hierkd.training.non_finite import NonFiniteGuard
 
 NUM_PROCESSES = 2
 

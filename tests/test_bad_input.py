@@ -17,7 +17,7 @@ import torch
 
 import tiny_training
 import train_net
-from hierkd.engine.checkpoint import HierKDCheckpointer
+from hierkd.checkpoint import HierKDCheckpointer
 from tiny_training import BASE, call_main, command_line
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -15,10 +15,10 @@ import pytest
 import torch
 from PIL import Image
 
-from hierkd.engine.config import load_config
-from hierkd.engine.predictor import OpenVocabularyPredictor
-from hierkd.modeling.teacher import build_teacher
-from hierkd.modeling.teacher_cache import TeacherCache
+from hierkd.inference.predictor import OpenVocabularyPredictor
+from hierkd.load_config import load_config
+from hierkd.teachers.region_cache import TeacherCache
+from hierkd.teachers.teacher import build_teacher
 from tiny_training import (
     BASE,
     PICTURES,
@@ -99,7 +99,7 @@ def test_a_second_run_changes_nothing(world, folder, capsys) -> None:
 
 KILLED = """
 import os, signal, sys
-from hierkd.modeling.teacher_cache import TeacherCacheWriter
+from hierkd.teachers.region_cache import TeacherCacheWriter
 write, calls = TeacherCacheWriter._write, []
 def kill_in_the_third_call(target, start, rows):
     calls.append(start)

@@ -13,10 +13,10 @@ from detectron2.modeling import build_model
 from PIL import Image
 
 import demo
-import hierkd.modeling.meta_arch as meta_arch
+import hierkd.modeling.detector as meta_arch
 import tiny_training
 from fake_teacher import FakeTeacher
-from hierkd.engine.config import load_config
+from hierkd.load_config import load_config
 from toy_world import VOCABULARY, register_toy_world
 
 

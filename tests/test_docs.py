@@ -43,7 +43,7 @@ from docs_pages import (
 
 import hierkd  # noqa: F401  (registers the datasets)
 from hierkd.config import add_hierkd_config
-from hierkd.engine.config import requested_device
+from hierkd.load_config import requested_device
 
 # What a command may be besides `python SCRIPT`, `torchrun` and `make`, which are looked into.
 # Nothing of these can be wrong but what is checked below.

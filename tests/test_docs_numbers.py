@@ -9,8 +9,8 @@ from detectron2.engine import DefaultTrainer
 from docs_pages import PAGES, ROOT, name_of
 
 from hierkd.data.prepare import EXPECTED_FULL_COCO
-from hierkd.engine.config import load_config
-from hierkd.engine.paper_tables import TABLES
+from hierkd.experiments.tables import TABLES
+from hierkd.load_config import load_config
 
 
 def text_of(name):

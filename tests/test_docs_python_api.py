@@ -11,7 +11,7 @@ from PIL import Image
 
 import demo
 import tiny_training
-from hierkd.engine import demonstration
+from hierkd.reports import demonstration
 
 ROOT = Path(__file__).resolve().parent.parent
 

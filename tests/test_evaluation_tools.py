@@ -9,12 +9,12 @@ from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
 from PIL import Image
 
-import hierkd.modeling.meta_arch as meta_arch
+import hierkd.modeling.detector as meta_arch
 from fake_teacher import FakeTeacher
-from hierkd.engine.config import load_config
-from hierkd.engine.runs import find_figure
 from hierkd.evaluation.direct_inference import DETECTOR
 from hierkd.evaluation.split_coco_evaluation import METRICS
+from hierkd.experiments.runs import find_figure
+from hierkd.load_config import load_config
 from tools import (
     clip_direct_inference,
     clip_upper_bound,

@@ -13,12 +13,12 @@ from detectron2.modeling import build_model
 import demo
 import tiny_training
 from hierkd import __version__
-from hierkd.data.miniature import MINIATURE_BASE, MINIATURE_CLASSES
 from hierkd.data.splits import COCO_CATEGORIES, SPLITS
-from hierkd.engine.config import load_config
-from hierkd.modeling import openai_clip
-from hierkd.modeling.teacher import CLIPTeacher
-from hierkd.modeling.text_embeddings import PROMPT_ENSEMBLE, load_text_embeddings
+from hierkd.load_config import load_config
+from hierkd.miniature.world import MINIATURE_BASE, MINIATURE_CLASSES
+from hierkd.teachers import openai_clip
+from hierkd.teachers.teacher import CLIPTeacher
+from hierkd.teachers.texts import PROMPT_ENSEMBLE, load_text_embeddings
 from tiny_training import call_main, command_line
 
 SCRIPT = Path(__file__).parents[1] / "datasets" / "extract_text_embeddings.py"

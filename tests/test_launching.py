@@ -23,8 +23,8 @@ from detectron2.utils import comm
 from torch.multiprocessing import ProcessExitedException
 
 import tiny_training
-from hierkd.engine import launching
-from hierkd.engine.launching import get_parser, launch_processes
+from hierkd.training import launch as launching
+from hierkd.training.launch import get_parser, launch_processes
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 240  # seconds after which a command is taken to hang

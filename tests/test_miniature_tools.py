@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-import hierkd.engine.runs as runs_module
-from hierkd.data.miniature import MiniatureSpec
-from hierkd.engine.config import load_config
-from hierkd.engine.runs import Run
-from hierkd.engine.tiny_clip import TinyCLIPSpec
+import hierkd.experiments.runs as runs_module
+from hierkd.experiments.runs import Run
+from hierkd.load_config import load_config
+from hierkd.miniature.clip import TinyCLIPSpec
+from hierkd.miniature.world import MiniatureSpec
 from tools import miniature_study, prepare_miniature
 
 METRICS = ("base/AP50", "novel/AP50", "all/AP50", "novel/AR50")

@@ -15,8 +15,8 @@ from detectron2.utils.events import EventStorage
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tiny_training
-from hierkd.engine.config import load_config
-from hierkd.modeling.meta_arch import HierKD
+from hierkd.load_config import load_config
+from hierkd.modeling.detector import HierKD
 
 SIZE = 96
 CLASSES = ("dog", "cat", "car", "cup")

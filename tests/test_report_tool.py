@@ -16,9 +16,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import tiny_training
 import train_net
-from hierkd.engine.config import load_config
-from hierkd.engine.metrics_file import read_run_metrics
-from hierkd.engine.run_report import read_run
+from hierkd.load_config import load_config
+from hierkd.reports.metrics import read_run_metrics
+from hierkd.reports.run_report import read_run
 from log_handlers import own_log_handlers
 from tiny_training import call_main, command_line
 from tools import report

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-import hierkd.engine.runs as runs_module
-from hierkd.engine.paper_tables import TABLES
+import hierkd.experiments.runs as runs_module
+from hierkd.experiments.tables import TABLES
 from tools import reproduce
 
 

@@ -27,26 +27,26 @@ from detectron2.modeling.backbone.resnet import build_resnet_backbone
 
 import clip_files
 import demo
-import hierkd.modeling.meta_arch as meta_arch
+import hierkd.modeling.detector as meta_arch
 import open_clip_files
 import toy_world
 import train_net
 from fake_teacher import FakeTeacher
-from hierkd.engine.checkpoint import HierKDCheckpointer
-from hierkd.engine.config import load_config
-from hierkd.engine.predictor import OpenVocabularyPredictor
-from hierkd.engine.replay import read_dump
-from hierkd.engine.report import write_report
-from hierkd.engine.results import collect_results
-from hierkd.modeling.teacher import CLIPTeacher
-from hierkd.modeling.teacher_cache import (
+from hierkd.checkpoint import HierKDCheckpointer
+from hierkd.experiments.results import collect_results
+from hierkd.inference.predictor import OpenVocabularyPredictor
+from hierkd.load_config import load_config
+from hierkd.reports.report import write_report
+from hierkd.teachers.region_cache import (
     CacheContents,
     TeacherCache,
     TeacherCacheWriter,
     keys_sha256,
     sorted_texts,
 )
-from hierkd.modeling.text_embeddings import load_text_embeddings, read_embedding_array
+from hierkd.teachers.teacher import CLIPTeacher
+from hierkd.teachers.texts import load_text_embeddings, read_embedding_array
+from hierkd.training.replay import read_dump
 
 CONFIG = "configs/miniature/hierkd.yaml"
 
@@ -401,7 +401,7 @@ def test_a_download_is_compared_with_the_hash_that_is_asked_for(server, model, c
     folder, address = server
     digits = write_weights(folder / "R-50.pkl")
     url = f"{address}/R-50.pkl"
-    with caplog.at_level("WARNING", "hierkd.engine.checkpoint"):
+    with caplog.at_level("WARNING", "hierkd.checkpoint"):
         HierKDCheckpointer(model).load(url)
     assert digits in caplog.text  # so that it can be asked for
     before = {name: value.clone() for name, value in model.state_dict().items()}

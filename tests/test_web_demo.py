@@ -24,10 +24,10 @@ from PIL import Image
 
 import tiny_training
 from hierkd import OpenVocabularyPredictor
-from hierkd.data.miniature import MINIATURE_CLASSES
-from hierkd.engine.detections import as_records
-from hierkd.engine.visualization import class_color
-from hierkd.engine.web_page import Limits
+from hierkd.inference.detections import as_records
+from hierkd.miniature.world import MINIATURE_CLASSES
+from hierkd.reports.drawing import class_color
+from hierkd.reports.web_page import Limits
 from tools import web_demo
 
 pytestmark = [

@@ -20,13 +20,13 @@ from PIL import Image
 
 import train_net
 from clip_files import random_clip, write_state_dict
-from hierkd.data.miniature import (
+from hierkd.load_config import load_config
+from hierkd.miniature.world import (
     MINIATURE_BASE,
     MINIATURE_CLASSES,
     MINIATURE_NOVEL,
     register_miniature,
 )
-from hierkd.engine.config import load_config
 from log_handlers import own_log_handlers
 
 CONFIG = "configs/miniature/hierkd.yaml"

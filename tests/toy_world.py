@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from hierkd.data.datasets import register_ovd_dataset
+from hierkd.data.coco import register_ovd_dataset
 
 VOCABULARY = ("ant", "bee", "cow", "dog", "elk")  # in id order
 BASE, NOVEL = ("ant", "cow", "elk"), ("bee", "dog")

@@ -25,8 +25,8 @@ from types import ModuleType
 import torch
 
 import hierkd.benchmarks
-from hierkd.engine.cpu_memory import keep_freed_memory
-from hierkd.engine.runs import git_commit
+from hierkd.experiments.runs import git_commit
+from hierkd.training.cpu_memory import keep_freed_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 

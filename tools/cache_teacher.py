@@ -22,8 +22,8 @@ from pathlib import Path
 
 from detectron2.utils.logger import setup_logger
 
-from hierkd.engine.cache_teacher import IMAGES_PER_CHUNK, fill_cache
-from hierkd.engine.config import load_config
+from hierkd.load_config import load_config
+from hierkd.training.fill_cache import IMAGES_PER_CHUNK, fill_cache
 
 
 def get_parser() -> argparse.ArgumentParser:

@@ -27,15 +27,15 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.logger import setup_logger
 from PIL import Image
 
-from hierkd.atomic_files import replacing
+from hierkd.data.check import class_table, warnings_of
 from hierkd.data.custom import prepare_half, register_definitions
-from hierkd.data.dataset_mapper import read_picture
-from hierkd.data.dataset_report import class_table, warnings_of
 from hierkd.data.definitions import Definition, read_definition
+from hierkd.data.mapper import read_picture
 from hierkd.data.name_checks import check_embeddings, check_spelling, check_tokens
-from hierkd.engine.config import load_config
-from hierkd.engine.visualization import SheetRow, class_color, draw_boxes, draw_sheet, fit
-from hierkd.modeling.teacher import OPENAI_TOKENS, build_teacher, find_token_counter
+from hierkd.files import replacing
+from hierkd.load_config import load_config
+from hierkd.reports.drawing import SheetRow, class_color, draw_boxes, draw_sheet, fit
+from hierkd.teachers.teacher import OPENAI_TOKENS, build_teacher, find_token_counter
 
 COLUMNS, PANEL_PX = 3, 480
 

@@ -30,18 +30,18 @@ from typing import Any
 from detectron2.data import MetadataCatalog, build_detection_test_loader
 from detectron2.utils.logger import setup_logger
 
-from hierkd.data.dataset_mapper import HierKDDatasetMapper, check_images
-from hierkd.data.datasets import check_datasets
-from hierkd.engine.config import load_config
-from hierkd.engine.predictor import OpenVocabularyPredictor
-from hierkd.engine.results import collect_record, figures_table, write_results
-from hierkd.engine.runs import git_commit
+from hierkd.data.coco import check_datasets
+from hierkd.data.mapper import HierKDDatasetMapper, check_images
 from hierkd.evaluation.direct_inference import (
     BACKGROUNDS,
     CLIPScoring,
     DirectInference,
     clip_direct_inference,
 )
+from hierkd.experiments.results import collect_record, figures_table, write_results
+from hierkd.experiments.runs import git_commit
+from hierkd.inference.predictor import OpenVocabularyPredictor
+from hierkd.load_config import load_config
 
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = ("AP50", "AR50", "AP", "APs", "APm", "APl")

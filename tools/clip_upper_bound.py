@@ -25,13 +25,13 @@ from typing import Any
 
 from detectron2.utils.logger import setup_logger
 
-from hierkd.data.dataset_mapper import check_images
-from hierkd.data.datasets import check_datasets
-from hierkd.engine.config import load_config
-from hierkd.engine.results import collect_record, figures_table, write_results
-from hierkd.engine.runs import git_commit
+from hierkd.data.coco import check_datasets
+from hierkd.data.mapper import check_images
 from hierkd.evaluation.upper_bound import clip_upper_bound
-from hierkd.modeling.teacher import build_teacher
+from hierkd.experiments.results import collect_record, figures_table, write_results
+from hierkd.experiments.runs import git_commit
+from hierkd.load_config import load_config
+from hierkd.teachers.teacher import build_teacher
 
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = ("AP50", "APs", "APm", "APl", "AR50")  # Table 9's

@@ -28,12 +28,12 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.logger import setup_logger
 from PIL import Image
 
-from hierkd.atomic_files import replacing
-from hierkd.data.datasets import check_datasets
-from hierkd.engine.config import load_config
-from hierkd.engine.figures import draw_comparison, keep_best
-from hierkd.engine.gallery import Sample, build_samples, choose_in_turn
-from hierkd.engine.predictor import OpenVocabularyPredictor
+from hierkd.data.coco import check_datasets
+from hierkd.files import replacing
+from hierkd.inference.predictor import OpenVocabularyPredictor
+from hierkd.load_config import load_config
+from hierkd.reports.figures import draw_comparison, keep_best
+from hierkd.reports.gallery import Sample, build_samples, choose_in_turn
 
 logger = logging.getLogger("hierkd.compare_detections")
 

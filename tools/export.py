@@ -25,9 +25,8 @@ from pathlib import Path
 from detectron2.utils.logger import setup_logger
 from tqdm import tqdm
 
-from hierkd.data.dataset_mapper import read_picture
-from hierkd.engine.config import load_config
-from hierkd.engine.export import (
+from hierkd.data.mapper import read_picture
+from hierkd.inference.export import (
     BOX_TOLERANCE,
     SCORE_TOLERANCE,
     check_output,
@@ -36,7 +35,8 @@ from hierkd.engine.export import (
     load_graph,
     require_packages,
 )
-from hierkd.engine.predictor import OpenVocabularyPredictor, resolve_vocabulary
+from hierkd.inference.predictor import OpenVocabularyPredictor, resolve_vocabulary
+from hierkd.load_config import load_config
 
 logger = logging.getLogger("hierkd.export")
 

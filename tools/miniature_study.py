@@ -21,7 +21,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from hierkd.engine.runs import Run, execute, find_figure, read_record
+from hierkd.experiments.runs import Run, execute, find_figure, read_record
 
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = {

@@ -26,12 +26,12 @@ from detectron2.utils.logger import setup_logger
 from PIL import Image
 from tqdm import tqdm
 
-from hierkd.atomic_files import replacing
-from hierkd.data.dataset_mapper import read_picture
-from hierkd.engine.config import load_config
-from hierkd.engine.figures import draw_heat_map_sheet
-from hierkd.engine.predictor import OpenVocabularyPredictor, resolve_vocabulary
+from hierkd.data.mapper import read_picture
 from hierkd.evaluation.heat_maps import score_heat_maps
+from hierkd.files import replacing
+from hierkd.inference.predictor import OpenVocabularyPredictor, resolve_vocabulary
+from hierkd.load_config import load_config
+from hierkd.reports.figures import draw_heat_map_sheet
 
 logger = logging.getLogger("hierkd.plot_heat_maps")
 

@@ -25,10 +25,10 @@ from detectron2.modeling.backbone import build_backbone
 from detectron2.utils.logger import setup_logger
 
 from hierkd.data.coco_json import write_json_atomically
-from hierkd.data.miniature import MiniatureSpec, ensure_miniature, miniature_root
-from hierkd.engine.config import load_config
-from hierkd.engine.tiny_clip import TinyCLIPSpec, train_tiny_clip
-from hierkd.engine.warm_start import train_warm_start
+from hierkd.load_config import load_config
+from hierkd.miniature.clip import TinyCLIPSpec, train_tiny_clip
+from hierkd.miniature.warm_start import train_warm_start
+from hierkd.miniature.world import MiniatureSpec, ensure_miniature, miniature_root
 
 logger = logging.getLogger("hierkd.prepare_miniature")
 

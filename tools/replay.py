@@ -23,7 +23,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from hierkd.engine.replay import read_dump, replay
+from hierkd.training.replay import read_dump, replay
 
 
 def get_parser() -> argparse.ArgumentParser:

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from detectron2.utils.logger import setup_logger
 
-from hierkd.engine.run_report import read_run, write_run_report
+from hierkd.reports.run_report import read_run, write_run_report
 
 
 def get_parser() -> argparse.ArgumentParser:

@@ -30,10 +30,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hierkd.engine.config import load_config
-from hierkd.engine.paper_tables import TABLES, Row, Table
-from hierkd.engine.reproduction import write_table
-from hierkd.engine.runs import Run, execute, find_figure, read_record
+from hierkd.experiments.reproduce import write_table
+from hierkd.experiments.runs import Run, execute, find_figure, read_record
+from hierkd.experiments.tables import TABLES, Row, Table
+from hierkd.load_config import load_config
 
 ROOT = Path(__file__).resolve().parent.parent
 # GPUs that the configs' batches and learning rates are for. [paper §4.2]

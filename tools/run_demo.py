@@ -30,13 +30,13 @@ from detectron2.utils.logger import setup_logger
 from tabulate import tabulate
 from tqdm import tqdm
 
-from hierkd.data.miniature import miniature_root
-from hierkd.engine.config import load_config
-from hierkd.engine.predictor import OpenVocabularyPredictor
-from hierkd.engine.report import write_report
-from hierkd.engine.results import collect_results, summary_rows, write_results
-from hierkd.engine.runs import git_commit
 from hierkd.evaluation.upper_bound import clip_upper_bound
+from hierkd.experiments.results import collect_results, summary_rows, write_results
+from hierkd.experiments.runs import git_commit
+from hierkd.inference.predictor import OpenVocabularyPredictor
+from hierkd.load_config import load_config
+from hierkd.miniature.world import miniature_root
+from hierkd.reports.report import write_report
 
 ROOT = Path(__file__).resolve().parent.parent
 ZSD, GZSD = "miniature_ovd_test_novel", "miniature_ovd_test_all"

@@ -30,11 +30,11 @@ from detectron2.data.detection_utils import read_image
 from detectron2.utils.logger import setup_logger
 
 from hierkd.data.coco_json import write_json_atomically
-from hierkd.engine.config import load_config
-from hierkd.engine.cpu_memory import keep_freed_memory
-from hierkd.engine.predictor import OpenVocabularyPredictor
-from hierkd.engine.soak import Limits, SoakRecorder, draw, judge, read_samples
-from hierkd.engine.soak_load import ChangingInference, SoakHook, TimeIsUp
+from hierkd.inference.predictor import OpenVocabularyPredictor
+from hierkd.load_config import load_config
+from hierkd.training.cpu_memory import keep_freed_memory
+from hierkd.training.soak import Limits, SoakRecorder, draw, judge, read_samples
+from hierkd.training.soak_load import ChangingInference, SoakHook, TimeIsUp
 
 ROOT = Path(__file__).resolve().parent.parent
 ENDLESS = 10_000_000  # iterations; the clock ends the run

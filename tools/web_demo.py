@@ -39,8 +39,10 @@ from typing import Any
 from detectron2.utils.logger import setup_logger
 from PIL import Image
 
-from hierkd.atomic_files import replacing
-from hierkd.engine.demonstration import (
+from hierkd.files import replacing
+from hierkd.inference.predictor import OpenVocabularyPredictor
+from hierkd.inference.video import find_inputs, is_video
+from hierkd.reports.demonstration import (
     DEFAULT_RUN,
     add_detector_options,
     icons_only,
@@ -48,10 +50,8 @@ from hierkd.engine.demonstration import (
     parse_compared,
     title_of,
 )
-from hierkd.engine.inputs import find_inputs, is_video
-from hierkd.engine.page import escape
-from hierkd.engine.predictor import OpenVocabularyPredictor
-from hierkd.engine.web_page import (
+from hierkd.reports.page import escape
+from hierkd.reports.web_page import (
     Found,
     Limits,
     PageError,

@@ -26,7 +26,7 @@ def test_random_hierkd_detects_among_the_classes_asked_for() -> None:
 
 
 def test_opts_reach_the_config_and_the_log_level_comes_back() -> None:
-    logger = logging.getLogger("hierkd.modeling.teacher")
+    logger = logging.getLogger("hierkd.teachers.teacher")
     before = logger.level
     model = random_hierkd(
         "configs/miniature/hierkd.yaml", 3, CPU, ["MODEL.ATSS.NMS_THRESH_TEST", "0.7"]

@@ -13,8 +13,8 @@ from detectron2.structures import Boxes, Instances
 from PIL import Image
 
 from hierkd.data.custom import describe_datasets, has_no_captions, register_definitions
-from hierkd.engine.config import load_config
 from hierkd.evaluation.federated_evaluation import FederatedEvaluator
+from hierkd.load_config import load_config
 
 NAMES = ("zebra", "apple", "cat", "stop_sign", "junk")  # ids 0, 3, 6, 9, 12
 # Per image: (class, box)

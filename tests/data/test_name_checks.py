@@ -3,7 +3,7 @@
 import torch
 
 from hierkd.data.name_checks import check_embeddings, check_spelling, check_tokens
-from hierkd.modeling.openai_clip import OPENAI_TOKENS
+from hierkd.teachers.openai_clip import OPENAI_TOKENS
 
 
 def test_words_are_fine():

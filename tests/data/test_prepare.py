@@ -10,7 +10,7 @@ import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from hierkd.data import prepare
-from hierkd.data.datasets import load_ovd_json
+from hierkd.data.coco import load_ovd_json
 from hierkd.data.prepare import Figure, build_part, join_captions, prepare_coco
 from hierkd.data.splits import COCO_2014, COCO_2017, COCO_CATEGORIES, SPLITS, Category
 

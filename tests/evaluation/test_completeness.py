@@ -32,7 +32,7 @@ def test_the_evaluators_ask(tmp_path):
     """Through the evaluators of train_net, with an image seen twice and one not at all."""
     import tiny_training
     import train_net
-    from hierkd.engine.config import load_config
+    from hierkd.load_config import load_config
 
     name = "miniature_ovd_val_all"
     for architecture, outputs in (("HierKD", "instances"), ("ProposalNetwork", "proposals")):

@@ -10,18 +10,18 @@ from detectron2.modeling import build_model
 from detectron2.structures import Boxes, BoxMode, pairwise_iou
 from torch.nn.functional import normalize
 
-import hierkd.modeling.meta_arch as meta_arch
+import hierkd.modeling.detector as meta_arch
 from fake_teacher import FakeTeacher
-from hierkd.data.dataset_mapper import read_picture
-from hierkd.engine.config import load_config
+from hierkd.data.mapper import read_picture
 from hierkd.evaluation.direct_inference import (
     DETECTOR,
     CLIPScoring,
     DirectInference,
     clip_direct_inference,
 )
-from hierkd.modeling.class_probabilities import ClassProbabilities
-from hierkd.modeling.meta_arch import ForeAnchors, HierKD
+from hierkd.load_config import load_config
+from hierkd.modeling.detector import ForeAnchors, HierKD
+from hierkd.modeling.inference import ClassProbabilities
 from toy_world import COLOURS, VOCABULARY, register_toy_world
 
 SIZE = 128

@@ -8,7 +8,7 @@ import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import Boxes, Instances
 
-from hierkd.data.datasets import register_ovd_dataset
+from hierkd.data.coco import register_ovd_dataset
 from hierkd.evaluation.federated_evaluation import FederatedEvaluator
 from hierkd.evaluation.split_coco_evaluation import SplitCOCOEvaluator
 

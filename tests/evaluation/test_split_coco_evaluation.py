@@ -16,8 +16,8 @@ from detectron2.structures import Boxes, Instances
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from hierkd.engine.launching import leave_groups
 from hierkd.evaluation.split_coco_evaluation import SplitCOCOEvaluator, nan_mean
+from hierkd.training.launch import leave_groups
 
 SIZE = 256
 BASE, NOVEL = ("car", "dog"), ("cat", "umbrella")

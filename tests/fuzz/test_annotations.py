@@ -12,7 +12,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import Boxes, Instances
 from PIL import Image
 
-from hierkd.data.datasets import check_datasets, load_ovd_json, register_ovd_dataset
+from hierkd.data.coco import check_datasets, load_ovd_json, register_ovd_dataset
 from hierkd.data.prepare import prepare_coco
 from hierkd.data.splits import COCO_CATEGORIES, SPLITS
 from hierkd.evaluation.proposal_evaluation import ProposalEvaluator

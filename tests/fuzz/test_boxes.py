@@ -13,11 +13,11 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import hierkd.modeling.meta_arch as meta_arch
+import hierkd.modeling.detector as meta_arch
 from fake_teacher import FakeTeacher
-from hierkd.data.dataset_mapper import HierKDDatasetMapper
-from hierkd.engine.config import load_config
-from hierkd.modeling.region_crops import crop_regions
+from hierkd.data.mapper import HierKDDatasetMapper
+from hierkd.load_config import load_config
+from hierkd.teachers.crops import crop_regions
 
 SIZE = 128
 CLASSES = [f"thing {i}" for i in range(5)]

@@ -13,9 +13,9 @@ import torch
 from detectron2.structures import BoxMode
 from PIL import Image, ImageOps
 
-from hierkd.data.dataset_mapper import HierKDDatasetMapper, check_images, read_picture
-from hierkd.engine.config import load_config
-from hierkd.engine.predictor import OpenVocabularyPredictor
+from hierkd.data.mapper import HierKDDatasetMapper, check_images, read_picture
+from hierkd.inference.predictor import OpenVocabularyPredictor
+from hierkd.load_config import load_config
 from mutations import break_bytes
 
 HEIGHT, WIDTH = 30, 40

@@ -15,20 +15,20 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import clip_files
-from hierkd.atomic_files import replacing
-from hierkd.engine.predictor import resolve_vocabulary
-from hierkd.modeling import teacher as teacher_module
-from hierkd.modeling.meta_arch import HierKD
-from hierkd.modeling.openai_clip import import_clip
-from hierkd.modeling.teacher import CLIPTeacher
-from hierkd.modeling.teacher_cache import (
+from hierkd.files import replacing
+from hierkd.inference.predictor import resolve_vocabulary
+from hierkd.modeling.detector import HierKD
+from hierkd.teachers import teacher as teacher_module
+from hierkd.teachers.openai_clip import import_clip
+from hierkd.teachers.region_cache import (
     CacheContents,
     TeacherCache,
     TeacherCacheWriter,
     keys_sha256,
     sorted_texts,
 )
-from hierkd.modeling.text_embeddings import (
+from hierkd.teachers.teacher import CLIPTeacher
+from hierkd.teachers.texts import (
     check_names,
     load_text_embeddings,
     make_text_embeddings,

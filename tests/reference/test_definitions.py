@@ -20,12 +20,13 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from fake_teacher import FakeTeacher
+from hierkd.data.coco import register_ovd_dataset
 from hierkd.data.coco_json import write_json_atomically
-from hierkd.data.datasets import register_ovd_dataset
 from hierkd.evaluation.split_coco_evaluation import SplitCOCOEvaluator
 from hierkd.modeling.atss import ATSSMatcher
+from hierkd.modeling.detector import DensePredictions, HierKD
 from hierkd.modeling.detector_settings import IKD, DetectionSettings, InferenceSettings
-from hierkd.modeling.distilled_regions import PositivePoints, RegionPairs
+from hierkd.modeling.distillation import PositivePoints, RegionPairs
 from hierkd.modeling.head import ATSSHead
 from hierkd.modeling.losses import (
     box_iou_targets,
@@ -36,7 +37,6 @@ from hierkd.modeling.losses import (
     softmax_focal_loss,
     weighted_giou_loss,
 )
-from hierkd.modeling.meta_arch import DensePredictions, HierKD
 from hierkd.modeling.mlca import MLCA
 from hierkd.modeling.text_classifier import TextClassifier
 from reference import definitions

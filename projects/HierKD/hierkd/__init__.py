@@ -1,6 +1,7 @@
 """HierKD: open-vocabulary one-stage detection with hierarchical knowledge distillation.
 
-Importing the package registers the datasets and the model with detectron2's catalogs.
+Importing the package is quick. The first use of one of its public names imports PyTorch and
+detectron2, and registers the datasets and the model with detectron2's catalogs.
 """
 
 from __future__ import annotations
@@ -13,21 +14,33 @@ from typing import TYPE_CHECKING, Any
 warnings.filterwarnings("ignore", message=".*`?torch.jit.script`? is deprecated")
 warnings.filterwarnings("ignore", message="torch.meshgrid: in an upcoming release")
 
-import hierkd.data  # noqa: E402
-import hierkd.modeling  # noqa: E402, F401
-
 if TYPE_CHECKING:
-    from hierkd.engine.predictor import OpenVocabularyPredictor
+    from hierkd.config import add_hierkd_config
+    from hierkd.inference.predictor import OpenVocabularyPredictor
+    from hierkd.load_config import load_config
+    from hierkd.training.trainer import Trainer
 
-__all__ = ["OpenVocabularyPredictor", "__version__"]
+__all__ = ["OpenVocabularyPredictor", "Trainer", "__version__", "add_hierkd_config", "load_config"]
 
 __version__ = "0.1.0"
 
-_LAZY = {"OpenVocabularyPredictor": "hierkd.engine.predictor"}
+_HOME = {
+    "OpenVocabularyPredictor": "hierkd.inference.predictor",
+    "Trainer": "hierkd.training.trainer",
+    "add_hierkd_config": "hierkd.config",
+    "load_config": "hierkd.load_config",
+}
+_REGISTERING = ("hierkd.data", "hierkd.modeling", "hierkd.miniature")
 
 
 def __getattr__(name: str) -> Any:
-    """Import a name of the public API when it is first used: scripts that train need none of it."""
-    if name not in _LAZY:
+    """Import a name of the public API when it is first used."""
+    if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_LAZY[name]), name)
+    for module in _REGISTERING:
+        importlib.import_module(module)
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -22,8 +22,8 @@ from torch.nn import functional as F
 from torchvision.ops import roi_align
 
 from hierkd.benchmarks.timing import Measurement, Report, measure, peak_memory, ratio
-from hierkd.modeling.region_crops import crop_regions
-from hierkd.modeling.teacher import CLIP_MEAN, CLIP_STD, import_clip
+from hierkd.teachers.crops import crop_regions
+from hierkd.teachers.teacher import CLIP_MEAN, CLIP_STD, import_clip
 
 __all__ = ["add_arguments", "run"]
 

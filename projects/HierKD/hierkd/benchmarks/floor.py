@@ -24,9 +24,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hierkd.benchmarks.random_models import random_retinanet
 from hierkd.benchmarks.timing import Report
-from hierkd.engine.config import load_config
+from hierkd.load_config import load_config
 from hierkd.modeling.head import ATSSHead
-from hierkd.modeling.teacher import import_clip
+from hierkd.teachers.teacher import import_clip
 
 __all__ = ["add_arguments", "count", "run"]
 

@@ -22,8 +22,8 @@ from detectron2.structures import BoxMode
 from PIL import Image
 
 from hierkd.benchmarks.timing import Measurement, Report, measure, ratio
-from hierkd.data.dataset_mapper import HierKDDatasetMapper
 from hierkd.data.loader import build_resumable_train_loader, seeded_rng
+from hierkd.data.mapper import HierKDDatasetMapper
 
 __all__ = ["add_arguments", "random_pictures", "run"]
 

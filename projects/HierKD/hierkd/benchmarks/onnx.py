@@ -17,8 +17,8 @@ import torch
 
 from hierkd.benchmarks.random_models import random_hierkd
 from hierkd.benchmarks.timing import Report, measure, peak_memory, ratio
-from hierkd.engine.export import export_graph, load_graph, require_packages
-from hierkd.engine.predictor import OpenVocabularyPredictor
+from hierkd.inference.export import export_graph, load_graph, require_packages
+from hierkd.inference.predictor import OpenVocabularyPredictor
 
 __all__ = ["add_arguments", "run"]
 

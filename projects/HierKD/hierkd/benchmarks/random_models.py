@@ -14,9 +14,9 @@ from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_model
 from torch import nn
 
-from hierkd.engine.config import load_config
-from hierkd.modeling.meta_arch import HierKD
-from hierkd.modeling.text_embeddings import make_text_embeddings, save_text_embeddings
+from hierkd.load_config import load_config
+from hierkd.modeling.detector import HierKD
+from hierkd.teachers.texts import make_text_embeddings, save_text_embeddings
 
 __all__ = ["random_hierkd", "random_retinanet", "tame"]
 
@@ -54,7 +54,7 @@ def random_hierkd(
             templates=(text.TEMPLATE,),
         )
         save_text_embeddings(stored, path)
-        with _without_log("hierkd.modeling.teacher"):  # it says that the file is unchecked
+        with _without_log("hierkd.teachers.teacher"):  # it says that the file is unchecked
             model: HierKD = build_model(cfg).eval()
         model.set_vocabulary(names)
     tame(model)

@@ -35,20 +35,20 @@ from detectron2.utils.events import EventStorage
 
 from hierkd.benchmarks.random_models import tame
 from hierkd.benchmarks.timing import Report, measure, peak_memory, ratio
-from hierkd.engine.config import load_config
-from hierkd.engine.optimizer import build_optimizer
-from hierkd.engine.paper_tables import TABLES
-from hierkd.engine.tiny_clip import TinyCLIPSpec, build_tiny_clip, save_clip
-from hierkd.modeling import teacher as teacher_module
-from hierkd.modeling.meta_arch import HierKD
-from hierkd.modeling.teacher import import_clip
-from hierkd.modeling.teacher_cache import (
+from hierkd.experiments.tables import TABLES
+from hierkd.load_config import load_config
+from hierkd.miniature.clip import TinyCLIPSpec, build_tiny_clip, save_clip
+from hierkd.modeling.detector import HierKD
+from hierkd.teachers import teacher as teacher_module
+from hierkd.teachers.region_cache import (
     CacheContents,
     TeacherCacheWriter,
     file_sha256,
     keys_sha256,
     sorted_texts,
 )
+from hierkd.teachers.teacher import import_clip
+from hierkd.training.optimizer import build_optimizer
 
 __all__ = ["PARTS", "TrainingStep", "add_arguments", "build_steps", "run"]
 

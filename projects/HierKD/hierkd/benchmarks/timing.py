@@ -27,8 +27,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from hierkd.atomic_files import replacing
-from hierkd.engine.hardware import processor_name
+from hierkd.files import replacing
+from hierkd.reports.hardware import processor_name
 
 __all__ = ["Measurement", "Report", "describe_machine", "measure", "peak_memory", "ratio"]
 

@@ -17,7 +17,7 @@ import torch
 
 from hierkd.benchmarks.random_models import random_hierkd
 from hierkd.benchmarks.timing import Report, measure, peak_memory, ratio
-from hierkd.modeling.text_embeddings import read_embedding_array
+from hierkd.teachers.texts import read_embedding_array
 
 __all__ = ["add_arguments", "run"]
 

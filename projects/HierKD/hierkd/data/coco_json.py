@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from hierkd.atomic_files import replacing
+from hierkd.files import replacing
 
 __all__ = [
     "FieldTypes",

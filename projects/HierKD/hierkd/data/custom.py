@@ -23,14 +23,14 @@ from typing import Any
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from iopath.common.file_io import file_lock
 
-from hierkd.cache_root import cache_root
+from hierkd.data.check import Report, count_contents, short_line, warnings_of
+from hierkd.data.coco import register_ovd_dataset
 from hierkd.data.coco_json import FieldTypes, get_entries, index_by_id, read_coco_json
-from hierkd.data.dataset_report import Report, count_contents, short_line, warnings_of
-from hierkd.data.datasets import register_ovd_dataset
 from hierkd.data.definitions import Definition, Half, caption_of, read_definition
 from hierkd.data.prepare import build_part, join_captions
 from hierkd.data.splits import Category
-from hierkd.modeling.text_embeddings import as_clip_reads
+from hierkd.files import cache_root
+from hierkd.teachers.texts import as_clip_reads
 
 __all__ = [
     "PreparedHalf",
@@ -63,7 +63,7 @@ class PreparedHalf:
         folder: In the cache.
         vocabularies: Part ("train_base", "val_novel", ...) -> its categories in id order, by the
             names that CLIP is asked for.
-        report: What the source holds, see :func:`hierkd.data.dataset_report.count_contents`.
+        report: What the source holds, see :func:`hierkd.data.check.count_contents`.
     """
 
     folder: Path

@@ -34,9 +34,9 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from hierkd.evaluation.split_coco_evaluation import SplitCOCOEvaluator
-from hierkd.modeling.class_probabilities import ClassProbabilities
-from hierkd.modeling.meta_arch import ForeAnchors, HierKD
-from hierkd.modeling.teacher import Teacher
+from hierkd.modeling.detector import ForeAnchors, HierKD
+from hierkd.modeling.inference import ClassProbabilities
+from hierkd.teachers.teacher import Teacher
 
 __all__ = ["BACKGROUNDS", "DETECTOR", "CLIPScoring", "DirectInference", "clip_direct_inference"]
 

@@ -46,7 +46,7 @@ def score_heat_maps(
     """Compute the heat maps of some classes for one picture, under the current vocabulary.
 
     Args:
-        model: A :class:`hierkd.modeling.meta_arch.HierKD` in eval mode.
+        model: A :class:`hierkd.modeling.detector.HierKD` in eval mode.
         batched_input: One of the model's inputs, with ``image`` (3, h, w).
         class_names: Which classes of the model's vocabulary.
 

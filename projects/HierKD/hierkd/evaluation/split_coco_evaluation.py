@@ -23,11 +23,11 @@ from detectron2.utils import comm
 from numpy.typing import NDArray
 from tabulate import tabulate  # type: ignore[import-untyped]
 
-from hierkd.atomic_files import replacing
 from hierkd.data.coco_json import shown
 from hierkd.evaluation.coco_eval import choose_library
 from hierkd.evaluation.completeness import check_each_image_once
 from hierkd.evaluation.ground_truth import read_ground_truth
+from hierkd.files import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ class SplitCOCOEvaluator(COCOEvaluator):  # type: ignore[misc]
         Args:
             dataset_name: Registered dataset whose metadata has ``json_file``, ``thing_classes``,
                 ``base_classes`` and ``novel_classes``
-                (:func:`hierkd.data.datasets.register_ovd_dataset`).
+                (:func:`hierkd.data.coco.register_ovd_dataset`).
             distributed: Gather the predictions of all processes and evaluate in the main one.
             output_dir: Folder for the raw predictions; none are written without it.
             max_dets_per_image: Detections kept per image and class, highest scores first. 100 is

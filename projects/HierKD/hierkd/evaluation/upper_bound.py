@@ -16,9 +16,9 @@ from detectron2.structures import Boxes, BoxMode, Instances
 from torch import Tensor
 from tqdm import tqdm
 
-from hierkd.data.dataset_mapper import read_picture
+from hierkd.data.mapper import read_picture
 from hierkd.evaluation.split_coco_evaluation import SplitCOCOEvaluator
-from hierkd.modeling.teacher import Teacher
+from hierkd.teachers.teacher import Teacher
 
 __all__ = ["clip_upper_bound"]
 

@@ -1,7 +1,7 @@
 """The losses of HierKD as pure functions of tensors.
 
 Every function returns an un-normalised sum (or, for Eq. 5, a mean over the batch): weights and
-normalisers belong to the one caller, :meth:`hierkd.modeling.meta_arch.HierKD.losses`. Zero rows are
+normalisers belong to the one caller, :meth:`hierkd.modeling.detector.HierKD.losses`. Zero rows are
 legal everywhere and give a zero that is still attached to the graph, so that under DDP every
 parameter receives a gradient on every process.
 

@@ -1,0 +1,487 @@
+"""Checkpoints: detectron2's checkpointer, safe against kills, with errors that say what to do.
+
+The files are detectron2's. What differs is how they come to be (whole or not at all) and what
+``--resume`` does when some of them are not whole.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import shutil
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+from urllib.parse import parse_qs
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.utils import comm
+from torch import Tensor
+
+from hierkd.files import (
+    check_hash,
+    check_hash_in_name,
+    file_hash,
+    read_pickled_arrays,
+    read_torch_file,
+    remove_unfinished,
+    replacing,
+)
+
+__all__ = ["HierKDCheckpointer", "find_damage", "warn_of_little_space"]
+
+logger = logging.getLogger(__name__)
+
+_BACKGROUND = "text_classifier.background_embedding"
+# Where the background started: what the teacher of the training says of a text.
+_TRACE = "teacher_trace"
+# Least cosine of two traces of one CLIP. [ours] The same weights in another format or precision
+# differ by rounding, and other words for the background by little (any two prompts of COCO's
+# classes have 0.66 and more in ViT-B/32), while the directions of two CLIPs have nothing in common.
+_SAME_TEACHER = 0.5
+_LAST = "last_checkpoint"
+_PATTERN = "model_*.pth"  # what detectron2's PeriodicCheckpointer writes
+
+# What zipfile and torch.load raise for files that were cut short or overwritten.
+_UNREADABLE = (
+    *(zipfile.BadZipFile, zlib.error, pickle.UnpicklingError, EOFError, OSError),
+    *(RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError),
+    *(OverflowError, MemoryError, ImportError),
+)
+
+
+class HierKDCheckpointer(DetectionCheckpointer):  # type: ignore[misc]  # detectron2 is untyped
+    """Loads and saves detectors; a checkpoint holds the detector alone, never the teacher.
+
+    Nothing that a file holds is run: detectron2 would unpickle it.
+
+    Attributes:
+        saved_iteration: of the last checkpoint that this object wrote; None before.
+        loaded: path or URL of the weights that were loaded last; "" before.
+    """
+
+    saved_iteration: int | None = None
+    loaded: str = ""
+    _missing_keys: Sequence[str] | None = None  # of the file loaded last; None before
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        """Write a checkpoint, then let ``last_checkpoint`` name it.
+
+        Each of the two files appears whole or not at all: it is written beside its final place,
+        brought to the disk, and renamed. What killed runs had begun is removed first. In a folder
+        that is not local (``s3://`` and the like) there is no renaming; there detectron2 writes.
+
+        Args:
+            name: without ``.pth``.
+            **kwargs: what the checkpoint holds besides model and trainer, such as ``iteration``.
+
+        Raises:
+            OSError: if it cannot be written, e.g. on a full disk. Names the file, the bytes needed
+                and free, and the last checkpoint, which is what it was.
+        """
+        if not self.save_dir or not self.save_to_disk:
+            return
+        if (trace := self._trace()) is not None:
+            kwargs = {_TRACE: trace, **kwargs}
+        if "://" in self.save_dir:
+            super().save(name, **kwargs)
+        else:
+            data = {"model": self.model.state_dict()}
+            data.update({key: each.state_dict() for key, each in self.checkpointables.items()})
+            data.update(kwargs)
+            self._save_whole(Path(self.save_dir) / f"{name}.pth", data)
+        self.saved_iteration = kwargs.get("iteration")
+
+    def _trace(self) -> Tensor | None:
+        """(D,) the trace of this detector's teacher; None of a detector without names."""
+        return getattr(getattr(self.model, "text_classifier", None), "start_embedding", None)
+
+    def _save_whole(self, path: Path, data: dict[str, Any]) -> None:
+        for pattern in (_PATTERN, _LAST):
+            for left in remove_unfinished(path.parent, pattern):
+                logger.warning("Removed %s, which a killed run had begun to write", left)
+        self.logger.info("Saving checkpoint to %s", path)
+        try:
+            with replacing(path, durable=True) as making, making.open("wb") as file:
+                torch.save(data, file)
+            self.tag_last_checkpoint(path.name)
+        except (OSError, RuntimeError) as error:
+            cause = _os_error(error)
+            if cause is None:
+                raise
+            raise OSError(
+                cause.errno,
+                f"{path}: the checkpoint could not be written: {cause.strerror or cause}. It needs "
+                f"{_megabytes(_num_bytes(data))}, and the file system has "
+                f"{_megabytes(_free_bytes(path.parent))} free. {self._what_is_left()}",
+            ) from error
+
+    def _what_is_left(self) -> str:
+        last = self.get_checkpoint_file() if super().has_checkpoint() else ""
+        if not os.path.isfile(last):
+            return "There was no checkpoint before it"
+        return f"The checkpoint before it, {last!r}, is intact: make room and go on with --resume"
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        """Let ``last_checkpoint`` name a file; at no moment does it name another or nothing."""
+        if "://" in self.save_dir:
+            super().tag_last_checkpoint(last_filename_basename)
+            return
+        with replacing(Path(self.save_dir) / _LAST, durable=True) as making:
+            making.write_text(last_filename_basename, encoding="utf-8")
+
+    def has_checkpoint(self) -> bool:
+        """Whether there is anything to resume from, be it ``last_checkpoint`` or a checkpoint."""
+        return bool(super().has_checkpoint() or any(Path(self.save_dir).glob(_PATTERN)))
+
+    def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
+        """Resume from the last checkpoint that is whole, or load ``path`` if there is none at all.
+
+        With several processes the first one decides for all.
+
+        Args:
+            path: ``MODEL.WEIGHTS``.
+            resume: False: load the weights of ``path`` and nothing else.
+
+        Returns:
+            As :meth:`load`.
+
+        Raises:
+            ValueError: if there are checkpoints or a ``last_checkpoint``, but nothing is whole.
+            FileNotFoundError: as :meth:`load`; also if only other processes see the checkpoint.
+            ConnectionError: as :meth:`load`.
+        """
+        if resume:
+            last = self._agree_on_checkpoint()
+            if last:
+                return self.load(last)
+            logger.info("--resume: %r holds no checkpoint: starting afresh", self.save_dir)
+        elif self.save_to_disk and self.checkpointables and self.has_checkpoint():
+            logger.warning(
+                "%r holds checkpoints of an earlier run, which this one will overwrite; --resume "
+                "would go on with them",
+                self.save_dir,
+            )
+        return self.load(path, checkpointables=[])
+
+    def _agree_on_checkpoint(self) -> str:
+        """The checkpoint to resume from; "" = there is none and never was."""
+        found, error = "", ""
+        if comm.is_main_process():
+            try:
+                found = self._find_checkpoint()
+            except ValueError as caught:
+                error = str(caught)
+        found, error = comm.all_gather((found, error))[0]
+        if error:
+            raise ValueError(error)
+        if found and "://" not in found and not os.path.isfile(found):
+            raise FileNotFoundError(
+                f"--resume: process {comm.get_rank()} does not see {found!r}, from which the first "
+                "process resumes: OUTPUT_DIR must be a folder that all machines share"
+            )
+        return str(found)
+
+    def _find_checkpoint(self) -> str:
+        if "://" in self.save_dir:
+            return str(self.get_checkpoint_file()) if super().has_checkpoint() else ""
+        folder = Path(self.save_dir)
+        files = [path for path in folder.glob(_PATTERN) if path.is_file()]
+        tagged = super().has_checkpoint()
+        if not files and not tagged:
+            return ""
+        last, wrong = self._read_tag() if tagged else (None, "there is no last_checkpoint")
+        if last is not None and not wrong:
+            return str(last)
+        for path in _newest_first(set(files) - {last}):
+            damage = find_damage(path)
+            if damage is None:
+                logger.warning("--resume: %s: %s. Going on from %s", folder, wrong, path)
+                return str(path)
+            wrong += f"; {path.name} {damage}"
+        raise ValueError(
+            f"--resume: {str(folder)!r}: no checkpoint is whole: {wrong}. Put a whole one there, "
+            "or, to start afresh, leave --resume out"
+        )
+
+    def _read_tag(self) -> tuple[Path | None, str]:
+        """What ``last_checkpoint`` names, and what is wrong with that ("" = nothing)."""
+        name = (Path(self.save_dir) / _LAST).read_bytes().decode("utf-8", "replace").strip()
+        if not name:
+            return None, "last_checkpoint is empty"
+        if "\0" in name:
+            return None, f"last_checkpoint holds {name[:50]!r}"
+        path = Path(self.save_dir) / name
+        damage = find_damage(path)
+        return path, "" if damage is None else f"last_checkpoint names {name!r}, which {damage}"
+
+    def missing_weights(self) -> list[str]:
+        """Names of the detector's weights that no file has given so far, its head's first.
+
+        All of them, if nothing was loaded. Where one is missing, what is detected is noise.
+        """
+        missing = self.model.state_dict() if self._missing_keys is None else self._missing_keys
+        return sorted(missing, key=lambda key: not key.startswith("head."))
+
+    def load_detector(self, path: str) -> None:
+        """Load the weights of a trained detector, for uses that make no sense with random ones.
+
+        Args:
+            path: as for :meth:`load`, but not empty.
+
+        Raises:
+            FileNotFoundError: as :meth:`load`.
+            ConnectionError: as :meth:`load`.
+            ValueError: as :meth:`load`; also if the file lacks weights of the detector, as those
+                of a backbone or of another backbone's detector do.
+        """
+        self.load(path)
+        self.check_trained()
+
+    def check_trained(self) -> None:
+        """Raise ValueError if the file loaded last lacks weights of the detector."""
+        if missing := self.missing_weights():
+            raise ValueError(
+                f"MODEL.WEIGHTS: {self.loaded!r} is no trained detector of this config: it lacks "
+                f"{len(missing)} of its weights, for example {missing[0]!r}; give a checkpoint "
+                "that was trained with this config"
+            )
+
+    def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Load weights from a file or a URL that detectron2 knows.
+
+        Args:
+            path: ``MODEL.WEIGHTS`` or a checkpoint; "" loads nothing. May end in detectron2's
+                ``?matching_heuristics=True``, in ``?sha256=`` and digits of the hash that the file
+                must have, or in both, joined by ``&``.
+            *args: as in detectron2.
+            **kwargs: as in detectron2.
+
+        Returns:
+            What the checkpoint holds besides the model and the trace of its teacher.
+
+        Raises:
+            FileNotFoundError: if a local file does not exist.
+            ConnectionError: if weights have to be downloaded and cannot be.
+            ValueError: if the file cannot be read as a checkpoint, has another hash than asked for
+                or than its published name says, holds another embedding size than this detector's,
+                or was trained with another teacher; the last is a warning where a new training
+                starts from it.
+        """
+        if path and "://" not in path and not os.path.isfile(path.partition("?")[0]):
+            raise FileNotFoundError(
+                f"MODEL.WEIGHTS: no file {path!r} (looked from {os.getcwd()!r}); "
+                'give a checkpoint, a URL, or "" to start from random weights'
+            )
+        self._loading = path
+        path, self._expected_sha256 = _split_hash(path)
+        try:
+            loaded: dict[str, Any] = super().load(path, *args, **kwargs)
+        except (URLError, ConnectionError, TimeoutError) as error:
+            raise ConnectionError(
+                f"MODEL.WEIGHTS: could not download {path!r} ({error}). Fetch the file where there "
+                "is a network and pass its path as MODEL.WEIGHTS, or put it into "
+                "detectron2's cache ($FVCORE_CACHE, by default ~/.torch/iopath_cache)"
+            ) from error
+        finally:
+            self._parsed_url_during_load = None  # detectron2 keeps it when loading fails
+        starts_training = bool(self.checkpointables) and kwargs.get("checkpointables") == []
+        self._check_teacher(loaded.pop(_TRACE, None), only_warn=starts_training)
+        self.loaded = self._loading
+        return loaded
+
+    def _check_teacher(self, found: Any, *, only_warn: bool) -> None:
+        """Compare the trace that was found in a checkpoint with that of this detector's teacher."""
+        expected = self._trace()
+        if found is None or expected is None or len(found) != len(expected):
+            return  # a backbone, an older checkpoint; of other sizes the background has told
+        cosine = torch.cosine_similarity(found.float(), expected, dim=0).item()
+        if cosine >= _SAME_TEACHER:
+            return
+        message = (
+            f"MODEL.WEIGHTS: {self._loading!r} was trained with another CLIP than this config's: "
+            f"what they say of the background has a cosine of {cosine:.2f}, expected nearly 1. "
+            "MODEL.TEACHER.WEIGHTS, and MODEL.TEXT_CLASSIFIER.EMBEDDINGS and BACKGROUND_PROMPT, "
+            "must be those of its training (config.yaml beside it)"
+        )
+        if not only_warn:
+            raise ValueError(message)
+        logger.warning("%s; this training teaches it the new one's", message)
+
+    def _load_file(self, filename: str) -> Any:
+        try:
+            self._check_hash(filename)
+            if filename.endswith(".pkl"):
+                return _read_model_zoo(filename)
+            if filename.endswith(".pyth"):
+                raise ValueError("checkpoints of pycls (.pyth) are not read")
+            return super()._load_file(filename)  # which calls _torch_load
+        except (ValueError, OSError, RuntimeError) as error:
+            raise ValueError(
+                f"MODEL.WEIGHTS: {filename!r} cannot be read as a checkpoint: {error}"
+            ) from error
+
+    def _torch_load(self, f: str) -> Any:
+        loaded = read_torch_file(f)
+        if not isinstance(loaded, dict):
+            raise ValueError(f"it holds a {type(loaded).__name__}, expected a dict of weights")
+        return loaded
+
+    def _check_hash(self, filename: str) -> None:
+        if self._expected_sha256 is not None:
+            check_hash(filename, self._expected_sha256)
+        elif "://" in self._loading and not check_hash_in_name(filename):
+            logger.warning(
+                "%s is published without a hash. The file here has the SHA-256 %s; to have it "
+                "checked, add ?sha256= and these digits to MODEL.WEIGHTS",
+                self._loading,
+                file_hash(filename),
+            )
+
+    def _load_model(self, checkpoint: Any) -> Any:
+        found = checkpoint["model"].get(_BACKGROUND)
+        expected = self.model.state_dict().get(_BACKGROUND)
+        if found is not None and expected is not None and len(found) != len(expected):
+            raise ValueError(
+                f"{self._loading}: its embeddings have {len(found)} dimensions, this detector's "
+                f"{len(expected)}: MODEL.TEXT_CLASSIFIER.EMBED_DIM, MODEL.TEACHER.WEIGHTS "
+                "and MODEL.TEXT_CLASSIFIER.EMBEDDINGS, if set, must be those of the CLIP the "
+                "checkpoint was trained with"
+            )
+        incompatible = super()._load_model(checkpoint)
+        self._missing_keys = list(incompatible.missing_keys)
+        return incompatible
+
+
+def find_damage(path: str | os.PathLike[str]) -> str | None:
+    """Say what is wrong with a checkpoint file.
+
+    Reads the file once and compares its checksums, which ``torch.load`` does not; then has torch
+    map it, which reads no tensor. Half a second per gigabyte or so.
+
+    Args:
+        path: of a local file.
+
+    Returns:
+        The end of a sentence, e.g. "is not there", or None if the file is whole.
+    """
+    path = Path(path)
+    if not path.is_file():
+        return "is not there"
+    if path.stat().st_size == 0:
+        return "is empty"
+    try:
+        mapped = zipfile.is_zipfile(path)
+        if mapped:
+            with zipfile.ZipFile(path) as archive:
+                broken = archive.testzip()
+            if broken is not None:
+                return f"is damaged (in {broken!r})"
+        # torch's format before 1.6 has neither a directory nor checksums: all of it is read
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except _UNREADABLE as error:
+        return f"is damaged ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+    return None if isinstance(content, dict) and "model" in content else "holds no model"
+
+
+def warn_of_little_space(
+    folder: str, model: torch.nn.Module, optimizer: torch.optim.Optimizer, num_checkpoints: int
+) -> None:
+    """Log a warning if the checkpoints of a run will not fit on the disk.
+
+    Args:
+        folder: where they will be; must exist if it is local.
+        model: whose weights they hold.
+        optimizer: whose moments they hold.
+        num_checkpoints: how many the run is going to write.
+    """
+    if "://" in folder:
+        return
+    moments = 2 if isinstance(optimizer, torch.optim.Adam) else 1  # AdamW is an Adam
+    trained = [each for group in optimizer.param_groups for each in group["params"]]
+    size = _num_bytes(model.state_dict()) + moments * _num_bytes(trained)
+    free = _free_bytes(Path(folder))
+    if free < num_checkpoints * size:
+        logger.warning(
+            "%s: this run writes %d checkpoints of about %s, and the file system has %s free: make "
+            "room, or raise SOLVER.CHECKPOINT_PERIOD",
+            folder,
+            num_checkpoints,
+            _megabytes(size),
+            _megabytes(free),
+        )
+
+
+def _newest_first(paths: set[Path]) -> list[Path]:
+    """By iteration: the one in the name, else the one inside; unknown ones last."""
+
+    def iteration(path: Path) -> tuple[int, str]:
+        digits = path.stem.removeprefix("model_")
+        if digits.isdigit():
+            return int(digits), path.name
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            return int(content["iteration"]), path.name
+        except _UNREADABLE:
+            return -1, path.name
+
+    return sorted(paths, key=iteration, reverse=True)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for each in value.values():
+            yield from _tensors(each)
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from _tensors(each)
+
+
+def _num_bytes(value: Any) -> int:
+    return sum(each.numel() * each.element_size() for each in _tensors(value))
+
+
+def _free_bytes(folder: Path) -> int:
+    return shutil.disk_usage(folder).free
+
+
+def _megabytes(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:,.1f} MB"
+
+
+def _os_error(error: BaseException | None) -> OSError | None:
+    """The operating system's error behind ``error``: torch reports its own one instead."""
+    while error is not None:
+        if isinstance(error, OSError):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _split_hash(path: str) -> tuple[str, str | None]:
+    """Split ``?sha256=...`` off a path with or without detectron2's own query."""
+    file, _, query = path.partition("?")
+    kept = [part for part in query.split("&") if part and not part.startswith("sha256=")]
+    expected = parse_qs(query, keep_blank_values=True).get("sha256", [None])[0]
+    return (f"{file}?{'&'.join(kept)}" if kept else file), expected
+
+
+def _read_model_zoo(path: str) -> dict[str, Any]:
+    """Read the two kinds of .pkl that detectron2 reads; Caffe2's names are matched by it later."""
+    data = read_pickled_arrays(path)
+    if not isinstance(data, dict):
+        raise ValueError(f"it holds a {type(data).__name__}, expected a dict of weights")
+    if "model" in data and "__author__" in data:
+        return data
+    weights = data.get("blobs", data)
+    if not isinstance(weights, dict):
+        raise ValueError(f"its blobs are a {type(weights).__name__}, expected a dict of weights")
+    weights = {name: w for name, w in weights.items() if not str(name).endswith("_momentum")}
+    return {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}

@@ -1,1 +1,0 @@
-"""Beyond detectron2's DefaultTrainer: what the entry scripts need."""

@@ -1,0 +1,177 @@
+"""Training runs as data: start ``train_net.py`` with a config and a seed, keep what came out.
+
+A run that is complete has a ``run.json`` in its folder: what was trained, at which commit, and
+every figure of its evaluation. Nothing else marks completion, so a run that was killed is taken up
+from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from hierkd.data.coco_json import write_json_atomically
+from hierkd.reports.metrics import read_metric_lines
+
+__all__ = ["Run", "execute", "find_figure", "git_commit", "read_record"]
+
+RECORD = "run.json"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One config with one seed in one folder.
+
+    Attributes:
+        name: what the run is called in messages.
+        config: path of the YAML, relative to the project's root.
+        opts: KEY VALUE ... on top of it.
+        seed: ``SEED``.
+        folder: ``OUTPUT_DIR``.
+        num_gpus: of this machine; 0 = one process on whatever ``MODEL.DEVICE`` says.
+    """
+
+    name: str
+    config: str
+    opts: tuple[str, ...]
+    seed: int
+    folder: Path
+    num_gpus: int = 0
+
+    def command(self) -> list[str]:
+        """The command line that trains and evaluates it, or goes on with it."""
+        resume = any(self.folder.glob("model_*.pth")) or (self.folder / "last_checkpoint").exists()
+        return [
+            *(sys.executable, "train_net.py", "--config-file", self.config),
+            *(["--num-gpus", str(self.num_gpus)] if self.num_gpus else []),
+            *(["--resume"] if resume else []),
+            *("SEED", str(self.seed), "OUTPUT_DIR", str(self.folder), *self.opts),
+        ]
+
+    def identity(self) -> dict[str, Any]:
+        """What must agree for a record to be this run's."""
+        return {"config": self.config, "opts": list(self.opts), "seed": self.seed}
+
+
+def git_commit(root: Path) -> str | None:
+    """The commit that ``root`` is at, with "+changes" if files differ; None outside of git."""
+    try:
+        commands = (["rev-parse", "--short=9", "HEAD"], ["status", "--porcelain", "-uno"])
+        head, changes = (
+            subprocess.run(
+                ["git", "-C", str(root), *command], capture_output=True, text=True, check=True
+            ).stdout.strip()
+            for command in commands
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return f"{head}+changes" if changes else head
+
+
+def read_record(run: Run) -> dict[str, Any] | None:
+    """The record of a complete run; None if it is not complete.
+
+    Raises:
+        ValueError: if the folder holds another run.
+    """
+    path = run.folder / RECORD
+    if not path.is_file():
+        return None
+    record: dict[str, Any] = json.loads(path.read_text())
+    found = {key: record.get(key) for key in run.identity()}
+    if found != run.identity():
+        raise ValueError(
+            f"{path} is of another run: found {found}, expected {run.identity()}. Move it away or "
+            "choose another --output."
+        )
+    return record
+
+
+def find_figure(metrics: dict[str, float], part: str, metric: str) -> float | None:
+    """One figure of an evaluation.
+
+    Args:
+        metrics: what detectron2 wrote: ``<dataset>/<task>/<metric>`` -> value.
+        part: ``"base"``, ``"novel"`` or ``"all"``: the last part of the dataset's name.
+        metric: such as ``"novel/AP50"``.
+
+    Returns:
+        The value, in percent, or None if the run was not evaluated so.
+
+    Raises:
+        ValueError: if several datasets have that part.
+    """
+    found = {
+        key: value
+        for key, value in metrics.items()
+        if key.count("/") >= 2
+        and key.split("/")[0].endswith(f"_{part}")
+        and "/".join(key.split("/")[2:]) == metric
+    }
+    if len(found) > 1:
+        raise ValueError(f"{metric} on '{part}' is ambiguous: {sorted(found)}")
+    return next(iter(found.values()), None)
+
+
+def execute(runs: Sequence[Run], root: Path, *, jobs: int, threads: int) -> None:
+    """Do the runs that are not complete, some at a time.
+
+    Args:
+        runs: what to do, in this order.
+        root: of the project, where ``train_net.py`` lies.
+        jobs: runs at a time.
+        threads: CPU threads of each run.
+
+    Raises:
+        RuntimeError: if runs failed, after the others have ended; names their logs.
+        ValueError: if a folder holds another run; before anything starts.
+    """
+    missing = [run for run in runs if read_record(run) is None]
+    failed: list[str] = []
+    with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(missing), desc="runs") as progress:
+        futures = {pool.submit(_train, run, root, threads): run for run in missing}
+        for future in as_completed(futures):
+            if future.result() != 0:
+                run = futures[future]
+                failed.append(f"{run.name}, seed {run.seed} (see {run.folder / 'stdout.txt'})")
+            progress.update()
+    if failed:
+        raise RuntimeError("failed: " + "; ".join(failed))
+
+
+def _train(run: Run, root: Path, threads: int) -> int:
+    """Run ``train_net.py`` to its end; returns its exit status."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    commit, started = git_commit(root), time.monotonic()
+    with (run.folder / "stdout.txt").open("a") as log:
+        code = subprocess.run(
+            run.command(),
+            cwd=root,
+            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            check=False,
+        ).returncode
+    if code == 0:
+        last = read_metric_lines(run.folder / "metrics.json")[-1]
+        record = {
+            **run.identity(),
+            "name": run.name,
+            "commit": commit,
+            "torch": torch.__version__,
+            "seconds_of_last_start": round(time.monotonic() - started, 1),
+            "metrics": {k: v for k, v in last.items() if "/" in k},
+        }
+        write_json_atomically(run.folder / RECORD, record)
+    return code

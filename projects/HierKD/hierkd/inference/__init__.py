@@ -1,0 +1,1 @@
+"""Detecting in pictures and videos, and exporting the detector."""

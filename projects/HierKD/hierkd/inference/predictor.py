@@ -1,0 +1,499 @@
+"""Detect any named classes in pictures: the model, its weights and the test-time resize in one.
+
+::
+
+    from hierkd import OpenVocabularyPredictor
+
+    predictor = OpenVocabularyPredictor.from_checkpoint("output/demo/hierkd")
+    predictor.set_vocabulary(["cat", "traffic cone"])
+    instances = predictor.predict("street.jpg", score_threshold=0.3)
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import torch
+from detectron2.config import configurable
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.modeling import build_model
+from detectron2.structures import Instances
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
+
+from hierkd.checkpoint import HierKDCheckpointer
+from hierkd.data.coco import closest_dataset
+from hierkd.data.resizing import ResizeShortestEdge
+from hierkd.inference.detections import DetectionFilter
+from hierkd.inference.images import ImageInput, as_bgr, check_channels
+from hierkd.load_config import load_config
+from hierkd.teachers.region_cache import MANIFEST
+from hierkd.teachers.texts import check_names, read_text_lines
+
+__all__ = ["OpenVocabularyPredictor", "find_checkpoint", "resolve_vocabulary"]
+
+logger = logging.getLogger(__name__)
+
+CONFIG_NAME = "config.yaml"  # what a training leaves in its folder
+FINAL_WEIGHTS = "model_final.pth"  # what detectron2's trainer calls its last checkpoint
+LAST_CHECKPOINT = "last_checkpoint"  # and where it notes the name of the latest
+_MINIATURE = "miniature_ovd_"  # what the names of the miniature's datasets begin with
+# How alike (difflib's ratio) a text and a dataset's name are that was meant. [ours]
+_MISSPELT = 0.8
+
+# Images per forward pass of a list, where they have one size. [ours] Video frames and tiles gain on
+# a GPU; photographs of many sizes go one by one, as in detectron2's own predictor.
+_BATCH_SIZE = 8
+
+
+class OpenVocabularyPredictor:
+    """Pictures in, detections of the current vocabulary out.
+
+    In the manner of :class:`detectron2.engine.DefaultPredictor` (BGR picture, shorter side resized
+    as for testing), with a vocabulary that can be changed between calls, and other kinds of
+    pictures, lists of them and thresholds in :meth:`predict`.
+
+    Threads may share a predictor: its methods take turns, so that a vocabulary never changes in the
+    middle of a call. Which one a call finds, with another thread changing it, is a matter of luck:
+    pass ``vocabulary`` to :meth:`predict` then. For speed use one predictor per process.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        min_size: int,
+        max_size: int,
+        image_format: str = "BGR",
+        trained_on: Sequence[str] = (),
+    ) -> None:
+        """Wrap a model; ``OpenVocabularyPredictor(cfg)`` builds one and loads its weights.
+
+        Args:
+            model: A :class:`hierkd.modeling.detector.HierKD`; put into eval mode.
+            min_size: Length the shorter side is resized to, in pixels.
+            max_size: Limit of the longer side, in pixels.
+            image_format: Channel order the model was trained with, "RGB" or "BGR".
+            trained_on: Names of the datasets it was trained on; none are not known.
+
+        Raises:
+            ValueError: ``image_format`` is neither.
+        """
+        if image_format not in ("RGB", "BGR"):
+            raise ValueError(f"INPUT.FORMAT must be 'RGB' or 'BGR', got {image_format!r}")
+        self.model: Any = model.eval()
+        self.resize = ResizeShortestEdge([min_size, min_size], max_size)
+        self.image_format = image_format
+        self.trained_on = tuple(trained_on)
+        self._lock = threading.RLock()
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        path: str | os.PathLike[str],
+        config_file: str | os.PathLike[str] | None = None,
+        *,
+        device: str | torch.device | None = None,
+        opts: Sequence[Any] = (),
+    ) -> OpenVocabularyPredictor:
+        """Load a trained detector.
+
+        Args:
+            path: A training's folder, a checkpoint with its config.yaml beside it, or, with
+                ``config_file``, any checkpoint or URL that ``MODEL.WEIGHTS`` takes.
+            config_file: Config of the checkpoint.
+            device: "cpu", "cuda", "cuda:1", ...; None is the config's. Where there is no CUDA
+                device, the CPU is used, and a warning logged.
+            opts: Config overrides: KEY, VALUE, KEY, VALUE, ...
+
+        Returns:
+            The predictor, with the largest vocabulary among the config's datasets.
+
+        Raises:
+            FileNotFoundError: There is no such folder, checkpoint, config or CLIP.
+            ValueError: The config or an override is wrong, or the file holds no trained detector
+                of this config.
+        """
+        config, weights = find_checkpoint(path, config_file)
+        overrides = [*map(str, opts), "MODEL.WEIGHTS", weights]
+        if device is not None:
+            overrides += ["MODEL.DEVICE", str(device)]
+        predictor: OpenVocabularyPredictor = cls(load_config(config, overrides))
+        return predictor
+
+    @classmethod
+    def from_config(cls, cfg: Any) -> dict[str, Any]:
+        """Build the model, load ``MODEL.WEIGHTS`` and choose the first vocabulary.
+
+        The vocabulary is the largest among those of the test datasets; without any, the training
+        dataset's.
+
+        Raises:
+            ValueError: ``MODEL.WEIGHTS`` is empty, or holds no trained detector of this config.
+            FileNotFoundError: ``MODEL.WEIGHTS`` is a path without a file.
+        """
+        if not cfg.MODEL.WEIGHTS:  # the checkpointer takes it for random weights
+            raise ValueError("MODEL.WEIGHTS is empty: detecting needs trained weights")
+        model: Any = build_model(_for_inference(cfg))
+        HierKDCheckpointer(model).load_detector(cfg.MODEL.WEIGHTS)
+        unknown = [name for name in cfg.DATASETS.TEST if name not in DatasetCatalog.list()]
+        if unknown:
+            logger.warning(
+                "DATASETS.TEST names %s, which are not registered here (DATASETS.DEFINITIONS): "
+                "their class names are not known, choose a vocabulary",
+                unknown,
+            )
+        vocabularies = [MetadataCatalog.get(n).get("thing_classes", []) for n in cfg.DATASETS.TEST]
+        largest: list[str] = max(vocabularies, key=len, default=[])
+        if largest:
+            model.set_vocabulary(largest)
+        return {
+            "model": model,
+            "min_size": cfg.INPUT.MIN_SIZE_TEST,
+            "max_size": cfg.INPUT.MAX_SIZE_TEST,
+            "image_format": cfg.INPUT.FORMAT,
+            "trained_on": tuple(cfg.DATASETS.TRAIN),
+        }
+
+    @property
+    def vocabulary(self) -> tuple[str, ...]:
+        """Class names that ``pred_classes`` index."""
+        return tuple(self.model.vocabulary_names)
+
+    @property
+    def knows_icons_only(self) -> bool:
+        """Whether it was trained on the miniature alone: what it finds in photographs is noise."""
+        return bool(self.trained_on) and all(
+            name.startswith(_MINIATURE) for name in self.trained_on
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs; detections come back on the CPU."""
+        return torch.device(self.model.device)
+
+    def set_vocabulary(self, names: Iterable[str]) -> None:
+        """Detect these classes from now on.
+
+        Embeddings of names that were used before, by this process or another on this machine, are
+        looked up in memory or on disk; CLIP is loaded for the first name that is new. A detector
+        with a file of embeddings (``MODEL.TEXT_CLASSIFIER.EMBEDDINGS``) knows the names in it, and
+        never loads CLIP.
+
+        Args:
+            names: Class names, each once, in any language CLIP understands.
+
+        Raises:
+            ValueError: ``names`` is empty, a single string, has blank or repeated names, or ones
+                that are no names (:func:`hierkd.teachers.texts.check_names`); or the file
+                of embeddings lacks one.
+            FileNotFoundError: CLIP is needed, and its weights are not there.
+        """
+        chosen = _as_names(names)
+        with self._lock:
+            self.model.set_vocabulary(chosen)
+
+    def prepare(self, image: NDArray[np.uint8]) -> dict[str, Any]:
+        """Turn a picture into a dataset dict for the model's ``batched_inputs``.
+
+        Args:
+            image: (H, W, 3), BGR, 0..255.
+
+        Returns:
+            ``image`` (3, h, w) resized and in the model's channel order, ``height`` H, ``width`` W.
+
+        Raises:
+            ValueError: ``image`` is not such an array.
+        """
+        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
+            raise ValueError(
+                "expected a picture of shape (H, W, 3) and type uint8, found one of shape "
+                f"{image.shape} and type {image.dtype}"
+            )
+        height, width = image.shape[:2]
+        ordered = image[:, :, ::-1] if self.image_format == "RGB" else image
+        resized = self.resize.get_transform(ordered).apply_image(ordered)
+        tensor = torch.as_tensor(np.ascontiguousarray(resized.transpose(2, 0, 1)))
+        return {"image": tensor, "height": height, "width": width}
+
+    def __call__(self, image: NDArray[np.uint8]) -> Instances:
+        """Detect in one picture, as detectron2's predictor does.
+
+        Args:
+            image: (H, W, 3), BGR, 0..255.
+
+        Returns:
+            Instances on the CPU, best first, with ``pred_boxes`` (XYXY, pixels of ``image``),
+            ``scores`` and ``pred_classes`` (positions in :attr:`vocabulary`).
+        """
+        with self._lock:
+            (instances,) = self._detect([self.prepare(image)])
+        return instances
+
+    @overload
+    def predict(
+        self,
+        images: ImageInput,
+        *,
+        vocabulary: Sequence[str] | None = None,
+        score_threshold: float = 0.0,
+        top_k: int | None = None,
+        class_thresholds: Mapping[str, float] | None = None,
+        channels: str = "BGR",
+        batch_size: int = _BATCH_SIZE,
+    ) -> Instances: ...
+
+    @overload
+    def predict(
+        self,
+        images: Sequence[ImageInput],
+        *,
+        vocabulary: Sequence[str] | None = None,
+        score_threshold: float = 0.0,
+        top_k: int | None = None,
+        class_thresholds: Mapping[str, float] | None = None,
+        channels: str = "BGR",
+        batch_size: int = _BATCH_SIZE,
+    ) -> list[Instances]: ...
+
+    def predict(
+        self,
+        images: ImageInput | Sequence[ImageInput],
+        *,
+        vocabulary: Sequence[str] | None = None,
+        score_threshold: float = 0.0,
+        top_k: int | None = None,
+        class_thresholds: Mapping[str, float] | None = None,
+        channels: str = "BGR",
+        batch_size: int = _BATCH_SIZE,
+    ) -> Instances | list[Instances]:
+        """Detect in one picture or in several.
+
+        Args:
+            images: A path, a Pillow image, an array (H, W, 3) uint8 or a tensor (3, H, W) uint8;
+                or a list or tuple of these, or an array or tensor with one more dimension in front.
+            vocabulary: Class names for this call alone; None is the current vocabulary.
+            score_threshold: Detections below this score, 0..1, are left out.
+            top_k: Of the others, the best ones of each image; None is all of them.
+            class_thresholds: Class name to a threshold that takes the place of ``score_threshold``.
+            channels: Order of the channels of arrays and tensors, "BGR" or "RGB".
+            batch_size: Most images in one forward pass. Only images that the model sees in one size
+                share a pass, so that no padding touches the scores.
+
+        Returns:
+            Instances of the one picture, or a list of them: as from calling the predictor. At most
+            ``TEST.DETECTIONS_PER_IMAGE`` each.
+
+        Raises:
+            FileNotFoundError: A path names no file.
+            ValueError: A picture cannot be decoded or has another shape or type; in a list, its
+                position is named. Or a threshold, ``top_k``, ``channels``, ``batch_size`` or the
+                vocabulary is wrong.
+            TypeError: Something is no picture.
+        """
+        check_channels(channels)
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        keep = DetectionFilter(score_threshold, top_k, dict(class_thresholds or {}))
+        if not _is_several(images):
+            (instances,) = self._predict_all([images], vocabulary, keep, channels, 1)
+            return instances
+        return self._predict_all(images, vocabulary, keep, channels, batch_size)  # type: ignore[arg-type]
+
+    def _predict_all(
+        self,
+        images: Sequence[Any],
+        vocabulary: Sequence[str] | None,
+        keep: DetectionFilter,
+        channels: str,
+        batch_size: int,
+    ) -> list[Instances]:
+        other: AbstractContextManager[None] = (
+            nullcontext() if vocabulary is None else self.model.vocabulary(_as_names(vocabulary))
+        )
+        with self._lock, other:
+            names = self.vocabulary
+            keep.check_vocabulary(names)
+            found: list[Instances] = []
+            for start in range(0, len(images), batch_size):
+                part = images[start : start + batch_size]
+                if len(images) == 1:
+                    prepared = [self.prepare(as_bgr(part[0], channels))]
+                else:
+                    prepared = [
+                        self.prepare(_nth_as_bgr(image, start + i, channels))
+                        for i, image in enumerate(part)
+                    ]
+                found += [keep(instances, names) for instances in self._detect(prepared)]
+        return found
+
+    @torch.no_grad()
+    def _detect(self, prepared: Sequence[dict[str, Any]]) -> list[Instances]:
+        """Run the model: one pass for the images of each size."""
+        by_size: dict[tuple[int, ...], list[int]] = {}
+        for index, each in enumerate(prepared):
+            by_size.setdefault(tuple(each["image"].shape), []).append(index)
+        found: dict[int, Instances] = {}
+        for indices in by_size.values():
+            outputs = self.model([prepared[index] for index in indices])
+            for index, output in zip(indices, outputs, strict=True):
+                found[index] = output["instances"].to("cpu")
+        return [found[index] for index in range(len(prepared))]
+
+
+def _for_inference(cfg: Any) -> Any:
+    """The config without what training alone needs: a detector also runs where it was not trained.
+
+    Of a cache of the teacher only the texts count, and CLIP takes its place where it is missing.
+    """
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.IKD.LOSS_WEIGHT = 0.0  # no look at the regions, nor at the annotations they are of
+    folder = cfg.MODEL.TEACHER.CACHE
+    if folder and not Path(folder, MANIFEST).is_file():
+        logger.warning("MODEL.TEACHER.CACHE: %r is not there, class names go to CLIP", folder)
+        cfg.MODEL.TEACHER.CACHE = ""
+    cfg.freeze()
+    return cfg
+
+
+def _as_names(names: Iterable[str]) -> list[str]:
+    if isinstance(names, str):
+        raise ValueError(f"a vocabulary is a list of class names, got the text {names!r}")
+    chosen = list(names)
+    wrong = [name for name in chosen if not isinstance(name, str)]
+    if wrong:
+        raise ValueError(f"class names must be texts, got {wrong[:5]}")
+    return chosen
+
+
+def _is_several(images: Any) -> bool:
+    if isinstance(images, str | bytes | os.PathLike | Image.Image):
+        return False
+    if isinstance(images, np.ndarray | Tensor):
+        return images.ndim == 4
+    return isinstance(images, Sequence)
+
+
+def _nth_as_bgr(image: Any, index: int, channels: str) -> NDArray[np.uint8]:
+    """:func:`as_bgr`, with the picture's position in the errors."""
+    try:
+        return as_bgr(image, channels)
+    except (FileNotFoundError, ValueError, TypeError) as error:
+        raise type(error)(f"image {index}: {error}") from error
+
+
+def find_checkpoint(
+    path: str | os.PathLike[str], config_file: str | os.PathLike[str] | None = None
+) -> tuple[str, str]:
+    """Find the config and the weights that one path stands for.
+
+    Args:
+        path: A training's folder - the checkpoint that its last_checkpoint names, or else its
+            model_final.pth - or a checkpoint. May be a URL, if ``config_file`` is given.
+        config_file: The config; None is the config.yaml in the folder, or beside the checkpoint.
+
+    Returns:
+        Paths of the config and of the weights.
+
+    Raises:
+        FileNotFoundError: One of them does not exist; says where it was looked for.
+        ValueError: ``path`` is a YAML file, or a URL without a config.
+    """
+    text = os.fspath(path)
+    if "://" in text:
+        if config_file is None:
+            raise ValueError(f"{text!r} needs a config: name it as config_file")
+        weights, folder = text, Path()
+    elif os.path.isdir(text):
+        folder = Path(text)
+        weights = str(_weights_in(folder))
+    elif os.path.isfile(text):
+        if Path(text).suffix.lower() in (".yaml", ".yml"):
+            raise ValueError(f"{text!r} is a config: give the checkpoint, and this as config_file")
+        weights, folder = text, Path(text).parent
+    else:
+        raise FileNotFoundError(
+            f"no checkpoint and no training's folder {text!r} (looked from {os.getcwd()!r})"
+        )
+    config = Path(config_file) if config_file is not None else folder / CONFIG_NAME
+    if not config.is_file():
+        missing = "no config" if config_file is not None else f"no {CONFIG_NAME} belongs to {text}:"
+        raise FileNotFoundError(
+            f"{missing} {str(config)!r}; give the config that the checkpoint was trained with"
+        )
+    return str(config), weights
+
+
+def _weights_in(folder: Path) -> Path:
+    final, last = folder / FINAL_WEIGHTS, folder / LAST_CHECKPOINT
+    if last.is_file():  # names model_final.pth, unless a training went on or began anew after it
+        noted = folder / last.read_text(encoding="utf-8", errors="replace").strip()
+        if noted.is_file():
+            return noted
+        if not final.is_file():
+            raise FileNotFoundError(f"{last} names {noted.name!r}, which is not in {folder}")
+    if not final.is_file():
+        raise FileNotFoundError(
+            f"{folder} is no training's folder: it has neither {FINAL_WEIGHTS} nor "
+            f"{LAST_CHECKPOINT}"
+        )
+    return final
+
+
+def _near_dataset(name: str) -> str | None:
+    """The registered dataset that a text is a misspelling of; None if it is of none."""
+    if "_" not in name or " " in name:  # as in the names of datasets, and not in those of classes
+        return None
+    return closest_dataset(name, _MISSPELT)
+
+
+def resolve_vocabulary(text: str) -> list[str]:
+    """Read class names as a user types them.
+
+    Args:
+        text: Names separated by commas, or the name of a registered dataset, or the path of a file
+            with one name a line (or, in a .json, a list of names).
+
+    Returns:
+        The class names, or the dataset's or the file's vocabulary.
+
+    Raises:
+        ValueError: No names, a blank name between commas, a repeated name, or one that is no
+            name (:func:`hierkd.teachers.texts.check_names`); or it looks like something
+            else: a folder, a path, names between semicolons, a misspelt dataset.
+        FileNotFoundError: A .txt or .json is named that does not exist.
+    """
+    if text in DatasetCatalog.list():
+        return list(MetadataCatalog.get(text).thing_classes)
+    is_path = os.path.exists(text) and not os.path.isdir(text)
+    if is_path or text.endswith((".txt", ".json")):
+        return read_text_lines(text)
+    names = [name.strip() for name in text.split(",")]
+    if not any(names):
+        raise ValueError("the vocabulary is empty: give class names separated by commas")
+    if text.strip() and os.path.isdir(text.strip()):
+        raise ValueError(
+            f"the vocabulary {text!r} is a folder: give class names, or a file of them"
+        )
+    if odd := [name for name in names if ";" in name or "/" in name]:
+        raise ValueError(
+            f"the vocabulary has {odd[0]!r}: names are separated by commas and hold neither ';' "
+            "nor '/', and no file of this name exists; names with these go into a text file"
+        )
+    if len(names) == 1 and (near := _near_dataset(names[0])):
+        raise ValueError(
+            f"the vocabulary {names[0]!r} is no registered dataset; did you mean {near!r}? A class "
+            "of this name goes into a text file"
+        )
+    check_names(names, "the vocabulary")
+    return names

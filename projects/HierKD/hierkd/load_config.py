@@ -1,0 +1,218 @@
+"""Reading a config: defaults, then the YAML file, then KEY VALUE pairs."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Sequence
+from functools import reduce
+from operator import getitem
+from typing import Any
+
+import torch
+import yaml
+from detectron2.config import get_cfg
+
+import hierkd.data
+import hierkd.miniature
+import hierkd.modeling  # noqa: F401  (they fill detectron2's registries)
+from hierkd.config import add_hierkd_config
+from hierkd.data.custom import has_no_captions, register_definitions
+from hierkd.teachers.texts import read_templates
+
+__all__ = ["load_config", "requested_device"]
+
+logger = logging.getLogger(__name__)
+
+# What yacs and fvcore raise; TypeError: an empty file, or a key below a value
+_MERGE_ERRORS = (KeyError, ValueError, AttributeError, AssertionError, TypeError)
+# Least and largest values of keys whose misprints would go unnoticed.
+_RANGES = {
+    "SOLVER.MAX_ITER": (1, math.inf),
+    "SOLVER.CHECKPOINT_PERIOD": (1, math.inf),
+    "SOLVER.IMS_PER_BATCH": (1, math.inf),
+    "SOLVER.BASE_LR": (0, math.inf),
+    "SOLVER.GAMMA": (0, math.inf),
+    "SOLVER.WEIGHT_DECAY": (0, math.inf),
+    "INPUT.MIN_SIZE_TEST": (0, math.inf),
+    "INPUT.MAX_SIZE_TEST": (32, math.inf),
+    "TEST.IMS_PER_BATCH": (1, math.inf),
+    "TEST.DETECTIONS_PER_IMAGE": (1, math.inf),
+    "MODEL.ATSS.NMS_THRESH_TEST": (0, 1),
+    "MODEL.ATSS.SCORE_THRESH_TEST": (0, 1),
+    "MODEL.ATSS.TOPK": (1, math.inf),
+    "MODEL.IKD.LOSS_WEIGHT": (0, math.inf),
+    "MODEL.IKD.IOU_THRESH": (0, 1),
+    "MODEL.IKD.MAX_CROPS_PER_IMAGE": (0, math.inf),
+    "MODEL.GKD.LOSS_WEIGHT": (0, math.inf),
+}
+# Keys of detectron2's that would be set in vain: what they must be, and why.
+_NOT_READ: dict[str, tuple[Any, str]] = {
+    "DATALOADER.SAMPLER_TRAIN": (
+        "TrainingSampler",
+        "each image comes once an epoch, in an order that --resume can take up",
+    ),
+    "DATALOADER.REPEAT_THRESHOLD": (0.0, "it belongs to detectron2's RepeatFactorTrainingSampler"),
+    "TEST.AUG.ENABLED": (False, "there is no test-time augmentation"),
+    "MODEL.LOAD_PROPOSALS": (
+        False,
+        "no model here uses proposals from files, and detectron2 would run pickled code from "
+        "DATASETS.PROPOSAL_FILES_TRAIN and PROPOSAL_FILES_TEST",
+    ),
+}
+_SEEDS = 2**31  # numpy has twice as many; each process adds its number
+
+
+def load_config(config_file: str, overrides: Sequence[str] = ()) -> Any:
+    """Build the frozen config of a run.
+
+    Where there is no CUDA device, ``MODEL.DEVICE`` falls back to the CPU and
+    ``SOLVER.AMP.ENABLED`` to float32, with a note. Prompt templates of a ``TEMPLATES_FILE`` go into
+    ``TEMPLATES``. The datasets of ``DATASETS.DEFINITIONS`` are registered; where such a training
+    set has no captions at all, ``MODEL.GKD.LOSS_WEIGHT`` falls back to 0, with a note.
+
+    Args:
+        config_file: path of a YAML; "" takes the defaults.
+        overrides: KEY VALUE KEY VALUE ..., as given on the command line.
+
+    Raises:
+        FileNotFoundError: if the file, or its ``_BASE_``, does not exist.
+        ValueError: if the file is not YAML, a key is unknown or a value has the wrong type (names
+            the file or the command line, and the key), MODEL.DEVICE is no device that PyTorch
+            has here, a number is out of its range, SEED is too large, a key of detectron2's is
+            set that nothing here reads, or a file of DATASETS.DEFINITIONS or one that it names, or
+            of prompt templates, is wrong.
+    """
+    cfg = _merge(config_file, overrides)
+    device = _device(cfg.MODEL.DEVICE)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        logger.warning("MODEL.DEVICE is %s, but there is no CUDA device: using the CPU", device)
+        cfg.MODEL.DEVICE = "cpu"
+    if cfg.SOLVER.AMP.ENABLED and torch.device(cfg.MODEL.DEVICE).type != "cuda":
+        logger.warning("SOLVER.AMP.ENABLED needs a CUDA device: training in float32")
+        cfg.SOLVER.AMP.ENABLED = False
+    for key, (least, most) in _RANGES.items():
+        if not least <= (number := _value(cfg, key)) <= most:
+            expected = f"{least:g} or more" if most == math.inf else f"{least:g} to {most:g}"
+            raise ValueError(f"{key} must be {expected}, got {number}")
+    if cfg.SEED >= _SEEDS:
+        raise ValueError(f"SEED must be below {_SEEDS}, which numpy can take, got {cfg.SEED}")
+    for key, (expected, instead) in _NOT_READ.items():
+        if (found := _value(cfg, key)) != expected:
+            raise ValueError(f"{key} is {found!r}, but is not read here: {instead}")
+    _read_templates_file(cfg.MODEL.TEXT_CLASSIFIER)
+    register_definitions(cfg.DATASETS.DEFINITIONS)
+    if cfg.MODEL.GKD.LOSS_WEIGHT > 0 and has_no_captions(cfg.DATASETS.TRAIN):
+        logger.warning(
+            "%s has no captions: global distillation is off (MODEL.GKD.LOSS_WEIGHT 0.0). Name a "
+            "captions file in its YAML, or `captions: from_class_names`, to have it.",
+            ", ".join(cfg.DATASETS.TRAIN),
+        )
+        cfg.MODEL.GKD.LOSS_WEIGHT = 0.0
+    cfg.freeze()
+    return cfg
+
+
+def _read_templates_file(text: Any) -> None:
+    """Put the templates of MODEL.TEXT_CLASSIFIER.TEMPLATES_FILE into TEMPLATES."""
+    key = "MODEL.TEXT_CLASSIFIER.TEMPLATES_FILE"
+    if not text.TEMPLATES_FILE:
+        return
+    if text.TEMPLATES:
+        raise ValueError(
+            f"{key} is {text.TEMPLATES_FILE!r}, but MODEL.TEXT_CLASSIFIER.TEMPLATES holds "
+            f"{len(text.TEMPLATES)} templates as well: set one of them, and the other to '' or ()"
+        )
+    try:
+        text.TEMPLATES = read_templates(text.TEMPLATES_FILE)
+    except (OSError, ValueError) as error:
+        raise type(error)(f"{key}: {error}") from error
+    text.TEMPLATES_FILE = ""
+
+
+def requested_device(config_file: str, overrides: Sequence[str] = ()) -> str:
+    """Return ``MODEL.DEVICE`` as the config says it, whether this machine has it or not.
+
+    Raises:
+        FileNotFoundError: as :func:`load_config`.
+        ValueError: as :func:`load_config`, of the file, the keys and the values.
+    """
+    return str(_merge(config_file, overrides).MODEL.DEVICE)
+
+
+def _device(name: str) -> torch.device:
+    """The device of that name; a CUDA device also where there is none."""
+    try:
+        device = torch.device(name)
+        if device.type != "cuda":
+            torch.empty(0, device=device)
+    except (RuntimeError, ImportError, AssertionError) as error:  # one or other for each kind
+        why = str(error).split(". ")[0].split("\n")[0]  # torch may list all its kernels
+        raise ValueError(f"MODEL.DEVICE: no device {name!r}: {why}") from error
+    if device.type == "cuda" and 0 < torch.cuda.device_count() <= (device.index or 0):
+        raise ValueError(
+            f"MODEL.DEVICE: no device {name!r}: this machine has {torch.cuda.device_count()}"
+        )
+    return device
+
+
+def _merge(config_file: str, overrides: Sequence[str]) -> Any:
+    """detectron2's and our defaults, with a file and the command line merged into them."""
+    cfg = get_cfg()
+    add_hierkd_config(cfg)
+    if config_file:
+        if not os.path.isfile(config_file):
+            raise FileNotFoundError(f"--config-file: no file {config_file!r}")
+        try:
+            cfg.merge_from_file(config_file, allow_unsafe=False)  # detectron2 allows code in it
+        except yaml.constructor.ConstructorError as error:
+            raise ValueError(
+                f"{config_file}: only plain values are read, write them out: {error}"
+            ) from error
+        except RecursionError as error:
+            raise ValueError(f"{config_file}: a _BASE_ leads back to a file before it") from error
+        except (*_MERGE_ERRORS, yaml.YAMLError) as error:
+            raise ValueError(f"{config_file}: {_message(error)}") from error
+    _check_pairs(overrides)
+    for key, value in zip(overrides[::2], overrides[1::2], strict=True):
+        try:
+            cfg.merge_from_list([key, _as_float(cfg, key, value)])
+        except _MERGE_ERRORS as error:
+            raise ValueError(f"KEY VALUE pair {key} {value!r}: {_message(error)}") from error
+    return cfg
+
+
+def _check_pairs(overrides: Sequence[str]) -> None:
+    """Raise ValueError if what stands behind the options cannot be KEY VALUE pairs."""
+    for text in overrides[::2]:
+        if str(text).startswith("-"):
+            raise ValueError(f"{text!r} stands among the KEY VALUE pairs: options go before them")
+        if "=" in str(text):
+            raise ValueError(f"{text!r}: expected KEY VALUE, with a blank between the two")
+    if len(overrides) % 2:
+        raise ValueError(f"expected KEY VALUE pairs, but {overrides[-1]!r} has no value behind it")
+
+
+def _value(cfg: Any, key: str) -> Any:
+    """The value of a dotted key."""
+    return reduce(getitem, key.split("."), cfg)
+
+
+def _as_float(cfg: Any, key: str, value: Any) -> Any:
+    """A whole number as a float where the key holds one: yacs tells 1 from 1.0."""
+    try:
+        is_float = isinstance(_value(cfg, key), float)
+        return float(int(value)) if is_float and not isinstance(value, float) else value
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return value
+
+
+def _message(error: Exception) -> str:
+    # str() of a KeyError is the repr of its message
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    if "'NoneType' is not iterable" in text:
+        return "the file is empty"
+    if "(<class 'float'> vs. <class 'int'>)" in text:
+        text += "; write the number with a decimal point"
+    return text

@@ -1,0 +1,1 @@
+"""Everything that knows CLIP: region crops, texts, caches of what it says."""

@@ -1,0 +1,240 @@
+"""OpenAI's CLIP: its files, names and tokeniser; this module alone imports ``clip``.
+
+OpenAI's models are what the paper distils. `hierkd.teachers.open_clip_models` has the others.
+"""
+
+import os
+import urllib.parse
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from iopath.common.file_io import file_lock
+from torch import Tensor, nn
+
+from hierkd.files import (
+    file_hash,
+    is_torchscript,
+    read_torch_file,
+    read_torchscript_state_dict,
+)
+from hierkd.teachers.clip_model import LONGEST_TEXT, LoadedCLIP, TokenCounter
+from hierkd.teachers.frozen_encoder import fold_batch_norms
+
+__all__ = [
+    "CLIP_MEAN",
+    "CLIP_STD",
+    "OPENAI_MODELS",
+    "OPENAI_TOKENS",
+    "OpenAIFiles",
+    "OpenAIModel",
+    "count_tokens",
+    "import_clip",
+    "known_openai_digest",
+]
+
+# Mean and standard deviation of RGB pixels in [0, 1] that every released CLIP was trained with
+# (the CLIP repository's `_transform`).
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class OpenAIModel(NamedTuple):
+    """Size of a released model: D, and the side of its square input in px."""
+
+    embed_dim: int
+    input_size: int
+
+
+# What ``clip.available_models()`` lists.
+OPENAI_MODELS = {
+    "RN50": OpenAIModel(1024, 224),
+    "RN101": OpenAIModel(512, 224),
+    "RN50x4": OpenAIModel(640, 288),
+    "RN50x16": OpenAIModel(768, 384),
+    "RN50x64": OpenAIModel(1024, 448),
+    "ViT-B/32": OpenAIModel(512, 224),
+    "ViT-B/16": OpenAIModel(512, 224),
+    "ViT-L/14": OpenAIModel(768, 224),
+    "ViT-L/14@336px": OpenAIModel(768, 336),
+}
+
+# Entries of OpenAI's state dict from which `clip.model.build_model` reads the shape of the model.
+_CLIP_ENTRIES = (
+    "visual.conv1.weight",
+    "text_projection",
+    "positional_embedding",
+    "token_embedding.weight",
+    "ln_final.weight",
+    "logit_scale",
+)
+
+
+class OpenAIFiles:
+    """A CLIP in OpenAI's formats; implements `CLIPFiles`.
+
+    Args:
+        weights: a name that ``clip.available_models()`` lists (downloaded and hash-checked by
+            ``clip``), or the path of a TorchScript archive or a plain state dict.
+        download_root: folder of downloaded models; None or "" means clip's own ``~/.cache/clip``.
+
+    Raises:
+        FileNotFoundError: `weights` is neither a known name nor an existing file.
+    """
+
+    def __init__(self, weights: str, download_root: str | None = None) -> None:
+        self.weights = weights
+        self.title = Path(weights).name if os.path.isfile(weights) else weights
+        self.digest = _weights_digest(weights)
+        self._download_root = Path(download_root or "~/.cache/clip").expanduser()
+
+    @property
+    def embed_dim(self) -> int | None:
+        """D of a released model, None of a file."""
+        named = None if os.path.isfile(self.weights) else OPENAI_MODELS.get(self.weights)
+        return None if named is None else named.embed_dim
+
+    def load(self, device: torch.device, half: bool) -> LoadedCLIP:
+        """Load it, see `CLIPFiles.load`."""
+        path = _find_weights(self.weights, self._download_root)
+        clip = import_clip()
+        state_dict = _read_state_dict(path)
+        vocabulary = len(clip.clip._tokenizer.encoder)
+        _check_state_dict(path, state_dict, vocabulary)
+        model: Any = _build(clip, path, state_dict)
+        model = model.float().to(device).eval().requires_grad_(False)
+        # What the visual encoder computes stays the same up to rounding.
+        fold_batch_norms(model.visual)
+        if half:
+            clip.model.convert_weights(model)
+
+        def tokenize(texts: Sequence[str]) -> Tensor:
+            tokens: Tensor = clip.tokenize(
+                list(texts), context_length=model.context_length, truncate=True
+            )
+            return tokens
+
+        return LoadedCLIP(
+            model=model,
+            tokenize=tokenize,
+            embed_dim=int(model.text_projection.shape[1]),
+            logit_scale=_scale(model.logit_scale),
+            input_size=int(model.visual.input_resolution),
+            context_length=int(model.context_length),
+            pixel_mean=CLIP_MEAN,
+            pixel_std=CLIP_STD,
+            dtype=model.dtype,
+        )
+
+
+def _scale(logarithm: Tensor) -> float:
+    return float(logarithm.detach().float().exp())
+
+
+def known_openai_digest(weights: str) -> str | None:
+    """SHA-256 (hex) of the weights, None if they are neither a file nor a published model."""
+    if os.path.isfile(weights) or weights in _model_urls():
+        return _weights_digest(weights)
+    return None
+
+
+def count_tokens(texts: Sequence[str]) -> list[int]:
+    """How many tokens CLIP makes of each text, start and end included; needs no weights."""
+    tokens = import_clip().tokenize(list(texts), context_length=LONGEST_TEXT, truncate=True)
+    return [int(end) + 1 for end in tokens.argmax(dim=1)]  # the end has the highest number of all
+
+
+OPENAI_TOKENS = TokenCounter(count_tokens, context_length=77)
+"""The tokeniser of all of OpenAI's models."""
+
+
+def import_clip() -> ModuleType:
+    """Import ``clip`` without the deprecation warning of the `pkg_resources` that it imports."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="pkg_resources is deprecated")
+        warnings.filterwarnings("ignore", message="Deprecated call to `pkg_resources")
+        import clip
+    module: ModuleType = clip
+    return module
+
+
+def _model_urls() -> dict[str, str]:
+    urls: dict[str, str] = import_clip().clip._MODELS
+    return urls
+
+
+def _weights_digest(weights: str) -> str:
+    """SHA-256 (hex) of the weights; for a named model it is part of the URL, nothing is read."""
+    if os.path.isfile(weights):
+        return file_hash(weights)
+    urls = _model_urls()
+    if weights not in urls:
+        raise FileNotFoundError(
+            f"MODEL.TEACHER.WEIGHTS: {weights!r} is neither an existing file nor one of the CLIP "
+            f"models {', '.join(urls)}, nor does it begin with 'open_clip:' (docs/teachers.md)"
+        )
+    return urls[weights].split("/")[-2]
+
+
+def _find_weights(weights: str, download_root: Path) -> Path:
+    """Path of the weights; a named model is downloaded and hash-checked by ``clip``."""
+    if os.path.isfile(weights):
+        return Path(weights)
+    url = _model_urls()[weights]
+    target = download_root / os.path.basename(urllib.parse.urlparse(url).path)
+    put = f"download {url} to {target}, or set MODEL.TEACHER.WEIGHTS to the path of the file"
+    try:
+        download_root.mkdir(parents=True, exist_ok=True)
+        with file_lock(str(target)):  # several processes of one machine start at the same time
+            return Path(import_clip().clip._download(url, str(download_root)))
+    except OSError as error:  # includes URLError: no network, no space, no permission
+        wrong = " (the file is there, but is not the published one)" if target.exists() else ""
+        raise FileNotFoundError(
+            f"the weights of CLIP {weights!r} are not at {target}{wrong} and could not be "
+            f"downloaded ({error}); {put}"
+        ) from error
+    except RuntimeError as error:  # how clip reports a hash mismatch or a folder in the way
+        raise ValueError(f"{target} is not the published CLIP {weights!r} ({error}); {put}") from (
+            error
+        )
+
+
+def _read_state_dict(path: Path) -> dict[str, Tensor]:
+    """Read a TorchScript archive or a plain state dict; nothing that the file holds is run."""
+    try:
+        read = read_torchscript_state_dict if is_torchscript(path) else read_torch_file
+        loaded: Any = read(path)
+    except (ValueError, OSError) as error:
+        raise ValueError(
+            f"{path} cannot be read as a CLIP, neither as a TorchScript archive nor as a state "
+            f"dict: {error}"
+        ) from error
+    if not isinstance(loaded, dict):
+        raise ValueError(f"{path}: expected a state dict, found a {type(loaded).__name__}")
+    return dict(loaded)
+
+
+def _check_state_dict(path: Path, state_dict: dict[str, Tensor], vocabulary: int) -> None:
+    missing = [key for key in _CLIP_ENTRIES if not isinstance(state_dict.get(key), Tensor)]
+    if missing:
+        raise ValueError(
+            f"{path} is not a CLIP in OpenAI's format: it has no {', '.join(missing)}; it has "
+            f"{', '.join(list(map(str, state_dict))[:5])}{', ...' if len(state_dict) > 5 else ''}"
+        )
+    rows = len(state_dict["token_embedding.weight"])
+    if rows != vocabulary:
+        raise ValueError(
+            f"{path}: token_embedding.weight has {rows} rows, CLIP's tokeniser knows {vocabulary} "
+            f"tokens"
+        )
+
+
+def _build(clip: ModuleType, path: Path, state_dict: dict[str, Tensor]) -> nn.Module:
+    try:
+        model: nn.Module = clip.model.build_model(dict(state_dict))
+    except (AssertionError, KeyError, RuntimeError, ZeroDivisionError) as error:
+        raise ValueError(f"{path} is not a CLIP in OpenAI's format: {error}") from error
+    return model

@@ -1,0 +1,522 @@
+"""What CLIP says of every training box and caption, on disk: format, writer, reader and checks.
+
+A cache is a folder::
+
+    manifest.json        what the cache was made of; written last, so that it vouches for the rest
+    annotation_ids.npy   (B,) int64, of the annotations, in the order of the rows of regions.npy
+    regions.npy          (B, 2, D) float16: [:, 0] of the image as stored, [:, 1] mirrored
+    text_keys.npy        (T, 2) uint64: the first 128 bits of each text's SHA-256, ascending
+    texts.npy            (T, D) float16, in the order of text_keys.npy
+    progress.json        how far the making has got; gone when it is complete
+
+Embeddings are L2-normalised. The two large files are mapped into memory and read row by row;
+processes of one machine share them. Nothing in a cache is pickled.
+
+Letters: B annotations · T texts · D embedding size · M annotations asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hierkd.files import replacing
+
+__all__ = [
+    "MANIFEST",
+    "CacheContents",
+    "TeacherCache",
+    "TeacherCacheWriter",
+    "file_sha256",
+    "how_to_make",
+    "keys_sha256",
+    "sorted_texts",
+]
+
+MANIFEST = "manifest.json"
+_PROGRESS = "progress.json"
+_IDS, _REGIONS, _KEYS, _TEXTS = "annotation_ids.npy", "regions.npy", "text_keys.npy", "texts.npy"
+_FORMAT = 1
+_MAX_NAMED = 5  # offenders that a message names [ours]
+
+FloatRows = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class CacheContents:
+    """What a cache is made of: the content of its manifest.
+
+    Attributes:
+        clip: MODEL.TEACHER.WEIGHTS, for the reader's eyes.
+        weights_sha256: of that file, hex.
+        pixel_statistics: MODEL.TEACHER.PIXEL_STATISTICS.
+        image_format: INPUT.FORMAT while it was made. The embeddings do not depend on it.
+        crop_scale: MODEL.IKD.CROP_SCALE.
+        datasets: names of DATASETS.TRAIN.
+        annotations_sha256: of the annotation file of each dataset, hex.
+        embed_dim: D.
+        logit_scale: CLIP's own factor on cosines.
+        num_boxes: B.
+        num_texts: T.
+        texts_sha256: of the keys of all texts, hex.
+    """
+
+    clip: str
+    weights_sha256: str
+    pixel_statistics: str
+    image_format: str
+    crop_scale: float
+    datasets: tuple[str, ...]
+    annotations_sha256: tuple[str, ...]
+    embed_dim: int
+    logit_scale: float
+    num_boxes: int
+    num_texts: int
+    texts_sha256: str
+
+    def as_json(self) -> dict[str, Any]:
+        """The manifest."""
+        return {"format": _FORMAT, **json.loads(json.dumps(asdict(self)))}
+
+    @classmethod
+    def from_json(cls, manifest: Mapping[str, Any]) -> CacheContents:
+        """Read a manifest.
+
+        Raises:
+            ValueError: another format.
+            TypeError: a field is missing or unknown.
+        """
+        fields = dict(manifest)
+        if (version := fields.pop("format", None)) != _FORMAT:
+            raise ValueError(f"format {version}, this package reads {_FORMAT}")
+        for name in ("datasets", "annotations_sha256"):
+            if isinstance(fields.get(name), list):
+                fields[name] = tuple(fields[name])
+        return cls(**fields)
+
+
+def how_to_make(folder: str | os.PathLike[str], *, overwrite: bool = True) -> str:
+    """The command that makes a cache anew, for messages."""
+    again = " --overwrite" if overwrite else ""
+    return (
+        "`python tools/cache_teacher.py --config-file <YAML of the training> "
+        f"[its KEY VALUE pairs] --output {folder}{again}`"
+    )
+
+
+def file_sha256(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file, hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sorted_texts(texts: Sequence[str]) -> tuple[list[str], npt.NDArray[np.uint64]]:
+    """Distinct texts in the order of their keys, and the keys (T, 2)."""
+    by_key = {_text_key(text): text for text in texts}
+    ordered = sorted(by_key)
+    keys = np.array(ordered, dtype=np.uint64).reshape(-1, 2)
+    return [by_key[key] for key in ordered], keys
+
+
+def keys_sha256(keys: npt.NDArray[np.uint64]) -> str:
+    """SHA-256 of the keys of texts, hex."""
+    return hashlib.sha256(keys.astype("<u8").tobytes()).hexdigest()
+
+
+def _text_key(text: str) -> tuple[int, int]:
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:8], "big"), int.from_bytes(digest[8:16], "big")
+
+
+class TeacherCacheWriter:
+    """Writes a cache, from the beginning or from where an interrupted run has got to.
+
+    Rows reach the disk before ``progress.json`` counts them, and that file is replaced as a whole,
+    so that after a kill at any moment the rows that it counts are there. The manifest comes last.
+
+    Attributes:
+        boxes_done: rows of regions that are written.
+        texts_done: rows of texts that are written.
+        complete: whether the folder holds the whole cache already.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        contents: CacheContents,
+        annotation_ids: npt.NDArray[np.int64],
+        text_keys: npt.NDArray[np.uint64],
+        *,
+        overwrite: bool = False,
+    ) -> None:
+        """Open a folder.
+
+        Args:
+            folder: made if missing.
+            contents: what the cache will hold.
+            annotation_ids: (B,), each once.
+            text_keys: (T, 2), of :func:`sorted_texts`.
+            overwrite: begin anew, whatever the folder holds.
+
+        Raises:
+            ValueError: an annotation id occurs twice, or the folder holds something else.
+        """
+        ids, counts = np.unique(annotation_ids, return_counts=True)
+        if (counts > 1).any():
+            raise ValueError(
+                f"annotation ids {ids[counts > 1][:_MAX_NAMED].tolist()} occur more than once in "
+                f"{', '.join(contents.datasets)}: a cache is looked up by id, give them other ids"
+            )
+        self.folder = Path(folder)
+        self.contents = contents
+        self.boxes_done = self.texts_done = 0
+        if overwrite:
+            for name in (MANIFEST, _PROGRESS):  # in this order: no manifest without its rows
+                (self.folder / name).unlink(missing_ok=True)
+        self.complete = self._found(MANIFEST) is not None
+        if self.complete:
+            self.boxes_done, self.texts_done = contents.num_boxes, contents.num_texts
+            return
+        progress = self._found(_PROGRESS)
+        if progress is None:
+            self._begin(annotation_ids, text_keys)
+        else:
+            self.boxes_done, self.texts_done = progress["boxes_done"], progress["texts_done"]
+        self._regions = self._reopen(_REGIONS)
+        self._texts = self._reopen(_TEXTS)
+
+    def write_regions(self, rows: FloatRows) -> None:
+        """Append rows.
+
+        Args:
+            rows: (n, 2, D), of the next n annotations.
+        """
+        self._write(self._regions, self.boxes_done, rows)
+        self.boxes_done += len(rows)
+        self._save_progress()
+
+    def write_texts(self, rows: FloatRows) -> None:
+        """Append rows.
+
+        Args:
+            rows: (n, D), of the next n texts.
+        """
+        self._write(self._texts, self.texts_done, rows)
+        self.texts_done += len(rows)
+        self._save_progress()
+
+    def finish(self) -> None:
+        """Declare the cache complete.
+
+        Raises:
+            ValueError: it is not.
+        """
+        missing = (
+            self.contents.num_boxes - self.boxes_done,
+            self.contents.num_texts - self.texts_done,
+        )
+        if any(missing):
+            raise ValueError(
+                f"{self.folder}: {missing[0]} boxes and {missing[1]} texts are not written"
+            )
+        self._write_json(MANIFEST, self.contents.as_json())
+        (self.folder / _PROGRESS).unlink(missing_ok=True)
+        self.complete = True
+
+    def _found(self, name: str) -> dict[str, Any] | None:
+        """The state that a file describes, None without the file.
+
+        Raises:
+            ValueError: it is that of other contents.
+        """
+        path = self.folder / name
+        if not path.exists():
+            return None
+        try:
+            state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            found = state if name == MANIFEST else state["contents"]
+            other = [
+                f"{key}: found {found.get(key)!r}, expected {value!r}"
+                for key, value in self.contents.as_json().items()
+                if found.get(key) != value
+            ]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            other = [f"{type(error).__name__}: {error}"]
+        if other:
+            raise ValueError(
+                f"{path} is of another cache ({'; '.join(other)}); choose another folder, or "
+                "replace it with --overwrite"
+            )
+        return state
+
+    def _begin(
+        self, annotation_ids: npt.NDArray[np.int64], text_keys: npt.NDArray[np.uint64]
+    ) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        size = self.contents.embed_dim
+        for name, array in ((_IDS, annotation_ids), (_KEYS, text_keys)):
+            with replacing(self.folder / name) as making, making.open("wb") as file:
+                np.save(file, array, allow_pickle=False)
+        for name, shape in (
+            (_REGIONS, (len(annotation_ids), 2, size)),
+            (_TEXTS, (len(text_keys), size)),
+        ):
+            with replacing(self.folder / name) as making:  # sparse: takes no room yet
+                np.lib.format.open_memmap(making, mode="w+", dtype=np.float16, shape=shape).flush()
+        self._save_progress()
+
+    def _reopen(self, name: str) -> npt.NDArray[np.float16]:
+        path = self.folder / name
+        try:
+            rows: npt.NDArray[np.float16] = np.load(path, mmap_mode="r+", allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise ValueError(
+                f"{path} cannot be read ({error}); replace the cache with --overwrite"
+            ) from error
+        return rows
+
+    @staticmethod
+    def _write(target: npt.NDArray[np.float16], start: int, rows: FloatRows) -> None:
+        if start + len(rows) > len(target) or rows.shape[1:] != target.shape[1:]:
+            raise ValueError(
+                f"rows of shape {rows.shape} do not fit at row {start} of {target.shape}"
+            )
+        if not np.isfinite(rows).all():
+            raise ValueError(f"CLIP's embeddings of rows {start} to {start + len(rows)} are NaN")
+        target[start : start + len(rows)] = rows
+        if isinstance(target, np.memmap):
+            target.flush()
+
+    def _save_progress(self) -> None:
+        self._write_json(
+            _PROGRESS,
+            {
+                "contents": self.contents.as_json(),
+                "boxes_done": self.boxes_done,
+                "texts_done": self.texts_done,
+            },
+        )
+
+    def _write_json(self, name: str, content: object) -> None:
+        with replacing(self.folder / name) as making:
+            making.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+class TeacherCache:
+    """A complete cache, opened for reading.
+
+    Attributes:
+        folder: where it lies.
+        contents: its manifest.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        """Open a cache; the large files are mapped, not read.
+
+        Raises:
+            FileNotFoundError: there is no such folder, or the cache in it is not complete.
+            ValueError: a file is broken, or not what the manifest says.
+        """
+        self.folder = Path(folder)
+        self.contents = self._read_manifest()
+        boxes, texts, size = (
+            self.contents.num_boxes,
+            self.contents.num_texts,
+            self.contents.embed_dim,
+        )
+        self._ids = np.array(self._load(_IDS, np.int64, (boxes,)))
+        self._regions = self._load(_REGIONS, np.float16, (boxes, 2, size))
+        self._keys = np.array(self._load(_KEYS, np.uint64, (texts, 2)))
+        self._texts = self._load(_TEXTS, np.float16, (texts, size))
+        self._id_order = self._ids.argsort()
+        self._sorted_ids = self._ids[self._id_order]
+
+    def __repr__(self) -> str:
+        return f"TeacherCache({str(self.folder)!r})"
+
+    def check_source(
+        self,
+        *,
+        weights: str,
+        weights_sha256: str | None,
+        embed_dim: int,
+    ) -> list[str]:
+        """Refuse a cache of another CLIP than a config names.
+
+        Args:
+            weights: MODEL.TEACHER.WEIGHTS.
+            weights_sha256: of that file, hex; None if it is not at hand.
+            embed_dim: MODEL.TEXT_CLASSIFIER.EMBED_DIM.
+
+        Returns:
+            What could not be compared, one text each.
+
+        Raises:
+            ValueError: names the file, both sides, and the command that makes the cache anew.
+        """
+        found = self.contents
+        self._expect("embed_dim", found.embed_dim, embed_dim, "MODEL.TEXT_CLASSIFIER.EMBED_DIM")
+        if weights_sha256 is None:
+            return [f"MODEL.TEACHER.WEIGHTS {weights!r} is not at hand"]
+        key = f"MODEL.TEACHER.WEIGHTS {weights!r}; the cache is of {found.clip!r}"
+        self._expect("weights_sha256", found.weights_sha256, weights_sha256, key)
+        return []
+
+    def check_regions(
+        self,
+        *,
+        crop_scale: float,
+        pixel_statistics: str,
+        annotation_files: Mapping[str, str],
+    ) -> list[str]:
+        """Refuse a cache of other regions, or of another look at them, than a config names.
+
+        Args:
+            crop_scale: MODEL.IKD.CROP_SCALE.
+            pixel_statistics: MODEL.TEACHER.PIXEL_STATISTICS.
+            annotation_files: name of each training dataset -> path of its annotations.
+
+        Returns:
+            What could not be compared, one text each.
+
+        Raises:
+            ValueError: names the file, both sides, and the command that makes the cache anew.
+        """
+        found = self.contents
+        self._expect("crop_scale", found.crop_scale, crop_scale, "MODEL.IKD.CROP_SCALE")
+        self._expect(
+            "pixel_statistics",
+            found.pixel_statistics,
+            pixel_statistics,
+            "MODEL.TEACHER.PIXEL_STATISTICS",
+        )
+        unknown = []
+        for name, path in annotation_files.items():
+            if not os.path.isfile(path):
+                unknown.append(f"the annotations {path} of {name} are not at hand")
+                continue
+            digest = file_sha256(path)
+            if digest not in found.annotations_sha256:
+                raise self._stale(
+                    "annotations_sha256",
+                    dict(zip(found.datasets, found.annotations_sha256, strict=True)),
+                    digest,
+                    f"{path}, DATASETS.TRAIN {name!r}",
+                )
+        return unknown
+
+    def regions(self, annotation_ids: npt.NDArray[np.int64], flipped: npt.NDArray[np.bool_]) -> Any:
+        """Embeddings of annotated regions.
+
+        Args:
+            annotation_ids: (M,).
+            flipped: (M,), whether the image is mirrored.
+
+        Returns:
+            (M, D) float32, L2-normalised.
+
+        Raises:
+            ValueError: an id is not in the cache, its image could not be read when it was made, or
+                its row is not finite.
+        """
+        if len(annotation_ids) == 0:
+            return np.zeros((0, self.contents.embed_dim), np.float32)
+        places = self._sorted_ids.searchsorted(annotation_ids).clip(max=len(self._ids) - 1)
+        absent = self._sorted_ids[places] != annotation_ids
+        rows = _normalised(self._regions[self._id_order[places], flipped.astype(np.int64)])
+        absent |= ~_are_embeddings(rows)
+        if absent.any():
+            named = annotation_ids[absent][:_MAX_NAMED].tolist()
+            raise ValueError(
+                f"{self.folder / _REGIONS}: no embeddings of the annotations {named}; make the "
+                f"cache anew with {how_to_make(self.folder)}"
+            )
+        return rows
+
+    def texts(self, texts: Sequence[str]) -> dict[str, FloatRows]:
+        """Embeddings (D,) float32, L2-normalised, of those texts that the cache holds.
+
+        Raises:
+            ValueError: a row is zero or not finite.
+        """
+        wanted, keys = sorted_texts(texts)
+        if len(self._keys) == 0 or not wanted:
+            return {}
+        places = self._keys[:, 0].searchsorted(keys[:, 0]).clip(max=len(self._keys) - 1)
+        present = (self._keys[places] == keys).all(axis=1)
+        rows = _normalised(self._texts[places[present]])
+        if not _are_embeddings(rows).all():
+            raise ValueError(
+                f"{self.folder / _TEXTS}: some rows are zero or not finite; make the cache anew "
+                f"with {how_to_make(self.folder)}"
+            )
+        return dict(zip(np.array(wanted, dtype=object)[present].tolist(), rows, strict=True))
+
+    def _read_manifest(self) -> CacheContents:
+        path = self.folder / MANIFEST
+        if not path.is_file():
+            progress = self.folder / _PROGRESS
+            found = "is not complete" if progress.exists() else "holds no cache of the teacher"
+            command = how_to_make(self.folder, overwrite=False)
+            raise FileNotFoundError(
+                f"MODEL.TEACHER.CACHE: {self.folder} {found} (expected {path}). Make it, or go on "
+                f"where an interrupted run stopped, with {command}; inference does without: "
+                "MODEL.TEACHER.CACHE ''"
+            )
+        try:
+            return CacheContents.from_json(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{path} is no manifest of a teacher cache ({error}); make it anew with "
+                f"{how_to_make(self.folder)}"
+            ) from error
+
+    def _load(self, name: str, dtype: type, shape: tuple[int, ...]) -> Any:
+        path = self.folder / name
+        try:
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+        # numpy parses a header as Python: a broken one raises SyntaxError, TokenError and others
+        except Exception as error:
+            raise ValueError(
+                f"{path} cannot be read ({error}); make the cache anew with "
+                f"{how_to_make(self.folder)}"
+            ) from error
+        if array.dtype != dtype or array.shape != shape:
+            raise ValueError(
+                f"{path}: found {array.dtype} of shape {array.shape}, expected "
+                f"{np.dtype(dtype)} of shape {shape}; make the cache anew with "
+                f"{how_to_make(self.folder)}"
+            )
+        return array
+
+    def _expect(self, field: str, found: object, expected: object, key: str) -> None:
+        if found != expected:
+            raise self._stale(field, found, expected, key)
+
+    def _stale(self, field: str, found: object, expected: object, key: str) -> ValueError:
+        return ValueError(
+            f"{self.folder / MANIFEST} is of another training: {field} found {found}, expected "
+            f"{expected} ({key}); make it anew with {how_to_make(self.folder)}"
+        )
+
+
+def _are_embeddings(rows: FloatRows) -> npt.NDArray[np.bool_]:
+    """(n,) whether the rows are finite and not zero."""
+    return np.asarray(np.isfinite(rows).all(axis=1) & rows.any(axis=1))
+
+
+def _normalised(rows: npt.NDArray[np.float16]) -> FloatRows:
+    """(n, D) float32 of length 1; zero rows stay zero."""
+    exact = np.asarray(rows, np.float32)
+    norms = np.linalg.norm(exact, axis=1, keepdims=True)
+    with np.errstate(invalid="ignore"):  # infinite rows become NaN, for the caller to refuse
+        normalised: FloatRows = exact / np.maximum(norms, np.finfo(np.float32).tiny)
+    return normalised

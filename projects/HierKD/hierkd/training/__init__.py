@@ -1,0 +1,1 @@
+"""Training: the trainer, its hooks, and the processes that run it."""

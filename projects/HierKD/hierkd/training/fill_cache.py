@@ -1,0 +1,247 @@
+"""Filling a cache of the teacher: what CLIP says of every training box and caption (§3.2, §3.3)."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.data import MetadataCatalog
+from detectron2.data.detection_utils import check_image_size
+from detectron2.structures import BoxMode
+from torch import Tensor
+from tqdm import tqdm
+
+from hierkd.data.coco import check_datasets
+from hierkd.data.mapper import read_picture
+from hierkd.teachers.region_cache import (
+    CacheContents,
+    TeacherCache,
+    TeacherCacheWriter,
+    file_sha256,
+    keys_sha256,
+    sorted_texts,
+)
+from hierkd.teachers.teacher import CLIPTeacher, build_teacher, check_embed_dim
+
+__all__ = ["fill_cache"]
+
+_LOGGER = logging.getLogger(__name__)
+
+# Images, each also mirrored, that are encoded and written together. [ours] On COCO about 220 crops.
+IMAGES_PER_CHUNK = 16
+# Texts that are encoded and written together. [ours]
+_TEXTS_PER_CHUNK = 1024
+
+DatasetDict = dict[str, Any]
+
+
+def fill_cache(
+    cfg: Any,
+    folder: str | os.PathLike[str],
+    *,
+    images_per_chunk: int = IMAGES_PER_CHUNK,
+    num_threads: int | None = None,
+    overwrite: bool = False,
+) -> TeacherCache:
+    """Embed all boxes and captions of ``DATASETS.TRAIN``, and the prompts of all vocabularies.
+
+    Goes on where an interrupted run of the same contents stopped. Boxes are those that training
+    uses: no crowd regions. Crops are taken from the images as stored, at their full size.
+
+    Args:
+        cfg: config of the training.
+        folder: of the cache.
+        images_per_chunk: images encoded together; what an interruption may cost.
+        num_threads: that read images ahead; by default one per core.
+        overwrite: begin anew whatever the folder holds.
+
+    Returns:
+        The complete cache.
+
+    Raises:
+        ValueError: a dataset or an image is broken, or the folder holds something else.
+        FileNotFoundError: a file is missing.
+    """
+    if not cfg.DATASETS.TRAIN:
+        raise ValueError("DATASETS.TRAIN is empty: there is nothing to embed")
+    records = [
+        record
+        for name in cfg.DATASETS.TRAIN
+        for record in check_datasets([name])
+        if record["annotations"]
+    ]
+    with_boxes = [record for record in records if _boxes_of(record)]
+    ids = _annotation_ids(with_boxes)
+    if not ids:
+        raise ValueError(f"{', '.join(cfg.DATASETS.TRAIN)}: no boxes but crowd regions")
+    texts, keys = sorted_texts(_texts(cfg, records))
+    with tempfile.TemporaryDirectory() as scratch:
+        teacher = _build_clip(cfg, scratch)
+        contents = _contents(cfg, teacher, len(ids), keys)
+        writer = TeacherCacheWriter(
+            folder, contents, np.array(ids, np.int64), keys, overwrite=overwrite
+        )
+        if writer.complete:
+            _LOGGER.info("%s is complete already", folder)
+        else:
+            _encode_texts(teacher, texts, writer)
+            _encode_boxes(cfg, teacher, with_boxes, writer, images_per_chunk, num_threads)
+            writer.finish()
+    return TeacherCache(folder)
+
+
+def _build_clip(cfg: Any, text_cache_dir: str) -> CLIPTeacher:
+    """CLIP itself; its text cache is thrown away, since the texts go into the cache made here."""
+    own = cfg.clone()
+    own.defrost()
+    own.MODEL.TEACHER.CACHE = own.MODEL.TEXT_CLASSIFIER.EMBEDDINGS = ""
+    own.MODEL.TEACHER.TEXT_CACHE_DIR = text_cache_dir
+    teacher = build_teacher(own)
+    check_embed_dim(teacher, cfg.MODEL.TEXT_CLASSIFIER.EMBED_DIM)
+    if not isinstance(teacher, CLIPTeacher):
+        raise TypeError(f"expected CLIP, found {teacher!r}")
+    return teacher
+
+
+def _contents(cfg: Any, teacher: CLIPTeacher, num_boxes: int, keys: Any) -> CacheContents:
+    return CacheContents(
+        clip=cfg.MODEL.TEACHER.WEIGHTS,
+        weights_sha256=teacher.weights_digest,
+        pixel_statistics=cfg.MODEL.TEACHER.PIXEL_STATISTICS,
+        image_format=cfg.INPUT.FORMAT,
+        crop_scale=float(cfg.MODEL.IKD.CROP_SCALE),
+        datasets=tuple(cfg.DATASETS.TRAIN),
+        annotations_sha256=tuple(
+            file_sha256(MetadataCatalog.get(name).json_file) for name in cfg.DATASETS.TRAIN
+        ),
+        embed_dim=teacher.embed_dim,
+        logit_scale=teacher.logit_scale,
+        num_boxes=num_boxes,
+        num_texts=len(keys),
+        texts_sha256=keys_sha256(keys),
+    )
+
+
+def _texts(cfg: Any, records: Iterable[DatasetDict]) -> list[str]:
+    """All captions, the prompts of all classes of the config's datasets, and the background's."""
+    text = cfg.MODEL.TEXT_CLASSIFIER
+    names = [
+        name
+        for dataset in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
+        for name in MetadataCatalog.get(dataset).get("thing_classes", [])
+    ]
+    prompts = [
+        template.format(name)
+        for template in (text.TEMPLATES or (text.TEMPLATE,))
+        for name in dict.fromkeys(names)
+    ]
+    captions = itertools.chain.from_iterable(record.get("captions", ()) for record in records)
+    return [text.BACKGROUND_PROMPT, *prompts, *captions]
+
+
+def _boxes_of(record: DatasetDict) -> list[DatasetDict]:
+    return [each for each in record["annotations"] if not each.get("iscrowd", 0)]
+
+
+def _annotation_ids(records: Sequence[DatasetDict]) -> list[int]:
+    ids = [annotation["id"] for record in records for annotation in _boxes_of(record)]
+    if strings := [each for each in ids if not isinstance(each, int)]:
+        raise ValueError(f"a cache needs annotations with integer ids, found {strings[0]!r}")
+    return ids
+
+
+def _encode_texts(teacher: CLIPTeacher, texts: Sequence[str], writer: TeacherCacheWriter) -> None:
+    with tqdm(total=len(texts), initial=writer.texts_done, desc="texts", unit="text") as progress:
+        for start in range(writer.texts_done, len(texts), _TEXTS_PER_CHUNK):
+            chunk = texts[start : start + _TEXTS_PER_CHUNK]
+            writer.write_texts(teacher.encode_captions(chunk).cpu().numpy())
+            progress.update(len(chunk))
+
+
+def _encode_boxes(
+    cfg: Any,
+    teacher: CLIPTeacher,
+    records: Sequence[DatasetDict],
+    writer: TeacherCacheWriter,
+    images_per_chunk: int,
+    num_threads: int | None,
+) -> None:
+    """Embed every box of the images as stored, and of their mirror images."""
+    ends = np.cumsum([len(_boxes_of(record)) for record in records])
+    remaining = records[int(np.searchsorted(ends, writer.boxes_done, side="right")) :]
+    progress = tqdm(total=int(ends[-1]), initial=writer.boxes_done, desc="boxes", unit="box")
+    skip = cfg.DATALOADER.SKIP_BROKEN_IMAGES
+    images = _read_ahead(remaining, cfg.INPUT.FORMAT, skip, num_threads or os.cpu_count() or 1)
+    with progress:
+        for start in range(0, len(remaining), images_per_chunk):
+            chunk = remaining[start : start + images_per_chunk]
+            pictures = list(itertools.islice(images, len(chunk)))
+            rows = _embed(teacher, chunk, pictures, cfg.MODEL.IKD.CROP_SCALE)
+            writer.write_regions(rows)
+            progress.update(len(rows))
+
+
+def _embed(
+    teacher: CLIPTeacher,
+    records: Sequence[DatasetDict],
+    pictures: Sequence[Tensor | None],
+    crop_scale: float,
+) -> Any:
+    """(n, 2, D) embeddings of the n boxes of some images; zero where an image is missing."""
+    images, boxes, known = [], [], []
+    for record, picture in zip(records, pictures, strict=True):
+        corners = [
+            BoxMode.convert(each["bbox"], each["bbox_mode"], BoxMode.XYXY_ABS)
+            for each in _boxes_of(record)
+        ]
+        known += [picture is not None] * len(corners)
+        if picture is not None:
+            images.append(picture)
+            boxes.append(torch.tensor(corners, dtype=torch.float32))
+    mirrored = [
+        torch.stack([i.shape[2] - b[:, 2], b[:, 1], i.shape[2] - b[:, 0], b[:, 3]], dim=1)
+        for i, b in zip(images, boxes, strict=True)
+    ]
+    rows = np.zeros((len(known), 2, teacher.embed_dim), np.float32)
+    found = teacher.encode_regions(
+        [*images, *(image.flip(2) for image in images)], [*boxes, *mirrored], crop_scale
+    )
+    rows[np.array(known)] = torch.stack(found.cpu().chunk(2), dim=1).numpy() if images else 0
+    return rows
+
+
+def _read_ahead(
+    records: Sequence[DatasetDict], image_format: str, skip_broken: bool, num_threads: int
+) -> Iterator[Tensor | None]:
+    """Images (3, H, W) in order, decoded by threads a little ahead of their use."""
+    with ThreadPoolExecutor(num_threads) as pool:
+        waiting = iter(records)
+        pending: list[Future[Tensor | None]] = []
+        try:
+            for record in itertools.islice(waiting, 4 * num_threads):
+                pending.append(pool.submit(_read, record, image_format, skip_broken))
+            while pending:
+                yield pending.pop(0).result()
+                for record in itertools.islice(waiting, 1):
+                    pending.append(pool.submit(_read, record, image_format, skip_broken))
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _read(record: DatasetDict, image_format: str, skip_broken: bool) -> Tensor | None:
+    try:
+        image = read_picture(record["file_name"], image_format)
+    except ValueError as error:
+        if not skip_broken:
+            raise
+        _LOGGER.warning("Skipped: %s", error)
+        return None
+    check_image_size(dict(record), image)
+    return torch.from_numpy(image).permute(2, 0, 1)

@@ -1,0 +1,199 @@
+"""Hooks that show how a training goes: the background's drift, and pictures with detections.
+
+Both look and change nothing: weights, buffers, modes, vocabulary and random generators are
+afterwards what they were, so that a run with them ends with the same weights as one without. They
+do nothing that other processes would have to join; register them in the main process alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.engine import HookBase
+from torch import Tensor, nn
+
+from hierkd.data.mapper import read_picture
+from hierkd.inference.predictor import OpenVocabularyPredictor
+from hierkd.reports.figures import draw_truth_and_detections
+from hierkd.reports.gallery import (
+    Sample,
+    choose_samples,
+    choose_test_dataset,
+    judged_classes,
+    with_detections,
+)
+
+__all__ = ["BackgroundDrift", "DetectionPictures", "build_monitoring_hooks", "undisturbed"]
+
+logger = logging.getLogger(__name__)
+
+_WRITER_PERIOD = 20  # iterations between two lines of metrics.json. [detectron2]
+
+
+class BackgroundDrift(HookBase):  # type: ignore[misc]  # detectron2 is untyped
+    """Records how far the learned background embedding T_bg has gone, and where to.
+
+    ``background_start_cosine``: its cosine with the embedding it was built with, that of
+    ``MODEL.TEXT_CLASSIFIER.BACKGROUND_PROMPT``, also in a run that was resumed.
+    ``background_class_cosine``: its largest cosine with a class of the training vocabulary.
+    """
+
+    def __init__(self, detector: Any) -> None:
+        """Take a :class:`hierkd.modeling.detector.HierKD`."""
+        self._classifier = detector.text_classifier
+
+    def after_step(self) -> None:
+        """Record, as often as the scalars are written."""
+        if (self.trainer.iter + 1) % _WRITER_PERIOD == 0 or _is_last(self.trainer):
+            background = self._background()
+            classes = self._classifier.text_embeddings
+            start = self._classifier.start_embedding.to(background)
+            cosines = {"background_start_cosine": start @ background}
+            if len(classes) > 0:
+                cosines["background_class_cosine"] = (classes @ background).max()
+            for name, cosine in cosines.items():
+                self.trainer.storage.put_scalar(name, cosine.item(), smoothing_hint=False)
+
+    def _background(self) -> Tensor:
+        """(D,) L2-normalised, without changing the parameter."""
+        embedding: Tensor = self._classifier.background_embedding.detach().float()
+        return nn.functional.normalize(embedding, dim=0)
+
+
+class DetectionPictures(HookBase):  # type: ignore[misc]  # detectron2 is untyped
+    """Draws the same test pictures again and again: ground truth beside detections.
+
+    The pictures show the novel classes in turn; all names of the dataset compete. Drawn are the
+    best detections of novel and of base classes, of each as many as the picture has objects. A
+    drawing that fails is logged and does not end the training.
+    """
+
+    def __init__(
+        self,
+        detector: nn.Module,
+        dataset_name: str,
+        *,
+        period: int,
+        num_pictures: int,
+        min_size: int,
+        max_size: int,
+        image_format: str,
+    ) -> None:
+        """Choose the pictures.
+
+        Args:
+            detector: A :class:`hierkd.modeling.detector.HierKD`, outside of its DDP wrapper.
+            dataset_name: A registered dataset.
+            period: In iterations.
+            num_pictures: How many; fewer if fewer show such classes.
+            min_size: As for :class:`OpenVocabularyPredictor`.
+            max_size: Likewise.
+            image_format: Likewise.
+        """
+        self._detector: Any = detector
+        self._period = period
+        self._predictor_args = {
+            "min_size": min_size,
+            "max_size": max_size,
+            "image_format": image_format,
+        }
+        self._vocabulary = list(MetadataCatalog.get(dataset_name).thing_classes)
+        self._judged = judged_classes(dataset_name)
+        self._samples = choose_samples(
+            DatasetCatalog.get(dataset_name), self._vocabulary, self._judged, num_pictures
+        )
+
+    def after_step(self) -> None:
+        """Draw, every so often and after the last step."""
+        if not ((self.trainer.iter + 1) % self._period == 0 or _is_last(self.trainer)):
+            return
+        try:
+            with undisturbed(self._detector):
+                for number, sample in enumerate(self._samples, start=1):
+                    self.trainer.storage.put_image(f"detections/{number}", self._draw(sample))
+        except Exception:
+            logger.warning("pictures with detections could not be drawn", exc_info=True)
+
+    def _draw(self, sample: Sample) -> Any:
+        """(3, H, W) RGB of a picture."""
+        image = read_picture(sample.file_name)
+        predictor = OpenVocabularyPredictor(model=self._detector, **self._predictor_args)
+        found = predictor.predict(image, vocabulary=self._vocabulary)
+        sheet = draw_truth_and_detections(
+            with_detections(sample, image, found, self._vocabulary, self._judged),
+            f"{Path(sample.file_name).name}, iteration {self.trainer.iter + 1}",
+            judged="" if len(set(self._judged)) == len(self._vocabulary) else "novel",
+        )
+        return sheet.transpose(2, 0, 1)
+
+
+def build_monitoring_hooks(cfg: Any, detector: Any) -> list[HookBase]:
+    """Build the hooks that a config asks for; none for a model without text.
+
+    Args:
+        cfg: Of the run.
+        detector: Outside of its DDP wrapper.
+
+    Raises:
+        ValueError: ``VIS_PERIOD`` or ``TEST.VIS_PICTURES`` is negative.
+    """
+    given = {"VIS_PERIOD": cfg.VIS_PERIOD, "TEST.VIS_PICTURES": cfg.TEST.VIS_PICTURES}
+    for key, value in given.items():
+        if value < 0:
+            raise ValueError(f"{key} must be 0 (none) or more, got {value}")
+    if not hasattr(detector, "text_classifier"):
+        return []
+    hooks: list[HookBase] = [BackgroundDrift(detector)]
+    dataset_name = choose_test_dataset(cfg.DATASETS.TEST)
+    if cfg.VIS_PERIOD > 0 and cfg.TEST.VIS_PICTURES > 0 and dataset_name is not None:
+        hooks.append(
+            DetectionPictures(
+                detector,
+                dataset_name,
+                period=cfg.VIS_PERIOD,
+                num_pictures=cfg.TEST.VIS_PICTURES,
+                min_size=cfg.INPUT.MIN_SIZE_TEST,
+                max_size=cfg.INPUT.MAX_SIZE_TEST,
+                image_format=cfg.INPUT.FORMAT,
+            )
+        )
+    return hooks
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Let a model be used for something else in the middle of a training.
+
+    Afterwards every module is in the mode it was in, and the random generators of Python, numpy and
+    PyTorch (of all devices in use) are where they were. ``TEST.COMPILE``, which would take a minute
+    per size of picture, is off meanwhile.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    detector: Any = model
+    compiled = getattr(detector, "compile_test", None)
+    python, numpy = random.getstate(), np.random.get_state()
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=[each.index for each in devices]):
+        try:
+            if compiled is not None:
+                detector.compile_test = False
+            yield
+        finally:
+            if compiled is not None:
+                detector.compile_test = compiled
+            for module, mode in modes:
+                module.training = mode
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+def _is_last(trainer: Any) -> bool:
+    return bool(trainer.iter + 1 >= trainer.max_iter)

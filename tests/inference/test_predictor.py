@@ -1,0 +1,495 @@
+"""OpenVocabularyPredictor: what the model is given, and what comes back."""
+
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import Boxes, Instances
+from PIL import Image
+
+import hierkd
+import hierkd.modeling.detector as meta_arch
+import hierkd.teachers.teacher as teacher
+import tiny_training
+from fake_teacher import FakeTeacher
+from hierkd.inference.predictor import (
+    OpenVocabularyPredictor,
+    find_checkpoint,
+    resolve_vocabulary,
+)
+from hierkd.load_config import load_config
+from toy_world import VOCABULARY, register_toy_world
+
+CONFIG = "configs/miniature/hierkd.yaml"
+
+
+class RecordingModel(torch.nn.Module):
+    """Remembers its input and finds one object."""
+
+    vocabulary_names = ("cat", "dog")
+
+    def forward(self, batched_inputs):
+        self.batched_inputs = batched_inputs
+        instances = Instances((10, 10), pred_boxes=Boxes(torch.tensor([[1.0, 2.0, 3.0, 4.0]])))
+        return [{"instances": instances}]
+
+
+def gradient_image(height, width):
+    """BGR picture whose blue grows to the right; red is 200, green 0."""
+    image = np.zeros((height, width, 3), dtype=np.uint8)
+    image[..., 0] = np.linspace(0, 255, width).astype(np.uint8)
+    image[..., 2] = 200
+    return image
+
+
+def test_short_side_is_resized_and_the_original_size_told():
+    model = RecordingModel().train()
+    predictor = OpenVocabularyPredictor(model=model, min_size=64, max_size=100, image_format="BGR")
+    instances = predictor(gradient_image(128, 160))
+    (given,) = model.batched_inputs
+    assert given["image"].shape == (3, 64, 80)
+    assert (given["height"], given["width"]) == (128, 160)
+    assert not model.training
+    assert instances.pred_boxes.tensor.tolist() == [[1, 2, 3, 4]]
+
+
+def test_long_side_is_limited():
+    predictor = OpenVocabularyPredictor(
+        model=RecordingModel(), min_size=64, max_size=100, image_format="BGR"
+    )
+    assert predictor.prepare(gradient_image(128, 1280))["image"].shape == (3, 10, 100)
+
+
+@pytest.mark.parametrize(("image_format", "red_channel"), [("BGR", 2), ("RGB", 0)])
+def test_channels_come_in_the_models_order(image_format, red_channel):
+    predictor = OpenVocabularyPredictor(
+        model=RecordingModel(), min_size=128, max_size=128, image_format=image_format
+    )
+    image = predictor.prepare(gradient_image(128, 128))["image"]
+    assert image[red_channel].unique().tolist() == [200]
+    assert image[1].unique().tolist() == [0]
+
+
+def test_unknown_channel_order():
+    with pytest.raises(ValueError, match=r"INPUT\.FORMAT.*'YUV'"):
+        OpenVocabularyPredictor(model=RecordingModel(), min_size=1, max_size=1, image_format="YUV")
+
+
+@pytest.fixture
+def make_cfg(monkeypatch, tmp_path):
+    """Config of a random detector, saved as a checkpoint, that knows a toy world's dataset."""
+
+    def _make(*overrides):
+        dataset = register_toy_world(tmp_path / "world")
+        general = [
+            "MODEL.DEVICE",
+            "cpu",
+            "DATASETS.TRAIN",
+            "()",
+            "DATASETS.TEST",
+            f"('{dataset}',)",
+        ]
+        cfg = load_config(CONFIG, [*general, *overrides])
+        teacher = FakeTeacher(cfg.MODEL.TEXT_CLASSIFIER.EMBED_DIM)
+        monkeypatch.setattr(meta_arch, "build_teacher", lambda cfg: teacher)
+        return cfg
+
+    return _make
+
+
+def test_from_config_loads_the_weights_and_the_largest_vocabulary(make_cfg, tmp_path):
+    from detectron2.modeling import build_model
+
+    weights = tmp_path / "model.pth"
+    cfg = make_cfg("MODEL.WEIGHTS", str(weights))
+    torch.manual_seed(3)
+    saved = build_model(cfg)
+    torch.save({"model": saved.state_dict()}, weights)
+
+    predictor = OpenVocabularyPredictor(cfg)
+    assert predictor.vocabulary == VOCABULARY
+    for name, parameter in predictor.model.state_dict().items():
+        torch.testing.assert_close(parameter, saved.state_dict()[name])
+
+    image = gradient_image(96, 120)
+    five = predictor(image)
+    assert five.image_size == (96, 120)
+    assert (five.scores[:-1] >= five.scores[1:]).all()
+    predictor.set_vocabulary(["one thing"])
+    assert predictor.vocabulary == ("one thing",)
+    assert set(predictor(image).pred_classes.tolist()) == {0}
+
+
+@pytest.mark.parametrize(
+    ("trained_on", "icons"),
+    [
+        (["miniature_ovd_train_base"], True),
+        (["coco_ovd_train_base_48_17"], False),
+        (["miniature_ovd_train_base", "mine_train_base"], False),
+        ([], False),  # not known
+    ],
+)
+def test_a_detector_of_the_miniature_alone_says_so(trained_on, icons):
+    predictor = OpenVocabularyPredictor(
+        model=RecordingModel(), min_size=64, max_size=64, trained_on=trained_on
+    )
+    assert predictor.trained_on == tuple(trained_on)
+    assert predictor.knows_icons_only is icons
+
+
+def test_what_a_run_was_trained_on(predictor):
+    assert predictor.trained_on == ("miniature_ovd_train_base",)
+
+
+def test_missing_weights_are_named(make_cfg):
+    with pytest.raises(FileNotFoundError, match=r"nowhere/model\.pth"):
+        OpenVocabularyPredictor(make_cfg("MODEL.WEIGHTS", "nowhere/model.pth"))
+
+
+def test_empty_weights(make_cfg):
+    with pytest.raises(ValueError, match=r"MODEL\.WEIGHTS is empty"):
+        OpenVocabularyPredictor(make_cfg("MODEL.WEIGHTS", ""))
+
+
+def test_vocabulary_from_names():
+    assert resolve_vocabulary("cat,umbrella, traffic cone ") == ["cat", "umbrella", "traffic cone"]
+
+
+def test_vocabulary_from_a_dataset(tmp_path):
+    name = register_toy_world(tmp_path / "world")
+    assert resolve_vocabulary(name) == list(VOCABULARY)
+    resolve_vocabulary(name).clear()  # a copy: the dataset keeps its own
+    assert tuple(MetadataCatalog.get(name).thing_classes) == VOCABULARY
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("", "empty"), (" , ", "empty"), ("cat,,dog", "blank"), ("cat,dog,cat", "repeats 'cat'")],
+)
+def test_unusable_vocabularies(text, message):
+    with pytest.raises(ValueError, match=message):
+        resolve_vocabulary(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("toy_wrld_all", "did you mean 'toy_world_all'"),
+        ("toy_world_al", "did you mean 'toy_world_all'"),
+        ("cat;dog", "separated by commas"),
+        ("names/mine", "no file of this name exists"),
+        (".", "is a folder"),
+    ],
+)
+def test_what_looks_like_something_else_than_names(tmp_path, text, message):
+    MetadataCatalog.get("toy_world_all").thing_classes = ["a"]
+    DatasetCatalog.register("toy_world_all", list)
+    try:
+        assert resolve_vocabulary("toy_world_all") == ["a"]
+        with pytest.raises(ValueError, match=message):
+            resolve_vocabulary(text)
+        # Of several names none is taken for a dataset, and classes are not like one.
+        assert resolve_vocabulary("toy_world_al,dog") == ["toy_world_al", "dog"]
+        assert resolve_vocabulary("toy world all") == ["toy world all"]
+        assert resolve_vocabulary("traffic_cone") == ["traffic_cone"]
+    finally:
+        DatasetCatalog.remove("toy_world_all")
+        MetadataCatalog.remove("toy_world_all")
+
+
+# ------------------------------------------------------------------ from_checkpoint and predict
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A world, a CLIP and a training's folder ``run``, with text embeddings cached in here."""
+    root = tmp_path_factory.mktemp("predictor")
+    tiny_training.write_world(root)
+    clip = tiny_training.write_clip(root / "clip.pt")
+    with pytest.MonkeyPatch.context() as patch, tiny_training.miniature_at(root):
+        patch.setenv("HIERKD_CACHE", str(root / "cache"))
+        tiny_training.write_run(root / "run", clip)
+        yield root
+
+
+@pytest.fixture
+def predictor(world):
+    return OpenVocabularyPredictor.from_checkpoint(world / "run")
+
+
+@pytest.fixture
+def pictures(world):
+    return sorted((world / "miniature" / "val").glob("*.png"))
+
+
+def rows(instances):
+    """Detections as one array: box, score, class."""
+    scores, classes = instances.scores[:, None], instances.pred_classes[:, None].float()
+    return torch.cat([instances.pred_boxes.tensor, scores, classes], dim=1)
+
+
+def test_the_package_offers_the_predictor_and_nothing_unknown():
+    assert hierkd.OpenVocabularyPredictor is OpenVocabularyPredictor
+    with pytest.raises(AttributeError, match="NoSuchThing"):
+        _ = hierkd.NoSuchThing
+
+
+def test_importing_the_package_does_not_import_the_predictor():
+    code = (
+        "import sys, hierkd; assert 'hierkd.inference.predictor' not in sys.modules; "
+        "from hierkd import OpenVocabularyPredictor; "
+        "assert 'clip' not in sys.modules and 'matplotlib.pyplot' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_every_way_to_name_a_checkpoint_gives_the_same_detector(world, pictures, tmp_path):
+    run = world / "run"
+    lone = tmp_path / "lone"
+    lone.mkdir()
+    shutil.copy(run / "model_final.pth", lone / "model_0000001.pth")
+    shutil.copy(run / "config.yaml", lone / "config.yaml")
+    (lone / "last_checkpoint").write_text("model_0000001.pth")
+    elsewhere = tmp_path / "elsewhere.pth"
+    shutil.copy(run / "model_final.pth", elsewhere)
+    ways = [
+        (str(run), None),
+        (run / "model_final.pth", None),
+        (lone, None),
+        (elsewhere, run / "config.yaml"),
+    ]
+    found = [
+        rows(OpenVocabularyPredictor.from_checkpoint(*way).predict(pictures[0])) for way in ways
+    ]
+    assert len(found[0]) > 0
+    for other in found[1:]:
+        assert torch.equal(other, found[0])
+
+
+def test_device_and_overrides(world):
+    predictor = OpenVocabularyPredictor.from_checkpoint(
+        world / "run", device="cpu", opts=["TEST.DETECTIONS_PER_IMAGE", 3]
+    )
+    assert predictor.device == torch.device("cpu")
+    assert len(predictor(gradient_image(40, 60))) == 3
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_gpu_the_cpu_is_used_and_said(world, caplog):
+    predictor = OpenVocabularyPredictor.from_checkpoint(world / "run", device="cuda")
+    assert predictor.device == torch.device("cpu")
+    assert "no CUDA device: using the CPU" in caplog.text
+
+
+def test_a_detector_trained_with_a_cache_does_without_it(world, pictures, caplog):
+    predictor = OpenVocabularyPredictor.from_checkpoint(
+        world / "run", opts=["MODEL.TEACHER.CACHE", "gone/cache"]
+    )
+    assert "MODEL.TEACHER.CACHE: 'gone/cache' is not there" in caplog.text
+    expected = OpenVocabularyPredictor.from_checkpoint(world / "run").predict(pictures[0])
+    assert torch.equal(rows(predictor.predict(pictures[0])), rows(expected))
+
+
+def test_bytes_are_named_as_what_they_are(predictor):
+    with pytest.raises(TypeError, match="got bytes"):
+        predictor.predict(b"\x89PNG")
+
+
+def test_a_folder_stands_for_its_last_checkpoint(tmp_path):
+    (tmp_path / "config.yaml").touch()
+    for name in ("model_final.pth", "model_0000007.pth"):
+        (tmp_path / name).touch()
+    last = tmp_path / "last_checkpoint"
+    for named, expected in (
+        (None, "model_final.pth"),
+        ("model_final.pth", "model_final.pth"),
+        ("model_0000007.pth\n", "model_0000007.pth"),  # begun anew in the same folder
+        ("model_0000009.pth", "model_final.pth"),  # was removed
+    ):
+        if named is not None:
+            last.write_text(named)
+        assert find_checkpoint(tmp_path)[1] == str(tmp_path / expected)
+
+
+def test_test_datasets_that_are_not_known_here_are_said(world, caplog):
+    predictor = OpenVocabularyPredictor.from_checkpoint(
+        world / "run", opts=["DATASETS.TEST", "('gone_val_all',)"]
+    )
+    assert "['gone_val_all'], which are not registered here" in caplog.text
+    assert predictor.vocabulary == tuple(
+        MetadataCatalog.get("miniature_ovd_train_base").thing_classes
+    )
+
+
+def test_wrong_checkpoints(world, tmp_path):
+    load = OpenVocabularyPredictor.from_checkpoint
+    with pytest.raises(FileNotFoundError, match="no training's folder 'gone/run'"):
+        load("gone/run")
+    with pytest.raises(FileNotFoundError, match=r"neither model_final\.pth nor last_checkpoint"):
+        load(tmp_path)
+    (tmp_path / "last_checkpoint").write_text("model_0000009.pth")
+    with pytest.raises(FileNotFoundError, match=r"names 'model_0000009\.pth', which is not in"):
+        load(tmp_path)
+    shutil.copy(world / "run" / "model_final.pth", tmp_path / "alone.pth")
+    with pytest.raises(FileNotFoundError, match=r"no config\.yaml belongs to .*alone\.pth"):
+        load(tmp_path / "alone.pth")
+    with pytest.raises(FileNotFoundError, match=r"no config 'gone\.yaml'"):
+        load(tmp_path / "alone.pth", "gone.yaml")
+    with pytest.raises(ValueError, match=r"config\.yaml' is a config"):
+        load(world / "run" / "config.yaml")
+    with pytest.raises(ValueError, match="needs a config"):
+        load("https://example.org/model.pth")
+    with pytest.raises(ValueError, match=r"MODEL\.DEVICE: no device 'gpu'"):
+        load(world / "run", device="gpu")
+    with pytest.raises(ValueError, match=r"NO\.SUCH_KEY"):
+        load(world / "run", opts=["NO.SUCH_KEY", 1])
+
+
+def test_every_kind_of_picture_gives_the_same_detections(predictor, pictures):
+    with Image.open(pictures[1]) as opened:
+        pillow = opened.convert("RGB")
+    rgb = np.array(pillow)
+    expected = rows(predictor(rgb[:, :, ::-1]))
+    assert len(expected) > 0
+    tensor = torch.from_numpy(rgb.transpose(2, 0, 1).copy())
+    for kind in (str(pictures[1]), pictures[1], pillow, pillow.convert("RGBA")):
+        assert torch.equal(rows(predictor.predict(kind)), expected)
+    for kind in (rgb, tensor):
+        assert torch.equal(rows(predictor.predict(kind, channels="RGB")), expected)
+    for kind in (rgb[:, :, ::-1], tensor.flip(0)):
+        assert torch.equal(rows(predictor.predict(kind)), expected)
+        assert not torch.equal(rows(predictor.predict(kind, channels="RGB")), expected)
+
+
+def test_lists_and_batches_give_what_single_pictures_give(predictor, pictures):
+    wide = gradient_image(50, 120)
+    images = [pictures[0], wide, pictures[1], gradient_image(80, 80), wide, pictures[2]]
+    one_by_one = [rows(predictor.predict(image)) for image in images]
+    for size in (1, 2, 4, 8):
+        together = predictor.predict(images, batch_size=size)
+        assert isinstance(together, list)
+        for found, expected in zip(together, one_by_one, strict=True):
+            torch.testing.assert_close(rows(found), expected)
+    stack = np.stack([wide, wide[:, ::-1]])
+    for batch in (stack, torch.from_numpy(stack.transpose(0, 3, 1, 2).copy())):
+        first, second = predictor.predict(batch)
+        torch.testing.assert_close(rows(first), one_by_one[1])
+        torch.testing.assert_close(rows(second), rows(predictor(stack[1])))
+    assert predictor.predict([]) == []
+    assert isinstance(predictor.predict([wide]), list)
+
+
+def test_images_of_one_size_share_a_pass(monkeypatch, predictor):
+    sizes = []
+    detect = predictor.model.forward
+    monkeypatch.setattr(
+        predictor.model, "forward", lambda inputs: sizes.append(len(inputs)) or detect(inputs)
+    )
+    predictor.predict([gradient_image(64, 64)] * 5 + [gradient_image(64, 100)], batch_size=4)
+    assert sizes == [4, 1, 1]
+
+
+def test_thresholds_and_top_k(predictor, pictures):
+    everything = predictor.predict(pictures[0], vocabulary=["a", "b"])
+    scores = everything.scores
+    middle = float(scores[len(scores) // 2])
+    kept = predictor.predict(pictures[0], vocabulary=["a", "b"], score_threshold=middle)
+    assert kept.scores.tolist() == [s for s in scores.tolist() if s >= middle]
+    assert torch.equal(
+        rows(predictor.predict(pictures[0], vocabulary=["a", "b"], top_k=3)), rows(everything)[:3]
+    )
+    without_b = predictor.predict(pictures[0], vocabulary=["a", "b"], class_thresholds={"b": 1})
+    assert torch.equal(rows(without_b), rows(everything)[everything.pred_classes == 0])
+
+
+def test_a_vocabulary_for_one_call(predictor, pictures):
+    before = predictor.vocabulary
+    expected = rows(predictor.predict(pictures[0]))
+    one = predictor.predict(pictures[0], vocabulary=["only this"])
+    assert set(one.pred_classes.tolist()) == {0}
+    assert predictor.vocabulary == before
+    assert torch.equal(rows(predictor.predict(pictures[0])), expected)
+    with pytest.raises(ValueError, match=r"no pixels"):
+        predictor.predict(np.zeros((0, 4, 3), np.uint8), vocabulary=["another"])
+    assert predictor.vocabulary == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"score_threshold": 1.5}, "score threshold must be 0 to 1, got 1.5"),
+        ({"score_threshold": float("nan")}, "score threshold must be 0 to 1, got nan"),
+        ({"top_k": 0}, "top-k must be a whole number of at least 1, got 0"),
+        ({"class_thresholds": {"zebra": 0.5}}, r"not in the vocabulary: \['zebra'\]"),
+        ({"class_thresholds": {"zebra": -1}}, "class 'zebra' must be 0 to 1, got -1"),
+        ({"channels": "GRB"}, "channels must be 'BGR' or 'RGB', got 'GRB'"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"vocabulary": []}, "no names, the list is empty"),
+        ({"vocabulary": "cat"}, "list of class names, got the text 'cat'"),
+    ],
+)
+def test_wrong_arguments(predictor, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        predictor.predict(gradient_image(8, 8), **arguments)
+
+
+def test_wrong_vocabularies_leave_the_old_one(predictor):
+    before = predictor.vocabulary
+    for names in ("cat", [], ["cat", " "], ["cat", "cat"], ["cat", 3]):
+        with pytest.raises(ValueError, match=r"class|blank|list is empty|must occur once"):
+            predictor.set_vocabulary(names)
+    assert predictor.vocabulary == before
+    predictor.set_vocabulary(name for name in ("a generator", "of names"))
+    assert predictor.vocabulary == ("a generator", "of names")
+
+
+def test_a_wrong_picture_of_a_list_is_named(predictor, tmp_path):
+    good = gradient_image(8, 8)
+    with pytest.raises(FileNotFoundError, match=r"image 2: no picture 'gone\.jpg'"):
+        predictor.predict([good, good, "gone.jpg"])
+    with pytest.raises(TypeError, match=r"image 1: .*got int"):
+        predictor.predict([good, 3])
+    (tmp_path / "broken.jpg").write_text("no picture")
+    with pytest.raises(ValueError, match=r"broken\.jpg cannot be decoded"):
+        predictor.predict(tmp_path / "broken.jpg")
+
+
+def test_known_names_need_no_clip_and_come_at_once(world, monkeypatch):
+    names = [f"thing {i}" for i in range(50)]
+    OpenVocabularyPredictor.from_checkpoint(world / "run").set_vocabulary(names)
+
+    def refuse(self):
+        raise AssertionError("CLIP was loaded")
+
+    monkeypatch.setattr(teacher.CLIPTeacher, "_clip", refuse)
+    fresh = OpenVocabularyPredictor.from_checkpoint(world / "run")
+    fresh.set_vocabulary(names)  # from the disk
+    monkeypatch.setattr(teacher.TextCache, "read", refuse)
+    started = time.perf_counter()
+    fresh.set_vocabulary(names[::-1])  # from memory
+    assert time.perf_counter() - started < 0.1
+    assert fresh.vocabulary == tuple(names[::-1])
+
+
+def test_threads_share_a_predictor_without_mixing_vocabularies(predictor, pictures):
+    vocabularies = [[f"{letter} {i}" for i in range(1 + n)] for n, letter in enumerate("abcd")]
+    expected = [rows(predictor.predict(pictures[0], vocabulary=v)) for v in vocabularies]
+    started = threading.Barrier(len(vocabularies))
+
+    def work(number):
+        started.wait()
+        return [
+            rows(predictor.predict(pictures[0], vocabulary=vocabularies[number])) for _ in range(5)
+        ]
+
+    with ThreadPoolExecutor(len(vocabularies)) as pool:
+        for number, found in enumerate(pool.map(work, range(len(vocabularies)))):
+            for each in found:
+                assert torch.equal(each, expected[number])

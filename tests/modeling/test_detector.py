@@ -1,0 +1,955 @@
+"""The detector as a whole: losses in training, detections in inference, vocabularies."""
+
+import copy
+import dataclasses
+import functools
+from typing import Any
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances, pairwise_iou
+from detectron2.utils.events import EventStorage
+from torch._dynamo.exc import TorchDynamoException
+
+import hierkd.modeling.detector as meta_arch
+import hierkd.modeling.inference as class_probabilities
+from fake_teacher import FakeTeacher
+from hierkd.benchmarks.timing import peak_memory
+from hierkd.load_config import load_config
+from hierkd.modeling.detector import HierKD
+from hierkd.modeling.detector_settings import InferenceSettings
+from hierkd.modeling.distillation import PositivePoints
+from hierkd.modeling.inference import ClassProbabilities
+
+SIZE = 128
+CLASSES = [f"thing {i}" for i in range(5)]
+CONFIG = "configs/miniature/hierkd.yaml"
+
+
+@pytest.fixture
+def build(monkeypatch):
+    """Builder of small detectors with a fake teacher; arguments are KEY, VALUE, ..."""
+
+    def _build(*overrides: Any) -> HierKD:
+        cfg = load_config(CONFIG, ["MODEL.DEVICE", "cpu", "DATASETS.TRAIN", "()", *overrides])
+        teacher = FakeTeacher(cfg.MODEL.TEXT_CLASSIFIER.EMBED_DIM)
+        monkeypatch.setattr(meta_arch, "build_teacher", lambda cfg: teacher)
+        torch.manual_seed(0)
+        model = build_model(cfg)
+        model.set_vocabulary(CLASSES)
+        return model
+
+    return _build
+
+
+def sample(boxes: list[list[float]], classes: list[int] | None = None, seed: int = 0) -> dict:
+    generator = torch.Generator().manual_seed(seed)
+    instances = Instances((SIZE, SIZE))
+    instances.gt_boxes = Boxes(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4))
+    labels = list(range(len(boxes))) if classes is None else classes
+    instances.gt_classes = torch.tensor(labels, dtype=torch.int64)
+    image = torch.randint(0, 256, (3, SIZE, SIZE), dtype=torch.uint8, generator=generator)
+    caption = f"a picture number {seed}"
+    return {"image": image, "instances": instances, "caption": caption}
+
+
+def batch() -> list[dict]:
+    return [
+        sample([[10, 12, 70, 80], [60, 20, 120, 70]], seed=1),
+        sample([[30, 30, 90, 95]], [3], seed=2),
+        sample([], seed=3),
+    ]
+
+
+def train_losses(model: HierKD, inputs: list[dict], seed: int = 0) -> dict[str, torch.Tensor]:
+    model.train()
+    torch.manual_seed(seed)
+    with EventStorage():
+        return model(inputs)
+
+
+@pytest.mark.parametrize(
+    ("ikd", "gkd", "quality", "extra"),
+    [
+        (0.0, 0.0, "iou", {"loss_iou"}),
+        (0.1, 0.0, "iou", {"loss_iou", "loss_ikd"}),
+        (0.0, 1.0, "centerness", {"loss_centerness", "loss_gkd_image", "loss_gkd_caption"}),
+        (0.1, 1.0, "none", {"loss_ikd", "loss_gkd_image", "loss_gkd_caption"}),
+    ],
+)
+def test_each_row_of_table_4_has_its_losses_and_trains_every_parameter(
+    build, ikd, gkd, quality, extra
+):
+    model = build(
+        *("MODEL.IKD.LOSS_WEIGHT", ikd, "MODEL.GKD.LOSS_WEIGHT", gkd),
+        *("MODEL.ATSS.QUALITY", quality),
+    )
+    losses = train_losses(model, batch())
+    assert set(losses) == {"loss_cls", "loss_box_reg"} | extra
+    assert all(loss.isfinite() and loss > 0 for k, loss in losses.items() if k != "loss_ikd")
+    sum(losses.values()).backward()
+    without = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert without == []
+
+
+def test_a_branch_that_is_off_builds_nothing_and_never_asks_the_teacher(build):
+    model = build("MODEL.IKD.LOSS_WEIGHT", 0.0, "MODEL.GKD.LOSS_WEIGHT", 0.0)
+    model.teacher.captions.clear()
+    train_losses(model, batch())
+    assert model.mlca is None
+    assert model.ikd is None
+    assert model.teacher.regions == []
+    assert model.teacher.captions == []
+
+
+def test_a_batch_without_any_box_still_gives_every_parameter_a_gradient(build):
+    model = build()
+    losses = train_losses(model, [sample([], seed=1), sample([], seed=2)])
+    assert losses["loss_box_reg"] == 0
+    assert losses["loss_iou"] == 0
+    assert losses["loss_ikd"] == 0
+    assert losses["loss_cls"] > 0
+    sum(losses.values()).backward()
+    missing = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert missing == []
+
+
+def test_the_weights_of_eq_6_scale_their_losses_and_nothing_else(build):
+    # IoU >= 0 makes every positive a distilled point, so that an untrained model has some
+    one = build(
+        *("MODEL.IKD.IOU_THRESH", 0.0, "MODEL.IKD.LOSS_WEIGHT", 0.05),
+        *("MODEL.GKD.LOSS_WEIGHT", 0.5, "MODEL.ATSS.BOX_REG_LOSS_WEIGHT", 2.0),
+    )
+    two = build(
+        *("MODEL.IKD.IOU_THRESH", 0.0, "MODEL.IKD.LOSS_WEIGHT", 0.1),
+        *("MODEL.GKD.LOSS_WEIGHT", 1.5, "MODEL.ATSS.BOX_REG_LOSS_WEIGHT", 6.0),
+    )
+    a, b = train_losses(one, batch()), train_losses(two, batch())
+    factors = {"loss_ikd": 2.0, "loss_gkd_image": 3.0, "loss_gkd_caption": 3.0, "loss_box_reg": 3.0}
+    assert a["loss_ikd"] > 0
+    for name, loss in a.items():
+        torch.testing.assert_close(b[name], loss * factors.get(name, 1.0))
+
+
+def test_the_learned_classification_weight(build):
+    learned = build()
+    fixed = build("MODEL.ATSS.LEARN_CLS_LOSS_WEIGHT", False)
+    a, b = train_losses(learned, batch())["loss_cls"], train_losses(fixed, batch())["loss_cls"]
+    torch.testing.assert_close(a, b * torch.tensor(-1.0).exp() + 1.0)
+    assert fixed.cls_loss_log_weight is None
+
+
+def test_the_teacher_sees_raw_images_and_detached_predicted_boxes(build):
+    model = build("MODEL.IKD.IOU_THRESH", 0.0, "MODEL.IKD.MAX_CROPS_PER_IMAGE", 0)
+    inputs = batch()
+    train_losses(model, inputs)
+    images, boxes, scale = model.teacher.regions[-1]
+    assert scale == 1.5
+    assert [len(b) for b in boxes][2] == 0
+    assert len(boxes[0]) > len(boxes[1]) > 0
+    assert not any(b.requires_grad for b in boxes)
+    for image, given in zip(images, inputs, strict=True):
+        assert torch.equal(image, given["image"])
+
+
+def test_distilled_regions_are_ground_truth_boxes_by_key(build):
+    model = build("MODEL.IKD.IOU_THRESH", 0.0, "MODEL.IKD.BOXES", "gt")
+    inputs = batch()
+    train_losses(model, inputs)
+    _, boxes, _ = model.teacher.regions[-1]
+    for given, seen in zip(inputs, boxes, strict=True):
+        truth = given["instances"].gt_boxes.tensor
+        assert all((truth == box).all(dim=1).any() for box in seen)
+
+
+def test_only_well_localised_positives_are_distilled_and_crops_are_limited(build):
+    never = build("MODEL.IKD.IOU_THRESH", 1.0)
+    assert train_losses(never, batch())["loss_ikd"] == 0
+    limited = build("MODEL.IKD.IOU_THRESH", 0.0, "MODEL.IKD.MAX_CROPS_PER_IMAGE", 2)
+    train_losses(limited, batch())
+    assert sum(len(b) for b in limited.teacher.regions[-1][1]) == 2 * 3
+
+
+def distilled(model, inputs):
+    """The positives and the pairs of one training step."""
+    seen = []
+    original = model.distill_regions
+    model.distill_regions = lambda *args: seen.append((args[2], original(*args))) or seen[-1][1]
+    train_losses(model, inputs)
+    return seen[0]
+
+
+def test_the_points_of_an_object_share_its_ground_truth_crop(build):
+    keys = ("MODEL.IKD.IOU_THRESH", 0.0, "MODEL.IKD.MAX_CROPS_PER_IMAGE", 0)
+    model = build(*keys, "MODEL.IKD.BOXES", "gt")
+    positives, pairs = distilled(model, batch())
+    objects = torch.cat([positives.image_idxs[:, None], positives.gt_boxes], dim=1)
+    distinct = objects.unique(dim=0)
+    _, boxes, _ = model.teacher.regions[-1]
+    assert sum(map(len, boxes)) == len(distinct) < len(positives.image_idxs) == len(pairs.teacher)
+    for one in distinct:
+        rows = pairs.teacher[(objects == one).all(dim=1)]
+        assert (rows == rows[0]).all()
+    assert len(pairs.teacher.unique(dim=0)) == len(distinct)
+
+
+def test_near_duplicates_are_looked_at_once(build):
+    keys = ("MODEL.IKD.IOU_THRESH", 0.0, "MODEL.IKD.MAX_CROPS_PER_IMAGE", 0)
+    every, merged = build(*keys), build(*keys, "MODEL.IKD.MERGE_CROPS_IOU", 0.3)
+    _, expected = distilled(every, batch())
+    positives, pairs = distilled(merged, batch())
+    assert torch.equal(pairs.student, expected.student)
+    assert torch.equal(pairs.levels, expected.levels)
+    looked_at = every.teacher.regions[-1][1], merged.teacher.regions[-1][1]
+    crops = torch.cat(list(looked_at[1]))
+    assert len(crops) < len(torch.cat(list(looked_at[0]))) == len(pairs.teacher)
+    # Which crop each point got: the fake teacher embeds them by their number.
+    rows = merged.teacher._embed([f"region {i}" for i in range(len(crops))])
+    crop_of_point = (pairs.teacher @ rows.T).argmax(dim=1)
+    image_of_crop = torch.arange(3).repeat_interleave(torch.tensor([*map(len, looked_at[1])]))
+    assert torch.equal(image_of_crop[crop_of_point], positives.image_idxs)
+    ious = pairwise_iou(
+        Boxes(crops[crop_of_point]), Boxes(positives.pred_boxes.detach())
+    ).diagonal()
+    assert (ious > 0.3).all()
+
+
+def test_the_limit_counts_crops_that_are_left_after_merging(build):
+    keys = ("MODEL.IKD.IOU_THRESH", 0.0, "MODEL.IKD.MAX_CROPS_PER_IMAGE", 1)
+    plain, merged = build(*keys), build(*keys, "MODEL.IKD.MERGE_CROPS_IOU", 0.3)
+    _, few = distilled(plain, batch())
+    _, more = distilled(merged, batch())
+    assert sum(map(len, plain.teacher.regions[-1][1])) == len(few.teacher) == 3
+    assert sum(map(len, merged.teacher.regions[-1][1])) == 3 < len(more.teacher)
+    assert len(more.teacher.unique(dim=0)) == 3
+
+
+def test_a_threshold_of_merging_beyond_an_iou_is_refused(build):
+    with pytest.raises(ValueError, match=r"MERGE_CROPS_IOU must be between 0 and 1, got 1\.5"):
+        build("MODEL.IKD.MERGE_CROPS_IOU", 1.5)
+
+
+def test_the_mean_over_levels_by_hand(build):
+    """The release averages Eq. 2 level by level, and a level without a point counts as zero."""
+    everything = ("MODEL.IKD.IOU_THRESH", 0.0, "MODEL.IKD.MAX_CROPS_PER_IMAGE", 0)
+    points = build(*everything, "MODEL.IKD.LOSS_WEIGHT", 1.0)
+    levels = build(*everything, "MODEL.IKD.LOSS_WEIGHT", 1.0, "MODEL.IKD.AVERAGE_OVER", "levels")
+    inputs = [*batch(), sample([[2, 2, 126, 126]], [4], seed=4)]  # large: another level
+    seen = []
+    original = levels.distill_regions
+    levels.distill_regions = lambda *args: seen.append(original(*args)) or seen[-1]
+    losses = train_losses(points, inputs)["loss_ikd"], train_losses(levels, inputs)["loss_ikd"]
+    (pairs,) = seen
+    distances = (pairs.student - pairs.teacher).abs().sum(dim=1)
+    torch.testing.assert_close(losses[0], distances.mean())
+    of_levels = [
+        distances[pairs.levels == level].mean() if (pairs.levels == level).any() else 0.0
+        for level in range(3)
+    ]
+    torch.testing.assert_close(losses[1], sum(of_levels) / 3)
+    assert losses[0] != losses[1]
+    assert len(pairs.levels.unique()) > 1
+
+
+def test_the_level_of_each_distilled_point(build):
+    model = build("MODEL.IKD.IOU_THRESH", 0.0, "MODEL.IKD.MAX_CROPS_PER_IMAGE", 0)
+    seen = []
+    original = model.distill_regions
+    model.distill_regions = lambda *args: seen.append((args, original(*args))) or seen[-1][1]
+    train_losses(model, [*batch(), sample([[2, 2, 126, 126]], [4], seed=4)])
+    ((_, _, positives, sizes), pairs) = seen[0]
+    assert sizes == [16 * 16, 8 * 8, 4 * 4]
+    expected = [0 if i < 256 else 1 if i < 256 + 64 else 2 for i in positives.point_idxs.tolist()]
+    assert pairs.levels.tolist() == expected
+
+
+def test_the_closed_gap_gives_the_teacher_the_mean_of_the_text(build):
+    plain = build("MODEL.IKD.IOU_THRESH", 0.0)
+    closed = build("MODEL.IKD.IOU_THRESH", 0.0, "MODEL.IKD.CLOSE_MODALITY_GAP", True)
+    pairs = []
+    for model in (plain, closed):
+        original = model.distill_regions
+        model.distill_regions = lambda *args, f=original: pairs.append(f(*args)) or pairs[-1]
+        train_losses(model, batch())
+    before, after = pairs[0].teacher, pairs[1].teacher
+    shift = plain.text_classifier.text_embeddings.mean(dim=0) - before.mean(dim=0)
+    moved = before + shift
+    torch.testing.assert_close(after, moved / moved.norm(dim=1, keepdim=True))
+    torch.testing.assert_close(pairs[0].student, pairs[1].student)
+    empty = [sample([], seed=1), sample([], seed=2)]
+    assert train_losses(closed, empty)["loss_ikd"] == 0
+
+
+def test_negatives_drawn_per_level(build):
+    """A level without a positive gives none; the others give a tenth of theirs each."""
+    model = build("MODEL.ATSS.NEGATIVE_SCOPE", "level")
+    sizes = [256, 64, 16]
+    labels = torch.full((2, sum(sizes)), 5)  # 5 classes: 5 is the background
+    labels[0, :6] = 1  # positives on the first level
+    labels[1, -2:] = 2  # and on the last
+    sampled = model.sample_negatives(labels, sizes)
+    kept = [int((part == 5).sum()) for part in sampled.split(sizes, dim=1)]
+    assert kept == [int(0.1 * (512 - 6)), 0, int(0.1 * (32 - 2))]
+    assert torch.equal(sampled[labels != 5], labels[labels != 5])
+    whole = build().sample_negatives(labels, sizes)
+    assert int((whole == 5).sum()) == int(0.1 * (labels == 5).sum())
+
+
+def test_distillation_does_not_move_the_box_branch(build):
+    model = build("MODEL.IKD.IOU_THRESH", 0.0)
+    losses = train_losses(model, batch())
+    distillation = losses["loss_ikd"] + losses["loss_gkd_image"] + losses["loss_gkd_caption"]
+    distillation.backward()
+    assert all(p.grad is None or not p.grad.any() for p in model.head.box_tower.parameters())
+    assert (
+        model.head.anchor_deltas.weight.grad is None
+        or not model.head.anchor_deltas.weight.grad.any()
+    )
+    assert model.head.embedding.weight.grad.abs().sum() > 0
+
+
+def test_all_positives_take_part_in_classification_whatever_the_negatives(build):
+    """With no negative left, the loss depends on the positives alone."""
+    few = build("MODEL.ATSS.NEGATIVE_AMOUNT", 1e-9)
+    losses = train_losses(few, batch())["loss_cls"], train_losses(few, batch(), seed=1)["loss_cls"]
+    assert losses[0] == losses[1]
+    some = build("MODEL.ATSS.NEGATIVE_AMOUNT", 0.1)
+    losses = (
+        train_losses(some, batch())["loss_cls"],
+        train_losses(some, batch(), seed=1)["loss_cls"],
+    )
+    assert losses[0] != losses[1]
+
+
+def test_half_precision_keeps_the_losses_close(build):
+    model = build("MODEL.IKD.IOU_THRESH", 0.0)
+    full = train_losses(model, batch())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = train_losses(model, batch())
+    for name, loss in full.items():
+        assert half[name].dtype == torch.float32
+        torch.testing.assert_close(half[name], loss, rtol=0.05, atol=0.02)
+
+
+def test_the_teacher_and_the_vocabulary_are_in_no_checkpoint(build):
+    model = build()
+    keys = set(model.state_dict())
+    assert not [k for k in keys if "teacher" in k or "text_embeddings" in k]
+    assert {"text_classifier.logit_scale", "text_classifier.background_embedding"} <= keys
+    other = build()
+    other.set_vocabulary([f"other {i}" for i in range(1203)])
+    assert not any(other.load_state_dict(copy.deepcopy(model.state_dict())))
+
+
+def test_the_vocabulary_comes_back_after_the_block_even_after_an_error(build):
+    model = build()
+    before = model.text_classifier.text_embeddings.clone()
+    inside = []
+
+    def use_another_and_fail() -> None:
+        with model.vocabulary(["cat", "dog"]):
+            inside.extend([model.vocabulary_names, model.text_classifier.num_classes])
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        use_another_and_fail()
+    assert inside == [("cat", "dog"), 2]
+    assert model.vocabulary_names == tuple(CLASSES)
+    assert torch.equal(model.text_classifier.text_embeddings, before)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ([], "empty"),
+        (["cat", " "], r"blank names at positions 1"),
+        (["cat", "dog", "cat"], "repeats 'cat'"),
+    ],
+)
+def test_bad_vocabularies_are_refused_and_change_nothing(build, names, message):
+    model = build()
+    with pytest.raises(ValueError, match=message):
+        model.set_vocabulary(names)
+    assert model.vocabulary_names == tuple(CLASSES)
+
+
+def test_wrong_embeddings_are_refused(build):
+    model = build()
+    with pytest.raises(ValueError, match="2 class names, but 3 embeddings"):
+        model.set_vocabulary(["a", "b"], torch.ones(3, 64))
+    with pytest.raises(ValueError, match=r"\(K, 64\).*\(2, 32\)"):
+        model.set_vocabulary(["a", "b"], torch.ones(2, 32))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("MODEL.ATSS.QUALITY", "ctr"),
+        ("MODEL.IKD.LOSS_TYPE", "l3"),
+        ("MODEL.IKD.BOXES", "proposals"),
+        ("MODEL.IKD.AVERAGE_OVER", "images"),
+        ("MODEL.ATSS.NEGATIVE_SCOPE", "image"),
+        ("MODEL.GKD.LOSS_TYPE", "triplet"),
+    ],
+)
+def test_wrong_choices_name_the_key_and_the_value(build, key, value):
+    with pytest.raises(ValueError, match=f"{key}.*{value}"):
+        build(key, value)
+
+
+# ---------------------------------------------------------------------------- inference
+
+
+def reference_detections(model: HierKD, inputs: list[dict]) -> list[list[tuple]]:
+    """Slow inference from the definition: score = p x IoU, every pair, greedy NMS per class."""
+    images = model.preprocess_image(inputs)
+    features = [model.backbone(images.tensor)[f] for f in model.head_in_features]
+    embeddings, deltas, qualities = model.head(features)
+    anchors = model.anchor_generator(features)
+    weight = torch.cat(
+        [
+            model.text_classifier.text_embeddings,
+            torch.nn.functional.normalize(model.text_classifier.background_embedding, dim=0)[None],
+        ]
+    )
+    detections: list[list[tuple]] = []
+    for i in range(len(inputs)):
+        pairs = []
+        for level, of_level in enumerate(anchors):
+            height, width = embeddings[level].shape[2:]
+            for y in range(height):
+                for x in range(width):
+                    cosines = weight @ embeddings[level][i, :, y, x]
+                    probs = (model.text_classifier.logit_scale * cosines).softmax(0)[:-1]
+                    box = model.box2box_transform.apply_deltas(
+                        deltas[level][i, :, y, x][None], of_level.tensor[y * width + x][None]
+                    )
+                    box = box.clamp(0, SIZE)
+                    iou = qualities[level][i, 0, y, x].sigmoid()
+                    pairs += [(float(p * iou), k, box) for k, p in enumerate(probs)]
+        pairs.sort(key=lambda pair: -pair[0])
+        kept: list[tuple] = []
+        for score, k, box in pairs:
+            others = [b for _, c, b in kept if c == k]
+            if not others or pairwise_iou(Boxes(torch.cat(others)), Boxes(box)).max() <= 0.4:
+                kept.append((score, k, box))
+            if len(kept) == 100:
+                break
+        detections.append(kept)
+    return detections
+
+
+@torch.no_grad()
+def test_inference_equals_a_slow_reference(build):
+    model = build("MODEL.ATSS.TOPK_PAIRS_TEST", 100000)
+    # spread the boxes and scores of the untrained head, so that ranking and NMS have work
+    torch.manual_seed(3)
+    for conv in (model.head.embedding, model.head.anchor_deltas, model.head.quality):
+        conv.weight.normal_(std=0.2)
+    model.eval()
+    inputs = [sample([], seed=1), sample([], seed=2)]
+    outputs = model(inputs)
+    for output, expected in zip(outputs, reference_detections(model, inputs), strict=True):
+        instances = output["instances"]
+        assert len(instances) == len(expected) > 50
+        scores = torch.tensor([score for score, _, _ in expected])
+        torch.testing.assert_close(instances.scores, scores, rtol=1e-4, atol=1e-6)
+        assert (instances.pred_classes == torch.tensor([k for _, k, _ in expected])).all()
+        boxes = torch.cat([box for _, _, box in expected])
+        torch.testing.assert_close(instances.pred_boxes.tensor, boxes, rtol=1e-4, atol=1e-2)
+
+
+@torch.no_grad()
+def test_inference_with_another_vocabulary_and_output_size(build):
+    model = build()
+    model.eval()
+    inputs = [{"image": sample([])["image"], "height": 256, "width": 64}]
+    with model.vocabulary([f"name {i}" for i in range(300)]):
+        instances = model(inputs)[0]["instances"]
+    assert instances.image_size == (256, 64)
+    assert len(instances) == 100
+    assert int(instances.pred_classes.max()) < 300
+    boxes = instances.pred_boxes.tensor
+    assert boxes[:, 2].max() <= 64
+    assert boxes[:, 3].max() <= 256
+    assert (instances.scores.diff() <= 0).all()
+
+
+@torch.no_grad()
+def test_no_limit_on_pairs_is_a_limit_that_never_binds(build):
+    detections = []
+    for limit in (0, 10**9):
+        model = build("MODEL.ATSS.TOPK_PAIRS_TEST", limit).eval()
+        with torch.no_grad():
+            detections.append(model(batch()[:1])[0]["instances"])
+    assert len(detections[0]) > 0
+    assert torch.equal(detections[0].scores, detections[1].scores)
+
+
+def test_the_score_threshold_applies_to_the_class_probability(build):
+    model = build()
+    model.eval()
+    maps = torch.cat([m.flatten() for m in model.score_maps([sample([])])])
+    assert len(model([sample([])])[0]["instances"]) > 0
+    strict = build("MODEL.ATSS.SCORE_THRESH_TEST", 0.999)
+    strict.eval()
+    assert maps.max() < 0.999
+    assert len(strict([sample([])])[0]["instances"]) == 0
+
+
+@torch.no_grad()
+def test_a_batch_gives_what_single_images_give(build):
+    model = build()
+    model.eval()
+    inputs = [sample([], seed=s) for s in (1, 2, 3)]
+    together = model(inputs)
+    for given, output in zip(inputs, together, strict=True):
+        alone = model([given])[0]["instances"]
+        torch.testing.assert_close(alone.scores, output["instances"].scores, rtol=1e-4, atol=1e-6)
+
+
+@torch.no_grad()
+def test_score_maps_hold_the_best_score_of_inference(build):
+    model = build("MODEL.ATSS.SCORE_THRESH_TEST", 0.0)
+    model.eval()
+    maps = model.score_maps([sample([])])
+    assert [tuple(m.shape) for m in maps] == [(1, 5, 16, 16), (1, 5, 8, 8), (1, 5, 4, 4)]
+    best = max(float(m.max()) for m in maps)
+    assert model([sample([])])[0]["instances"].scores[0] == pytest.approx(best, rel=1e-5)
+
+
+@torch.no_grad()
+def test_score_maps_of_some_classes_of_a_large_vocabulary(build, monkeypatch):
+    model = build()
+    model.eval()
+    names = [*CLASSES, *(f"other thing {i}" for i in range(4000))]
+    model.set_vocabulary(names)
+    inputs = [sample([], seed=1), sample([], seed=2)]
+    with monkeypatch.context() as patch:
+        patch.setattr(class_probabilities, "_MIN_BLOCK_ROWS", 10**6)  # all points at once
+        expected = model.score_maps(inputs)
+    sizes = []
+    probabilities = model._class_probabilities
+
+    def recorded(embeddings, weight=None):
+        sizes.append(len(embeddings))
+        return probabilities(embeddings, weight)
+
+    monkeypatch.setattr(model, "_class_probabilities", recorded)
+    monkeypatch.setattr(class_probabilities, "_MIN_BLOCK_ROWS", 100)
+    monkeypatch.setattr(class_probabilities, "_BLOCK_ELEMENTS", 1)
+    found = model.score_maps(inputs, [3, 0, 4004])
+    assert max(sizes) == 100  # no array of all points and all names
+    for maps, whole in zip(found, expected, strict=True):
+        torch.testing.assert_close(maps, whole[:, [3, 0, 4004]])
+
+
+@torch.no_grad()
+def test_fore_anchors_are_the_best_of_each_level(build):
+    model = build("MODEL.ATSS.TOPK_ANCHORS_TEST", 6)
+    model.eval()
+    inputs = [sample([], seed=1), sample([], seed=2)]
+    maps = model.score_maps(inputs)
+    for i, fore in enumerate(model.fore_anchors(inputs)):
+        best = [m[i].flatten(1).amax(0).topk(6).values for m in maps]  # of each level
+        torch.testing.assert_close(fore.scores, torch.cat(best))
+        assert fore.boxes.shape == (18, 4)
+        assert fore.boxes.min() >= 0
+        assert fore.boxes.max() <= SIZE
+        found = model.detect_classes(fore.boxes, fore.probs, fore.qualities, (SIZE, SIZE))
+        torch.testing.assert_close(found.scores, model([inputs[i]])[0]["instances"].scores)
+        top = fore.best(5)
+        torch.testing.assert_close(top.scores, torch.cat(best).topk(5).values)
+        assert all((fore.boxes == box).all(dim=1).any() for box in top.boxes)
+        assert fore.best(18) is fore
+
+
+def test_inference_without_a_vocabulary_says_what_to_do(monkeypatch):
+    cfg = load_config(CONFIG, ["MODEL.DEVICE", "cpu", "DATASETS.TRAIN", "()"])
+    monkeypatch.setattr(meta_arch, "build_teacher", lambda cfg: FakeTeacher(64))
+    model = build_model(cfg).eval()
+    with pytest.raises(RuntimeError, match="set_vocabulary"):
+        model([sample([])])
+
+
+@pytest.mark.parametrize(("height", "width"), [(128, 128), (100, 70), (128, 33)])
+def test_points_outside_the_images_own_padding_can_be_left_out(build, height, width):
+    labels = {}
+    for ignored in (False, True):
+        model = build("MODEL.ATSS.IGNORE_PADDING", ignored)
+        wide = sample([[10, 12, 70, 80]])
+        wide["image"] = torch.zeros(3, 128, 224, dtype=torch.uint8)
+        small = sample([[5, 5, 30, 30]])
+        small["image"] = torch.zeros(3, height, width, dtype=torch.uint8)
+        for each in (wide, small):
+            each["instances"]._image_size = tuple(each["image"].shape[1:])
+        features = model._predict_maps(model.preprocess_image([wide, small]))[0]
+        anchors = model.anchor_generator(features)
+        instances = [wide["instances"], small["instances"]]
+        labels[ignored] = model.label_anchors(anchors, instances)[0]
+    # by another way: the maps of the small image alone, in the corners of those of the batch
+    alone = model._predict_maps(model.preprocess_image([small]))[0]
+    inside = []
+    for own, of_batch in zip(alone, features, strict=True):
+        mask = torch.zeros(of_batch.shape[2:], dtype=torch.bool)
+        mask[: own.shape[2], : own.shape[3]] = True
+        inside.append(mask.flatten())
+    inside = torch.cat(inside)
+    assert torch.equal(labels[True][0], labels[False][0])
+    assert torch.equal(labels[True][1][inside], labels[False][1][inside])
+    assert set(labels[True][1][~inside].tolist()) == {-1}
+    assert set(labels[False][1][~inside].tolist()) == {len(CLASSES)}
+    chosen = model.sample_negatives(labels[True], [len(each) for each in anchors])
+    assert (chosen[1][~inside] == -1).all()
+
+
+# ---------------------------------------------------------------------------- base against novel
+
+
+def calibrated(build, *overrides: Any) -> HierKD:
+    """A detector trained on the first three of ``CLASSES``; all five are the vocabulary now."""
+    model = build(*overrides)
+    model.training_vocabulary = tuple(CLASSES[:3])
+    return model.eval()
+
+
+def all_scores(model: HierKD) -> torch.Tensor:
+    """(points, K) scores before any selection."""
+    with torch.no_grad():
+        maps = model.score_maps([sample([], seed=1)])
+    return torch.cat([m.flatten(2)[0].T for m in maps])
+
+
+def test_the_training_vocabulary_is_that_of_the_training_set(monkeypatch):
+    cfg = load_config(CONFIG, ["MODEL.DEVICE", "cpu"])
+    monkeypatch.setattr(meta_arch, "build_teacher", lambda cfg: FakeTeacher(64))
+    model = build_model(cfg)
+    assert model.training_vocabulary == model.vocabulary_names
+    assert len(model.training_vocabulary) == 24
+    model.set_vocabulary(["another"])
+    assert len(model.training_vocabulary) == 24
+
+
+def test_the_shift_multiplies_the_odds_of_novel_against_base_and_nothing_else(build):
+    plain, shifted = (
+        all_scores(calibrated(build, "MODEL.ATSS.NOVEL_LOGIT_SHIFT", s)).double()
+        for s in (0.0, 1.5)
+    )
+    odds, before = (x[:, 3:, None] / x[:, None, :3] for x in (shifted, plain))
+    torch.testing.assert_close(odds, before * torch.tensor(1.5).exp(), rtol=1e-4, atol=1e-6)
+    # the order within either kind, and the chance of any object, are what they were
+    for kind in (slice(0, 3), slice(3, 5)):
+        torch.testing.assert_close(
+            shifted[:, kind] / shifted[:, kind].sum(1, keepdim=True),
+            plain[:, kind] / plain[:, kind].sum(1, keepdim=True),
+            rtol=1e-4,
+            atol=1e-6,
+        )
+    torch.testing.assert_close(shifted.sum(dim=1), plain.sum(dim=1), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("names", [CLASSES[:3], CLASSES[3:], CLASSES])
+def test_without_both_kinds_or_without_a_shift_nothing_changes(build, names):
+    plain, shifted = build().eval(), calibrated(build, "MODEL.ATSS.NOVEL_LOGIT_SHIFT", 2.0)
+    for model in (plain, shifted):
+        model.set_vocabulary(names)
+    same = torch.equal(all_scores(plain), all_scores(shifted))
+    assert same == (names != CLASSES)
+
+
+def test_a_shift_needs_to_know_the_training_vocabulary(build):
+    model = calibrated(build, "MODEL.ATSS.NOVEL_LOGIT_SHIFT", 2.0)
+    model.training_vocabulary = ()
+    with pytest.raises(ValueError, match="NOVEL_LOGIT_SHIFT needs the class names of the training"):
+        all_scores(model)
+
+
+def test_names_are_novel_as_in_the_evaluation_of_transfer(build):
+    model = build()
+    model.training_vocabulary = ("tv", "car", "wine glass")
+    names = ["TV", "cars", "wine_glass", "kite", "sports car"]
+    assert model.are_novel(names) == [False, False, False, True, True]
+
+
+def hand_made(model: HierKD, probs: list[list[float]], boxes: list[list[float]]) -> Instances:
+    """Detections from given class probabilities (point x class) and boxes, one level, no IoU."""
+    model._class_probabilities = lambda embeddings, weight: torch.tensor(probs)
+    predictions = meta_arch.DensePredictions(
+        torch.zeros(len(boxes), 1), torch.zeros(len(boxes), 4), None
+    )
+    anchors = [Boxes(torch.tensor(boxes, dtype=torch.float32))]
+    fore = model._select_of_image(predictions, anchors, (SIZE, SIZE))
+    return model.detect_classes(fore.boxes, fore.probs, fore.qualities, (SIZE, SIZE))
+
+
+@pytest.mark.parametrize("agnostic", [False, True])
+def test_class_agnostic_nms_leaves_one_name_per_object(build, agnostic):
+    model = build("MODEL.ATSS.CLASS_AGNOSTIC_NMS", agnostic).eval()
+    model.set_vocabulary(["base", "novel"])
+    # one object with two names at two points, and one elsewhere
+    found = hand_made(
+        model,
+        [[0.6, 0.3], [0.1, 0.5], [0.2, 0.7]],
+        [[10, 10, 60, 60], [12, 10, 62, 60], [80, 80, 120, 120]],
+    )
+    pairs = list(zip(found.pred_classes.tolist(), found.scores.tolist(), strict=True))
+    expected = [(1, 0.7), (0, 0.6), (1, 0.5), (0, 0.2)]
+    if agnostic:
+        expected = expected[:2]
+    assert [k for k, _ in pairs] == [k for k, _ in expected]
+    assert [s for _, s in pairs] == pytest.approx([s for _, s in expected])
+
+
+@pytest.mark.parametrize("shift", [float("nan"), float("-inf")])
+def test_a_shift_that_is_not_finite_is_refused(shift):
+    with pytest.raises(ValueError, match=f"MODEL.ATSS.NOVEL_LOGIT_SHIFT.*{shift}"):
+        InferenceSettings(novel_logit_shift=shift)
+
+
+# ------------------------------------------------------------------- regions looked up beforehand
+
+
+class RegionTable:
+    """Stands for the cache of the teacher: row i of annotation 10 + i, mirrored 100 + i."""
+
+    def __init__(self, embed_dim: int) -> None:
+        self.rows = torch.nn.functional.normalize(torch.randn(200, embed_dim), dim=1)
+
+    def encode_annotations(self, annotation_ids, flipped):
+        return torch.cat(
+            [
+                self.rows[ids - 10 + 100 * mirrored]
+                for ids, mirrored in zip(annotation_ids, flipped, strict=True)
+            ]
+        )
+
+
+def with_annotations(inputs: list[dict]) -> list[dict]:
+    start = 10
+    for number, one in enumerate(inputs):
+        count = len(one["instances"])
+        one["instances"].gt_annotation_ids = torch.arange(start, start + count)
+        one["horizontally_flipped"] = number % 2 == 1
+        start += count
+    return inputs
+
+
+def test_cached_regions_are_those_of_the_matched_objects(build):
+    model = build(
+        *("MODEL.IKD.BOXES", "gt", "MODEL.IKD.IOU_THRESH", 0.0),
+        *("MODEL.IKD.MAX_CROPS_PER_IMAGE", 0),
+    ).train()
+    model.region_cache = RegionTable(64)
+    inputs = with_annotations([*batch(), sample([[5, 5, 60, 60], [70, 60, 125, 120]], seed=4)])
+    features, maps = model._predict_maps(model.preprocess_image(inputs))
+    predictions, anchors = model._flatten(maps), model.anchor_generator(features)
+    gt_labels, gt_boxes, idxs = model.label_anchors(anchors, [x["instances"] for x in inputs])
+    positives = model.positive_points(predictions, anchors, gt_labels, gt_boxes, idxs)
+    pairs = model.distill_regions(inputs, predictions, positives, [len(a) for a in anchors])
+    # By another way: the image and the box of the point say which annotation it is.
+    assert len(pairs.teacher) == len(positives.gt_boxes) > 10
+    seen = set()
+    for row, image, box in zip(
+        pairs.teacher, positives.image_idxs, positives.gt_boxes, strict=True
+    ):
+        instances = inputs[image]["instances"]
+        (place,) = (instances.gt_boxes.tensor == box).all(dim=1).nonzero().flatten().tolist()
+        annotation = int(instances.gt_annotation_ids[place])
+        seen.add(annotation)
+        assert torch.equal(row, model.region_cache.rows[annotation - 10 + 100 * (image % 2)])
+    assert seen == {10, 11, 12, 13, 14}
+    assert model.teacher.regions == []  # CLIP was not asked
+
+
+def test_cached_regions_of_a_batch_without_objects(build):
+    model = build("MODEL.IKD.BOXES", "gt")
+    model.region_cache = RegionTable(64)
+    losses = train_losses(model, with_annotations([sample([], seed=3), sample([], seed=4)]))
+    assert losses["loss_ikd"] == 0
+    sum(losses.values()).backward()
+
+
+def test_a_cache_without_annotation_ids_says_what_is_missing(build):
+    model = build("MODEL.IKD.BOXES", "gt")
+    model.region_cache = RegionTable(64)
+    with pytest.raises(ValueError, match=r"gt_annotation_ids.*HierKDDatasetMapper"):
+        train_losses(model, batch())
+
+
+# ---------------------------------------------------------------------------- large vocabularies
+
+
+def test_a_large_vocabulary_in_blocks_gives_the_same_detections(build, monkeypatch):
+    model = build("MODEL.ATSS.TOPK_ANCHORS_TEST", 40, "MODEL.ATSS.TOPK_PAIRS_TEST", 200).eval()
+    torch.nn.init.normal_(model.head.quality.weight, std=0.2)
+    model.set_vocabulary([f"name {i}" for i in range(300)])
+    inputs = [sample([], seed=1), sample([], seed=2)]
+    with torch.no_grad():
+        whole = model(inputs)
+        blocks = functools.partial(ClassProbabilities, block_rows=9)
+        monkeypatch.setattr(meta_arch, "ClassProbabilities", blocks)
+        for one, other in zip(model(inputs), whole, strict=True):
+            found, expected = one["instances"], other["instances"]
+            assert len(found) == len(expected) > 20
+            torch.testing.assert_close(found.scores, expected.scores)
+            assert torch.equal(found.pred_classes, expected.pred_classes)
+
+
+def preselecting(build, above: int, points: int = 30) -> HierKD:
+    keys = {"PRESELECT_ABOVE": above, "PRESELECT_POINTS_TEST": points, "TOPK_ANCHORS_TEST": 6}
+    pairs = [each for key, value in keys.items() for each in (f"MODEL.ATSS.{key}", value)]
+    model = build(*pairs).eval()
+    torch.manual_seed(3)
+    for conv in (model.head.embedding, model.head.quality):
+        torch.nn.init.normal_(conv.weight, std=0.2)
+    return model
+
+
+def test_preselected_points_are_scored_as_without_preselection(build):
+    inputs = [sample([], seed=1)]
+    (fore,) = preselecting(build, 4).fore_anchors(inputs)
+    maps = preselecting(build, 4).score_maps(inputs)  # of every point and class
+    scores = torch.cat([m[0].flatten(1).amax(0) for m in maps])
+    assert fore.boxes.shape == (18, 4)
+    assert ((scores[:, None] - fore.scores).abs() < 1e-6).any(dim=0).all()
+
+
+@pytest.mark.parametrize(("above", "points"), [(0, 30), (5, 30), (4, 256)])
+def test_preselection_is_off_or_without_effect(build, above, points):
+    inputs = [sample([], seed=1)]
+    plain = preselecting(build, 0).fore_anchors(inputs)[0]
+    other = preselecting(build, above, points).fore_anchors(inputs)[0]
+    assert torch.equal(other.boxes, plain.boxes)
+    torch.testing.assert_close(other.scores, plain.scores)
+
+
+def test_representatives_follow_the_vocabulary(build):
+    model = preselecting(build, 4)
+    inputs = [sample([], seed=1)]
+    model(inputs)
+    first = model._represented[1]
+    model(inputs)
+    assert model._represented[1] is first
+    model.set_vocabulary([f"other {i}" for i in range(80)])
+    model(inputs)
+    assert model._represented[1].shape == (10, first.shape[1])
+    assert "training_embeddings" not in model.state_dict()
+
+
+# ---------------------------------------------------------------------------- speed
+
+
+@torch.no_grad()
+def test_half_precision_moves_the_scores_a_little(build):
+    plain, half = build().eval(), build("TEST.AMP.ENABLED", True).eval()
+    inputs = [sample([], seed=1)]
+    maps = [model.score_maps(inputs) for model in (plain, half)]
+    for one, other in zip(*maps, strict=True):
+        assert other.dtype == torch.float32
+        assert not torch.equal(one, other)
+        torch.testing.assert_close(one, other, atol=0.02, rtol=0.1)
+    found = half(inputs)[0]["instances"]
+    assert found.scores.dtype == found.pred_boxes.tensor.dtype == torch.float32
+    train_losses(half, batch())  # training is not concerned
+
+
+@torch.no_grad()
+def test_compiling_falls_back_with_a_warning(build, monkeypatch, caplog):
+    def fails(function):
+        def call(*_):
+            raise TorchDynamoException("no compiler\nand more")
+
+        return call
+
+    monkeypatch.setattr(meta_arch, "_compiled", fails)
+    inputs = [sample([], seed=1)]
+    model = build("TEST.COMPILE", True).eval()
+    for _ in range(2):
+        found = model(inputs)[0]["instances"]
+    assert [r.getMessage() for r in caplog.records if r.name == meta_arch.__name__] == [
+        "TEST.COMPILE: torch.compile does not work here, running without it: no compiler"
+    ]
+    assert torch.equal(found.scores, build().eval()(inputs)[0]["instances"].scores)
+
+
+@torch.no_grad()
+def test_compiled_maps_are_used_in_inference_only(build, monkeypatch):
+    calls = []
+
+    def counting(function):
+        return lambda *arguments: calls.append(1) or function(*arguments)
+
+    monkeypatch.setattr(meta_arch, "_compiled", counting)
+    model = build("TEST.COMPILE", True).eval()
+    model([sample([], seed=1)])
+    assert len(calls) == 1
+    with torch.enable_grad():
+        train_losses(model, batch())
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize(("least", "greatest"), [(3.0, 30.0), (3.1, 30.1)])  # 3.1: no float32
+def test_the_temperatures_are_brought_back_and_it_is_said(build, caplog, least, greatest):
+    ranges = ("MODEL.GKD.LOGIT_SCALE_RANGE", (2.0, greatest))  # of no other test: said once
+    model = build(*ranges, "MODEL.TEXT_CLASSIFIER.LOGIT_SCALE_RANGE", (least, 40.0))
+    with torch.no_grad():
+        model.text_classifier.logit_scale.fill_(-50.0)
+        model.mlca.logit_scale.fill_(50.0)
+    losses = train_losses(model, batch())
+    assert all(loss.isfinite() for loss in losses.values())
+    assert model.text_classifier.logit_scale.item() == pytest.approx(least, rel=1e-7)
+    assert model.mlca.logit_scale.item() == pytest.approx(greatest, rel=1e-7)
+    said = [record.getMessage() for record in caplog.records]
+    assert any(f"tau_c is held at {least:g}, " in each for each in said)
+    assert any(f"tau_m is held at {greatest:g}, " in each for each in said)
+
+
+def test_temperatures_inside_their_range_are_left_alone(build, caplog):
+    model = build()
+    train_losses(model, batch())
+    assert model.text_classifier.logit_scale.item() == 16.0
+    assert model.mlca.logit_scale.item() == 10.0
+    assert not any("is held at" in record.getMessage() for record in caplog.records)
+
+
+@pytest.mark.parametrize("number", [4500, pytest.param(45_000, marks=pytest.mark.slow, id="45000")])
+def test_the_memory_of_many_positives_grows_with_their_number_at_most(build, number):
+    """The distilled points and their losses, without the network before them."""
+    model = build("MODEL.IKD.IOU_THRESH", 0.0, "MODEL.IKD.MERGE_CROPS_IOU", 0.7)
+    model.ikd = dataclasses.replace(model.ikd, max_crops_per_image=0)
+    generator = torch.Generator().manual_seed(0)
+    embed_dim, images = model.text_classifier.embed_dim, 8
+
+    def step(number: int) -> None:
+        points = number // images
+        corners = torch.rand(images * points, 2, generator=generator) * 400
+        gt_boxes = torch.cat([corners, corners + 40], dim=1)
+        pred_boxes = (gt_boxes + 1).requires_grad_()
+        shape = images, points
+        positives = PositivePoints(
+            torch.arange(images).repeat_interleave(points),
+            torch.arange(points).repeat(images),
+            pred_boxes,
+            gt_boxes,
+            torch.arange(points).repeat(images),
+            torch.full((images * points,), 0.9),
+        )
+        predictions = meta_arch.DensePredictions(
+            torch.nn.functional.normalize(torch.rand(*shape, embed_dim, requires_grad=True), dim=2),
+            torch.zeros(*shape, 4, requires_grad=True),
+            torch.zeros(*shape, requires_grad=True),
+        )
+        inputs = [{"image": torch.zeros(3, 8, 8)} for _ in range(images)]
+        labels = torch.zeros(shape, dtype=torch.int64)
+        with EventStorage():
+            pairs = model.distill_regions(inputs, predictions, positives, [points, 0, 0])
+            assert len(pairs.student) == images * points
+            anchors = Boxes(torch.rand(points, 4))
+            losses = model.losses(predictions, anchors, labels, positives, pairs, None)
+            sum(losses.values()).backward()
+
+    step(450)
+    few, many = (peak_memory(lambda n=n: step(n), torch.device("cpu")) for n in (450, number))
+    # an array of all pairs would be 77 MiB for 4500, 7.5 GiB for 45,000
+    assert many < few + 64 + number * 8 / 1024

@@ -1,0 +1,507 @@
+"""open_clip's models as teachers, against its own preprocessing, tokeniser and loading."""
+
+import hashlib
+import json
+import logging
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+import clip_files
+from hierkd.teachers import open_clip_models, openai_clip
+from hierkd.teachers.teacher import CLIPTeacher, find_token_counter, known_weights_sha256
+from open_clip_files import PIXELS, TINY, write_folder
+
+open_clip = pytest.importorskip("open_clip", reason="open_clip_torch is not installed")
+
+BOXES = torch.tensor([[5.0, 5.0, 40.0, 60.0], [10.0, 0.0, 80.0, 30.0], [0.0, 0.0, 90.0, 70.0]])
+# Changes of the config that give models of other classes.
+KINDS = {
+    "clip": {},
+    "quickgelu": {"quick_gelu": True},
+    "text tower": {"custom_text": True},
+    "resnet": {"vision_cfg": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 16}},
+    "timm": {
+        "custom_text": True,
+        "vision_cfg": {
+            "image_size": 64,
+            "timm_model_name": "resnet18",
+            "timm_model_pretrained": False,
+            "timm_pool": "avg",
+            "timm_proj": "linear",
+        },
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def make_teacher(folder, tmp_path):
+    def make(weights=None, **arguments):
+        arguments = {"device": "cpu", "text_cache_dir": str(tmp_path / "cache"), **arguments}
+        return CLIPTeacher(weights or f"open_clip:{folder}", **arguments)
+
+    return make
+
+
+@pytest.fixture
+def tiny_architecture(tmp_path, monkeypatch):
+    """Make "tiny" an architecture that open_clip knows, as its users do."""
+    factory = open_clip.factory
+    monkeypatch.setattr(factory, "_MODEL_CONFIGS", dict(factory._MODEL_CONFIGS))
+    monkeypatch.setattr(factory, "_MODEL_CONFIG_PATHS", list(factory._MODEL_CONFIG_PATHS))
+    (tmp_path / "tiny.json").write_text(json.dumps(TINY))
+    open_clip.add_model_config(tmp_path / "tiny.json")
+
+
+@pytest.fixture
+def publish(tiny_architecture, monkeypatch):
+    """Give "tiny" the published weights "web"."""
+
+    def add(**changes):
+        entry = {"hf_hub": "org/tiny/", **PIXELS, **changes}
+        monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "tiny", {"web": entry})
+
+    return add
+
+
+def theirs(folder):
+    """The model, preprocessing and tokeniser as open_clip itself makes them."""
+    name = f"local-dir:{folder}"
+    model, _, preprocess = open_clip.create_model_and_transforms(name)
+    return model.eval(), preprocess, open_clip.get_tokenizer(name)
+
+
+def smooth_image(height, width, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(1, 3, 6, 6, generator=generator) * 255
+    return F.interpolate(coarse, (height, width), mode="bilinear")[0].round().to(torch.uint8)
+
+
+def seen_crops(teacher, *arguments):
+    """What the image encoder gets."""
+    crops = []
+    hook = teacher._clip().model.visual.register_forward_pre_hook(
+        lambda _, inputs: crops.append(inputs[0])
+    )
+    teacher.encode_regions(*arguments)
+    hook.remove()
+    return torch.cat(crops)
+
+
+# --- embeddings -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_regions_and_texts_equal_open_clips_own(make_teacher, tmp_path, kind):
+    folder = write_folder(tmp_path / kind, **KINDS[kind])
+    model, preprocess, tokenizer = theirs(folder)
+    image, texts = smooth_image(96, 96), ["a dog", "two cats on a sofa"]
+    with torch.no_grad():
+        picture = preprocess(Image.fromarray(image.permute(1, 2, 0).numpy()))[None]
+        region = model.encode_image(picture, normalize=True)
+        expected = model.encode_text(tokenizer(texts), normalize=True)
+    teacher = make_teacher(f"open_clip:{folder}")
+    box = torch.tensor([[0.0, 0.0, 96.0, 96.0]])
+    found = teacher.encode_regions([image], [box], 1.0)
+    torch.testing.assert_close(found, region, atol=3e-3, rtol=0)
+    other = teacher.encode_regions([image.flip(0)], [box], 1.0)
+    # so that the tolerance above means something
+    assert (other - region).abs().max() > 10 * (found - region).abs().max()
+    torch.testing.assert_close(teacher.encode_captions(texts), expected, atol=1e-5, rtol=0)
+    assert teacher.embed_dim == 16 == found.shape[1]
+    assert teacher.logit_scale == pytest.approx(1 / 0.07, rel=1e-4)
+
+
+def test_one_file_is_another_teacher_with_another_activation(make_teacher, tmp_path):
+    plain, quick = write_folder(tmp_path / "a"), write_folder(tmp_path / "b", quick_gelu=True)
+    digests = [
+        hashlib.sha256((each / "open_clip_model.safetensors").read_bytes()).hexdigest()
+        for each in (plain, quick)
+    ]
+    assert digests[0] == digests[1]
+    first, second = make_teacher(f"open_clip:{plain}"), make_teacher(f"open_clip:{quick}")
+    assert first.weights_digest != second.weights_digest
+    assert not torch.allclose(first.encode_captions(["a cat"]), second.encode_captions(["a cat"]))
+
+
+def test_a_folders_tokeniser_is_part_of_the_teacher(tmp_path):
+    """With other tokens, texts have other embeddings: those of before must not be reused."""
+    text = {**TINY["text_cfg"], "hf_tokenizer_name": "org/tokens"}
+    own, plain = write_folder(tmp_path / "own", text_cfg=text), write_folder(tmp_path / "plain")
+    for folder in (own, plain):
+        (folder / "tokenizer.json").write_text('{"cat": 1, "dog": 2}')
+    before = [known_weights_sha256(f"open_clip:{each}") for each in (own, plain)]
+    for folder in (own, plain):
+        (folder / "README.md").write_text("a model")
+    assert [known_weights_sha256(f"open_clip:{each}") for each in (own, plain)] == before
+    for folder in (own, plain):
+        (folder / "tokenizer.json").write_text('{"cat": 2, "dog": 1}')
+    changed = known_weights_sha256(f"open_clip:{own}")
+    assert changed not in before
+    assert open_clip_models.OpenCLIPFiles(f"open_clip:{own}").digest == changed
+    (own / "merges.txt").write_text("c at")
+    assert known_weights_sha256(f"open_clip:{own}") not in {*before, changed}
+    # open_clip takes its own tokeniser for the other
+    assert known_weights_sha256(f"open_clip:{plain}") == before[1]
+
+
+def test_tokens_are_counted_without_weights(publish):
+    publish()  # not downloaded
+    counter = find_token_counter("open_clip:tiny:web")
+    assert counter.context_length == TINY["text_cfg"]["context_length"]
+    nothing, *counts = counter.count(["", "cat", "A  cat", "cat " * 60, "cat " * 2000])
+    assert counts == [3, 4, 62, 1024]  # start and end included
+    assert nothing == counter.count([" "])[0] < min(counts)
+
+
+def test_pixels_are_normalised_as_the_model_says(make_teacher, folder, tmp_path):
+    plain = write_folder(tmp_path / "plain", preprocess_cfg={"mean": None})
+    for weights, arguments, mean in (
+        (folder, {}, PIXELS["mean"]),
+        (plain, {}, openai_clip.CLIP_MEAN),
+        (folder, {"pixel_statistics": "imagenet"}, (0.485, 0.456, 0.406)),
+    ):
+        grey = 255 * torch.tensor(mean)[:, None, None].expand(3, 80, 90)
+        crops = seen_crops(
+            make_teacher(f"open_clip:{weights}", **arguments), [grey], [BOXES[:1]], 1.0
+        )
+        torch.testing.assert_close(crops, torch.zeros_like(crops), atol=1e-5, rtol=0)
+
+
+def test_regions_are_letterboxed_and_the_padding_is_zero(make_teacher):
+    white = torch.full((3, 90, 90), 255.0)
+    box = torch.tensor([[30.0, 10.0, 50.0, 70.0]])  # 20 x 60: a third of the crop's width
+    (crop,) = seen_crops(make_teacher(), [white], [box], 1.0)
+    assert crop.shape == (3, 48, 48)
+    inside = torch.zeros(48, dtype=torch.bool)
+    inside[16:32] = True
+    assert (crop[:, :, ~inside] == 0).all()
+    value = (1 - torch.tensor(PIXELS["mean"])) / torch.tensor(PIXELS["std"])
+    expected = value[:, None, None].expand(3, 48, 16)
+    torch.testing.assert_close(crop[:, :, inside], expected, atol=1e-4, rtol=0)
+
+
+def test_bgr_is_rgb_with_the_channels_turned_round(make_teacher):
+    image = smooth_image(70, 90)
+    rgb = make_teacher().encode_regions([image], [BOXES], 1.5)
+    bgr = make_teacher(image_format="BGR").encode_regions([image.flip(0)], [BOXES], 1.5)
+    torch.testing.assert_close(rgb, bgr)
+
+
+def test_a_long_text_is_cut_off_where_the_text_encoder_ends(make_teacher, folder):
+    model, _, tokenizer = theirs(folder)
+    (word,) = tokenizer.encode("word")
+    tokens = [tokenizer.sot_token_id, *[word] * 18, tokenizer.eot_token_id]
+    with torch.no_grad():
+        expected = model.encode_text(torch.tensor([tokens]), normalize=True)
+    found = make_teacher().encode_captions(["word " * 300])
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match=r"'open_clip:tiny' reads 20 tokens.*class name"):
+        make_teacher(template="very " * 19 + "{}").encode_classes(["cat"])
+
+
+def test_embeddings_are_constants_and_the_model_is_frozen(make_teacher):
+    state = torch.random.get_rng_state()
+    teacher = make_teacher()
+    with torch.inference_mode():
+        teacher.encode_captions(["a dog"])
+    assert torch.equal(torch.random.get_rng_state(), state)
+    regions = teacher.encode_regions([smooth_image(70, 90).float().requires_grad_()], [BOXES], 1.5)
+    assert regions.dtype == torch.float32
+    assert not regions.requires_grad
+    assert not regions.is_inference()
+    torch.testing.assert_close(regions.norm(dim=1), torch.ones(3))
+    model = teacher._clip().model
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert not isinstance(teacher, torch.nn.Module)
+
+
+@pytest.mark.parametrize("kind", ["clip", "resnet", "timm"])
+def test_half_precision(make_teacher, tmp_path, kind):
+    weights = f"open_clip:{write_folder(tmp_path / kind, **KINDS[kind])}"
+    image = smooth_image(70, 90)
+    single, half = make_teacher(weights), make_teacher(weights, precision="fp16")
+    expected = single.encode_regions([image], [BOXES], 1.5)
+    assert seen_crops(half, [image], [BOXES], 1.5).dtype == torch.float16
+    found = half.encode_regions([image], [BOXES], 1.5)
+    assert found.dtype == torch.float32
+    assert F.cosine_similarity(found, expected).min() > 0.999
+    texts = ["a cat", "a very long dog"]
+    expected = single.encode_captions(texts)
+    other = make_teacher(weights, precision="fp16", text_cache_dir=str(tmp_path / "half"))
+    assert F.cosine_similarity(other.encode_captions(texts), expected).min() > 0.999
+
+
+@pytest.mark.gpu
+def test_half_precision_on_a_gpu(make_teacher):
+    image = smooth_image(70, 90)
+    expected = make_teacher().encode_regions([image], [BOXES], 1.5)
+    found = make_teacher(device="cuda").encode_regions([image.cuda()], [BOXES.cuda()], 1.5)
+    assert F.cosine_similarity(found.cpu(), expected).min() > 0.999
+
+
+def test_loading_leaves_the_root_logger_alone(make_teacher, caplog):
+    root = logging.getLogger()
+    before = root.level, list(root.handlers), list(root.filters)
+    with caplog.at_level(logging.WARNING):
+        make_teacher().encode_captions(["a cat"])
+    assert (root.level, root.handlers, root.filters) == before
+    assert "randomly" not in caplog.text  # what open_clip says while the weights are still to come
+
+
+def test_texts_in_the_cache_need_no_model(make_teacher, monkeypatch):
+    first = make_teacher()
+    expected, scale = first.encode_classes(["cat", "dog"]), first.logit_scale
+
+    def refuse(*_):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(open_clip_models, "_load_weights", refuse)
+    second = make_teacher()
+    assert torch.equal(second.encode_classes(["dog", "cat"]), expected.flip(0))
+    assert (second.embed_dim, second.logit_scale) == (16, pytest.approx(scale))
+    assert not second.loaded
+    with pytest.raises(AssertionError, match="was loaded"):
+        second.encode_classes(["bird"])
+
+
+# --- names ----------------------------------------------------------------------------------------
+
+
+def test_openais_sizes_are_those_that_open_clip_has_written_down():
+    for name, size in openai_clip.OPENAI_MODELS.items():
+        config = open_clip.get_model_config(name.replace("/", "-").replace("@336px", "-336"))
+        assert (config["embed_dim"], config["vision_cfg"]["image_size"]) == size
+
+
+def test_a_file_for_a_known_architecture(make_teacher, folder, tiny_architecture, tmp_path):
+    model, _, tokenizer = theirs(folder)
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "mine.pt")
+    teacher = make_teacher(f"open_clip:tiny:{tmp_path / 'mine.pt'}")
+    with torch.no_grad():
+        expected = model.encode_text(tokenizer(["a cat"]), normalize=True)
+    torch.testing.assert_close(teacher.encode_captions(["a cat"]), expected, atol=1e-5, rtol=0)
+    assert teacher.title == "open_clip:tiny:mine.pt"  # no folder of this machine
+    crops = seen_crops(teacher, [torch.full((3, 80, 90), 255.0)], [BOXES[:1]], 1.0)
+    mean, std = openai_clip.CLIP_MEAN, openai_clip.CLIP_STD  # nothing else is published
+    for channel in range(3):
+        assert crops[0, channel].max() == pytest.approx(
+            (1 - mean[channel]) / std[channel], abs=1e-4
+        )
+
+
+def test_a_file_has_the_pixel_statistics_of_its_architecture(make_teacher, folder, publish):
+    publish()
+    weights = f"open_clip:tiny:{folder / 'open_clip_model.safetensors'}"
+    assert make_teacher(weights)._clip().pixel_mean == tuple(PIXELS["mean"])
+    entries = open_clip.pretrained._PRETRAINED["tiny"]
+    entries["other"] = {**entries["web"], "mean": [0.1, 0.1, 0.1]}
+    with pytest.raises(ValueError, match=r"different pixel statistics.*0\.1, 0\.1.*preprocess_cfg"):
+        make_teacher(weights)
+
+
+def put_into_hub_cache(root, content, name):
+    """As the hub's client keeps a file: named by its hash, and linked to."""
+    repository = root / "models--org--tiny"
+    digest = hashlib.sha256(content).hexdigest()
+    for part in ("refs", "blobs", "snapshots/abc"):
+        (repository / part).mkdir(parents=True)
+    (repository / "refs" / "main").write_text("abc")
+    (repository / "blobs" / digest).write_bytes(content)
+    (repository / "snapshots" / "abc" / name).symlink_to(Path("../../blobs") / digest)
+    return repository / "blobs" / digest
+
+
+@pytest.mark.parametrize("name", ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"])
+def test_published_weights_in_the_cache_need_no_network(
+    make_teacher, publish, tmp_path, monkeypatch, name
+):
+    publish()
+    monkeypatch.setattr(open_clip, "download_pretrained", None)
+    folder = write_folder(tmp_path / "tiny", name=name)
+    root = tmp_path / "hub"
+    blob = put_into_hub_cache(root, (folder / name).read_bytes(), name)
+    teacher = make_teacher("open_clip:tiny:web", download_root=str(root))
+    expected = make_teacher(f"open_clip:{folder}").encode_captions(["a cat"])
+    assert torch.equal(teacher.encode_captions(["a cat"]), expected)
+    known = known_weights_sha256("open_clip:tiny:web", str(root))
+    assert known == teacher.weights_digest
+    blob.write_bytes(blob.read_bytes()[:-1] + b"?")
+    with pytest.raises(ValueError, match=rf"{name}' is not the expected file.*sha256"):
+        make_teacher("open_clip:tiny:web", download_root=str(root))
+
+
+def test_published_weights_without_network(make_teacher, publish, tmp_path, monkeypatch):
+    publish()
+    asked = []
+
+    def no_network(entry, cache_dir):
+        asked.append((entry["hf_hub"], cache_dir))
+        raise RuntimeError("no route to host")  # the hub's client has errors of its own
+
+    monkeypatch.setattr(open_clip, "download_pretrained", no_network)
+    assert known_weights_sha256("open_clip:tiny:web", str(tmp_path)) is None
+    assert asked == []
+    with pytest.raises(FileNotFoundError) as error:
+        make_teacher("open_clip:tiny:web", download_root=str(tmp_path))
+    assert asked == [("org/tiny/", str(tmp_path))]
+    for part in ("open_clip:tiny:web", "no route to host", "huggingface.co/org/tiny", "tiny:FILE"):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("weights", "error", "message"),
+    [
+        ("open_clip:", ValueError, "expected open_clip:MODEL:TAG, open_clip:MODEL:FILE or"),
+        ("open_clip:hf-hub:org/tiny", ValueError, "the folder it was downloaded to"),
+        ("open_clip:ViT-B-17:x", FileNotFoundError, r"perhaps ViT-B-16.*the models are .*ViT-L-14"),
+        ("open_clip:ViT-B-16", FileNotFoundError, r"no weights; .*tags of ViT-B-16 are.*laion2b"),
+        ("open_clip:ViT-B-16:lion", FileNotFoundError, r"'lion' is neither a file nor a tag of"),
+        ("open_clip:/no/where", FileNotFoundError, "no folder '/no/where'"),
+        ("open_clip:ViT-B-32:openai", ValueError, "name them open_clip:ViT-B-32-quickgelu:openai"),
+        ("openclip:ViT-B-16:x", FileNotFoundError, "nor does it begin with 'open_clip:'"),
+    ],
+)
+def test_wrong_names(make_teacher, weights, error, message):
+    with pytest.raises(error, match=message) as caught:
+        make_teacher(weights)
+    assert f"MODEL.TEACHER.WEIGHTS: {weights!r}" in str(caught.value)
+
+
+def test_without_the_package(make_teacher, folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "open_clip", None)
+    for weights in (f"open_clip:{folder}", "open_clip:ViT-B-16:laion2b_s34b_b88k"):
+        assert known_weights_sha256(weights) is None
+        with pytest.raises(FileNotFoundError, match=r"pip install open_clip_torch"):
+            make_teacher(weights)
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def spoil_folder(change):
+    """Change a copy of the folder's config."""
+
+    def spoil(folder):
+        path = folder / "open_clip_config.json"
+        content = json.loads(path.read_text())
+        change(content)
+        path.write_text(json.dumps(content))
+
+    return spoil
+
+
+def torchscript(folder):
+    (folder / "open_clip_model.safetensors").unlink()
+    with zipfile.ZipFile(folder / "a.pt", "w") as archive:
+        archive.writestr("a/constants.pkl", b"")
+
+
+def other_objects(content):
+    def spoil(folder):
+        (folder / "open_clip_model.safetensors").unlink()
+        torch.save(content, folder / "weights.bin")
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error", "message"),
+    [
+        (lambda f: (f / "open_clip_config.json").unlink(), FileNotFoundError, "has no open_clip_c"),
+        (lambda f: (f / "open_clip_config.json").write_text("{"), ValueError, "is no config of an"),
+        (spoil_folder(lambda c: c.pop("model_cfg")), ValueError, "KeyError: 'model_cfg'"),
+        (spoil_folder(lambda c: c["model_cfg"].update(embed_dim="x")), ValueError, "embed_dim"),
+        (
+            spoil_folder(lambda c: c["preprocess_cfg"].update(mean=[1])),
+            ValueError,
+            "is no config of an open_clip model",
+        ),
+        (
+            spoil_folder(lambda c: c["model_cfg"]["text_cfg"].update(unheard=1)),
+            ValueError,
+            "open_clip:tiny cannot be built: TypeError",
+        ),
+        (
+            spoil_folder(lambda c: c["model_cfg"].update(embed_dim=24)),
+            ValueError,
+            r"model\.safetensors does not fit open_clip:tiny",
+        ),
+        (
+            spoil_folder(lambda c: c["model_cfg"]["text_cfg"].update(vocab_size=9)),
+            ValueError,
+            "open_clip:tiny",
+        ),
+        (
+            lambda f: (f / "open_clip_model.safetensors").write_bytes(b"no weights at all"),
+            ValueError,
+            r"open_clip_model\.safetensors does not fit",
+        ),
+        (lambda f: (f / "open_clip_model.safetensors").unlink(), FileNotFoundError, "has 0 files"),
+        (
+            lambda f: (f / "open_clip_other.safetensors").write_bytes(b""),
+            FileNotFoundError,
+            r"has 2 files of weights: open_clip_model\.safetensors, open_clip_other",
+        ),
+        (torchscript, ValueError, r"a\.pt is a TorchScript archive"),
+        (other_objects([torch.zeros(2)]), ValueError, "expected a state dict, found a list"),
+        (other_objects({"epoch": 3}), ValueError, "tensors alone, but 'epoch' is none"),
+        (other_objects({"a": torch.zeros(2)}), ValueError, "does not fit open_clip:tiny"),
+    ],
+)
+def test_a_folder_that_holds_something_else(make_teacher, tmp_path, spoil, error, message):
+    folder = write_folder(tmp_path / "tiny")
+    spoil(folder)
+    with pytest.raises(error, match=message):
+        make_teacher(f"open_clip:{folder}").encode_captions(["a cat"])
+
+
+def test_open_clips_own_file_goes_before_another_librarys(make_teacher, tmp_path):
+    folder = write_folder(tmp_path / "tiny")
+    expected = make_teacher(f"open_clip:{folder}").encode_captions(["a cat"])
+    (folder / "model.safetensors").write_bytes(b"another library's")
+    (folder / "open_clip_pytorch_model.bin").write_bytes(b"the same, pickled")
+    assert torch.equal(make_teacher(f"open_clip:{folder}").encode_captions(["a cat"]), expected)
+
+
+def test_weights_of_an_unknown_kind(make_teacher, tiny_architecture, tmp_path):
+    np.savez(tmp_path / "weights.npz", a=np.zeros(3))
+    with pytest.raises(ValueError, match=r"weights\.npz: expected weights that end in"):
+        make_teacher(f"open_clip:tiny:{tmp_path / 'weights.npz'}").encode_captions(["a cat"])
+
+
+def test_a_tokeniser_that_cannot_be_made(make_teacher, tmp_path):
+    text = {**TINY["text_cfg"], "hf_tokenizer_name": "org/tokens"}
+    folder = write_folder(tmp_path / "tiny")
+    spoil_folder(lambda c: c["model_cfg"].update(text_cfg=text))(folder)  # has no files for it
+    with pytest.raises(FileNotFoundError) as error:
+        make_teacher(f"open_clip:{folder}").encode_captions(["a cat"])
+    for part in ("tokeniser of open_clip:tiny", "'org/tokens'", "transformers", "tokenizer.json"):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize("option", ["trust_remote_code", "reduction_mask"])
+def test_options_that_would_run_code_or_draw_at_random(make_teacher, tmp_path, option):
+    folder = write_folder(tmp_path / "tiny")
+    text = {**TINY["text_cfg"], "tokenizer_kwargs": {option: "random"}}
+    spoil_folder(lambda c: c["model_cfg"].update(text_cfg=text))(folder)
+    with pytest.raises(ValueError, match=rf"tokenizer_kwargs \['{option}'\]: only .*clean"):
+        make_teacher(f"open_clip:{folder}")
+
+
+def test_openais_files_are_named_without_the_prefix(make_teacher, tiny_architecture, tmp_path):
+    path = clip_files.write_torchscript(tmp_path / "clip.pt", clip_files.random_clip())
+    with pytest.raises(ValueError, match=r"clip\.pt is a TorchScript archive.*without 'open_clip:"):
+        make_teacher(f"open_clip:tiny:{path}").encode_captions(["a cat"])

@@ -1,0 +1,255 @@
+"""The cache's files: what is written comes back, nothing half-written counts, nothing stale."""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hierkd.teachers.region_cache import (
+    CacheContents,
+    TeacherCache,
+    TeacherCacheWriter,
+    file_sha256,
+    keys_sha256,
+    sorted_texts,
+)
+
+IDS = np.array([70, 3, 900_000_000_000, 41, 5], np.int64)  # in no order, beyond 32 bits
+TEXTS = ["a cat", "two cats, ü", "", "a dog", "a cat"]
+SIZE = 6
+
+
+@pytest.fixture
+def annotations(tmp_path) -> Path:
+    path = tmp_path / "train.json"
+    path.write_text("{}")
+    return path
+
+
+@pytest.fixture
+def contents(annotations) -> CacheContents:
+    texts, keys = sorted_texts(TEXTS)
+    return CacheContents(
+        clip="tiny.pt",
+        weights_sha256="ab" * 32,
+        pixel_statistics="clip",
+        image_format="RGB",
+        crop_scale=1.5,
+        datasets=("world",),
+        annotations_sha256=(file_sha256(annotations),),
+        embed_dim=SIZE,
+        logit_scale=14.0,
+        num_boxes=len(IDS),
+        num_texts=len(texts),
+        texts_sha256=keys_sha256(keys),
+    )
+
+
+def unit_rows(*shape: int) -> np.ndarray:
+    rows = np.random.default_rng(len(shape)).standard_normal(shape)
+    return (rows / np.linalg.norm(rows, axis=-1, keepdims=True)).astype(np.float32)
+
+
+def text_rows(texts: list[str]) -> np.ndarray:
+    return np.stack([unit_rows(4, SIZE)[TEXTS.index(text)] for text in texts])
+
+
+def open_writer(folder: Path, contents: CacheContents, **options) -> TeacherCacheWriter:
+    return TeacherCacheWriter(folder, contents, IDS, sorted_texts(TEXTS)[1], **options)
+
+
+def fill(writer: TeacherCacheWriter, chunk: int = 2) -> None:
+    regions, texts = unit_rows(len(IDS), 2, SIZE), text_rows(sorted_texts(TEXTS)[0])
+    while writer.texts_done < len(texts):
+        writer.write_texts(texts[writer.texts_done :][:chunk])
+    while writer.boxes_done < len(IDS):
+        writer.write_regions(regions[writer.boxes_done :][:chunk])
+    writer.finish()
+
+
+@pytest.fixture
+def folder(tmp_path, contents) -> Path:
+    fill(open_writer(tmp_path / "cache", contents))
+    return tmp_path / "cache"
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir()}
+
+
+def test_rows_come_back_in_any_order(folder):
+    cache, regions = TeacherCache(folder), unit_rows(len(IDS), 2, SIZE)
+    order, flipped = [4, 2, 2, 0], np.array([True, False, True, False])
+    found = cache.regions(IDS[order], flipped)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, regions[order, flipped.astype(int)], atol=1e-3)
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-6)
+    assert cache.regions(IDS[:0], flipped[:0]).shape == (0, SIZE)
+
+
+def test_texts_that_are_there_come_back(folder):
+    found = TeacherCache(folder).texts(["a dog", "a bird", "", "two cats, ü"])
+    assert set(found) == {"a dog", "", "two cats, ü"}
+    for text, row in found.items():
+        np.testing.assert_allclose(row, text_rows([text])[0], atol=1e-3)
+    assert TeacherCache(folder).texts([]) == {}
+
+
+def test_the_folder_holds_plain_half_precision_arrays(folder):
+    assert sorted(p.name for p in folder.iterdir()) == [
+        *("annotation_ids.npy", "manifest.json", "regions.npy", "text_keys.npy", "texts.npy")
+    ]
+    regions = np.load(folder / "regions.npy", mmap_mode="r", allow_pickle=False)
+    assert (regions.dtype, regions.shape) == (np.float16, (len(IDS), 2, SIZE))
+    assert json.loads((folder / "manifest.json").read_text())["num_texts"] == 4  # one is repeated
+
+
+def test_unknown_annotation_is_named(folder):
+    with pytest.raises(ValueError, match=r"annotations \[71\].*tools/cache_teacher.py"):
+        TeacherCache(folder).regions(np.array([3, 71]), np.array([False, False]))
+
+
+@pytest.mark.parametrize("stops", [(0, 0), (1, 0), (2, 1), (2, 2)])
+def test_an_interrupted_cache_is_refused_and_can_be_completed(tmp_path, folder, contents, stops):
+    part = tmp_path / "part"
+    writer = open_writer(part, contents)
+    regions, texts = unit_rows(len(IDS), 2, SIZE), text_rows(sorted_texts(TEXTS)[0])
+    for step in range(stops[0]):
+        writer.write_texts(texts[2 * step : 2 * step + 2])
+    for step in range(stops[1]):
+        writer.write_regions(regions[2 * step : 2 * step + 2])
+    with pytest.raises(FileNotFoundError, match=r"is not complete.*cache_teacher\.py"):
+        TeacherCache(part)
+    with pytest.raises(ValueError, match="not written"):
+        writer.finish()
+    again = open_writer(part, contents)
+    assert (again.texts_done, again.boxes_done) == (2 * stops[0], 2 * stops[1])
+    fill(again)
+    assert digests(part) == digests(folder)
+
+
+def test_rows_that_no_progress_counts_are_written_again(tmp_path, folder, contents):
+    part = tmp_path / "part"
+    writer = open_writer(part, contents)
+    writer._regions[:3] = 7.0  # what a kill between rows and progress leaves
+    writer._regions.flush()
+    fill(open_writer(part, contents))
+    assert digests(part) == digests(folder)
+
+
+def test_a_complete_cache_is_left_alone(folder, contents):
+    before = digests(folder)
+    assert open_writer(folder, contents).complete
+    assert digests(folder) == before
+
+
+def test_a_cache_of_other_contents_is_not_overwritten_unasked(tmp_path, folder, contents):
+    other = dataclasses.replace(contents, crop_scale=1.0)
+    with pytest.raises(ValueError, match=r"crop_scale: found 1.5, expected 1.0.*--overwrite"):
+        open_writer(folder, other)
+    open_writer(tmp_path / "begun", contents)
+    with pytest.raises(ValueError, match=r"progress.json.*crop_scale"):
+        open_writer(tmp_path / "begun", other)
+    writer = open_writer(folder, other, overwrite=True)
+    assert not writer.complete
+    with pytest.raises(FileNotFoundError, match="is not complete"):
+        TeacherCache(folder)
+    fill(writer)
+    assert TeacherCache(folder).contents == other
+
+
+def test_repeated_annotation_ids_are_refused(tmp_path, contents):
+    with pytest.raises(ValueError, match=r"\[3\] occur more than once in world"):
+        TeacherCacheWriter(tmp_path / "x", contents, np.array([3, 3]), sorted_texts(TEXTS)[1])
+    assert not (tmp_path / "x").exists()
+
+
+def test_rows_that_are_no_numbers_or_too_many_are_refused(tmp_path, contents):
+    writer = open_writer(tmp_path / "x", contents)
+    with pytest.raises(ValueError, match="NaN"):
+        writer.write_texts(np.full((1, SIZE), np.nan, np.float32))
+    with pytest.raises(ValueError, match="do not fit"):
+        writer.write_texts(np.zeros((5, SIZE), np.float32))
+    assert writer.texts_done == 0
+
+
+def test_checks_pass_for_the_same_training(folder, annotations):
+    cache = TeacherCache(folder)
+    assert cache.check_source(weights="t", weights_sha256="ab" * 32, embed_dim=SIZE) == []
+    assert (
+        cache.check_regions(
+            crop_scale=1.5, pixel_statistics="clip", annotation_files={"world": str(annotations)}
+        )
+        == []
+    )
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"weights_sha256": "cd" * 32}, "weights_sha256 found abab.*expected cdcd.*WEIGHTS 't'"),
+        ({"embed_dim": 7}, "embed_dim found 6, expected 7.*EMBED_DIM"),
+        ({"crop_scale": 1.0}, "crop_scale found 1.5, expected 1.0.*MODEL.IKD.CROP_SCALE"),
+        ({"pixel_statistics": "imagenet"}, "found clip, expected imagenet.*PIXEL_STATISTICS"),
+        ({"annotations": '{"other": 1}'}, r"annotations_sha256 found .*train\.json.*'world'"),
+    ],
+)
+def test_a_stale_cache_is_refused_with_both_sides_and_the_command(
+    folder, annotations, changed, message
+):
+    cache = TeacherCache(folder)
+    annotations.write_text(changed.get("annotations", "{}"))
+
+    def check() -> None:
+        cache.check_source(
+            weights="t",
+            weights_sha256=changed.get("weights_sha256", "ab" * 32),
+            embed_dim=changed.get("embed_dim", SIZE),
+        )
+        cache.check_regions(
+            crop_scale=changed.get("crop_scale", 1.5),
+            pixel_statistics=changed.get("pixel_statistics", "clip"),
+            annotation_files={"world": str(annotations)},
+        )
+
+    with pytest.raises(ValueError, match=f"manifest.json.*{message}.*--overwrite"):
+        check()
+
+
+def test_what_is_not_at_hand_is_named_but_allowed(folder):
+    cache = TeacherCache(folder)
+    (first,) = cache.check_source(weights="gone.pt", weights_sha256=None, embed_dim=SIZE)
+    assert "gone.pt" in first
+    (second,) = cache.check_regions(
+        crop_scale=1.5, pixel_statistics="clip", annotation_files={"world": "/gone.json"}
+    )
+    assert "/gone.json" in second
+
+
+@pytest.mark.parametrize("name", ["regions.npy", "texts.npy", "annotation_ids.npy"])
+@pytest.mark.parametrize("damage", ["cut", "missing", "other"])
+def test_damaged_files_are_refused_with_the_command(folder, name, damage):
+    path = folder / name
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:-8])
+    elif damage == "missing":
+        path.unlink()
+    else:
+        np.save(path, np.zeros((2, SIZE), np.float16))
+    with pytest.raises(ValueError, match=rf"{name}.*cache_teacher.py"):
+        TeacherCache(folder)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"format": 1}', '{"format": 99}'])
+def test_a_broken_manifest_is_refused(folder, text):
+    (folder / "manifest.json").write_text(text)
+    with pytest.raises(ValueError, match=r"manifest.json is no manifest.*--overwrite"):
+        TeacherCache(folder)
+
+
+def test_no_cache_at_all(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"holds no cache.*cache_teacher.py"):
+        TeacherCache(tmp_path)

@@ -1,0 +1,775 @@
+import hashlib
+import logging
+import sqlite3
+import urllib.error
+import warnings
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from torch.nn import functional as F
+
+import clip_files
+from hierkd.teachers import openai_clip
+from hierkd.teachers import teacher as teacher_module
+from hierkd.teachers.frozen_encoder import make_batch
+from hierkd.teachers.teacher import (
+    CLIPTeacher,
+    StoredTextTeacher,
+    build_teacher,
+    check_embed_dim,
+)
+from hierkd.teachers.texts import make_text_embeddings, save_text_embeddings
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    path = tmp_path_factory.mktemp("clip") / "tiny.pt"
+    return clip_files.write_state_dict(path, clip_files.random_clip())
+
+
+@pytest.fixture
+def make_teacher(weights, tmp_path):
+    def make(path=weights, **arguments):
+        arguments = {"device": "cpu", "text_cache_dir": str(tmp_path / "cache"), **arguments}
+        return CLIPTeacher(str(path), **arguments)
+
+    return make
+
+
+@pytest.fixture
+def no_clip(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("CLIP was loaded")
+
+    return lambda: monkeypatch.setattr(openai_clip, "_read_state_dict", refuse)
+
+
+def smooth_image(height, width, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(1, 3, 6, 6, generator=generator) * 255
+    return F.interpolate(coarse, (height, width), mode="bilinear")[0].round().to(torch.uint8)
+
+
+def released_clip(path):
+    """The model as clip itself loads it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return clip_files.import_clip().load(str(path), device="cpu")
+
+
+BOXES = torch.tensor([[5.0, 5.0, 40.0, 60.0], [10.0, 0.0, 80.0, 30.0], [0.0, 0.0, 90.0, 70.0]])
+
+
+# --- regions --------------------------------------------------------------------------------------
+
+
+def test_whole_square_image_equals_clips_own_preprocessing(make_teacher, weights):
+    image = smooth_image(96, 96)
+    model, preprocess = released_clip(weights)
+    picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+    with torch.no_grad():
+        expected = F.normalize(model.encode_image(preprocess(picture)[None]), dim=-1)
+    box = torch.tensor([[0.0, 0.0, 96.0, 96.0]])
+    found = make_teacher().encode_regions([image], [box], 1.0)
+    torch.testing.assert_close(found, expected, atol=3e-3, rtol=0)
+    other = make_teacher().encode_regions([image.flip(0)], [box], 1.0)
+    assert (other - expected).abs().max() > 3e-2  # so that the tolerance above means something
+
+
+def test_regions_are_normalised_float32_without_gradient(make_teacher):
+    image = smooth_image(70, 90).float().requires_grad_()
+    found = make_teacher().encode_regions([image], [BOXES.clone().requires_grad_()], 1.5)
+    assert found.shape == (3, 16)
+    assert found.dtype == torch.float32
+    assert not found.requires_grad
+    assert not found.is_inference()
+    torch.testing.assert_close(found.norm(dim=-1), torch.ones(3))
+
+
+def test_no_parameter_can_be_trained(make_teacher):
+    teacher = make_teacher()
+    teacher.encode_captions(["a"])
+    assert not any(p.requires_grad for p in teacher._clip().model.parameters())
+    assert not teacher._clip().model.training
+    assert not isinstance(teacher, nn.Module)
+
+
+def test_embeddings_made_in_inference_mode_serve_in_a_loss(make_teacher):
+    teacher = make_teacher()
+    with torch.inference_mode():  # the model and the cache are filled here
+        teacher.encode_captions(["a dog"])
+        teacher.encode_regions([smooth_image(70, 90)], [BOXES], 1.5)
+    regions = teacher.encode_regions([smooth_image(70, 90)], [BOXES], 1.5)
+    texts = teacher.encode_captions(["a dog"])
+    student = torch.ones(3, 16, requires_grad=True)
+    ((student * regions).sum() + (student @ texts.T).sum()).backward()
+    torch.testing.assert_close(student.grad, regions + texts)
+
+
+@pytest.mark.parametrize("shape", ["tiny_vit", "tiny_resnet"])
+def test_the_faster_encoder_computes_what_the_released_one_does(make_teacher, tmp_path, shape):
+    clip = clip_files.random_clip(shape)
+    for part in clip.visual.modules():
+        if isinstance(part, nn.BatchNorm2d):  # else folding one that does nothing
+            nn.init.uniform_(part.weight, 0.5, 1.5)
+            nn.init.uniform_(part.running_mean, -0.1, 0.1)
+            nn.init.uniform_(part.running_var, 0.5, 2.0)
+    path = clip_files.write_state_dict(tmp_path / "other.pt", clip)
+    seen = []
+    teacher = make_teacher(path)
+    teacher._clip().model.visual.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    found = teacher.encode_regions([smooth_image(70, 90)], [BOXES], 1.5)
+    model, _ = released_clip(path)
+    with torch.no_grad():
+        expected = F.normalize(model.float().encode_image(seen[0].contiguous()), dim=-1)
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)  # files may be in half precision
+    assert seen[0].is_contiguous(memory_format=torch.channels_last)
+    assert not any(
+        isinstance(part, nn.BatchNorm2d) for part in teacher._clip().model.visual.modules()
+    )
+
+
+def test_rows_that_fill_up_a_batch_are_not_seen(make_teacher, monkeypatch):
+    teacher = make_teacher()
+    expected = teacher.encode_regions([smooth_image(70, 90)], [BOXES], 1.5)
+    sizes = []
+
+    def fill_up(crops, dtype, multiple):
+        assert multiple == 1  # on a CPU
+        sizes.append(len(batch := make_batch(crops, dtype, 8)))
+        return batch
+
+    monkeypatch.setattr(teacher_module, "make_batch", fill_up)
+    found = teacher.encode_regions([smooth_image(70, 90)], [BOXES], 1.5)
+    assert sizes == [8]
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("shape", ["tiny_vit", "tiny_resnet"])
+def test_half_precision_reaches_through_the_visual_encoder(make_teacher, tmp_path, shape):
+    path = clip_files.write_state_dict(tmp_path / "other.pt", clip_files.random_clip(shape))
+    teacher = make_teacher(path, precision="fp16")
+    layers = [
+        part
+        for part in teacher._clip().model.visual.modules()
+        if isinstance(part, nn.Conv2d | nn.Linear | nn.MultiheadAttention)
+    ]
+    seen = []
+    for layer in layers:
+        layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
+    found = teacher.encode_regions([smooth_image(70, 90)], [BOXES], 1.5)
+    assert len(seen) >= 4
+    assert set(seen) == {torch.float16}
+    assert found.dtype == torch.float32
+    expected = make_teacher(path).encode_regions([smooth_image(70, 90)], [BOXES], 1.5)
+    assert F.cosine_similarity(found, expected).min() > 0.999
+
+
+def test_bgr_is_rgb_with_the_channels_turned_round(make_teacher):
+    image = smooth_image(70, 90)
+    rgb = make_teacher().encode_regions([image], [BOXES], 1.5)
+    bgr = make_teacher(image_format="BGR").encode_regions([image.flip(0)], [BOXES], 1.5)
+    torch.testing.assert_close(rgb, bgr)
+    assert (make_teacher().encode_regions([image.flip(0)], [BOXES], 1.5) - rgb).abs().max() > 1e-2
+
+
+def test_pixel_statistics_are_what_the_crop_is_normalised_with(make_teacher, monkeypatch):
+    """A grey picture of ImageNet's mean colour is all zeros to CLIP with ImageNet's statistics."""
+    grey = torch.tensor([123.675, 116.28, 103.53])[:, None, None].expand(3, 80, 90)
+    seen = []
+    for statistics in ("imagenet", "clip"):
+        teacher = make_teacher(pixel_statistics=statistics)
+        encode = teacher._clip().model.encode_image
+        monkeypatch.setattr(
+            teacher._clip().model,
+            "encode_image",
+            lambda crops, encode=encode: seen.append(crops) or encode(crops),
+        )
+        teacher.encode_regions([grey], [BOXES[:1]], 1.0)
+    torch.testing.assert_close(seen[0], torch.zeros_like(seen[0]), atol=1e-5, rtol=0)
+    inside = seen[1][0, :, seen[1].shape[2] // 2, seen[1].shape[3] // 2]
+    expected = (torch.tensor([0.485, 0.456, 0.406]) - torch.tensor(teacher_module.CLIP_MEAN)) / (
+        torch.tensor(teacher_module.CLIP_STD)
+    )
+    torch.testing.assert_close(inside, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("limit", [1, 2, 4, 512])
+def test_order_and_batch_size_change_nothing(make_teacher, monkeypatch, limit):
+    monkeypatch.setattr(teacher_module, "_REGIONS_PER_CALL", limit)
+    teacher = make_teacher()
+    images = [smooth_image(70, 90, 1), smooth_image(50, 50, 2), smooth_image(80, 95, 3)]
+    boxes = [BOXES, BOXES[:0], BOXES[:2]]
+    together = teacher.encode_regions(images, boxes, 1.5)
+    alone = [
+        teacher.encode_regions([image], [box[None]], 1.5)
+        for image, image_boxes in zip(images, boxes, strict=True)
+        for box in image_boxes
+    ]
+    torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=0)
+    assert (together[0] - together[3]).abs().max() > 1e-3
+
+
+def test_no_regions(make_teacher):
+    teacher = make_teacher()
+    assert teacher.encode_regions([smooth_image(9, 9)], [BOXES[:0]], 1.5).shape == (0, 16)
+    assert teacher.encode_regions([], [], 1.5).shape == (0, 16)
+
+
+def test_autocast_does_not_reach_the_teacher(make_teacher):
+    expected = make_teacher().encode_regions([smooth_image(70, 90)], [BOXES], 1.5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = make_teacher().encode_regions([smooth_image(70, 90)], [BOXES], 1.5)
+    assert torch.equal(found, expected)
+
+
+def test_number_of_images_and_boxes_must_agree(make_teacher):
+    with pytest.raises(ValueError, match="1 images but 2 tensors"):
+        make_teacher().encode_regions([smooth_image(9, 9)], [BOXES, BOXES], 1.5)
+
+
+# --- texts ----------------------------------------------------------------------------------------
+
+
+def test_texts_equal_clips_own_encoding(make_teacher, weights):
+    texts = ["a dog", "two cats on a sofa", "a dog"]
+    model, _ = released_clip(weights)
+    with torch.no_grad():
+        tokens = clip_files.import_clip().tokenize(texts)
+        expected = F.normalize(model.encode_text(tokens), dim=-1)
+    found = make_teacher().encode_captions(texts)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    assert found.dtype == torch.float32
+    assert not found.requires_grad
+    assert (found[0] - found[1]).abs().max() > 1e-3
+
+
+def test_each_text_is_encoded_once(make_teacher, monkeypatch):
+    teacher = make_teacher()
+    teacher.encode_captions(["z"])  # loaded, and the template checked
+    encoded = []
+    tokenize = clip_files.import_clip().tokenize
+    monkeypatch.setattr(
+        clip_files.import_clip(),
+        "tokenize",
+        lambda texts, **options: encoded.extend(texts) or tokenize(texts, **options),
+    )
+    teacher.encode_captions(["a", "b", "a"])
+    teacher.encode_captions(["b", "c"])
+    assert encoded == ["a", "b", "c"]
+
+
+def test_classes_go_into_the_template(make_teacher):
+    teacher = make_teacher(template="the {} there")
+    expected = teacher.encode_captions(["the cat there", "the {dog} there"])
+    assert torch.equal(teacher.encode_classes(["cat", "{dog}"]), expected)
+
+
+def test_an_ensemble_is_the_normalised_mean_of_normalised_embeddings(make_teacher, weights):
+    templates = ["a {}.", "the big {} there", "{}"]
+    found = make_teacher(templates=templates).encode_classes(["cat", "train"])
+    model, _ = released_clip(weights)
+    for row, name in zip(found, ["cat", "train"], strict=True):
+        total = torch.zeros(16)
+        for template in templates:
+            with torch.no_grad():
+                one = model.encode_text(clip_files.import_clip().tokenize(template.format(name)))[0]
+            total += one / one.norm()
+        torch.testing.assert_close(row, total / total.norm(), atol=1e-5, rtol=0)
+    alone = make_teacher(template="a {}.").encode_classes(["cat", "train"])
+    assert (found - alone).abs().max() > 1e-3
+
+
+def test_an_ensemble_of_one_is_its_template(make_teacher):
+    alone = make_teacher(template="the {}").encode_classes(["cat", "dog"])
+    assert torch.equal(make_teacher(templates=("the {}",)).encode_classes(["cat", "dog"]), alone)
+
+
+def test_long_text_is_cut_off(make_teacher):
+    found = make_teacher().encode_captions(["word " * 300])
+    assert found.isfinite().all()
+
+
+def test_odd_texts(make_teacher):
+    texts = ["", "naïve café 猫", "it's; DROP TABLE texts", "\ud800"]
+    first = make_teacher().encode_captions(texts)
+    assert first.isfinite().all()
+    assert torch.equal(make_teacher().encode_captions(texts), first)
+
+
+def test_no_texts_and_one_bare_text(make_teacher):
+    assert make_teacher().encode_captions([]).shape == (0, 16)
+    assert make_teacher().encode_classes([]).shape == (0, 16)
+    with pytest.raises(ValueError, match="single text 'dog'"):
+        make_teacher().encode_captions("dog")
+    with pytest.raises(ValueError, match="single name 'dog'"):
+        make_teacher().encode_classes("dog")
+
+
+def test_memory_is_bounded(make_teacher, monkeypatch):
+    monkeypatch.setattr(teacher_module, "_TEXTS_IN_MEMORY", 3)
+    teacher = make_teacher()
+    texts = ["a", "b", "c", "d", "e"]
+    assert teacher.encode_captions(texts).shape == (5, 16)
+    assert list(teacher._memory) == ["c", "d", "e"]
+
+
+def test_progress_is_shown_for_many_texts(make_teacher, monkeypatch, capsys):
+    monkeypatch.setattr(teacher_module, "_TEXTS_WITHOUT_PROGRESS", 2)
+    teacher = make_teacher()
+    teacher.encode_captions(["a", "b"])
+    assert "Encoding texts" not in capsys.readouterr().err
+    teacher.encode_captions(["c", "d", "e"])
+    assert "Encoding texts" in capsys.readouterr().err
+
+
+# --- text cache -----------------------------------------------------------------------------------
+
+
+def test_cache_answers_without_clip(make_teacher, no_clip):
+    first = make_teacher()
+    expected = first.encode_classes(["cat", "dog"])
+    scale = first.logit_scale
+    no_clip()
+    second = make_teacher()
+    assert torch.equal(second.encode_classes(["dog", "cat"]), expected.flip(0))
+    assert second.embed_dim == 16
+    assert second.logit_scale == pytest.approx(scale)
+    assert scale == pytest.approx(1 / 0.07, rel=1e-3)
+    assert not second.loaded
+    with pytest.raises(AssertionError, match="CLIP was loaded"):
+        second.encode_classes(["bird"])
+
+
+def test_named_model_is_not_needed_when_the_cache_has_the_answer(
+    make_teacher, weights, tmp_path, monkeypatch, no_clip
+):
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    urls = {"Tiny": f"https://example.invalid/{digest}/tiny.pt"}
+    monkeypatch.setattr(clip_files.import_clip().clip, "_MODELS", urls)
+    root = tmp_path / "models"
+    root.mkdir()
+    model_file = root / "tiny.pt"
+    model_file.write_bytes(weights.read_bytes())
+    named = make_teacher("Tiny", download_root=str(root))
+    expected = named.encode_captions(["a cat"])  # hash-checked by clip, no network needed
+    assert named.loaded
+    model_file.unlink()
+    no_clip()
+    assert torch.equal(
+        make_teacher("Tiny", download_root=str(root)).encode_captions(["a cat"]), expected
+    )
+    assert torch.equal(make_teacher(weights).encode_captions(["a cat"]), expected)  # same weights
+
+
+def test_other_weights_have_another_cache(make_teacher, tmp_path):
+    other = clip_files.write_state_dict(tmp_path / "other.pt", clip_files.random_clip(seed=1))
+    first = make_teacher().encode_captions(["a cat"])
+    second = make_teacher(other).encode_captions(["a cat"])
+    assert (first - second).abs().max() > 1e-3
+    assert len(list((tmp_path / "cache").glob("*.sqlite"))) == 2
+
+
+def test_cache_can_be_inspected(make_teacher):
+    teacher = make_teacher()
+    found = teacher.encode_captions(["a cat"])
+    with sqlite3.connect(teacher._disk.path) as connection:
+        text, blob = connection.execute("SELECT text, embedding FROM texts").fetchone()
+    assert text == "a cat"
+    assert np.frombuffer(blob[:-4], "<f4").tolist() == found[0].tolist()
+
+
+@pytest.mark.parametrize("damage", [b"no database at all " * 300, None])
+def test_corrupted_cache_is_rebuilt(make_teacher, caplog, damage):
+    first = make_teacher()
+    expected = first.encode_captions(["a cat", "a dog"])
+    path = first._disk.path
+    content = path.read_bytes()
+    path.write_bytes(damage or content[:4096] + b"\xff" * (len(content) - 4096))
+    with caplog.at_level(logging.WARNING):
+        assert torch.equal(make_teacher().encode_captions(["a cat", "a dog"]), expected)
+    assert any("is corrupted" in r.message and str(path) in r.message for r in caplog.records)
+    caplog.clear()
+    again = make_teacher()
+    assert torch.equal(again.encode_captions(["a cat", "a dog"]), expected)
+    assert not again.loaded
+    assert not caplog.records
+
+
+def test_row_of_wrong_size_is_encoded_anew(make_teacher):
+    first = make_teacher()
+    expected = first.encode_captions(["a cat"])
+    connection = sqlite3.connect(first._disk.path)
+    connection.execute("UPDATE texts SET embedding = ?", (b"\0" * 8,))
+    connection.commit()
+    connection.close()
+    assert torch.equal(make_teacher().encode_captions(["a cat"]), expected)
+
+
+def test_unusable_cache_folder_is_a_warning(make_teacher, tmp_path, caplog):
+    (tmp_path / "file").write_text("not a folder")
+    with caplog.at_level(logging.WARNING):
+        teacher = make_teacher(text_cache_dir=str(tmp_path / "file" / "cache"))
+        teacher.encode_captions(["a cat"])
+        teacher.encode_captions(["a dog"])
+    assert [r.message for r in caplog.records if "cannot be used" in r.message].__len__() == 1
+
+
+def test_default_cache_folder(weights, tmp_path, monkeypatch):
+    monkeypatch.setenv("HIERKD_CACHE", str(tmp_path / "here"))
+    for folder in ("", None):
+        teacher = CLIPTeacher(str(weights), device="cpu", text_cache_dir=folder)
+        assert teacher._disk.path.parent == tmp_path / "here" / "text_embeddings"
+    monkeypatch.delenv("HIERKD_CACHE")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    teacher = CLIPTeacher(str(weights), device="cpu")
+    assert teacher._disk.path.parent == tmp_path / ".cache" / "hierkd" / "text_embeddings"
+
+
+# --- CLIP's files ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", ["tiny_vit", "tiny_resnet"])
+@pytest.mark.parametrize("write", [clip_files.write_state_dict, clip_files.write_torchscript])
+def test_every_format_and_kind_loads_without_warning(make_teacher, tmp_path, shape, write):
+    model = clip_files.random_clip(shape)
+    image = smooth_image(model.visual.input_resolution, model.visual.input_resolution)
+    path = write(tmp_path / "clip.pt", model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        teacher = make_teacher(path)
+        box = torch.tensor([[0.0, 0.0, *image.shape[1:]]])
+        regions = teacher.encode_regions([image], [box], 1.0)
+        texts = teacher.encode_captions(["a cat"])
+    assert teacher.embed_dim == clip_files.SHAPES[shape]["embed_dim"] == regions.shape[1]
+    released, _ = released_clip(path)
+    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
+    std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
+    with torch.no_grad():
+        expected = released.encode_image(((image / 255 - mean) / std)[None])
+        tokens = clip_files.import_clip().tokenize(["a cat"], released.context_length)
+        expected_text = released.encode_text(tokens)
+    torch.testing.assert_close(regions, F.normalize(expected, dim=-1), atol=1e-4, rtol=0)
+    torch.testing.assert_close(texts, F.normalize(expected_text, dim=-1), atol=1e-5, rtol=0)
+
+
+def test_loading_leaves_the_random_numbers_alone(make_teacher):
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    make_teacher().encode_captions(["a cat"])
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_unknown_name(make_teacher):
+    with pytest.raises(FileNotFoundError, match=r"'ViT-Z/9' is neither .* ViT-B/32, "):
+        make_teacher("ViT-Z/9")
+
+
+def test_no_network(make_teacher, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise urllib.error.URLError("Name or service not known")
+
+    monkeypatch.setattr("urllib.request.urlopen", refuse)
+    teacher = make_teacher("ViT-B/32", download_root=str(tmp_path))
+    with pytest.raises(FileNotFoundError) as error:
+        teacher.encode_captions(["a cat"])
+    message = str(error.value)
+    assert str(tmp_path / "ViT-B-32.pt") in message
+    assert "https://openaipublic" in message
+    assert "MODEL.TEACHER.WEIGHTS" in message
+    assert "Name or service not known" in message
+
+
+def test_hash_mismatch(make_teacher, tmp_path, monkeypatch):
+    class Source:
+        def __enter__(self):
+            self.rest = [b"", b"something else"]
+            return self
+
+        def __exit__(self, *_):
+            return None
+
+        def info(self):
+            return {"Content-Length": "14"}
+
+        def read(self, _):
+            return self.rest.pop()
+
+    monkeypatch.setattr("urllib.request.urlopen", lambda _: Source())
+    teacher = make_teacher("ViT-B/32", download_root=str(tmp_path))
+    with pytest.raises(ValueError, match=r"ViT-B-32.pt is not the published CLIP 'ViT-B/32'"):
+        teacher.encode_captions(["a cat"])
+
+
+@pytest.mark.parametrize("content", ["text", "tensor", "other_model", "small_vocabulary", "module"])
+def test_file_that_is_not_a_clip(make_teacher, tmp_path, content):
+    path = tmp_path / "wrong.pt"
+    if content == "text":
+        path.write_text("hello")
+    elif content == "tensor":
+        torch.save(torch.zeros(3), path)
+    elif content == "other_model":
+        torch.save(nn.Linear(2, 3).state_dict(), path)
+    elif content == "small_vocabulary":
+        clip_files.write_state_dict(path, clip_files.random_clip(vocab_size=100))
+    else:
+        torch.save(nn.Linear(2, 3), path)  # a pickled object: must not be executed
+    with pytest.raises(ValueError, match=r"wrong\.pt"):
+        make_teacher(path).encode_captions(["a cat"])
+
+
+def test_truncated_state_dict(make_teacher, tmp_path):
+    state_dict = clip_files.random_clip().state_dict()
+    del state_dict["visual.positional_embedding"]
+    torch.save(state_dict, tmp_path / "wrong.pt")
+    with pytest.raises(ValueError, match=r"wrong\.pt is not a CLIP.*visual.positional_embedding"):
+        make_teacher(tmp_path / "wrong.pt").encode_captions(["a cat"])
+
+
+# --- construction ---------------------------------------------------------------------------------
+
+
+def test_check_embed_dim(make_teacher):
+    check_embed_dim(make_teacher(), 16)
+    with pytest.raises(ValueError, match=r"MODEL\.X is 512, but .* size 16: set MODEL\.X to 16"):
+        check_embed_dim(make_teacher(), 512, key="MODEL.X")
+
+
+@pytest.mark.parametrize("template", ["a photo", "{} and {}", "{} {name}", "{0}", "{} }"])
+def test_wrong_template(make_teacher, template):
+    with pytest.raises(ValueError, match=r"MODEL\.TEXT_CLASSIFIER\.TEMPLATE"):
+        make_teacher(template=template)
+
+
+def test_wrong_image_format_and_precision(make_teacher):
+    with pytest.raises(ValueError, match="'RGB' or 'BGR', found 'L'"):
+        make_teacher(image_format="L")
+    with pytest.raises(ValueError, match="found 'int8'"):
+        make_teacher(precision="int8")
+    with pytest.raises(ValueError, match=r"PIXEL_STATISTICS.*'clip', 'imagenet'.*got 'coco'"):
+        make_teacher(pixel_statistics="coco")
+
+
+@pytest.mark.parametrize("templates", [("a {}", "a photo"), ("{} {}",), "a {}"])
+def test_wrong_templates(make_teacher, templates):
+    with pytest.raises(ValueError, match=r"MODEL\.TEXT_CLASSIFIER\.TEMPLATES"):
+        make_teacher(templates=templates)
+
+
+def test_a_template_that_leaves_no_room_for_the_name(make_teacher):
+    fits, ends = "very " * 74 + "{}", "very " * 75 + "{}"  # of 77 tokens, two are start and end
+    make_teacher(template=fits).encode_classes(["zebra"])
+    for place in ({"template": ends}, {"templates": (fits, ends)}):
+        with pytest.raises(ValueError, match=r"TEMPLATES.*tiny\.pt' reads 77 tokens.*class name"):
+            make_teacher(**place).encode_classes(["giraffe"])
+
+
+@pytest.fixture
+def make_cfg(weights, tmp_path):
+    def make(path=weights, **text):
+        return SimpleNamespace(
+            MODEL=SimpleNamespace(
+                DEVICE="cpu",
+                TEACHER=SimpleNamespace(
+                    WEIGHTS=str(path),
+                    TEXT_CACHE_DIR=str(tmp_path / "cache"),
+                    DOWNLOAD_ROOT="",
+                    PIXEL_STATISTICS="imagenet",
+                ),
+                TEXT_CLASSIFIER=SimpleNamespace(
+                    **{"TEMPLATE": "one {}", "TEMPLATES": (), "TEMPLATES_FILE": ""}
+                    | {"EMBEDDINGS": "", "EMBED_DIM": 16}
+                    | text
+                ),
+            ),
+            INPUT=SimpleNamespace(FORMAT="BGR"),
+        )
+
+    return make
+
+
+def test_build_teacher_reads_the_config(make_cfg, tmp_path):
+    teacher = build_teacher(make_cfg())
+    assert torch.equal(teacher.encode_classes(["cat"]), teacher.encode_captions(["one cat"]))
+    assert isinstance(teacher, CLIPTeacher)
+    assert teacher.image_format == "BGR"
+    assert teacher._disk.path.parent == tmp_path / "cache"
+    assert teacher.pixel_statistics == "imagenet"
+    ensemble = build_teacher(make_cfg(TEMPLATES=("one {}", "two {}")))
+    assert ensemble.templates == ("one {}", "two {}")
+    with pytest.raises(ValueError, match="TEMPLATES_FILE is not read yet"):
+        build_teacher(make_cfg(TEMPLATES_FILE="prompts.txt"))
+
+
+# --- class embeddings from a file -----------------------------------------------------------------
+
+NAMES = ["cat", "dog", "polar bear"]
+
+
+@pytest.fixture
+def make_file(make_teacher, weights, tmp_path):
+    """Store embeddings of NAMES as the teacher gives them."""
+
+    def make(background="nothing", **changes):
+        teacher = make_teacher(template="one {}")
+        rows = teacher.encode_classes(NAMES).numpy()
+        provenance = {
+            "templates": teacher.templates,
+            "clip": "tiny.pt",
+            "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+        } | changes
+        if background:
+            provenance["background"] = teacher.encode_captions([background])[0].numpy()
+            provenance["background_prompt"] = background
+        save_text_embeddings(make_text_embeddings(NAMES, rows, **provenance), tmp_path / "x.npz")
+        return str(tmp_path / "x.npz")
+
+    return make
+
+
+def test_stored_classes_need_no_clip_file(make_cfg, make_file, make_teacher, tmp_path, caplog):
+    path = make_file()
+    expected = make_teacher(template="one {}")
+    with caplog.at_level(logging.WARNING):
+        teacher = build_teacher(make_cfg(tmp_path / "gone.pt", EMBEDDINGS=path))
+    assert "gone.pt' is not at hand" in caplog.text
+    assert isinstance(teacher, StoredTextTeacher)
+    order = [NAMES[2], NAMES[0]]
+    assert torch.equal(teacher.encode_classes(order), expected.encode_classes(order))
+    assert torch.equal(
+        teacher.encode_captions(["nothing", "nothing"]), expected.encode_captions(["nothing"] * 2)
+    )
+    assert teacher.embed_dim == 16
+    check_embed_dim(teacher, 16)
+    assert teacher.encode_captions([]).shape == (0, 16)
+    assert teacher.encode_classes([]).shape == (0, 16)
+    assert not isinstance(teacher, nn.Module)
+    for call in (
+        lambda: teacher.encode_captions(["nothing", "a cat"]),
+        lambda: teacher.encode_regions([smooth_image(70, 90)], [BOXES], 1.5),
+        lambda: teacher.logit_scale,
+    ):
+        with pytest.raises(FileNotFoundError, match=r"x\.npz does not hold .*gone\.pt"):
+            call()
+
+
+def test_stored_rows_are_nothing_that_the_teacher_could_change(make_cfg, make_file):
+    teacher = build_teacher(make_cfg(EMBEDDINGS=make_file()))
+    for encode, texts in (
+        (teacher.encode_classes, ["cat"]),
+        (teacher.encode_captions, ["nothing"]),
+    ):
+        before = encode(texts).clone()
+        encode(texts).zero_()
+        assert torch.equal(encode(texts), before)
+
+
+def test_with_clip_everything_else_is_clips(make_cfg, make_file, make_teacher, caplog):
+    with caplog.at_level(logging.WARNING):
+        teacher = build_teacher(make_cfg(EMBEDDINGS=make_file()))
+    assert not caplog.records
+    clip = make_teacher(image_format="BGR", pixel_statistics="imagenet")
+    image = smooth_image(70, 90)
+    assert torch.equal(
+        teacher.encode_regions([image], [BOXES], 1.5), clip.encode_regions([image], [BOXES], 1.5)
+    )
+    texts = ["a cat", "nothing"]
+    assert torch.equal(teacher.encode_captions(texts), clip.encode_captions(texts))
+    assert teacher.logit_scale == clip.logit_scale
+
+
+def test_a_name_that_the_file_lacks_is_not_left_to_clip(make_cfg, make_file):
+    teacher = build_teacher(make_cfg(EMBEDDINGS=make_file()))
+    with pytest.raises(ValueError, match=r"x\.npz: no embedding of 'zebra'"):
+        teacher.encode_classes(["cat", "zebra"])
+    with pytest.raises(ValueError, match="single name 'cat'"):
+        teacher.encode_classes("cat")
+
+
+def test_a_background_that_the_file_lacks_comes_from_clip(make_cfg, make_file, make_teacher):
+    teacher = build_teacher(make_cfg(EMBEDDINGS=make_file(background="")))
+    expected = make_teacher().encode_captions(["nothing"])
+    assert torch.equal(teacher.encode_captions(["nothing"]), expected)
+
+
+def test_stored_classes_of_another_clip(make_cfg, make_file, tmp_path):
+    other = clip_files.write_state_dict(tmp_path / "other.pt", clip_files.random_clip(seed=1))
+    with pytest.raises(ValueError, match=r"x\.npz: made with the CLIP 'tiny\.pt'.*other\.pt"):
+        build_teacher(make_cfg(other, EMBEDDINGS=make_file()))
+    with pytest.raises(ValueError, match=r"x\.npz: made with the CLIP 'tiny\.pt'.*'ViT-B/32'"):
+        build_teacher(make_cfg("ViT-B/32", EMBEDDINGS=make_file()))  # known without its weights
+
+
+def test_stored_classes_of_an_unknown_clip(make_cfg, make_file, tmp_path, caplog):
+    path = make_file(background="", weights_sha256="", clip="", templates=())
+    with caplog.at_level(logging.WARNING):
+        build_teacher(make_cfg(EMBEDDINGS=path))
+    (record,) = caplog.records
+    assert "x.npz is used unchecked" in record.message
+    assert "which CLIP" in record.message
+    assert "which templates" in record.message
+    other = clip_files.write_state_dict(
+        tmp_path / "other.pt", clip_files.random_clip("tiny_resnet")
+    )
+    with pytest.raises(ValueError, match=r"x\.npz: embeddings of size 16, .*size 24.*another CLIP"):
+        build_teacher(make_cfg(other, EMBEDDINGS=path)).encode_captions(["a cat"])
+
+
+def test_stored_classes_of_another_size_or_template(make_cfg, make_file):
+    path = make_file()
+    with pytest.raises(ValueError, match=r"x\.npz: embeddings of size 16, but .*EMBED_DIM is 512"):
+        build_teacher(make_cfg(EMBEDDINGS=path, EMBED_DIM=512))
+    with pytest.raises(ValueError, match=r"x\.npz: made with the templates .*'one \{\}'.*'two"):
+        build_teacher(make_cfg(EMBEDDINGS=path, TEMPLATE="two {}"))
+    with pytest.raises(ValueError, match=r"x\.npz: made with the templates"):
+        build_teacher(make_cfg(EMBEDDINGS=path, TEMPLATES=("one {}", "two {}")))
+    build_teacher(make_cfg(EMBEDDINGS=path, TEMPLATE="two {}", TEMPLATES=("one {}",)))
+
+
+@pytest.mark.gpu
+def test_half_precision_on_a_gpu(make_teacher, weights):
+    image = smooth_image(70, 90)
+    expected = make_teacher().encode_regions([image], [BOXES], 1.5)
+    teacher = make_teacher(device="cuda")
+    found = teacher.encode_regions([image.cuda()], [BOXES.cuda()], 1.5)
+    assert teacher._clip().dtype == torch.float16
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.cpu(), expected, atol=5e-3, rtol=0)
+
+
+@pytest.mark.clip
+def test_released_vit_b_32(tmp_path):
+    teacher = CLIPTeacher("ViT-B/32", device="cpu", text_cache_dir=str(tmp_path))
+    assert teacher.embed_dim == 512
+    assert teacher.logit_scale == pytest.approx(100, abs=0.1)
+    cat, kitten, train = teacher.encode_classes(["cat", "kitten", "train"])
+    assert cat @ kitten > cat @ train
+
+
+def test_a_text_in_memory_holds_no_other(make_teacher):
+    teacher = make_teacher()
+    teacher.encode_captions([f"text {i}" for i in range(300)])
+    assert len(teacher._memory) == 300
+    assert all(row.base is None for row in teacher._memory.values())
+
+
+def test_crops_of_thousands_of_regions_never_exist_together(make_teacher, monkeypatch):
+    """45,000 crops of CLIP's 224 px are 27 GB; 512 are 0.3 GB."""
+    counts = []
+
+    def recorded(images, boxes, **kwargs):
+        counts.append(sum(map(len, boxes)))
+        return torch.zeros(counts[-1], 3, kwargs["size"], kwargs["size"])
+
+    monkeypatch.setattr(teacher_module, "crop_regions", recorded)
+    boxes = torch.tensor([[1.0, 2.0, 20.0, 24.0]])
+    rows = make_teacher().encode_regions(
+        [smooth_image(32, 32)] * 3, [boxes.repeat(n, 1) for n in (1000, 0, 1200)], 1.5
+    )
+    assert len(rows) == sum(counts) == 2200
+    assert max(counts) == 512

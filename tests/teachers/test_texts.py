@@ -1,0 +1,369 @@
+import dataclasses
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from hierkd.teachers.texts import (
+    PROMPT_ENSEMBLE,
+    check_known_order,
+    check_provenance,
+    check_same_rows,
+    check_template,
+    load_text_embeddings,
+    make_text_embeddings,
+    read_embedding_array,
+    read_text_lines,
+    save_text_embeddings,
+)
+
+NAMES = ("ant", "bee", "polar bear", "dôme", "elk")
+
+
+def random_rows(count=5, size=6, seed=0):
+    return np.random.default_rng(seed).normal(size=(count, size)).astype(np.float32)
+
+
+def made(names=NAMES, rows=None, **provenance):
+    return make_text_embeddings(names, random_rows() if rows is None else rows, **provenance)
+
+
+class Payload:
+    """Leaves a mark when it is unpickled."""
+
+    ran = False
+
+    def __reduce__(self):
+        return (setattr, (Payload, "ran", True))
+
+
+# --- making ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_rows_are_normalised(dtype):
+    rows = (random_rows() * 300).astype(dtype)  # squares overflow in half precision
+    stored = made(rows=rows)
+    assert stored.embeddings.dtype == np.float32
+    for found, row in zip(stored.embeddings, rows.astype(float), strict=True):
+        length = sum(value**2 for value in row) ** 0.5
+        assert found.tolist() == pytest.approx([value / length for value in row], abs=1e-6)
+
+
+def test_normalised_rows_stay_to_the_last_bit():
+    rows = torch.nn.functional.normalize(torch.from_numpy(random_rows(50, 64)), dim=1).numpy()
+    assert np.array_equal(made([str(i) for i in range(50)], rows).embeddings, rows)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (random_rows(4), r"a\.npy has 4 rows, but n\.txt has 5 names$"),
+        (random_rows(7, 5), r"7 rows, but n\.txt has 5 names \(it looks transposed"),
+        (random_rows()[0], r"shape \(K, D\), found float32 of shape \(6,\)"),
+        (np.ones((5, 6), int), r"floating point.*found int"),
+        (np.where(np.arange(5)[:, None] == 2, np.nan, 1.0), r"not finite: row 2 \('polar bear'\)"),
+        (np.where(np.arange(5)[:, None] == 4, np.inf, 1.0), r"not finite: row 4 \('elk'\)"),
+        (np.where(np.arange(5)[:, None] < 2, 0.0, 1.0), r"all zero: row 0 \('ant'\), row 1"),
+    ],
+)
+def test_unusable_rows(rows, message):
+    with pytest.raises(ValueError, match=message):
+        made(rows=rows, rows_from="a.npy", names_from="n.txt")
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ((), "no names"),
+        (("a", " ", "c", "d", "e"), "blank names at positions 1"),
+        (("a", "b", "a", "d", "b"), "repeats 'a', 'b'"),
+    ],
+)
+def test_unusable_names(names, message):
+    with pytest.raises(ValueError, match=f"n.txt: {message}"):
+        made(names, names_from="n.txt")
+
+
+@pytest.mark.parametrize("shape", [(6,), (1, 6)])
+def test_background(shape):
+    background = np.full(shape, 3.0, np.float32)
+    assert made(background=background).background_embedding == pytest.approx([6**-0.5] * 6)
+
+
+@pytest.mark.parametrize(
+    ("background", "message"),
+    [
+        (np.ones((1, 4)), "size 4, those of the embeddings 6"),
+        (np.ones((2, 6)), "2 rows"),
+        (np.zeros(6), "all zero"),
+    ],
+)
+def test_unusable_background(background, message):
+    with pytest.raises(ValueError, match=f"background.*{message}"):
+        made(background=background)
+
+
+def test_the_built_in_ensemble_is_of_templates():
+    assert len(set(PROMPT_ENSEMBLE)) == len(PROMPT_ENSEMBLE) >= 5
+    for template in PROMPT_ENSEMBLE:
+        check_template(template)
+    with pytest.raises(ValueError, match=r"^here: expected one \{\}"):
+        check_template("a photo", "here")
+
+
+# --- order ----------------------------------------------------------------------------------------
+
+
+def test_a_known_list_in_another_order():
+    known = {"the farm": ["dog", "ant", "cow"], "the zoo": ["ant", "bee"]}
+    with pytest.raises(ValueError, match=r"n\.txt: .* the farm.* row 0 is 'ant' instead of 'dog'"):
+        check_known_order(["ant", "cow", "dog"], known, "n.txt")
+    check_known_order(["dog", "ant", "cow"], known, "n.txt")
+    check_known_order(["dog", "cow"], known, "n.txt")  # no list has these
+
+
+def test_rows_that_are_clips():
+    clip = made()
+    half = made(rows=(30 * random_rows()).astype(np.float16))
+    check_same_rows(half, [4, 0, 2], clip.embeddings[[4, 0, 2]])
+
+
+def test_rows_in_another_order_are_named():
+    clip = made()
+    swapped = made(rows=random_rows()[[0, 3, 2, 1, 4]], source="theirs.npy")
+    check_same_rows(swapped, [0, 2, 4], clip.embeddings[[0, 2, 4]])
+    with pytest.raises(ValueError, match=r"theirs\.npy: the names are in another order") as error:
+        check_same_rows(swapped, [2, 1], clip.embeddings[[2, 1]])
+    assert "1 of 2 compared rows" in str(error.value)
+    assert "row 1 ('bee')" in str(error.value)
+    assert "which is row 3 ('dôme')" in str(error.value)
+
+
+def test_order_counts_also_among_rows_that_are_much_alike():
+    alike = 1 + 0.05 * random_rows()  # all cosines above 0.99
+    with pytest.raises(ValueError, match="another order"):
+        check_same_rows(made(rows=alike[::-1]), [0, 1], made(rows=alike).embeddings[[0, 1]])
+
+
+def test_rows_of_another_clip():
+    theirs = made(rows=random_rows(seed=1), source="theirs.npy", templates=("a {}",), clip="RN50")
+    with pytest.raises(ValueError, match=r"another CLIP than 'RN50'.*\['a \{\}'\]; 2 of 2"):
+        check_same_rows(theirs, [3, 1], made().embeddings[[3, 1]])
+    with pytest.raises(ValueError, match="size 6, the CLIP 'RN50' has 9"):
+        check_same_rows(theirs, [0], np.ones((1, 9), np.float32))
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("background", [None, np.ones(6)])
+def test_round_trip(tmp_path, background):
+    stored = made(
+        background=background,
+        templates=("a {}.", "the {}."),
+        clip="ViT-B/32",
+        weights_sha256="ab" * 32,
+        background_prompt="nothing",
+        source="x.npy",
+        source_sha256="cd" * 32,
+        verified_rows=3,
+        version="0.1",
+    )
+    path = tmp_path / "new" / "x.npz"
+    save_text_embeddings(stored, path)
+    loaded = load_text_embeddings(path)
+    for field in dataclasses.fields(stored):
+        before, after = getattr(stored, field.name), getattr(loaded, field.name)
+        if field.name == "path":
+            assert after == str(path)
+        elif isinstance(before, np.ndarray):
+            assert np.array_equal(before, after)
+            assert before.dtype == after.dtype
+        else:
+            assert before == after
+            assert type(before) is type(after)
+    assert [each.name for each in path.parent.iterdir()] == ["x.npz"]
+
+
+def test_rows_by_name(tmp_path):
+    save_text_embeddings(made(), tmp_path / "x.npz")
+    stored = load_text_embeddings(tmp_path / "x.npz")
+    expected = np.stack([stored.embeddings[3], stored.embeddings[0]])
+    assert np.array_equal(stored.rows_of(["dôme", "ant"]), expected)
+    assert stored.rows_of([]).shape == (0, 6)
+    with pytest.raises(ValueError, match=r"x\.npz: no embedding of 'cat', 'Ant'.*EMBEDDINGS"):
+        stored.rows_of(["cat", "elk", "Ant"])
+
+
+def test_only_npz_is_written(tmp_path):
+    with pytest.raises(ValueError, match=r"x\.npy: text embeddings are stored as \.npz"):
+        save_text_embeddings(made(), tmp_path / "x.npy")
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"TEXT_CLASSIFIER\.EMBEDDINGS: no file .*gone"):
+        load_text_embeddings(tmp_path / "gone.npz")
+
+
+def rewrite(path, **changes):
+    with np.load(path) as archive:
+        content = {**archive, **changes}
+    with path.open("wb") as file:
+        np.savez(file, **{key: value for key, value in content.items() if value is not None})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"names": np.array(NAMES[:4])}, "5 rows, but its list has 4 names"),
+        ({"names": np.array(["a", "b", "c", "d", "a"])}, "repeats 'a'"),
+        ({"names": np.array(NAMES, dtype=object)}, "not a file of text embeddings.*pickle"),
+        ({"names": None}, "not a file of text embeddings.*names"),
+        ({"embeddings": 2 * random_rows()}, "not normalised"),
+        ({"embeddings": np.full((5, 6), np.nan, np.float32)}, "not finite"),
+        ({"background_embedding": np.ones(4, np.float32)}, r"shape \(4,\), expected \(6,\)"),
+        ({"provenance": np.array('{"format": 2}')}, "format 2, this package reads 1"),
+        ({"provenance": np.array("{")}, "not a file of text embeddings"),
+    ],
+)
+def test_file_that_contradicts_itself(tmp_path, changes, message):
+    path = tmp_path / "x.npz"
+    save_text_embeddings(made(), path)
+    rewrite(path, **changes)
+    with pytest.raises(ValueError, match=rf"x\.npz.*{message}"):
+        load_text_embeddings(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"no archive", b"PK\x03\x04 half an archive"])
+def test_file_that_is_something_else(tmp_path, content):
+    (tmp_path / "x.npz").write_bytes(content)
+    with pytest.raises(ValueError, match=r"x\.npz is not a file of text embeddings"):
+        load_text_embeddings(tmp_path / "x.npz")
+
+
+def test_provenance_is_compared():
+    stored = made(templates=("a {}",), clip="RN50", weights_sha256="ab" * 32)
+    stored = dataclasses.replace(stored, path="x.npz")
+    right = {"weights": "RN50", "weights_sha256": "ab" * 32, "templates": ("a {}",)}
+    assert check_provenance(stored, **right) == []
+    other = {**right, "weights": "ViT-B/32", "weights_sha256": "cd" * 32}
+    with pytest.raises(ValueError, match=r"x\.npz: made with the CLIP 'RN50'.*'ViT-B/32'.*cdcd"):
+        check_provenance(stored, **other)
+    for templates in (("the {}",), ("a {}", "the {}"), ()):
+        with pytest.raises(ValueError, match=r"x\.npz: made with the templates \['a \{\}'\]"):
+            check_provenance(stored, **{**right, "templates": templates})
+    (text,) = check_provenance(stored, **{**right, "weights_sha256": None})
+    assert "'RN50' is not at hand" in text
+    assert len(check_provenance(made(), **right)) == 2
+
+
+# --- arrays and lists made elsewhere --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".pt", ".pth"])
+def test_arrays_made_elsewhere(tmp_path, suffix):
+    path = tmp_path / f"x{suffix}"
+    rows = random_rows()
+    if suffix == ".npy":
+        np.save(path, np.asfortranarray(rows.astype(np.float16)))
+    else:
+        torch.save(nn.Parameter(torch.from_numpy(rows)).bfloat16(), path)
+    found, digest = read_embedding_array(path)
+    np.testing.assert_allclose(found, rows, rtol=1e-2)
+    assert len(digest) == 64
+
+
+def spoilt_array(path, kind):
+    if kind == "objects":
+        np.save(path, np.array([[1.0], [Payload()]], dtype=object), allow_pickle=True)
+    elif kind == "pickle":
+        path.write_bytes(pickle.dumps(Payload(), protocol=2))
+    elif kind == "torch":
+        torch.save({"embeddings": Payload()}, path)
+    elif kind == "module":
+        torch.save(nn.Linear(2, 3), path)
+    elif kind == "dict":
+        torch.save({"base": torch.ones(3, 2), "all": torch.ones(3, 2)}, path)
+    elif kind == "list":
+        torch.save([torch.ones(2)], path)
+    elif kind == "archive":
+        with path.open("wb") as file:
+            np.savez(file, random_rows())
+    else:
+        path.write_bytes({"empty": b"", "text": b"0.1 0.2"}[kind])
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "message"),
+    [
+        ("x.npy", "objects", "pickled objects is refused"),
+        ("x.npy", "pickle", "pickled objects is refused"),
+        ("x.pt", "pickle", "pickled objects is refused"),
+        ("x.pt", "torch", "pickled objects is refused"),
+        ("x.pth", "module", "pickled objects is refused"),
+        ("x.pt", "dict", r"one array of shape \(K, D\), found a dict with the keys \['base', 'all"),
+        ("x.pt", "list", "found a list"),
+        ("x.npy", "archive", "found a NpzFile"),
+        ("x.npy", "empty", "cannot be read"),
+        ("x.pt", "text", "cannot be read"),
+        ("x.csv", "text", r"expected embeddings as \.npy"),
+    ],
+)
+def test_files_that_are_refused(tmp_path, name, kind, message):
+    spoilt_array(tmp_path / name, kind)
+    Payload.ran = False
+    with pytest.raises(ValueError, match=rf"(?s)x\.\w+.*{message}"):
+        read_embedding_array(tmp_path / name)
+    assert not Payload.ran
+
+
+def test_the_payload_above_works(tmp_path):
+    spoilt_array(tmp_path / "x.pt", "pickle")
+    Payload.ran = False
+    pickle.loads((tmp_path / "x.pt").read_bytes())
+    assert Payload.ran
+
+
+def test_missing_array(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"gone\.npy"):
+        read_embedding_array(tmp_path / "gone.npy")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("n.txt", "ant\nbee \npolar bear"),
+        ("n.txt", "\ufeffant\r\nbee\r\npolar bear\r\n\r\n"),
+        ("n.json", '["ant", "bee", "polar bear"]'),
+    ],
+)
+def test_lists(tmp_path, name, content):
+    (tmp_path / name).write_text(content, newline="")
+    assert read_text_lines(tmp_path / name) == ["ant", "bee", "polar bear"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("n.txt", b"", "no names"),
+        ("n.json", b"[]", "no names"),
+        ("n.txt", b"a\n\nb", "blank names at positions 1"),
+        ("n.txt", b"a\nb\na", "repeats 'a'"),
+        ("n.txt", b"\xff\xfe\x00", "cannot be read as text"),
+        ("n.json", b'["a", 3]', "expected a JSON list of texts"),
+        ("n.json", b'{"a": 3}', "expected a JSON list of texts"),
+        ("n.json", b'["a"', "cannot be read as text"),
+    ],
+)
+def test_unusable_lists(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"n\.\w+: {message}"):
+        read_text_lines(tmp_path / name)
+
+
+def test_missing_list(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"gone\.txt"):
+        read_text_lines(tmp_path / "gone.txt")

@@ -1,0 +1,251 @@
+"""Hooks to watch a training by: what they record, and that they leave everything as it was."""
+
+import logging
+import random
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
+
+from fake_teacher import FakeTeacher
+from hierkd.load_config import load_config
+from hierkd.modeling import detector as meta_arch
+from hierkd.reports import gallery
+from hierkd.training.monitoring import (
+    BackgroundDrift,
+    DetectionPictures,
+    build_monitoring_hooks,
+    undisturbed,
+)
+from toy_world import NOVEL, VOCABULARY, register_toy_world
+
+TRAINED = ("ant", "cow", "elk")
+
+
+@pytest.fixture
+def cfg(monkeypatch):
+    cfg = load_config(
+        "configs/miniature/hierkd.yaml",
+        ["MODEL.DEVICE", "cpu", "DATASETS.TRAIN", "()", "VIS_PERIOD", "3"],
+    )
+    cfg.defrost()
+    teacher = FakeTeacher(cfg.MODEL.TEXT_CLASSIFIER.EMBED_DIM)
+    monkeypatch.setattr(meta_arch, "build_teacher", lambda cfg: teacher)
+    return cfg
+
+
+@pytest.fixture
+def detector(cfg):
+    torch.manual_seed(0)
+    model = build_model(cfg)
+    model.set_vocabulary(TRAINED)
+    return model.train()
+
+
+def run(hooks, iterations, max_iter=100):
+    """Call the hooks after these steps; the storage, with what they put into it."""
+    with EventStorage() as storage:
+        for iteration in iterations:
+            storage.iter = iteration
+            for hook in hooks:
+                hook.trainer = SimpleNamespace(iter=iteration, max_iter=max_iter, storage=storage)
+                hook.after_step()
+    return storage
+
+
+def state(model):
+    """All that a training goes on from."""
+    return (
+        {name: value.clone() for name, value in model.state_dict().items()},
+        [module.training for module in model.modules()],
+        (model.vocabulary_names, model.text_classifier.text_embeddings, model.compile_test),
+        (torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()),
+    )
+
+
+def assert_same_state(model, before):
+    weights, modes, vocabulary, (torch_state, numpy_state, python_state) = before
+    after = model.state_dict()
+    assert after.keys() == weights.keys()
+    assert [n for n, value in weights.items() if not torch.equal(value, after[n])] == []
+    assert [module.training for module in model.modules()] == modes
+    assert model.vocabulary_names == vocabulary[0]
+    assert model.text_classifier.text_embeddings is vocabulary[1]
+    assert model.compile_test == vocabulary[2]
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    assert np.array_equal(np.random.get_state()[1], numpy_state)
+    assert random.getstate() == python_state
+
+
+# ------------------------------------------------------------------------------------ background
+
+
+def test_the_background_starts_at_one_and_drifts_by_the_angle_it_is_turned(detector):
+    drift = BackgroundDrift(detector)
+    background = detector.text_classifier.background_embedding
+    first = run([drift], [19]).latest()["background_start_cosine"]
+    assert first == (pytest.approx(1.0, abs=1e-6), 19)
+    # a unit vector at right angles, by Gram and Schmidt
+    across = torch.randn(len(background), generator=torch.Generator().manual_seed(1))
+    across -= (across @ background) * background
+    across /= across.norm()
+    with torch.no_grad():  # turned by 60 degrees and three times as long
+        background.copy_(3 * (0.5 * background + 0.75**0.5 * across))
+    turned = run([drift], [39]).latest()["background_start_cosine"]
+    assert turned == (pytest.approx(0.5, abs=1e-5), 39)
+
+
+def test_the_nearest_class_is_told(detector):
+    drift = BackgroundDrift(detector)
+    with torch.no_grad():
+        target = 7 * detector.text_classifier.text_embeddings[1]
+        detector.text_classifier.background_embedding.copy_(target)
+    latest = run([drift], [19]).latest()
+    assert latest["background_class_cosine"][0] == pytest.approx(1.0, abs=1e-6)
+    assert latest["background_start_cosine"][0] < 0.99
+
+
+def test_the_start_is_what_the_detector_was_built_with_also_when_resumed(detector):
+    drift = BackgroundDrift(detector)
+    with torch.no_grad():  # as loading a checkpoint does
+        detector.text_classifier.background_embedding.neg_()
+    assert run([drift], [19]).latest()["background_start_cosine"][0] == pytest.approx(-1.0)
+
+
+def test_the_background_is_recorded_when_it_is_written_and_at_the_end(detector):
+    drift = BackgroundDrift(detector)
+    storage = run([drift], range(50), max_iter=50)
+    recorded = [i for _, i in storage.history("background_start_cosine").values()]
+    assert recorded == [19, 39, 49]
+
+
+# -------------------------------------------------------------------------------------- pictures
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    return register_toy_world(tmp_path / "world")
+
+
+def pictures(detector, dataset, **settings):
+    chosen = {"period": 3, "num_pictures": 2, "min_size": 128, "max_size": 128}
+    return DetectionPictures(detector, dataset, **{**chosen, **settings}, image_format="RGB")
+
+
+def test_pictures_are_drawn_every_so_often_and_at_the_end(detector, dataset):
+    storage = run([pictures(detector, dataset)], range(5), max_iter=5)
+    assert [(name, i) for name, _, i in storage._vis_data] == [
+        (f"detections/{number}", i) for i in (2, 4) for number in (1, 2)
+    ]
+    for _, image, _ in storage._vis_data:
+        assert image.dtype == np.uint8
+        assert image.shape[0] == 3
+        assert image.shape[2] > 2 * 480  # two panels beside one another
+
+
+def test_pictures_change_nothing(detector, dataset, monkeypatch):
+    detector.backbone.eval()  # a part that the training keeps in this mode
+    detector.compile_test = True  # would compile for a minute
+
+    def noisy(*args, judge=gallery.judge_detections):
+        torch.rand(1)  # as other drawings might
+        np.random.rand()
+        random.random()
+        return judge(*args)
+
+    monkeypatch.setattr("hierkd.reports.gallery.judge_detections", noisy)
+    before = state(detector)
+    storage = run([pictures(detector, dataset), BackgroundDrift(detector)], [2, 19, 20])
+    assert len(storage._vis_data) == 2 * 2
+    assert "background_start_cosine" in storage.latest()
+    assert_same_state(detector, before)
+
+
+def test_a_failing_drawing_is_told_and_changes_nothing(detector, dataset, monkeypatch, caplog):
+    def broken(self, images):
+        raise RuntimeError("out of memory")
+
+    hook = pictures(detector, dataset)
+    monkeypatch.setattr(type(detector), "_detect", broken)
+    before = state(detector)
+    with caplog.at_level(logging.WARNING):
+        storage = run([hook], [2])
+    assert storage._vis_data == []
+    assert "out of memory" in caplog.text
+    assert_same_state(detector, before)
+
+
+def test_a_signal_ends_a_drawing_and_leaves_the_training_as_it_was(detector, dataset):
+    def leave(model, inputs):  # as Interruption does, from a hook before the forward pass
+        raise SystemExit(143)
+
+    hook = pictures(detector, dataset)
+    before = state(detector)
+    handle = detector.register_forward_pre_hook(leave)
+    with pytest.raises(SystemExit):
+        run([hook], [2])
+    handle.remove()
+    assert_same_state(detector, before)
+
+
+def test_pictures_show_novel_classes_and_what_was_found(detector, dataset, monkeypatch):
+    drawn = []
+
+    def recorded(sample, caption, **kwargs):
+        drawn.append((sample, caption, kwargs["judged"]))
+        return np.zeros((10, 20, 3), np.uint8)
+
+    monkeypatch.setattr("hierkd.training.monitoring.draw_truth_and_detections", recorded)
+    run([pictures(detector, dataset)], [2])
+    # bee and dog in turn: pictures 2 and 3 of the toy world
+    assert [caption for _, caption, _ in drawn] == ["2.png, iteration 3", "3.png, iteration 3"]
+    for sample, _, judged in drawn:
+        assert judged == "novel"
+        assert sample.image.shape == (128, 128, 3)
+        found = [box.class_name in NOVEL for box in sample.detections]
+        there = [box.class_name in NOVEL for box in sample.truth]
+        assert sorted(found) == sorted(there)  # an untrained detector finds something everywhere
+
+
+def test_without_novel_classes_all_are_judged(detector, tmp_path, monkeypatch):
+    monkeypatch.setattr("toy_world.BASE", VOCABULARY)
+    monkeypatch.setattr("toy_world.NOVEL", ())
+    hook = pictures(detector, register_toy_world(tmp_path / "plain"), num_pictures=9)
+    storage = run([hook], [2])
+    assert len(storage._vis_data) == 5  # all with an object
+
+
+def test_the_config_decides_which_hooks_there_are(cfg, detector, dataset):
+    def kinds():
+        return [type(hook) for hook in build_monitoring_hooks(cfg, detector)]
+
+    cfg.DATASETS.TEST = (dataset,)
+    assert kinds() == [BackgroundDrift, DetectionPictures]
+    cfg.VIS_PERIOD = 0
+    assert kinds() == [BackgroundDrift]
+    cfg.VIS_PERIOD, cfg.TEST.VIS_PICTURES = 3, 0
+    assert kinds() == [BackgroundDrift]
+    cfg.TEST.VIS_PICTURES, cfg.DATASETS.TEST = 2, ()
+    assert kinds() == [BackgroundDrift]
+    assert build_monitoring_hooks(cfg, torch.nn.Linear(1, 1)) == []  # a model without text
+    cfg.VIS_PERIOD = -1
+    with pytest.raises(ValueError, match="VIS_PERIOD must be 0"):
+        kinds()
+
+
+def test_modes_and_generators_come_back_after_an_error(detector):
+    def fail():
+        with undisturbed(detector):
+            detector.eval()
+            torch.rand(3)
+            np.random.rand(3)
+            random.random()
+            raise KeyError
+
+    before = state(detector)
+    with pytest.raises(KeyError):
+        fail()
+    assert_same_state(detector, before)
