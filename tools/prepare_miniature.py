@@ -24,7 +24,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling.backbone import build_backbone
 from detectron2.utils.logger import setup_logger
 
-from hierkd.data.coco_json import write_json_atomically
+from hierkd.files import write_json_atomically
 from hierkd.load_config import load_config
 from hierkd.miniature.clip import TinyCLIPSpec, train_tiny_clip
 from hierkd.miniature.warm_start import train_warm_start

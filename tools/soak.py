@@ -29,7 +29,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.detection_utils import read_image
 from detectron2.utils.logger import setup_logger
 
-from hierkd.data.coco_json import write_json_atomically
+from hierkd.files import write_json_atomically
 from hierkd.inference.predictor import OpenVocabularyPredictor
 from hierkd.load_config import load_config
 from hierkd.training.cpu_memory import keep_freed_memory

@@ -5,7 +5,8 @@ import os
 
 import pytest
 
-from hierkd.data.coco_json import get_entries, index_by_id, read_coco_json, write_json_atomically
+from hierkd.data.coco_json import get_entries, index_by_id, read_coco_json
+from hierkd.files import write_json_atomically
 
 
 def test_reads_an_object_and_applies_the_hook(tmp_path):

@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 
 from fake_teacher import FakeTeacher
 from hierkd.data.coco import register_ovd_dataset
-from hierkd.data.coco_json import write_json_atomically
 from hierkd.evaluation.split_coco_evaluation import SplitCOCOEvaluator
+from hierkd.files import write_json_atomically
 from hierkd.modeling.atss import ATSSMatcher
 from hierkd.modeling.detector import DensePredictions, HierKD
 from hierkd.modeling.detector_settings import IKD, DetectionSettings, InferenceSettings

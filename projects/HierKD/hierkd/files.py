@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import json
 import os
 import pickle
 import re
@@ -34,6 +35,7 @@ __all__ = [
     "read_torchscript_state_dict",
     "remove_unfinished",
     "replacing",
+    "write_json_atomically",
 ]
 
 _REFUSED = "it holds {}, which would run code when it is loaded; only {} are read"
@@ -70,6 +72,24 @@ def replacing(path: str | os.PathLike[str], *, durable: bool = False) -> Iterato
             _sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json_atomically(path: str | os.PathLike[str], content: object) -> bool:
+    """Write ``content`` as compact JSON so that ``path`` holds the old or the new file, whole.
+
+    Missing parent folders are made. An interrupted call leaves ``path`` as it was, and so does one
+    that has nothing new to say.
+
+    Returns:
+        Whether the file is new or has changed.
+    """
+    data = (json.dumps(content, separators=(",", ":")) + "\n").encode()
+    path = Path(path)
+    if path.is_file() and path.stat().st_size == len(data) and path.read_bytes() == data:
+        return False
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
+    return True
 
 
 def remove_unfinished(folder: str | os.PathLike[str], pattern: str) -> list[Path]:

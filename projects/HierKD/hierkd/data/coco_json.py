@@ -1,4 +1,4 @@
-"""Reading and writing files in COCO's JSON layout, with errors that say where a file is wrong."""
+"""Reading files in COCO's JSON layout, with errors that say where a file is wrong."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from hierkd.files import replacing
-
 __all__ = [
     "FieldTypes",
     "check_annotation",
@@ -21,7 +19,6 @@ __all__ = [
     "index_by_id",
     "read_coco_json",
     "shown",
-    "write_json_atomically",
 ]
 
 JsonObject = dict[str, Any]
@@ -229,21 +226,3 @@ def _as_float(value: float) -> float:
         return float(value)
     except OverflowError:
         return math.inf if value > 0 else -math.inf
-
-
-def write_json_atomically(path: str | os.PathLike[str], content: object) -> bool:
-    """Write ``content`` as compact JSON so that ``path`` holds the old or the new file, whole.
-
-    Missing parent folders are made. An interrupted call leaves ``path`` as it was, and so does one
-    that has nothing new to say.
-
-    Returns:
-        Whether the file is new or has changed.
-    """
-    data = (json.dumps(content, separators=(",", ":")) + "\n").encode()
-    path = Path(path)
-    if path.is_file() and path.stat().st_size == len(data) and path.read_bytes() == data:
-        return False
-    with replacing(path) as temporary:
-        temporary.write_bytes(data)
-    return True

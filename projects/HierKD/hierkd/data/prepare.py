@@ -19,7 +19,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from hierkd.data.coco_json import shown, write_json_atomically
+from hierkd.data.coco_json import shown
 from hierkd.data.official_coco import (
     annotation_files,
     read_captions,
@@ -27,6 +27,7 @@ from hierkd.data.official_coco import (
     where_from,
 )
 from hierkd.data.splits import COCO_2017, Category, CocoVariant, Split
+from hierkd.files import write_json_atomically
 
 __all__ = [
     "EXPECTED_BOXES",

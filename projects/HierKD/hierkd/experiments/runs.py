@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from hierkd.data.coco_json import write_json_atomically
+from hierkd.files import write_json_atomically
 from hierkd.reports.metrics import read_metric_lines
 
 __all__ = ["Run", "execute", "find_figure", "git_commit", "read_record"]

@@ -30,7 +30,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from hierkd.data.coco import datasets_root, register_ovd_dataset
-from hierkd.data.coco_json import write_json_atomically
+from hierkd.files import write_json_atomically
 
 __all__ = [
     "MINIATURE_BASE",

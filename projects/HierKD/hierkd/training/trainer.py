@@ -32,7 +32,6 @@ from torch import nn
 
 from hierkd.checkpoint import HierKDCheckpointer, warn_of_little_space
 from hierkd.data.coco import check_captions
-from hierkd.data.coco_json import write_json_atomically
 from hierkd.data.loader import build_resumable_train_loader
 from hierkd.data.mapper import HierKDDatasetMapper, check_images
 from hierkd.evaluation.federated_evaluation import FederatedEvaluator
@@ -45,6 +44,7 @@ from hierkd.evaluation.transfer import (
     transfer_record,
     transfer_table,
 )
+from hierkd.files import write_json_atomically
 from hierkd.reports.metrics import mend_metrics
 from hierkd.training.agreement import broadcast_buffers, check_same_weights, in_every_process
 from hierkd.training.histories import BoundHistories
