@@ -21,13 +21,13 @@ def arguments(*extra: str) -> Namespace:
     return args
 
 
-def test_a_row_for_each_vocabulary_and_one_without_preselection(tmp_path: Path) -> None:
+def test_a_row_for_each_vocabulary(tmp_path: Path) -> None:
     file = tmp_path / "texts.npy"
     np.save(file, np.random.default_rng(0).standard_normal((30, 64)).astype(np.float16))
     args = arguments("--names", "5", "4001", "--embeddings", str(file))
     rows = vocabulary.run(args, CPU).rows
-    assert [row["names"] for row in rows] == ["5", "30", "65", "4001", "4001, all points"]
-    assert [row["embeddings"] for row in rows] == ["-", "real", "-", "-", "-"]
+    assert [row["names"] for row in rows] == ["5", "30", "65", "4001"]
+    assert [row["embeddings"] for row in rows] == ["-", "real", "-", "-"]
     assert rows[2]["over 65"] == 1
 
 

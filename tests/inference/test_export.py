@@ -84,10 +84,6 @@ VARIANTS = {
         "MODEL.ATSS.TOPK_ANCHORS_TEST", "20", "MODEL.ATSS.TOPK_PAIRS_TEST", "500"
     ),
     "all pairs": lambda: make_predictor("MODEL.ATSS.TOPK_PAIRS_TEST", "0"),
-    "preselected": lambda: make_predictor(
-        *("MODEL.ATSS.PRESELECT_ABOVE", "3", "MODEL.ATSS.PRESELECT_POINTS_TEST", "30"),
-        *("MODEL.ATSS.TOPK_ANCHORS_TEST", "20"),
-    ),
 }
 
 

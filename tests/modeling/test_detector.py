@@ -194,42 +194,6 @@ def test_the_points_of_an_object_share_its_ground_truth_crop(build):
     assert len(pairs.teacher.unique(dim=0)) == len(distinct)
 
 
-def test_near_duplicates_are_looked_at_once(build):
-    keys = ("MODEL.IKD.IOU_THRESH", 0.0, "MODEL.IKD.MAX_CROPS_PER_IMAGE", 0)
-    every, merged = build(*keys), build(*keys, "MODEL.IKD.MERGE_CROPS_IOU", 0.3)
-    _, expected = distilled(every, batch())
-    positives, pairs = distilled(merged, batch())
-    assert torch.equal(pairs.student, expected.student)
-    assert torch.equal(pairs.levels, expected.levels)
-    looked_at = every.teacher.regions[-1][1], merged.teacher.regions[-1][1]
-    crops = torch.cat(list(looked_at[1]))
-    assert len(crops) < len(torch.cat(list(looked_at[0]))) == len(pairs.teacher)
-    # Which crop each point got: the fake teacher embeds them by their number.
-    rows = merged.teacher._embed([f"region {i}" for i in range(len(crops))])
-    crop_of_point = (pairs.teacher @ rows.T).argmax(dim=1)
-    image_of_crop = torch.arange(3).repeat_interleave(torch.tensor([*map(len, looked_at[1])]))
-    assert torch.equal(image_of_crop[crop_of_point], positives.image_idxs)
-    ious = pairwise_iou(
-        Boxes(crops[crop_of_point]), Boxes(positives.pred_boxes.detach())
-    ).diagonal()
-    assert (ious > 0.3).all()
-
-
-def test_the_limit_counts_crops_that_are_left_after_merging(build):
-    keys = ("MODEL.IKD.IOU_THRESH", 0.0, "MODEL.IKD.MAX_CROPS_PER_IMAGE", 1)
-    plain, merged = build(*keys), build(*keys, "MODEL.IKD.MERGE_CROPS_IOU", 0.3)
-    _, few = distilled(plain, batch())
-    _, more = distilled(merged, batch())
-    assert sum(map(len, plain.teacher.regions[-1][1])) == len(few.teacher) == 3
-    assert sum(map(len, merged.teacher.regions[-1][1])) == 3 < len(more.teacher)
-    assert len(more.teacher.unique(dim=0)) == 3
-
-
-def test_a_threshold_of_merging_beyond_an_iou_is_refused(build):
-    with pytest.raises(ValueError, match=r"MERGE_CROPS_IOU must be between 0 and 1, got 1\.5"):
-        build("MODEL.IKD.MERGE_CROPS_IOU", 1.5)
-
-
 def test_the_mean_over_levels_by_hand(build):
     """The release averages Eq. 2 level by level, and a level without a point counts as zero."""
     everything = ("MODEL.IKD.IOU_THRESH", 0.0, "MODEL.IKD.MAX_CROPS_PER_IMAGE", 0)
@@ -796,47 +760,6 @@ def test_a_large_vocabulary_in_blocks_gives_the_same_detections(build, monkeypat
             assert torch.equal(found.pred_classes, expected.pred_classes)
 
 
-def preselecting(build, above: int, points: int = 30) -> HierKD:
-    keys = {"PRESELECT_ABOVE": above, "PRESELECT_POINTS_TEST": points, "TOPK_ANCHORS_TEST": 6}
-    pairs = [each for key, value in keys.items() for each in (f"MODEL.ATSS.{key}", value)]
-    model = build(*pairs).eval()
-    torch.manual_seed(3)
-    for conv in (model.head.embedding, model.head.quality):
-        torch.nn.init.normal_(conv.weight, std=0.2)
-    return model
-
-
-def test_preselected_points_are_scored_as_without_preselection(build):
-    inputs = [sample([], seed=1)]
-    (fore,) = preselecting(build, 4).fore_anchors(inputs)
-    maps = preselecting(build, 4).score_maps(inputs)  # of every point and class
-    scores = torch.cat([m[0].flatten(1).amax(0) for m in maps])
-    assert fore.boxes.shape == (18, 4)
-    assert ((scores[:, None] - fore.scores).abs() < 1e-6).any(dim=0).all()
-
-
-@pytest.mark.parametrize(("above", "points"), [(0, 30), (5, 30), (4, 256)])
-def test_preselection_is_off_or_without_effect(build, above, points):
-    inputs = [sample([], seed=1)]
-    plain = preselecting(build, 0).fore_anchors(inputs)[0]
-    other = preselecting(build, above, points).fore_anchors(inputs)[0]
-    assert torch.equal(other.boxes, plain.boxes)
-    torch.testing.assert_close(other.scores, plain.scores)
-
-
-def test_representatives_follow_the_vocabulary(build):
-    model = preselecting(build, 4)
-    inputs = [sample([], seed=1)]
-    model(inputs)
-    first = model._represented[1]
-    model(inputs)
-    assert model._represented[1] is first
-    model.set_vocabulary([f"other {i}" for i in range(80)])
-    model(inputs)
-    assert model._represented[1].shape == (10, first.shape[1])
-    assert "training_embeddings" not in model.state_dict()
-
-
 # ---------------------------------------------------------------------------- speed
 
 
@@ -916,7 +839,7 @@ def test_temperatures_inside_their_range_are_left_alone(build, caplog):
 @pytest.mark.parametrize("number", [4500, pytest.param(45_000, marks=pytest.mark.slow, id="45000")])
 def test_the_memory_of_many_positives_grows_with_their_number_at_most(build, number):
     """The distilled points and their losses, without the network before them."""
-    model = build("MODEL.IKD.IOU_THRESH", 0.0, "MODEL.IKD.MERGE_CROPS_IOU", 0.7)
+    model = build("MODEL.IKD.IOU_THRESH", 0.0)
     model.ikd = dataclasses.replace(model.ikd, max_crops_per_image=0)
     generator = torch.Generator().manual_seed(0)
     embed_dim, images = model.text_classifier.embed_dim, 8

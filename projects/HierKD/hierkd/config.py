@@ -78,12 +78,6 @@ def _add_detector_keys(cfg: CN) -> None:
     # the odds of novel against base classes are multiplied by its exponential, the probability of
     # an object of any class stays. [ours, after the calibrated stacking of Chao et al., ECCV 2016]
     cfg.MODEL.ATSS.NOVEL_LOGIT_SHIFT = 0.0
-    # With more classes than this, only the best PRESELECT_POINTS_TEST points of each level are
-    # compared with all of them, ranked by their best score against some hundred representatives of
-    # the vocabulary; 0 = never. Exact for what is kept. Without it, 20,000 classes take as many
-    # operations as the rest of the network. Never fewer points than TOPK_ANCHORS_TEST. [ours]
-    cfg.MODEL.ATSS.PRESELECT_ABOVE = 4000
-    cfg.MODEL.ATSS.PRESELECT_POINTS_TEST = 2000
 
     cfg.MODEL.TEXT_CLASSIFIER = CN()
     # D, width of the CLIP space the detector learns; 512 for ViT-B/32. Must equal the teacher's.
@@ -127,14 +121,9 @@ def _add_distillation_keys(cfg: CN) -> None:
     # [paper §3.2]
     cfg.MODEL.IKD.IOU_THRESH = 0.5
     # At most this many crops per image on average, drawn at random over the batch; 0 = no limit.
-    # With BOXES "gt" and MERGE_CROPS_IOU 1 it is a limit of points, several of which may share a
-    # crop, so that a training does the same with and without MODEL.TEACHER.CACHE.
-    # [ours: bounds the cost of the teacher]
+    # With BOXES "gt" it is a limit of points, several of which share a crop, so that a training
+    # does the same with and without MODEL.TEACHER.CACHE. [ours: bounds the cost of the teacher]
     cfg.MODEL.IKD.MAX_CROPS_PER_IMAGE = 0
-    # Points of one object whose boxes overlap by more than this IoU share the teacher's embedding
-    # of the best one among them; 1 = every predicted box is looked at (with BOXES "gt", every
-    # object once). Below 1, MAX_CROPS_PER_IMAGE counts what is left. [ours: saves time]
-    cfg.MODEL.IKD.MERGE_CROPS_IOU = 1.0
     # What the loss is a mean of: "points" = all distilled points [paper Eq. 2], or "levels" = the
     # means of the levels, each with the same weight [release].
     cfg.MODEL.IKD.AVERAGE_OVER = "points"

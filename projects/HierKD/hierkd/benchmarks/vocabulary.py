@@ -1,15 +1,13 @@
 """HierKD's inference as the vocabulary grows from 17 names to 20,000: time and memory.
 
 Random weights, one random picture of 800 x 1333 pixels, random unit embeddings of the names (or
-real ones, ``--embeddings``). Above MODEL.ATSS.PRESELECT_ABOVE names only the best points of each
-level meet all names; the last row is the same vocabulary without that.
+real ones, ``--embeddings``).
 """
 
 from __future__ import annotations
 
 import copy
 from argparse import ArgumentParser, Namespace
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,11 +67,6 @@ def run(args: Namespace, device: torch.device) -> Report:
     # MODEL.WEIGHTS of the config are not loaded: the network is random, and all share it.
     model: Any = random_hierkd(args.config_file, _REFERENCE, device)
     models = {str(number): _with_vocabulary(model, number, given) for number in sizes}
-    for number in sizes:
-        above = model.inference_settings.preselect_above
-        if 0 < above < number:
-            models[f"{number}, all points"] = exact = copy.copy(models[str(number)])
-            exact.inference_settings = replace(exact.inference_settings, preselect_above=0)
     calls = {name: (lambda m=m: m(inputs)) for name, m in models.items()}
     with torch.inference_mode():
         rounds = args.rounds or (20 if device.type == "cuda" else 3)
@@ -91,8 +84,6 @@ def run(args: Namespace, device: torch.device) -> Report:
     settings = {
         "picture": f"{args.size[0]} x {args.size[1]}",
         "rounds": rounds,
-        "MODEL.ATSS.PRESELECT_ABOVE": model.inference_settings.preselect_above,
-        "MODEL.ATSS.PRESELECT_POINTS_TEST": model.inference_settings.preselect_points,
     }
     notes = ["Memory comes on top of the weights and of the vocabulary, K x 512 numbers."]
     return Report("Growing vocabularies", device, settings, rows, notes)

@@ -20,7 +20,6 @@ from torchvision.ops import nms
 
 from hierkd.modeling.detector import HierKD
 from hierkd.modeling.detector_settings import InferenceSettings
-from hierkd.modeling.preselection import vocabulary_representatives
 
 __all__ = ["ExportableDetector", "nms_per_class"]
 
@@ -36,7 +35,6 @@ class ExportableDetector(nn.Module):
     pixel_mean: Tensor
     pixel_std: Tensor
     novel_shift: Tensor | None  # (K,), if the logits of novel classes are shifted
-    representatives: Tensor | None  # (G, D), if points are preselected
 
     def __init__(
         self,
@@ -75,7 +73,6 @@ class ExportableDetector(nn.Module):
         if (detector.backbone.padding_constraints or {}).get("square_size", 0):
             raise ValueError("backbones that pad pictures to a square cannot be exported")
         names = () if vocabulary_as_input else detector.vocabulary_names
-        texts = detector.text_classifier.text_embeddings
         if vocabulary_as_input and self.settings.novel_logit_shift:
             raise ValueError(
                 "MODEL.ATSS.NOVEL_LOGIT_SHIFT depends on the class names, so that the vocabulary "
@@ -85,11 +82,6 @@ class ExportableDetector(nn.Module):
             raise ValueError("the vocabulary is empty: set one before exporting")
         # Buffers that are not used are none at all: torch.export cannot save empty ones.
         self.register_buffer("novel_shift", detector.novel_logit_shifts())
-        representatives = None
-        if names and 0 < self.settings.preselect_above < len(names):
-            means = vocabulary_representatives(texts)
-            representatives = torch.cat([means, detector.training_embeddings])
-        self.register_buffer("representatives", representatives)
 
     def forward(
         self, image: Tensor, text_embeddings: Tensor | None = None
@@ -144,17 +136,8 @@ class ExportableDetector(nn.Module):
         anchors = Boxes.cat(self.anchor_generator(features)).tensor
         sizes = [x.shape[-2] * x.shape[-1] for x in maps[0]]
         weight = self._weight(text_embeddings)
-        is_point = torch.ones_like(qualities, dtype=torch.bool)
-        if self.representatives is not None:
-            background = self.text_classifier.background()[None]
-            rows = torch.cat([self.representatives, background])
-            scores = self._probabilities(embeddings, rows, None).amax(dim=1) * qualities
-            number = max(self.settings.preselect_points, self.settings.topk_anchors)
-            points, is_point = _best_of_levels(scores, sizes, number)
-            embeddings, deltas, qualities = embeddings[points], deltas[points], qualities[points]
-            anchors, sizes = anchors[points], [number] * len(sizes)
         probs = self._probabilities(embeddings, weight, self.novel_shift)
-        scores = torch.where(is_point, probs.amax(dim=1) * qualities, _NO_CANDIDATE)
+        scores = probs.amax(dim=1) * qualities
         points, is_point = _best_of_levels(scores, sizes, self.settings.topk_anchors)
         boxes = self.box2box_transform.apply_deltas(deltas[points], anchors[points])
         return boxes, probs[points], qualities[points], is_point

@@ -67,7 +67,6 @@ from hierkd.modeling.losses import (
     weighted_giou_loss,
 )
 from hierkd.modeling.mlca import MLCA
-from hierkd.modeling.preselection import preselect, vocabulary_representatives
 from hierkd.modeling.sampling import subsample_negatives
 from hierkd.modeling.text_classifier import TextClassifier
 from hierkd.teachers.cached_teacher import CachedTeacher, build_cached_teacher
@@ -261,10 +260,6 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
         self.vocabulary_names: tuple[str, ...] = ()
         if vocabulary:
             self.set_vocabulary(vocabulary)
-        # Where objects are, the training vocabulary knows best; see _representative_scores.
-        training_embeddings = self.text_classifier.text_embeddings
-        self.register_buffer("training_embeddings", training_embeddings, persistent=False)
-        self._represented: tuple[Tensor, Tensor] | None = None
         self.to(memory_format=self.memory_format)
 
     @classmethod
@@ -321,8 +316,6 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
                 max_detections=cfg.TEST.DETECTIONS_PER_IMAGE,
                 class_agnostic_nms=atss.CLASS_AGNOSTIC_NMS,
                 novel_logit_shift=atss.NOVEL_LOGIT_SHIFT,
-                preselect_above=atss.PRESELECT_ABOVE,
-                preselect_points=atss.PRESELECT_POINTS_TEST,
             ),
             "ikd": IKD(
                 loss_weight=ikd.LOSS_WEIGHT,
@@ -331,7 +324,6 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
                 crop_scale=ikd.CROP_SCALE,
                 iou_thresh=ikd.IOU_THRESH,
                 max_crops_per_image=ikd.MAX_CROPS_PER_IMAGE,
-                merge_crops_iou=ikd.MERGE_CROPS_IOU,
                 average_over=ikd.AVERAGE_OVER,
                 close_modality_gap=ikd.CLOSE_MODALITY_GAP,
             )
@@ -584,9 +576,7 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
         """
         if self.ikd is None:
             return None
-        points, crops, crop_of_point = choose_crops(
-            self.ikd, positives, len(batched_inputs), looked_up=self.region_cache is not None
-        )
+        points, crops, crop_of_point = choose_crops(self.ikd, positives, len(batched_inputs))
         image_idxs, point_idxs = positives.image_idxs[points], positives.point_idxs[points]
         if self.region_cache is not None:
             teacher = self._look_up_regions(batched_inputs, image_idxs, positives.gt_idxs[points])
@@ -866,11 +856,6 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
     ) -> ForeAnchors:
         all_anchors, level_sizes = Boxes.cat(anchors).tensor, [len(level) for level in anchors]
         settings = self.inference_settings
-        if 0 < settings.preselect_above < self.text_classifier.num_classes:
-            scores = self._representative_scores(predictions)
-            number = max(settings.preselect_points, settings.topk_anchors)
-            points, level_sizes = preselect(scores, level_sizes, number)
-            predictions, all_anchors = predictions.at(points), all_anchors[points]
         weight = self.text_classifier.weight()
         classes = ClassProbabilities(
             lambda embeddings: self._class_probabilities(embeddings, weight),
@@ -893,23 +878,6 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
         )
         boxes.clip(image_size)
         return ForeAnchors(boxes.tensor, classes.select(idxs), qualities[idxs])
-
-    def _representative_scores(self, predictions: DensePredictions) -> Tensor:
-        """(R,) score of each point's best among the representatives of a large vocabulary.
-
-        Those are the means of the vocabulary's groups, and the training vocabulary: what the
-        detector takes for an object at all was learned with its embeddings.
-        """
-        texts = self.text_classifier.text_embeddings
-        if self._represented is None or self._represented[0] is not texts:
-            self._represented = texts, vocabulary_representatives(texts)
-        background = self.text_classifier.background()
-        rows = torch.cat([self._represented[1], self.training_embeddings, background[None]])
-        logits = self.text_classifier(predictions.embeddings, rows)
-        scores: Tensor = logits.softmax(dim=-1)[..., :-1].amax(dim=-1)
-        if predictions.qualities is None:
-            return scores
-        return scores * predictions.qualities.sigmoid()
 
     def detect_classes(
         self,

@@ -48,7 +48,6 @@ class IKD:
     crop_scale: float = 1.5
     iou_thresh: float = 0.5
     max_crops_per_image: int = 0
-    merge_crops_iou: float = 1.0
     average_over: str = "points"
     close_modality_gap: bool = False
 
@@ -56,10 +55,6 @@ class IKD:
         check_choice("MODEL.IKD.LOSS_TYPE", self.loss_type, ("l1", "l2"))
         check_choice("MODEL.IKD.BOXES", self.boxes, ("predicted", "gt"))
         check_choice("MODEL.IKD.AVERAGE_OVER", self.average_over, ("points", "levels"))
-        if not 0 <= self.merge_crops_iou <= 1:
-            raise ValueError(
-                f"MODEL.IKD.MERGE_CROPS_IOU must be between 0 and 1, got {self.merge_crops_iou}"
-            )
 
 
 @dataclass(frozen=True)
@@ -73,8 +68,6 @@ class InferenceSettings:
     max_detections: int = 100
     class_agnostic_nms: bool = False
     novel_logit_shift: float = 0.0
-    preselect_above: int = 0
-    preselect_points: int = 2000
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.novel_logit_shift):

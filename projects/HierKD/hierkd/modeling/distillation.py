@@ -11,7 +11,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hierkd.modeling.crop_merging import merge_boxes, number_objects
 from hierkd.modeling.detector_settings import IKD
 from hierkd.modeling.losses import embedding_l1_loss, embedding_l2_loss
 
@@ -41,46 +40,32 @@ class RegionPairs(NamedTuple):
 
 @torch.no_grad()
 def choose_crops(
-    ikd: IKD, positives: PositivePoints, num_images: int, *, looked_up: bool
+    ikd: IKD, positives: PositivePoints, num_images: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Choose the points to distil and the boxes that the teacher looks at for them.
+    """Choose the points to distil, and the boxes that the teacher looks at for them.
 
-    Boxes are merged first and drawn then, so that the limit is one of crops, and each crop
-    drawn serves all of its points. Ground-truth boxes are drawn by point and merged then, so that
-    the points are the same ones where their regions are looked up.
+    The points of an object share its ground-truth box, which is looked at once.
 
     Args:
         ikd: the settings.
         positives: p points.
         num_images: N, for the limit of crops.
-        looked_up: whether what the teacher says is known beforehand; crops then do not matter.
 
     Returns:
-        points (P,) and crops (U,), increasing indices of positives; crop_of_point (P,), the
-        position in ``crops`` of each point's.
+        points (P,) and crops (U,), indices of positives; crop_of_point (P,), the position in
+        ``crops`` of each point's.
     """
     points = (positives.ious >= ikd.iou_thresh).nonzero().squeeze(1)
-
-    def merge(iou_thresh: float) -> tuple[Tensor, Tensor]:
-        boxes = positives.pred_boxes if ikd.boxes == "predicted" else positives.gt_boxes
-        objects = number_objects(positives.image_idxs[points], positives.gt_boxes[points])
-        chosen, stand_in = merge_boxes(boxes[points], positives.ious[points], objects, iou_thresh)
-        return points[chosen], stand_in
-
-    crops, crop_of_point = points, torch.arange(len(points), device=points.device)
-    if ikd.merge_crops_iou < 1:
-        crops, crop_of_point = merge(ikd.merge_crops_iou)
     limit = ikd.max_crops_per_image * num_images
-    if 0 < limit < len(crops):
-        drawn = torch.randperm(len(crops), device=crops.device)[:limit].sort().values
-        position = torch.full_like(crops, -1)
-        position[drawn] = torch.arange(limit, device=crops.device)
-        crop_of_point = position[crop_of_point]
-        points, crop_of_point = points[crop_of_point >= 0], crop_of_point[crop_of_point >= 0]
-        crops = crops[drawn]
-    if ikd.boxes == "gt" and ikd.merge_crops_iou == 1 and not looked_up:
-        # The points of an object have the same box: any threshold below 1 finds them.
-        crops, crop_of_point = merge(0.5)
+    if 0 < limit < len(points):
+        drawn = torch.randperm(len(points), device=points.device)[:limit]
+        points = points[drawn.sort().values]
+    if ikd.boxes == "predicted":
+        return points, points, torch.arange(len(points), device=points.device)
+    objects = torch.stack([positives.image_idxs[points], positives.gt_idxs[points]], dim=1)
+    distinct, crop_of_point = objects.unique(dim=0, return_inverse=True)
+    crops = torch.zeros(len(distinct), dtype=torch.int64, device=points.device)
+    crops[crop_of_point] = points
     return points, crops, crop_of_point
 
 
