@@ -56,7 +56,6 @@ from hierkd.reports.demonstration import (
     parse_compared,
     title_of,
 )
-from hierkd.training.cpu_memory import keep_freed_memory
 
 logger = logging.getLogger("hierkd.demo")
 
@@ -344,5 +343,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    keep_freed_memory()  # on a GPU it costs nothing
     main()

@@ -12,147 +12,103 @@ as in detectron2, or torchrun; see docs/distributed.md.
 
 from __future__ import annotations
 
-import hierkd  # noqa: F401  (first: it quiets two deprecation warnings inside libraries)
-
-# isort: split
-import logging
-import shlex
+import argparse
+import os
 import sys
-from argparse import Namespace
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
-
-from detectron2.engine import (
-    default_setup,
-)
-from detectron2.evaluation import verify_results
-from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
-
-from hierkd.checkpoint import HierKDCheckpointer
-from hierkd.data.coco import check_datasets, check_registered
-from hierkd.data.custom import describe_datasets
-from hierkd.data.mapper import check_images
-from hierkd.load_config import load_config, requested_device
-from hierkd.reports.run_record import record_evaluation, record_start
-from hierkd.training.agreement import in_every_process
-from hierkd.training.launch import get_parser, launch_processes
-from hierkd.training.trainer import Trainer
-
-logger = logging.getLogger("hierkd.train_net")
 
 ROOT = Path(__file__).resolve().parent  # whose commit a run notes
 
 
-def evaluation_setup(cfg: Any) -> Any:
-    """The config that detectron2 sets a process up with for an evaluation.
-
-    It writes a config.yaml and a log into its OUTPUT_DIR: in a training's folder these are the
-    training's, so that the evaluation's go into ``inference``.
-    """
-    trained = (Path(cfg.OUTPUT_DIR) / "config.yaml").is_file()
-    if comm.all_gather(trained)[0]:  # of the first process, which writes it
-        cfg = cfg.clone()
-        cfg.defrost()
-        cfg.OUTPUT_DIR = str(Path(cfg.OUTPUT_DIR) / "inference")
-        cfg.freeze()
-    return cfg
-
-
-def prepare(args: Namespace) -> Callable[[], dict[str, Any] | None]:
-    """Check and build all that one process of a training or of an evaluation needs.
-
-    Returns:
-        What does the work, and returns its figures.
-
-    Raises:
-        ValueError: the config, a file that it names, or the command line is wrong.
-        OSError: a file is missing, cannot be read or written, or cannot be downloaded.
-    """
-    cfg = load_config(args.config_file, args.opts)
-    setup = evaluation_setup(cfg) if args.eval_only else cfg
-    default_setup(setup, args)
-    setup_logger(setup.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="hierkd")
-    with in_every_process("reading DATASETS.TEST"):
-        if cfg.DATASETS.DEFINITIONS:
-            trained = () if args.eval_only else cfg.DATASETS.TRAIN
-            for line in describe_datasets([*trained, *cfg.DATASETS.TEST]):
-                logger.info(line)
-        test_images = check_datasets(cfg.DATASETS.TEST)
-        if not args.eval_only:
-            check_registered(cfg.DATASETS.TRAIN)
-        elif not cfg.DATASETS.TEST:
-            raise ValueError("DATASETS.TEST is empty: it must name what to evaluate on")
-    if args.eval_only:
-        return prepare_evaluation(cfg, resume=args.resume)
-    if cfg.DATALOADER.CHECK_IMAGES:
-        check_images(test_images)
-    return prepare_training(cfg, resume=args.resume)
+def get_parser() -> argparse.ArgumentParser:
+    """Build detectron2's command line, with a timeout and without detectron2 or PyTorch."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--config-file", default="", metavar="FILE", help="the YAML of the run, in configs/")
+    add("--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR")
+    add("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS, train nothing")
+    add("--num-gpus", type=int, default=1, metavar="N", help="processes per machine; default: 1")
+    add("--num-machines", type=int, default=1, metavar="N", help="default: 1")
+    add("--machine-rank", type=int, default=0, metavar="N", help="of this machine, from 0")
+    # One port per user, so that a run that was left over is seen. [detectron2]
+    port = 2**15 + 2**14 + hash(os.getuid() if hasattr(os, "getuid") else 1) % 2**14
+    add(
+        "--dist-url",
+        default=f"tcp://127.0.0.1:{port}",
+        metavar="URL",
+        help="address of the first machine, such as tcp://10.0.0.1:29500; default: %(default)s",
+    )
+    add(
+        "--dist-timeout",
+        type=float,
+        default=30.0,  # [detectron2]
+        metavar="MINUTES",
+        help="how long a process waits for the others before the run ends; default: %(default)g",
+    )
+    add("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="override the config")
+    return parser
 
 
-def prepare_training(cfg: Any, *, resume: bool) -> Callable[[], dict[str, Any] | None]:
-    """Build a trainer, with the weights or the checkpoint that it starts from."""
-    trainer = Trainer(cfg)
-    trainer.resume_or_load(resume=resume)
-    Trainer.check_vocabularies(cfg, trainer.model)
-    if trainer.start_iter >= trainer.max_iter:
-        logger.info(
-            "The training has done its %d iterations already; more need a larger SOLVER.MAX_ITER",
-            trainer.start_iter,
-        )
-    if comm.is_main_process():
-        record_start(
-            cfg.OUTPUT_DIR,
-            command=shlex.join(sys.argv),
-            root=ROOT,
-            iteration=trainer.start_iter,
-            num_processes=comm.get_world_size(),
-        )
-    return trainer.train
-
-
-def prepare_evaluation(cfg: Any, *, resume: bool) -> Callable[[], dict[str, Any]]:
-    """Build a detector with trained weights.
+def check_arguments(args: argparse.Namespace) -> None:
+    """Refuse what cannot be right before anything is imported or waits for it.
 
     Raises:
-        ValueError: they are not those of a trained detector of this config.
+        ValueError: says which option, and what it may be.
     """
-    model = Trainer.build_model(cfg)
-    checkpointer = HierKDCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
-    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
-    checkpointer.check_trained()
-    Trainer.check_vocabularies(cfg, model)
-    cfg.defrost()
-    cfg.MODEL.WEIGHTS = checkpointer.loaded  # what is evaluated: --resume has found it
-    cfg.freeze()
-
-    def evaluate() -> dict[str, Any]:
-        results = Trainer.test(cfg, model)
-        if comm.is_main_process():
-            verify_results(cfg, results)
-            record_evaluation(
-                cfg.OUTPUT_DIR,
-                results,
-                command=shlex.join(sys.argv),
-                root=ROOT,
-                weights=cfg.MODEL.WEIGHTS,
-                num_processes=comm.get_world_size(),
-            )
-        return results
-
-    return evaluate
-
-
-def main(args: Namespace) -> dict[str, Any] | None:
-    """Run one process of a training or of an evaluation."""
-    return prepare(args)()
+    for option in ("num_gpus", "num_machines"):
+        if (number := getattr(args, option)) < 1:
+            raise ValueError(f"--{option.replace('_', '-')} must be at least 1, got {number}")
+    if not args.dist_timeout > 0:
+        raise ValueError(f"--dist-timeout must be positive, got {args.dist_timeout:g} minutes")
+    if not 0 <= args.machine_rank < args.num_machines:
+        raise ValueError(
+            f"--machine-rank must be 0 to {args.num_machines - 1} with --num-machines "
+            f"{args.num_machines}, got {args.machine_rank}"
+        )
+    if args.num_machines > 1 and args.dist_url == "auto":
+        raise ValueError(
+            f"--num-machines {args.num_machines}: --dist-url auto is for one machine; give the "
+            "first machine's address, such as tcp://10.0.0.1:29500, to all of them"
+        )
+    if "TORCHELASTIC_RUN_ID" in os.environ and args.num_gpus * args.num_machines > 1:
+        raise ValueError(
+            f"torchrun has started {os.environ['WORLD_SIZE']} processes already: leave out "
+            f"--num-gpus {args.num_gpus} and --num-machines {args.num_machines}; its "
+            "--nproc-per-node and --nnodes take their place"
+        )
+    if not args.config_file:
+        raise ValueError("--config-file FILE is needed, such as configs/hierkd_R50.yaml")
+    if not Path(args.config_file).is_file():
+        raise FileNotFoundError(f"--config-file: no file {args.config_file!r}")
 
 
-def run(args: Namespace) -> None:
+def __getattr__(name: str) -> Any:
+    """Give ``train_net.Trainer``, where other detectron2 projects have it."""
+    if name != "Trainer":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from hierkd.training.trainer import Trainer
+
+    return Trainer
+
+
+def main(args: argparse.Namespace) -> dict[str, Any] | None:
+    """Run one process of a training or of an evaluation; returns the figures at its end."""
+    from hierkd.training.job import prepare
+
+    return prepare(args, ROOT)()
+
+
+def run(args: argparse.Namespace) -> None:
     """Do the same as a program: what is wrong before the work ends it with one line, status 2."""
+    from detectron2.utils import comm
+
+    from hierkd.training.job import prepare
+
     try:
-        work = prepare(args)
+        work = prepare(args, ROOT)
     except (ValueError, OSError) as error:
         if comm.get_world_size() > 1:  # the others have to hear of it
             raise
@@ -167,9 +123,14 @@ def fail(error: Exception) -> NoReturn:
 
 
 if __name__ == "__main__":
-    arguments = get_parser(epilog=__doc__).parse_args()
+    arguments = get_parser().parse_args()
     try:
-        requested = requested_device(arguments.config_file, arguments.opts)
+        check_arguments(arguments)
+        from hierkd.load_config import requested_device
+        from hierkd.training.launch import check_devices, launch_processes
+
+        device = requested_device(arguments.config_file, arguments.opts)
+        check_devices(arguments.num_gpus, device)
     except (ValueError, OSError) as error:
         fail(error)
-    launch_processes(run, arguments, requested)
+    launch_processes(run, arguments, device)

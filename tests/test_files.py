@@ -136,7 +136,6 @@ GADGETS = {
     "an instance": b"(iposix\nmkdir\n.",
     "an extension code": b"\x82\x01.",
     "a persistent id": b"Pfile\n.",
-    "a class": b"cnumpy\nndarray\n.",
     "an encoding that decompresses": (
         b"c_codecs\nencode\n(X\x01\x00\x00\x00aX\x04\x00\x00\x00zlibtR."
     ),

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.engine import default_argument_parser
 from detectron2.modeling import build_model
 from PIL import Image
 
@@ -134,7 +133,7 @@ def write_run(folder: Path, clip: Path, *pairs: str) -> Path:
 def call_main(arguments: list[str]) -> dict[str, Any] | None:
     """``train_net.main`` in this process; leaves no log handler behind."""
     with own_log_handlers():
-        return train_net.main(default_argument_parser().parse_args(arguments))
+        return train_net.main(train_net.get_parser().parse_args(arguments))
 
 
 @contextlib.contextmanager

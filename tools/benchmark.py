@@ -26,7 +26,6 @@ import torch
 
 import hierkd.benchmarks
 from hierkd.experiments.runs import git_commit
-from hierkd.training.cpu_memory import keep_freed_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -53,12 +52,6 @@ def get_parser() -> argparse.ArgumentParser:
     )
     common.add_argument("--rounds", type=int, metavar="N", help="timed rounds; default: as fits")
     common.add_argument("--threads", type=int, metavar="N", help="threads of PyTorch on the CPU")
-    common.add_argument(
-        "--return-memory",
-        action="store_true",
-        help="let glibc return freed memory to the system; without it, a process on the CPU keeps "
-        "it, as train_net.py and demo.py do",
-    )
     common.add_argument(
         "--output", type=Path, default=ROOT / "output" / "benchmark", metavar="FOLDER"
     )
@@ -92,7 +85,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"--{option} must be at least 1, got {value}")
     if args.threads:
         torch.set_num_threads(args.threads)
-    keeps = device.type == "cpu" and not args.return_memory and keep_freed_memory()
     torch.manual_seed(0)
     try:
         report = subcommands()[args.subcommand].run(args, device)
@@ -100,7 +92,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"benchmark.py {args.subcommand}: error: {error}", file=sys.stderr)
         return 2
     report.settings["commit"] = git_commit(ROOT)
-    report.settings["freed memory"] = "kept" if keeps else "returned"
     print(report.markdown())
     markdown, data = report.write(args.output, args.subcommand)
     print(f"written to {markdown} and {data}")

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import logging
 import os
-import pickle
 import shutil
 import zipfile
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -47,13 +45,6 @@ _SAME_TEACHER = 0.5
 _LAST = "last_checkpoint"
 _PATTERN = "model_*.pth"  # what detectron2's PeriodicCheckpointer writes
 
-# What zipfile and torch.load raise for files that were cut short or overwritten.
-_UNREADABLE = (
-    *(zipfile.BadZipFile, zlib.error, pickle.UnpicklingError, EOFError, OSError),
-    *(RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError),
-    *(OverflowError, MemoryError, ImportError),
-)
-
 
 class HierKDCheckpointer(DetectionCheckpointer):  # type: ignore[misc]  # detectron2 is untyped
     """Loads and saves detectors; a checkpoint holds the detector alone, never the teacher.
@@ -69,57 +60,56 @@ class HierKDCheckpointer(DetectionCheckpointer):  # type: ignore[misc]  # detect
     loaded: str = ""
     _missing_keys: Sequence[str] | None = None  # of the file loaded last; None before
 
+    # ------------------------------------------------------------------------------------- saving
+
     def save(self, name: str, **kwargs: Any) -> None:
         """Write a checkpoint, then let ``last_checkpoint`` name it.
 
         Each of the two files appears whole or not at all: it is written beside its final place,
-        brought to the disk, and renamed. What killed runs had begun is removed first. In a folder
-        that is not local (``s3://`` and the like) there is no renaming; there detectron2 writes.
+        brought to the disk, and renamed. What killed runs had begun is removed first.
 
         Args:
             name: without ``.pth``.
             **kwargs: what the checkpoint holds besides model and trainer, such as ``iteration``.
 
         Raises:
-            OSError: if it cannot be written, e.g. on a full disk. Names the file, the bytes needed
-                and free, and the last checkpoint, which is what it was.
+            OSError: if it cannot be written, e.g. on a full disk. Names the file, the free bytes,
+                and the last checkpoint, which is what it was.
         """
         if not self.save_dir or not self.save_to_disk:
             return
+        data = {"model": self.model.state_dict()}
+        data.update({key: each.state_dict() for key, each in self.checkpointables.items()})
         if (trace := self._trace()) is not None:
-            kwargs = {_TRACE: trace, **kwargs}
-        if "://" in self.save_dir:
-            super().save(name, **kwargs)
-        else:
-            data = {"model": self.model.state_dict()}
-            data.update({key: each.state_dict() for key, each in self.checkpointables.items()})
-            data.update(kwargs)
-            self._save_whole(Path(self.save_dir) / f"{name}.pth", data)
-        self.saved_iteration = kwargs.get("iteration")
-
-    def _trace(self) -> Tensor | None:
-        """(D,) the trace of this detector's teacher; None of a detector without names."""
-        return getattr(getattr(self.model, "text_classifier", None), "start_embedding", None)
-
-    def _save_whole(self, path: Path, data: dict[str, Any]) -> None:
-        for pattern in (_PATTERN, _LAST):
-            for left in remove_unfinished(path.parent, pattern):
-                logger.warning("Removed %s, which a killed run had begun to write", left)
+            data[_TRACE] = trace
+        data.update(kwargs)
+        path = Path(self.save_dir) / f"{name}.pth"
+        left_over = [
+            *remove_unfinished(path.parent, _PATTERN),
+            *remove_unfinished(path.parent, _LAST),
+        ]
+        for left in left_over:
+            logger.warning("Removed %s, which a killed run had begun to write", left)
         self.logger.info("Saving checkpoint to %s", path)
         try:
             with replacing(path, durable=True) as making, making.open("wb") as file:
                 torch.save(data, file)
             self.tag_last_checkpoint(path.name)
         except (OSError, RuntimeError) as error:
-            cause = _os_error(error)
-            if cause is None:
+            cause = error if isinstance(error, OSError) else error.__context__  # torch has its own
+            if not isinstance(cause, OSError):
                 raise
+            free = _megabytes(shutil.disk_usage(path.parent).free)
             raise OSError(
                 cause.errno,
-                f"{path}: the checkpoint could not be written: {cause.strerror or cause}. It needs "
-                f"{_megabytes(_num_bytes(data))}, and the file system has "
-                f"{_megabytes(_free_bytes(path.parent))} free. {self._what_is_left()}",
+                f"{path}: the checkpoint could not be written: {cause.strerror}; the file system "
+                f"has {free} free. {self._what_is_left()}",
             ) from error
+        self.saved_iteration = kwargs.get("iteration")
+
+    def _trace(self) -> Tensor | None:
+        """(D,) the trace of this detector's teacher; None of a detector without names."""
+        return getattr(getattr(self.model, "text_classifier", None), "start_embedding", None)
 
     def _what_is_left(self) -> str:
         last = self.get_checkpoint_file() if super().has_checkpoint() else ""
@@ -129,15 +119,10 @@ class HierKDCheckpointer(DetectionCheckpointer):  # type: ignore[misc]  # detect
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Let ``last_checkpoint`` name a file; at no moment does it name another or nothing."""
-        if "://" in self.save_dir:
-            super().tag_last_checkpoint(last_filename_basename)
-            return
         with replacing(Path(self.save_dir) / _LAST, durable=True) as making:
             making.write_text(last_filename_basename, encoding="utf-8")
 
-    def has_checkpoint(self) -> bool:
-        """Whether there is anything to resume from, be it ``last_checkpoint`` or a checkpoint."""
-        return bool(super().has_checkpoint() or any(Path(self.save_dir).glob(_PATTERN)))
+    # ----------------------------------------------------------------------------------- resuming
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
         """Resume from the last checkpoint that is whole, or load ``path`` if there is none at all.
@@ -157,8 +142,7 @@ class HierKDCheckpointer(DetectionCheckpointer):  # type: ignore[misc]  # detect
             ConnectionError: as :meth:`load`.
         """
         if resume:
-            last = self._agree_on_checkpoint()
-            if last:
+            if last := self._agree_on_checkpoint():
                 return self.load(last)
             logger.info("--resume: %r holds no checkpoint: starting afresh", self.save_dir)
         elif self.save_to_disk and self.checkpointables and self.has_checkpoint():
@@ -168,6 +152,10 @@ class HierKDCheckpointer(DetectionCheckpointer):  # type: ignore[misc]  # detect
                 self.save_dir,
             )
         return self.load(path, checkpointables=[])
+
+    def has_checkpoint(self) -> bool:
+        """Whether there is anything to resume from, be it ``last_checkpoint`` or a checkpoint."""
+        return bool(super().has_checkpoint() or any(Path(self.save_dir).glob(_PATTERN)))
 
     def _agree_on_checkpoint(self) -> str:
         """The checkpoint to resume from; "" = there is none and never was."""
@@ -180,45 +168,42 @@ class HierKDCheckpointer(DetectionCheckpointer):  # type: ignore[misc]  # detect
         found, error = comm.all_gather((found, error))[0]
         if error:
             raise ValueError(error)
-        if found and "://" not in found and not os.path.isfile(found):
+        if found and not os.path.isfile(found):
             raise FileNotFoundError(
                 f"--resume: process {comm.get_rank()} does not see {found!r}, from which the first "
                 "process resumes: OUTPUT_DIR must be a folder that all machines share"
             )
-        return str(found)
+        return found
 
     def _find_checkpoint(self) -> str:
-        if "://" in self.save_dir:
-            return str(self.get_checkpoint_file()) if super().has_checkpoint() else ""
+        """What ``last_checkpoint`` names, or the newest that is whole."""
         folder = Path(self.save_dir)
-        files = [path for path in folder.glob(_PATTERN) if path.is_file()]
-        tagged = super().has_checkpoint()
-        if not files and not tagged:
-            return ""
-        last, wrong = self._read_tag() if tagged else (None, "there is no last_checkpoint")
-        if last is not None and not wrong:
-            return str(last)
-        for path in _newest_first(set(files) - {last}):
-            damage = find_damage(path)
+        paths = sorted(folder.glob(_PATTERN), key=_iteration, reverse=True)
+        if super().has_checkpoint():
+            name = (folder / _LAST).read_bytes().decode("utf-8", "replace").strip()
+            last = folder / name.replace("\0", "?")
+            damage = find_damage(last)
             if damage is None:
-                logger.warning("--resume: %s: %s. Going on from %s", folder, wrong, path)
-                return str(path)
-            wrong += f"; {path.name} {damage}"
+                return str(last)
+            problems = [f"last_checkpoint names {name!r}, which {damage}"]
+            paths = [path for path in paths if path != last]
+        elif paths:
+            problems = ["there is no last_checkpoint"]
+        else:
+            return ""
+        for path in paths:
+            if damage := find_damage(path):
+                problems.append(f"{path.name} {damage}")
+                continue
+            told = "; ".join(problems)
+            logger.warning("--resume: %s: %s. Going on from %s", folder, told, path)
+            return str(path)
         raise ValueError(
-            f"--resume: {str(folder)!r}: no checkpoint is whole: {wrong}. Put a whole one there, "
-            "or, to start afresh, leave --resume out"
+            f"--resume: {str(folder)!r}: no checkpoint is whole: {'; '.join(problems)}. Put a "
+            "whole one there, or, to start afresh, leave --resume out"
         )
 
-    def _read_tag(self) -> tuple[Path | None, str]:
-        """What ``last_checkpoint`` names, and what is wrong with that ("" = nothing)."""
-        name = (Path(self.save_dir) / _LAST).read_bytes().decode("utf-8", "replace").strip()
-        if not name:
-            return None, "last_checkpoint is empty"
-        if "\0" in name:
-            return None, f"last_checkpoint holds {name[:50]!r}"
-        path = Path(self.save_dir) / name
-        damage = find_damage(path)
-        return path, "" if damage is None else f"last_checkpoint names {name!r}, which {damage}"
+    # ------------------------------------------------------------------------------------ loading
 
     def missing_weights(self) -> list[str]:
         """Names of the detector's weights that no file has given so far, its head's first.
@@ -384,9 +369,21 @@ def find_damage(path: str | os.PathLike[str]) -> str | None:
                 return f"is damaged (in {broken!r})"
         # torch's format before 1.6 has neither a directory nor checksums: all of it is read
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except _UNREADABLE as error:
+    except Exception as error:  # zipfile and torch raise almost anything for half a file
         return f"is damaged ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
     return None if isinstance(content, dict) and "model" in content else "holds no model"
+
+
+def _iteration(path: Path) -> tuple[int, str]:
+    """That in a checkpoint's name, else the one inside; -1 if it cannot be read."""
+    digits = path.stem.removeprefix("model_")
+    if digits.isdigit():
+        return int(digits), path.name
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return int(content["iteration"]), path.name
+    except Exception:  # as above; what is wrong with it is told when its turn comes
+        return -1, path.name
 
 
 def warn_of_little_space(
@@ -395,74 +392,25 @@ def warn_of_little_space(
     """Log a warning if the checkpoints of a run will not fit on the disk.
 
     Args:
-        folder: where they will be; must exist if it is local.
+        folder: where they will be; must exist.
         model: whose weights they hold.
-        optimizer: whose moments they hold.
+        optimizer: whose moments they hold: two per weight of Adam's kin, else one.
         num_checkpoints: how many the run is going to write.
     """
-    if "://" in folder:
-        return
-    moments = 2 if isinstance(optimizer, torch.optim.Adam) else 1  # AdamW is an Adam
-    trained = [each for group in optimizer.param_groups for each in group["params"]]
-    size = _num_bytes(model.state_dict()) + moments * _num_bytes(trained)
-    free = _free_bytes(Path(folder))
+    moments = 2 if isinstance(optimizer, torch.optim.Adam) else 1
+    size = sum(each.nbytes for each in model.state_dict().values())
+    size += moments * sum(p.nbytes for group in optimizer.param_groups for p in group["params"])
+    free = shutil.disk_usage(folder).free
     if free < num_checkpoints * size:
         logger.warning(
             "%s: this run writes %d checkpoints of about %s, and the file system has %s free: make "
             "room, or raise SOLVER.CHECKPOINT_PERIOD",
-            folder,
-            num_checkpoints,
-            _megabytes(size),
-            _megabytes(free),
+            *(folder, num_checkpoints, _megabytes(size), _megabytes(free)),
         )
-
-
-def _newest_first(paths: set[Path]) -> list[Path]:
-    """By iteration: the one in the name, else the one inside; unknown ones last."""
-
-    def iteration(path: Path) -> tuple[int, str]:
-        digits = path.stem.removeprefix("model_")
-        if digits.isdigit():
-            return int(digits), path.name
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            return int(content["iteration"]), path.name
-        except _UNREADABLE:
-            return -1, path.name
-
-    return sorted(paths, key=iteration, reverse=True)
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for each in value.values():
-            yield from _tensors(each)
-    elif isinstance(value, list | tuple):
-        for each in value:
-            yield from _tensors(each)
-
-
-def _num_bytes(value: Any) -> int:
-    return sum(each.numel() * each.element_size() for each in _tensors(value))
-
-
-def _free_bytes(folder: Path) -> int:
-    return shutil.disk_usage(folder).free
 
 
 def _megabytes(num_bytes: int) -> str:
     return f"{num_bytes / 1e6:,.1f} MB"
-
-
-def _os_error(error: BaseException | None) -> OSError | None:
-    """The operating system's error behind ``error``: torch reports its own one instead."""
-    while error is not None:
-        if isinstance(error, OSError):
-            return error
-        error = error.__cause__ or error.__context__
-    return None
 
 
 def _split_hash(path: str) -> tuple[str, str | None]:
@@ -476,12 +424,10 @@ def _split_hash(path: str) -> tuple[str, str | None]:
 def _read_model_zoo(path: str) -> dict[str, Any]:
     """Read the two kinds of .pkl that detectron2 reads; Caffe2's names are matched by it later."""
     data = read_pickled_arrays(path)
-    if not isinstance(data, dict):
-        raise ValueError(f"it holds a {type(data).__name__}, expected a dict of weights")
-    if "model" in data and "__author__" in data:
+    if isinstance(data, dict) and "model" in data and "__author__" in data:
         return data
-    weights = data.get("blobs", data)
+    weights = data.get("blobs", data) if isinstance(data, dict) else data
     if not isinstance(weights, dict):
-        raise ValueError(f"its blobs are a {type(weights).__name__}, expected a dict of weights")
+        raise ValueError(f"it holds a {type(weights).__name__}, expected a dict of weights")
     weights = {name: w for name, w in weights.items() if not str(name).endswith("_momentum")}
     return {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}

@@ -1,7 +1,7 @@
 """Files: written whole or not at all, read without running anything that they hold.
 
 A pickle is a program, and so is a TorchScript archive: loading either the usual way runs it. Here
-arrays and tensors are taken out of the file and everything else is refused by name.
+arrays and tensors are taken out of the file, and everything else is refused by name.
 """
 
 from __future__ import annotations
@@ -15,13 +15,12 @@ import re
 import sys
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -29,6 +28,7 @@ __all__ = [
     "cache_root",
     "check_hash",
     "check_hash_in_name",
+    "file_hash",
     "is_torchscript",
     "read_pickled_arrays",
     "read_torch_file",
@@ -37,11 +37,6 @@ __all__ = [
     "replacing",
     "write_json_atomically",
 ]
-
-_REFUSED = "it holds {}, which would run code when it is loaded; only {} are read"
-_SCRIPT = "__torch__"  # where the classes of a TorchScript archive live
-
-_Global = tuple[str, str]
 
 
 def cache_root() -> Path:
@@ -92,18 +87,18 @@ def write_json_atomically(path: str | os.PathLike[str], content: object) -> bool
     return True
 
 
-def remove_unfinished(folder: str | os.PathLike[str], pattern: str) -> list[Path]:
+def remove_unfinished(folder: str | os.PathLike[str], *patterns: str) -> list[Path]:
     """Remove what :func:`replacing` had begun in processes that were killed.
 
     Args:
         folder: where to look; need not exist.
-        pattern: glob of the final names, such as ``model_*.pth``. Nobody else may be writing such
-            files there now.
+        *patterns: globs of the final names, such as ``model_*.pth``. Nobody else may be writing
+            such files there now.
 
     Returns:
         The removed paths.
     """
-    left = sorted(Path(folder).glob(f".{pattern}.*.tmp"))
+    left = sorted(path for each in patterns for path in Path(folder).glob(f".{each}.*.tmp"))
     for path in left:
         path.unlink(missing_ok=True)
     return left
@@ -128,14 +123,9 @@ def read_torch_file(path: str | os.PathLike[str]) -> Any:
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    # torch raises anything from EOFError to UnpicklingError for broken files
-    except Exception as error:
+    except Exception as error:  # anything from EOFError to UnpicklingError
         found = re.search(r"(?i)unsupported (?:global: )?GLOBAL (\S+)", str(error))
-        reason = (
-            _REFUSED.format(found[1], "tensors and plain containers")
-            if found
-            else f"{type(error).__name__}: {error}"
-        )
+        reason = _refusal(found[1]) if found else _reason(error)
         raise ValueError(f"{str(path)!r} cannot be read as tensors: {reason}") from error
 
 
@@ -146,110 +136,68 @@ def read_pickled_arrays(path: str | os.PathLike[str]) -> Any:
     """Read a pickle of numbers, texts, numeric numpy arrays and dicts, lists and tuples of them.
 
     This is what detectron2's model zoo (``.pkl``) holds, also the files written by Python 2.
-    Numpy's own unpickling is not used either: an array is made from its bytes.
 
     Raises:
         ValueError: the file is no such pickle, or names a function or a class, which is named.
     """
     try:
         with open(path, "rb") as file:
-            return _without_placeholders(_ArrayUnpickler(file, encoding="latin1").load())
-    # a damaged pickle makes the unpickler raise almost anything
-    except Exception as error:
+            return _ArrayUnpickler(file, encoding="latin1").load()
+    except Exception as error:  # a damaged pickle makes the unpickler raise almost anything
         raise ValueError(f"{str(path)!r} cannot be read as arrays: {_reason(error)}") from error
 
 
 class _ArrayUnpickler(pickle.Unpickler):
     def find_class(self, module_name: str, global_name: str, /) -> Any:
-        found = _ARRAY_GLOBALS.get((module_name, global_name))
-        if found is None:
-            refused = f"{module_name}.{global_name}"
-            raise pickle.UnpicklingError(_REFUSED.format(refused, "arrays and plain containers"))
-        return found
+        name = f"{module_name}.{global_name}".replace("numpy._core.", "numpy.core.")
+        if name not in _ARRAY_GLOBALS:
+            raise pickle.UnpicklingError(_refusal(name))
+        return _ARRAY_GLOBALS[name]
 
 
-class _Dtype:
-    """Stands for ``numpy.dtype``; numbers and truth values only."""
+class _NumberType:
+    """Stands for ``numpy.dtype``, whose state could declare the bytes of an array to be objects."""
 
-    def __init__(self, code: str | bytes, *_: object) -> None:
-        code = code.decode("latin1") if isinstance(code, bytes) else code
-        self.value = np.dtype(str(code))
-        if self.value.kind not in "biufc":
-            raise ValueError(f"an array of {self.value}; expected numbers")
+    def __init__(self, code: str, *_: object) -> None:
+        self.dtype = np.dtype(str(code))
+        if self.dtype.kind not in "biufc":
+            raise ValueError(f"an array of {self.dtype}; expected numbers")
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        self.value = self.value.newbyteorder(state[1])
+        self.dtype = self.dtype.newbyteorder(state[1])
 
 
-class _Array:
-    """Stands for an array, and for numpy's functions and class that make an empty one."""
+class _Array(np.ndarray[Any, Any]):
+    """An array that takes its values from bytes alone."""
 
-    def __init__(self, *_: object) -> None:
-        self.value: npt.NDArray[Any] = np.zeros(0)
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        _, shape, dtype, is_fortran, content = state
-        self.value = _array_of(content, dtype, shape, "F" if is_fortran else "C")
+    def __setstate__(self, state: tuple[Any, ...], /) -> None:
+        version, shape, number, is_fortran, content = state
+        content = content.encode("latin1") if isinstance(content, str) else content  # Python 2's
+        super().__setstate__((version, shape, number.dtype, is_fortran, content))
 
 
-class _Scalar:
-    """Stands for ``numpy.core.multiarray.scalar``."""
-
-    def __init__(self, dtype: _Dtype, content: str | bytes) -> None:
-        self.value = _array_of(content, dtype, (), "C")[()]
-
-
-class _ArrayFromBuffer:
-    """Stands for the function that newer pickles make arrays with."""
-
-    def __init__(self, content: Any, dtype: _Dtype, shape: tuple[int, ...], order: str) -> None:
-        self.value = _array_of(content, dtype, shape, order)
+def _from_buffer(content: Any, number: _NumberType, shape: tuple[int, ...], order: str) -> Any:
+    content = content.encode("latin1") if isinstance(content, str) else content
+    values = np.frombuffer(content, number.dtype).reshape(shape, order=order)  # type: ignore[call-overload]
+    return values.astype(number.dtype.newbyteorder("="))
 
 
-class _Bytes:
-    """Stands for what Python 3 writes bytes into old pickles with: encode, or bytes if empty."""
-
-    def __init__(self, text: str = "", encoding: str = "latin1") -> None:
-        if encoding not in ("latin1", "latin-1"):
-            raise ValueError(f"bytes in the encoding {encoding!r}")
-        self.value = text.encode("latin1")
+def _encode(text: str, encoding: str) -> bytes:
+    if encoding not in ("latin1", "latin-1"):
+        raise ValueError(f"bytes in the encoding {encoding!r}")
+    return text.encode("latin1")
 
 
-_PLACEHOLDERS = (_Dtype, _Array, _Scalar, _ArrayFromBuffer, _Bytes)
-_ARRAY_GLOBALS: dict[_Global, Any] = {
-    ("numpy", "dtype"): _Dtype,
-    ("numpy", "ndarray"): _Array,
-    ("_codecs", "encode"): _Bytes,
-    ("__builtin__", "bytes"): _Bytes,
-    ("collections", "OrderedDict"): OrderedDict,
+_ARRAY_GLOBALS: dict[str, Any] = {
+    "numpy.dtype": _NumberType,
+    "numpy.ndarray": _Array,
+    "numpy.core.multiarray._reconstruct": lambda *_: _Array((0,)),
+    "numpy.core.multiarray.scalar": lambda number, raw: _from_buffer(raw, number, (), "C")[()],
+    "numpy.core.numeric._frombuffer": _from_buffer,
+    "_codecs.encode": _encode,  # how Python 3 writes bytes into old pickles
+    "__builtin__.bytes": bytes,
+    "collections.OrderedDict": OrderedDict,
 }
-for _numpy in ("numpy.core", "numpy._core"):
-    _ARRAY_GLOBALS[f"{_numpy}.multiarray", "_reconstruct"] = _Array
-    _ARRAY_GLOBALS[f"{_numpy}.multiarray", "scalar"] = _Scalar
-    _ARRAY_GLOBALS[f"{_numpy}.numeric", "_frombuffer"] = _ArrayFromBuffer
-
-
-def _array_of(content: Any, dtype: Any, shape: tuple[int, ...], order: Any) -> npt.NDArray[Any]:
-    if isinstance(content, _Bytes):
-        content = content.value
-    if isinstance(content, str):  # bytes of Python 2, read as latin1
-        content = content.encode("latin1")
-    if not isinstance(dtype, _Dtype):
-        raise ValueError("an array without a type")
-    array = np.frombuffer(content, dtype.value).reshape(shape, order=order)
-    return array.astype(dtype.value.newbyteorder("="))  # a copy, writable, in this machine's order
-
-
-def _without_placeholders(value: Any) -> Any:
-    if isinstance(value, _PLACEHOLDERS):
-        return value.value
-    if isinstance(value, dict):
-        return {_without_placeholders(k): _without_placeholders(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(map(_without_placeholders, value))
-    if isinstance(value, type):
-        raise ValueError(f"the class {value.__name__} as a value")
-    return value
 
 
 # --- TorchScript archives: OpenAI's CLIP ----------------------------------------------------------
@@ -280,13 +228,11 @@ def read_torchscript_state_dict(path: str | os.PathLike[str]) -> dict[str, Tenso
     try:
         with zipfile.ZipFile(path) as archive:
             (data,) = (n for n in archive.namelist() if re.fullmatch(r"[^/]+/data\.pkl", n))
-            reader = _ScriptUnpickler(archive, data.removesuffix("data.pkl"))
-            module = reader.load()
+            module = _ScriptUnpickler(archive, data.removesuffix("data.pkl")).load()
         if not isinstance(module, _Module):
             raise ValueError(f"a {type(module).__name__}; expected a module")
         return dict(_tensors_of(module, ""))
-    # a damaged archive makes zipfile and the unpickler raise almost anything
-    except Exception as error:
+    except Exception as error:  # a damaged archive makes zipfile and the unpickler raise anything
         raise ValueError(
             f"{str(path)!r} cannot be read as a TorchScript archive: {_reason(error)}"
         ) from error
@@ -306,27 +252,22 @@ class _Module:
 
 class _ScriptUnpickler(pickle.Unpickler):
     def __init__(self, archive: zipfile.ZipFile, folder: str) -> None:
+        super().__init__(archive.open(f"{folder}data.pkl"))
         self._archive, self._folder = archive, folder
         self._names = set(archive.namelist())
         self._storages: dict[str, Tensor] = {}
-        self._classes: dict[_Global, type[_Module]] = {}
         byteorder = f"{folder}byteorder"
         if byteorder in self._names and archive.read(byteorder).decode() != sys.byteorder:
             raise ValueError("written on a machine with another byte order")
-        file: IO[bytes] = archive.open(f"{folder}data.pkl")
-        super().__init__(file)
 
     def find_class(self, module_name: str, global_name: str, /) -> Any:
-        key = (module_name, global_name)
-        if module_name.split(".")[0] == _SCRIPT:
-            if key not in self._classes:
-                names = {"tensor_names": self._tensor_names(*key)}
-                self._classes[key] = type("_ArchivedModule", (_Module,), names)
-            return self._classes[key]
-        if key not in _SCRIPT_GLOBALS:
-            refused = f"{module_name}.{global_name}"
-            raise pickle.UnpicklingError(_REFUSED.format(refused, "tensors and modules"))
-        return _SCRIPT_GLOBALS[key]
+        name = f"{module_name}.{global_name}"
+        if name.startswith("__torch__."):  # where the classes of an archive live
+            names = {"tensor_names": self._tensor_names(module_name, global_name)}
+            return type("_ArchivedModule", (_Module,), names)
+        if name not in _SCRIPT_GLOBALS:
+            raise pickle.UnpicklingError(_refusal(name))
+        return _SCRIPT_GLOBALS[name]
 
     def persistent_load(self, pid: Any) -> Tensor:
         _, dtype, key, _, count = pid
@@ -342,16 +283,12 @@ class _ScriptUnpickler(pickle.Unpickler):
     def _tensor_names(self, module_name: str, class_name: str) -> frozenset[str] | None:
         """Names of a class's parameters and buffers, which its source lists; it is not run."""
         source = f"{self._folder}code/{module_name.replace('.', '/')}.py"
-        if source not in self._names:
-            return None
-        text = self._archive.read(source).decode()
+        text = self._archive.read(source).decode() if source in self._names else ""
         body = re.search(rf"^class {re.escape(class_name)}\(Module\):\n((?:  .*\n)*)", text, re.M)
-        lists = re.findall(
-            r"^  __(?:parameters|buffers)__ = (\[.*\])$", body[1] if body else "", re.M
-        )
-        if not lists:
-            return None
-        return frozenset(str(name) for names in lists for name in ast.literal_eval(names))
+        listed = r"^  __(?:parameters|buffers)__ = (\[.*\])$"
+        lists = re.findall(listed, body[1], re.M) if body else []
+        names = [str(name) for names in lists for name in ast.literal_eval(names)]
+        return frozenset(names) if lists else None
 
 
 def _rebuild_tensor(
@@ -360,39 +297,24 @@ def _rebuild_tensor(
     return storage.as_strided(size, stride, offset).clone()
 
 
-def _first(value: Any, *_: object) -> Any:
-    return value
-
-
-_SCRIPT_GLOBALS: dict[_Global, Any] = {
-    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
-    ("collections", "OrderedDict"): OrderedDict,
-    ("torch", "device"): _first,
-    **{
-        ("torch.jit._pickle", name): _first
-        for name in (
-            "build_intlist",
-            "build_doublelist",
-            "build_boollist",
-            "build_tensorlist",
-            "restore_type_tag",
-        )
-    },
-    **{
-        ("torch", f"{name}Storage"): dtype
-        for name, dtype in {
-            "Double": torch.float64,
-            "Float": torch.float32,
-            "Half": torch.float16,
-            "BFloat16": torch.bfloat16,
-            "Long": torch.int64,
-            "Int": torch.int32,
-            "Short": torch.int16,
-            "Char": torch.int8,
-            "Byte": torch.uint8,
-            "Bool": torch.bool,
-        }.items()
-    },
+_PASSED_ON = (
+    *("torch.device", "torch.jit._pickle.restore_type_tag"),
+    *(f"torch.jit._pickle.build_{kind}list" for kind in ("int", "double", "bool", "tensor")),
+)
+_SCRIPT_GLOBALS: dict[str, Any] = {
+    "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
+    "collections.OrderedDict": OrderedDict,
+    "torch.DoubleStorage": torch.float64,
+    "torch.FloatStorage": torch.float32,
+    "torch.HalfStorage": torch.float16,
+    "torch.BFloat16Storage": torch.bfloat16,
+    "torch.LongStorage": torch.int64,
+    "torch.IntStorage": torch.int32,
+    "torch.ShortStorage": torch.int16,
+    "torch.CharStorage": torch.int8,
+    "torch.ByteStorage": torch.uint8,
+    "torch.BoolStorage": torch.bool,
+    **dict.fromkeys(_PASSED_ON, lambda value, *_: value),
 }
 
 
@@ -406,14 +328,21 @@ def _tensors_of(module: _Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
             yield f"{prefix}{name}", value
 
 
+def _refusal(name: str) -> str:
+    return f"it holds {name}, which would run code when it is loaded; only numbers are read"
+
+
+def _reason(error: Exception) -> str:
+    text = str(error) or "no text"
+    return text if isinstance(error, pickle.UnpicklingError) else f"{type(error).__name__}: {text}"
+
+
 # --- Hashes ---------------------------------------------------------------------------------------
 
 # Published file names that carry the first digits of the file's hash.
-_HASHED_NAMES: tuple[tuple[str, str], ...] = (
-    # torch.hub's convention: resnet50-0676ba61.pth
-    (r"-([0-9a-f]{8,64})\.[a-z]+$", "sha256"),
-    # detectron2's MODEL_ZOO.md: model_final_f10217.pkl
-    (r"^model_final_([0-9a-f]{6})\.pkl$", "md5"),
+_HASHED_NAMES = (
+    (r"-([0-9a-f]{8,64})\.[a-z]+$", "sha256"),  # torch.hub's: resnet50-0676ba61.pth
+    (r"^model_final_([0-9a-f]{6})\.pkl$", "md5"),  # detectron2's: model_final_f10217.pkl
 )
 
 
@@ -454,11 +383,5 @@ def check_hash_in_name(path: str | os.PathLike[str]) -> bool:
 
 def file_hash(path: str | os.PathLike[str], algorithm: str = "sha256") -> str:
     """Compute a file's hash, hexadecimal."""
-    make: Callable[[], Any] = lambda: hashlib.new(algorithm, usedforsecurity=False)  # noqa: E731
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, make).hexdigest()
-
-
-def _reason(error: Exception) -> str:
-    text = str(error) or "no text"
-    return text if isinstance(error, pickle.UnpicklingError) else f"{type(error).__name__}: {text}"
+        return hashlib.file_digest(file, algorithm).hexdigest()

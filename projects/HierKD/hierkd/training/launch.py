@@ -7,56 +7,54 @@ joins the group that torchrun describes in its environment.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
-from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass
+import signal
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
+from types import FrameType
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from detectron2.engine import default_argument_parser, launch
+from detectron2.engine import launch
 from detectron2.utils import comm
 from torch.multiprocessing.spawn import ProcessExitedException
 
-from hierkd.training.cpu_memory import keep_freed_memory
-from hierkd.training.interruption import passing_signals_on
+from hierkd.training.hooks import SIGNALS, handling
 
-__all__ = ["get_parser", "launch_processes", "leave_groups"]
-
-_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+__all__ = ["check_devices", "launch_processes", "leave_groups", "passing_signals_on"]
 
 # So many processes on a CPU may be started whatever the number of cores, to try things out. [ours]
 _ALWAYS_ALLOWED = 8
 
 
-@dataclass(frozen=True)
-class _Launched:
-    """The place of this process in the job that torchrun has started."""
+def check_devices(num_gpus: int, device: str) -> None:
+    """Refuse a number of processes that this machine cannot run.
 
-    rank: int
-    world_size: int
-    local_rank: int
-    local_world_size: int
-
-
-def get_parser(epilog: str | None = None) -> ArgumentParser:
-    """detectron2's command line, with a timeout.
+    One process on a machine without a GPU is one on the CPU.
 
     Args:
-        epilog: Shown below the options.
+        num_gpus: ``--num-gpus``; under torchrun its ``--nproc-per-node`` counts instead.
+        device: ``MODEL.DEVICE``.
+
+    Raises:
+        ValueError: there are fewer GPUs, or much fewer cores.
     """
-    parser: ArgumentParser = default_argument_parser(epilog=epilog)
-    parser.add_argument(
-        "--dist-timeout",
-        type=float,
-        default=30.0,  # [detectron2]
-        metavar="MINUTES",
-        help="how long a process waits for the others before the run ends; default: %(default)g",
-    )
-    return parser
+    option = "--num-gpus"
+    if _from_torchrun():
+        option, num_gpus = "torchrun --nproc-per-node", int(os.environ["LOCAL_WORLD_SIZE"])
+    elif device == "cpu" and num_gpus > max(_cores(), _ALWAYS_ALLOWED):
+        raise ValueError(
+            f"{option} {num_gpus} with MODEL.DEVICE cpu: this machine has {_cores()} cores; "
+            f"at most {max(_cores(), _ALWAYS_ALLOWED)} processes make sense"
+        )
+    available = torch.cuda.device_count()
+    if device != "cpu" and num_gpus > max(available, 1):
+        hint = "" if available else f"; for {num_gpus} processes on the CPU add MODEL.DEVICE cpu"
+        raise ValueError(f"{option} {num_gpus}: this machine has {available} CUDA devices{hint}")
 
 
 def launch_processes(main: Callable[[Namespace], Any], args: Namespace, device: str) -> None:
@@ -64,22 +62,16 @@ def launch_processes(main: Callable[[Namespace], Any], args: Namespace, device: 
 
     Args:
         main: A function of a module that spawned processes can import.
-        args: From :func:`get_parser`.
+        args: of train_net.py: detectron2's options, and ``dist_timeout`` in minutes.
         device: ``MODEL.DEVICE``. On "cpu" the processes see no GPU and talk over gloo.
 
     Raises:
-        SystemExit: The command line contradicts the machine or torchrun; with a message.
+        SystemExit: One of the processes has ended without an exception; with its status.
     """
-    if args.dist_timeout <= 0:
-        raise SystemExit(f"--dist-timeout must be positive, got {args.dist_timeout:g} minutes")
     timeout = timedelta(minutes=args.dist_timeout)
-    launched = _read_torchrun_environment()
-    if launched is not None:
-        _check_torchrun(args, device, launched)
-        _run_under_torchrun(main, args, device, launched, timeout)
+    if _from_torchrun():
+        _run_under_torchrun(main, args, device, timeout)
         return
-    _check_machines(args)
-    _check_num_gpus(args.num_gpus, device)
     starts_others = args.num_gpus * args.num_machines > 1
     on_cpu = device == "cpu" and starts_others
     if on_cpu:
@@ -93,29 +85,22 @@ def launch_processes(main: Callable[[Namespace], Any], args: Namespace, device: 
                 num_machines=args.num_machines,
                 machine_rank=args.machine_rank,
                 dist_url=args.dist_url,
-                args=(main, args, device, args.num_gpus if on_cpu else 1),
+                args=(main, args, args.num_gpus if on_cpu else 1),
                 timeout=timeout,
             )
     except ProcessExitedException as error:
-        raise SystemExit(_exit_status(error)) from None
+        if error.exit_code > 0:  # its own choice, which it has given a reason for
+            raise SystemExit(error.exit_code) from None
+        name = error.signal_name or f"signal {-error.exit_code}"
+        raise SystemExit(
+            f"process {error.error_index} of this machine was ended by {name}; the others were "
+            "stopped. Start again with --resume to go on from the last checkpoint"
+        ) from None
 
 
-def _exit_status(error: ProcessExitedException) -> int | str:
-    """What the command ends with after one of its processes has ended without an exception."""
-    if error.exit_code > 0:  # its own choice, which it has given a reason for
-        return error.exit_code
-    name = error.signal_name or f"signal {-error.exit_code}"
-    return (
-        f"process {error.error_index} of this machine was ended by {name}; the others were "
-        "stopped. Start again with --resume to go on from the last checkpoint"
-    )
-
-
-def _main_in_process(
-    main: Callable[[Namespace], Any], args: Namespace, device: str, share: int
-) -> None:
+def _main_in_process(main: Callable[[Namespace], Any], args: Namespace, share: int) -> None:
     """What each process runs; ``share`` of them share the cores of this machine."""
-    _prepare_cpu(device, share)
+    _limit_threads(share)
     main(args)
     leave_groups()
 
@@ -133,13 +118,6 @@ def leave_groups() -> None:
         dist.destroy_process_group()
 
 
-def _prepare_cpu(device: str, processes: int) -> None:
-    """Set threads and memory of a process that computes on the CPU, one of some."""
-    _limit_threads(processes)
-    if device == "cpu" or not torch.cuda.is_available():
-        keep_freed_memory()
-
-
 def _limit_threads(processes: int) -> None:
     """Give each of some processes of this machine its part of the cores, unless told otherwise."""
     if processes > 1 and "OMP_NUM_THREADS" not in os.environ:
@@ -151,97 +129,60 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _check_num_gpus(num_gpus: int, device: str) -> None:
-    """Refuse a number of processes that this machine cannot run.
-
-    ``--num-gpus 1`` on a machine without a GPU is one process on the CPU.
-    """
-    if num_gpus < 1:
-        raise SystemExit(f"--num-gpus must be at least 1, got {num_gpus}")
-    if device == "cpu":
-        most = max(_cores(), _ALWAYS_ALLOWED)
-        if num_gpus > most:
-            raise SystemExit(
-                f"--num-gpus {num_gpus} with MODEL.DEVICE cpu: this machine has {_cores()} cores; "
-                f"at most {most} processes make sense"
-            )
-        return
-    available = torch.cuda.device_count()
-    if num_gpus <= max(available, 1):
-        return
-    raise SystemExit(
-        f"--num-gpus {num_gpus}: this machine has {available} CUDA devices"
-        + (f"; for {num_gpus} processes on the CPU add MODEL.DEVICE cpu" if not available else "")
-    )
-
-
-def _check_machines(args: Namespace) -> None:
-    """Refuse a rank or an address that cannot be right before anything waits for it."""
-    if args.num_machines < 1:
-        raise SystemExit(f"--num-machines must be at least 1, got {args.num_machines}")
-    if not 0 <= args.machine_rank < args.num_machines:
-        raise SystemExit(
-            f"--machine-rank must be 0 to {args.num_machines - 1} with --num-machines "
-            f"{args.num_machines}, got {args.machine_rank}"
-        )
-    if args.num_machines > 1 and args.dist_url == "auto":
-        raise SystemExit(
-            f"--num-machines {args.num_machines}: --dist-url auto is for one machine; give the "
-            "first machine's address, such as tcp://10.0.0.1:29500, to all of them"
-        )
-
-
-# ---------------------------------------------------------------------------------------- torchrun
-
-
-def _read_torchrun_environment() -> _Launched | None:
-    """Return what torchrun says about this process; None if it did not start it."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return None  # a cluster may set RANK and WORLD_SIZE by itself
-    missing = [name for name in _TORCHRUN if name not in os.environ]
-    if missing:
-        raise SystemExit(
-            f"started by torchrun, but without {', '.join(missing)} in the environment"
-        )
-    numbers = [int(os.environ[name]) for name in _TORCHRUN[:4]]
-    return _Launched(*numbers)
-
-
-def _check_torchrun(args: Namespace, device: str, launched: _Launched) -> None:
-    """Refuse options that torchrun decides, and more processes than GPUs."""
-    if args.num_gpus > 1 or args.num_machines > 1:
-        raise SystemExit(
-            f"torchrun has started {launched.world_size} processes already: leave out "
-            f"--num-gpus {args.num_gpus} and --num-machines {args.num_machines}; its "
-            "--nproc-per-node and --nnodes take their place"
-        )
-    available = torch.cuda.device_count()
-    if device != "cpu" and launched.local_world_size > max(available, 1):
-        raise SystemExit(
-            f"torchrun --nproc-per-node {launched.local_world_size}: this machine has {available} "
-            "CUDA devices" + ("; on the CPU add MODEL.DEVICE cpu" if not available else "")
-        )
+def _from_torchrun() -> bool:
+    """Whether torchrun has started this process; RANK alone may be a cluster's."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def _run_under_torchrun(
-    main: Callable[[Namespace], Any],
-    args: Namespace,
-    device: str,
-    launched: _Launched,
-    timeout: timedelta,
+    main: Callable[[Namespace], Any], args: Namespace, device: str, timeout: timedelta
 ) -> None:
     """Join torchrun's group, run ``main`` in it and leave it."""
     on_gpu = device != "cpu" and torch.cuda.is_available()
+    local_world_size = int(os.environ["LOCAL_WORLD_SIZE"])
     if on_gpu:
-        torch.cuda.set_device(launched.local_rank)
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     else:
         # torchrun sets OMP_NUM_THREADS to 1 where the user has not; that is its choice to make.
-        _prepare_cpu(device, launched.local_world_size)
-    if launched.world_size == 1:
+        _limit_threads(local_world_size)
+    if int(os.environ["WORLD_SIZE"]) == 1:
         main(args)
         return
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout)
-    comm.create_local_process_group(launched.local_world_size)
+    comm.create_local_process_group(local_world_size)
     comm.synchronize()
     main(args)
     leave_groups()
+
+
+@contextmanager
+def passing_signals_on() -> Iterator[None]:
+    """Let a process that only starts others and waits for them give its signals to them.
+
+    Without this it would be gone first, and what it started would be killed while saving. It must
+    be the main thread.
+
+    Raises:
+        SystemExit: when one of the others has ended on a signal, with the same status.
+    """
+    received: list[int] = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        children = multiprocessing.active_children()
+        if not children:  # none yet: end as without a handler
+            signal.signal(number, before[number])
+            signal.raise_signal(number)
+        for child in children:
+            if child.pid is not None:
+                os.kill(child.pid, number)
+
+    with handling(handle) as before:
+        try:
+            yield
+        except ProcessExitedException as error:
+            if error.exit_code in {128 + each for each in SIGNALS}:
+                raise SystemExit(error.exit_code) from None
+            if received and -error.exit_code in SIGNALS:  # it had not begun to train
+                raise SystemExit(128 + received[0]) from None
+            raise

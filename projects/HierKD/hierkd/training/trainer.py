@@ -47,10 +47,8 @@ from hierkd.evaluation.transfer import (
 from hierkd.files import write_json_atomically
 from hierkd.reports.metrics import mend_metrics
 from hierkd.training.agreement import broadcast_buffers, check_same_weights, in_every_process
-from hierkd.training.histories import BoundHistories
-from hierkd.training.interruption import Interruption
+from hierkd.training.hooks import FiniteGuard, Interruption
 from hierkd.training.monitoring import build_monitoring_hooks
-from hierkd.training.non_finite import NonFiniteGuard
 from hierkd.training.optimizer import build_optimizer, check_optimizer_state
 
 logger = logging.getLogger(__name__)
@@ -86,20 +84,13 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # detectron2 is untyped
 
     def build_hooks(self) -> list[Any]:
         """detectron2's hooks, those to watch by, a guard, and one that signals interrupt."""
-        trainer = weakref.proxy(self)
-        guard = NonFiniteGuard(
-            self.model,
-            Path(self.cfg.OUTPUT_DIR) / "non_finite",
-            config=self.cfg.dump(),
-            state=lambda: trainer.state_dict(),
-        )
-        self._trainer.register_hooks([guard])  # the outer trainer has no hook before the optimizer
+        self._trainer.register_hooks([FiniteGuard(self.model)])  # before the optimizer
         self._interruption = Interruption(self.checkpointer)
         hooks: list[Any] = super().build_hooks()
         with in_every_process("choosing the pictures of TEST.VIS_PICTURES"):
             if comm.is_main_process():  # before the writer, which comes last
                 hooks[-1:-1] = build_monitoring_hooks(self.cfg, without_ddp(self.model))
-        return [BoundHistories(), *hooks, self._interruption]
+        return [*hooks, self._interruption]
 
     def build_writers(self) -> list[Any]:
         """detectron2's writers, which append to what a killed run has left."""
@@ -108,7 +99,7 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # detectron2 is untyped
         return writers
 
     def train(self) -> dict[str, Any] | None:
-        """Train to the end, or until a signal comes; see :mod:`hierkd.training.interruption`.
+        """Train to the end, or until a signal comes; see :class:`Interruption`.
 
         Raises:
             SystemExit: after a signal, with 128 + its number.

@@ -1,0 +1,134 @@
+"""What one process of a training or of an evaluation does."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import sys
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from detectron2.engine import default_setup
+from detectron2.evaluation import verify_results
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+
+from hierkd.checkpoint import HierKDCheckpointer
+from hierkd.data.coco import check_datasets, check_registered
+from hierkd.data.custom import describe_datasets
+from hierkd.data.mapper import check_images
+from hierkd.load_config import load_config
+from hierkd.reports.run_record import record_evaluation, record_start
+from hierkd.training.agreement import in_every_process
+from hierkd.training.trainer import Trainer
+
+__all__ = ["prepare"]
+
+logger = logging.getLogger(__name__)
+
+Work = Callable[[], dict[str, Any] | None]
+
+
+def prepare(args: Namespace, root: Path) -> Work:
+    """Check and build all that one process of a training or of an evaluation needs.
+
+    Args:
+        args: of train_net.py.
+        root: the checkout whose commit the run notes.
+
+    Returns:
+        What does the work, and returns its figures.
+
+    Raises:
+        ValueError: the config, a file that it names, or the command line is wrong.
+        OSError: a file is missing, cannot be read or written, or cannot be downloaded.
+    """
+    cfg = load_config(args.config_file, args.opts)
+    setup = _evaluation_setup(cfg) if args.eval_only else cfg
+    default_setup(setup, args)
+    setup_logger(setup.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="hierkd")
+    with in_every_process("reading DATASETS.TEST"):
+        if cfg.DATASETS.DEFINITIONS:
+            trained = () if args.eval_only else cfg.DATASETS.TRAIN
+            for line in describe_datasets([*trained, *cfg.DATASETS.TEST]):
+                logger.info(line)
+        test_images = check_datasets(cfg.DATASETS.TEST)
+        if not args.eval_only:
+            check_registered(cfg.DATASETS.TRAIN)
+        elif not cfg.DATASETS.TEST:
+            raise ValueError("DATASETS.TEST is empty: it must name what to evaluate on")
+    if args.eval_only:
+        return _prepare_evaluation(cfg, root, resume=args.resume)
+    if cfg.DATALOADER.CHECK_IMAGES:
+        check_images(test_images)
+    return _prepare_training(cfg, root, resume=args.resume)
+
+
+def _evaluation_setup(cfg: Any) -> Any:
+    """The config that detectron2 sets a process up with for an evaluation.
+
+    It writes a config.yaml and a log into its OUTPUT_DIR: in a training's folder these are the
+    training's, so that the evaluation's go into ``inference``.
+    """
+    trained = (Path(cfg.OUTPUT_DIR) / "config.yaml").is_file()
+    if comm.all_gather(trained)[0]:  # of the first process, which writes it
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.OUTPUT_DIR = str(Path(cfg.OUTPUT_DIR) / "inference")
+        cfg.freeze()
+    return cfg
+
+
+def _prepare_training(cfg: Any, root: Path, *, resume: bool) -> Work:
+    """Build a trainer, with the weights or the checkpoint that it starts from."""
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=resume)
+    Trainer.check_vocabularies(cfg, trainer.model)
+    if trainer.start_iter >= trainer.max_iter:
+        logger.info(
+            "The training has done its %d iterations already; more need a larger SOLVER.MAX_ITER",
+            trainer.start_iter,
+        )
+    if comm.is_main_process():
+        record_start(
+            cfg.OUTPUT_DIR,
+            command=shlex.join(sys.argv),
+            root=root,
+            iteration=trainer.start_iter,
+            num_processes=comm.get_world_size(),
+        )
+    return trainer.train
+
+
+def _prepare_evaluation(cfg: Any, root: Path, *, resume: bool) -> Work:
+    """Build a detector with trained weights.
+
+    Raises:
+        ValueError: they are not those of a trained detector of this config.
+    """
+    model = Trainer.build_model(cfg)
+    checkpointer = HierKDCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
+    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    checkpointer.check_trained()
+    Trainer.check_vocabularies(cfg, model)
+    cfg.defrost()
+    cfg.MODEL.WEIGHTS = checkpointer.loaded  # what is evaluated: --resume has found it
+    cfg.freeze()
+
+    def evaluate() -> dict[str, Any]:
+        results = Trainer.test(cfg, model)
+        if comm.is_main_process():
+            verify_results(cfg, results)
+            record_evaluation(
+                cfg.OUTPUT_DIR,
+                results,
+                command=shlex.join(sys.argv),
+                root=root,
+                weights=cfg.MODEL.WEIGHTS,
+                num_processes=comm.get_world_size(),
+            )
+        return results
+
+    return evaluate
