@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Measure the speed and the memory of the parts, against what a user would compare them with.
 
-    python tools/benchmark.py crops
+    python tools/benchmark.py step
     python tools/benchmark.py infer --device cuda --rounds 30
 
 Random data and random weights, so that nothing has to be downloaded. The alternatives take turns in
@@ -11,89 +11,119 @@ table and writes output/benchmark/<subcommand>.md and .json, with hardware and v
 
 from __future__ import annotations
 
-import hierkd
-
-# isort: split
 import argparse
 import importlib
-import pkgutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 
-import torch
-
-import hierkd.benchmarks
-from hierkd.experiments.runs import git_commit
+import hierkd  # noqa: F401  (first of what imports PyTorch: it quiets two deprecation warnings)
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def subcommands() -> dict[str, ModuleType]:
-    """The modules of ``hierkd.benchmarks`` that measure something, by name."""
-    found = {
-        info.name: importlib.import_module(f"hierkd.benchmarks.{info.name}")
-        for info in pkgutil.iter_modules(hierkd.benchmarks.__path__)
-    }
-    return {name: module for name, module in found.items() if hasattr(module, "run")}
+def positive(text: str) -> int:
+    """A number of things, at least one."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
 
 
 def get_parser() -> argparse.ArgumentParser:
-    """Build the command line."""
+    """Build the command line; what it holds beside the first four goes to the module's ``run``."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument(
-        "--device",
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="default: the GPU if there is one (here: %(default)s)",
-    )
-    common.add_argument("--rounds", type=int, metavar="N", help="timed rounds; default: as fits")
-    common.add_argument("--threads", type=int, metavar="N", help="threads of PyTorch on the CPU")
+    common.add_argument("--device", help="default: the GPU if there is one")
+    common.add_argument("--threads", type=positive, metavar="N", help="of PyTorch on the CPU")
     common.add_argument(
         "--output", type=Path, default=ROOT / "output" / "benchmark", metavar="FOLDER"
     )
+    common.add_argument("--rounds", type=positive, metavar="N", help="default: as fits")
     parts = parser.add_subparsers(dest="subcommand", required=True, metavar="SUBCOMMAND")
-    for name, module in subcommands().items():
-        help_line = (module.__doc__ or "").split("\n")[0]
-        part = parts.add_parser(
-            name,
-            parents=[common],
-            help=help_line,
-            description=module.__doc__,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+
+    step = parts.add_parser("step", parents=[common], help="a training step of each row of Table 4")
+    step.add_argument(
+        "--miniature", action="store_true", help="configs/miniature, a tiny CLIP, 16 x 128 x 128"
+    )
+    step.add_argument("--images", type=positive, metavar="N", help="of a step; default: as fits")
+    step.add_argument("--boxes", type=positive, metavar="N", help="of an image; default: as fits")
+
+    infer = parts.add_parser("infer", parents=[common], help="detection beside RetinaNet's")
+    infer.add_argument("--batch", type=positive, default=4, help="default: %(default)s")
+    infer.add_argument(
+        "--no-compile", dest="compiled", action="store_false", help="leave out what is compiled"
+    )
+
+    vocabulary = parts.add_parser(
+        "vocabulary", parents=[common], help="detection among 17 to 20,000 names"
+    )
+    vocabulary.add_argument(
+        "--names",
+        type=positive,
+        nargs="+",
+        default=[17, 65, 1203, 20_000],
+        metavar="K",
+        help="sizes of vocabularies beside 65",
+    )
+    vocabulary.add_argument(
+        "--embeddings",
+        type=Path,
+        metavar="FILE",
+        help="array (K, D), .npy: the vocabulary of K names has these embeddings",
+    )
+
+    peers = parts.add_parser("peers", parents=[common], help="other open-vocabulary detectors")
+    peers.add_argument(
+        "--scale", type=float, help="factor on all picture sizes; default: 1 on a GPU, 0.6 on a CPU"
+    )
+
+    for part in (step, infer, vocabulary):
+        part.add_argument(
+            "--size",
+            type=positive,
+            nargs=2,
+            metavar=("HEIGHT", "WIDTH"),
+            default=(800, 1333) if part is vocabulary else None,
+            help="of a picture, pixels",
         )
-        module.add_arguments(part)
+    for part in (infer, peers):
+        part.add_argument("--classes", type=positive, default=65, help="default: %(default)s")
+    for part in (infer, vocabulary, peers):
+        part.add_argument("--config-file", default="configs/hierkd_R50.yaml", metavar="YAML")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; wrong input ends with exit status 2 and a message."""
     parser = get_parser()
-    args = parser.parse_args(argv)
+    options = vars(parser.parse_args(argv))
+    name, threads, output = (options.pop(key) for key in ("subcommand", "threads", "output"))
+
+    import torch
+
+    from hierkd.experiments.runs import git_commit
+
+    gpu = torch.cuda.is_available()
     try:
-        device = torch.device(args.device)
+        device = torch.device(options.pop("device") or ("cuda" if gpu else "cpu"))
     except RuntimeError as error:
         parser.error(f"--device: {error}")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        parser.error(f"--device {args.device}: there is no CUDA device here")
-    for option in ("rounds", "threads"):
-        value = getattr(args, option)
-        if value is not None and value < 1:
-            parser.error(f"--{option} must be at least 1, got {value}")
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    if device.type == "cuda" and not gpu:
+        parser.error(f"--device {device}: there is no CUDA device here")
+    if threads:
+        torch.set_num_threads(threads)
     torch.manual_seed(0)
     try:
-        report = subcommands()[args.subcommand].run(args, device)
+        report = importlib.import_module(f"hierkd.benchmarks.{name}").run(device, **options)
     except (FileNotFoundError, ImportError, ValueError) as error:
-        print(f"benchmark.py {args.subcommand}: error: {error}", file=sys.stderr)
+        print(f"benchmark.py {name}: error: {error}", file=sys.stderr)
         return 2
     report.settings["commit"] = git_commit(ROOT)
     print(report.markdown())
-    markdown, data = report.write(args.output, args.subcommand)
+    markdown, data = report.write(output, name)
     print(f"written to {markdown} and {data}")
     return 0
 

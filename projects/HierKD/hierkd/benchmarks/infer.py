@@ -10,25 +10,32 @@ TEST.COMPILE change; compiling takes a minute or two before anything is timed.
 from __future__ import annotations
 
 import math
-from argparse import ArgumentParser, Namespace
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+from detectron2.modeling import build_model
 from torch import Tensor, nn
 
-from hierkd.benchmarks.random_models import random_hierkd, random_retinanet
-from hierkd.benchmarks.timing import Report, measure, peak_memory, ratio
+from hierkd.benchmarks.timing import (
+    Report,
+    measure,
+    median,
+    peak_memory,
+    random_hierkd,
+    ratio,
+    tame,
+)
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["random_retinanet", "run"]
 
-_CONTIGUOUS = ("MODEL.CHANNELS_LAST", "False")
 _AMP = ("TEST.AMP.ENABLED", "True")
 _COMPILE = ("TEST.COMPILE", "True")
 # Name to the KEY VALUE pairs on top of the config.
 _VARIANTS = {
     "HierKD": (),
-    "HierKD, contiguous": _CONTIGUOUS,
+    "HierKD, contiguous": ("MODEL.CHANNELS_LAST", "False"),
     "HierKD, AMP": _AMP,
     "HierKD, compiled": _COMPILE,
     "HierKD, compiled, AMP": (*_AMP, *_COMPILE),
@@ -36,30 +43,34 @@ _VARIANTS = {
 _RETINANET = "RetinaNet"
 
 
-def add_arguments(parser: ArgumentParser) -> None:
-    """Add sizes."""
-    parser.add_argument("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"))
-    parser.add_argument("--batch", type=int, default=4, help="default: %(default)s")
-    parser.add_argument("--classes", type=int, default=65, help="default: %(default)s")
-    parser.add_argument("--no-compile", action="store_true", help="leave out what is compiled")
-    parser.add_argument("--config-file", default="configs/hierkd_R50.yaml", metavar="YAML")
-
-
-def run(args: Namespace, device: torch.device) -> Report:
+def run(
+    device: torch.device,
+    *,
+    rounds: int | None,
+    size: tuple[int, int] | None,
+    batch: int,
+    classes: int,
+    compiled: bool,
+    config_file: str,
+) -> Report:
     """Time one picture, and a batch, with each variant.
 
     Args:
-        args: of :func:`add_arguments`, and ``rounds``; ``size`` is 800 x 1333 on a GPU and
-            320 x 533 on a CPU by default.
         device: where they run.
+        rounds: None: as fits.
+        size: (height, width) of the picture; None: 800 x 1333 on a GPU, 320 x 533 on a CPU.
+        batch: pictures of a batch.
+        classes: names of HierKD's vocabulary.
+        compiled: whether to time what is compiled.
+        config_file: of HierKD.
     """
-    height, width = args.size or ((800, 1333) if device.type == "cuda" else (320, 533))
-    picture = torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
-    inputs = [{"image": picture}]
+    gpu = device.type == "cuda"
+    height, width = size or ((800, 1333) if gpu else (320, 533))
+    inputs = [{"image": torch.randint(0, 256, (3, height, width), dtype=torch.uint8)}]
     models: dict[str, Any] = {
-        name: _same_random_hierkd(args, device, opts)
+        name: random_hierkd(config_file, classes, device, opts).eval()
         for name, opts in _VARIANTS.items()
-        if not (args.no_compile and _COMPILE[0] in opts)
+        if compiled or _COMPILE[0] not in opts
     }
     models[_RETINANET] = random_retinanet(device)
     notes = []
@@ -71,25 +82,37 @@ def run(args: Namespace, device: torch.device) -> Report:
             if _COMPILE[0] in _VARIANTS.get(name, ()) and not model.compile_test:
                 del models[name]
                 notes.append(f"{name}: torch.compile does not work here, see the log.")
-        rows = _rows(models, inputs, args, device)
+        rows = _rows(models, inputs, batch, rounds or (20 if gpu else 5), device)
     return Report(
         "Inference",
         device,
         {
             "picture": f"{height} x {width}",
-            "classes": args.classes,
-            "batch": args.batch,
+            "classes": classes,
+            "batch": batch,
             "pairs to NMS": pairs,
         },
         rows,
         [
             "Seconds and memory are those of one picture; of a batch, its time divided by its size "
             "and its whole memory. Memory comes on top of the weights.",
-            f"AMP is {'float16' if device.type == 'cuda' else 'bfloat16'}; RetinaNet runs as it "
-            "comes, in float32 and contiguous order.",
+            f"AMP is {'float16' if gpu else 'bfloat16'}; RetinaNet runs as it comes, in float32 "
+            "and contiguous order.",
             *notes,
         ],
     )
+
+
+def random_retinanet(device: torch.device) -> nn.Module:
+    """Build detectron2's own RetinaNet-R50-FPN in inference mode, with random weights."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="pkg_resources is deprecated")
+        from detectron2 import model_zoo
+    cfg = model_zoo.get_config("COCO-Detection/retinanet_R_50_FPN_1x.yaml")
+    cfg.MODEL.DEVICE = str(device)
+    model: nn.Module = build_model(cfg)
+    tame(model)
+    return model.eval()
 
 
 def balance_retinanet(model: nn.Module, inputs: list[dict[str, Tensor]], pairs: int) -> None:
@@ -103,31 +126,24 @@ def balance_retinanet(model: nn.Module, inputs: list[dict[str, Tensor]], pairs: 
     detector.head.cls_score.bias.data += math.log(threshold / (1 - threshold)) - last
 
 
-def _same_random_hierkd(args: Namespace, device: torch.device, opts: tuple[str, ...]) -> Any:
-    torch.manual_seed(0)
-    options = ("MODEL.WEIGHTS", "", *opts)
-    return random_hierkd(args.config_file, args.classes, device, options)
-
-
 def _rows(
     models: Mapping[str, Any],
     inputs: list[dict[str, Tensor]],
-    args: Namespace,
+    size: int,
+    rounds: int,
     device: torch.device,
 ) -> list[dict[str, Any]]:
     """Time every model on one picture, and those that are not compiled on a batch of it."""
-    batch = inputs * args.batch
     jobs = {name: (model, inputs) for name, model in models.items()}
     for name, model in models.items():
         if _COMPILE[0] not in _VARIANTS.get(name, ()):
-            jobs[f"{name}, batch of {args.batch}"] = model, batch
+            jobs[f"{name}, batch of {size}"] = model, inputs * size
     calls = {name: (lambda m=m, given=given: m(given)) for name, (m, given) in jobs.items()}
-    rounds = args.rounds or (20 if device.type == "cuda" else 5)
     times = measure(calls, device=device, rounds=rounds)
     return [
         {
             "detector": name,
-            "seconds": times[name].median / len(jobs[name][1]),
+            "seconds": median(times[name]) / len(jobs[name][1]),
             "over RetinaNet": ratio(times[name], times[_RETINANET]) / len(jobs[name][1]),
             "over HierKD": ratio(times[name], times["HierKD"]) / len(jobs[name][1]),
             "peak MiB": peak_memory(calls[name], device),

@@ -10,7 +10,6 @@ the same factor (``--scale``); OWLv2's square has fewer pixels than the rectangl
 from __future__ import annotations
 
 import logging
-from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from typing import Any
 
@@ -18,10 +17,10 @@ import torch
 from detectron2.layers import batched_nms
 from torch import Tensor, nn
 
-from hierkd.benchmarks.random_models import random_hierkd, random_retinanet
-from hierkd.benchmarks.timing import Report, measure, peak_memory, ratio
+from hierkd.benchmarks.infer import random_retinanet
+from hierkd.benchmarks.timing import Report, measure, median, peak_memory, random_hierkd, ratio
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["run"]
 
 _SIZE = (800, 1333)  # of HierKD, RetinaNet and Grounding DINO
 _OWL_SIDE = 960
@@ -32,32 +31,33 @@ _GROUNDING_TOKENS = 165
 _TOKENS_OF_A_NAME = 16  # OWLv2's context
 
 
-def add_arguments(parser: ArgumentParser) -> None:
-    """Add what to compare at which size."""
-    parser.add_argument("--classes", type=int, default=65, help="default: %(default)s")
-    parser.add_argument(
-        "--scale", type=float, help="factor on all picture sizes; default: 1 on a GPU, 0.6 on a CPU"
-    )
-    parser.add_argument("--config-file", default="configs/hierkd_R50.yaml", metavar="YAML")
-
-
-def run(args: Namespace, device: torch.device) -> Report:
+def run(
+    device: torch.device,
+    *,
+    rounds: int | None,
+    classes: int,
+    scale: float | None,
+    config_file: str,
+) -> Report:
     """Time one picture with each detector.
 
     Args:
-        args: of :func:`add_arguments`, and ``rounds``.
         device: where they run.
+        rounds: None: as fits.
+        classes: names of the vocabularies.
+        scale: factor on all picture sizes; None: 1 on a GPU, 0.6 on a CPU.
+        config_file: of HierKD.
 
     Raises:
         ImportError: ``transformers`` is missing.
     """
-    scale = args.scale or (1.0 if device.type == "cuda" else 0.6)
+    scale = scale or (1.0 if device.type == "cuda" else 0.6)
     height, width = (round(side * scale / 32) * 32 for side in _SIZE)
     picture = torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
     inputs = [{"image": picture, "height": height, "width": width}]
-    hierkd = random_hierkd(args.config_file, args.classes, device)
+    hierkd = random_hierkd(config_file, classes, device).eval()
     retinanet = random_retinanet(device)
-    owl, owl_calls, owl_side = _owlv2(args.classes, scale, device)
+    owl, owl_calls, owl_side = _owlv2(classes, scale, device)
     dino, dino_call = _grounding_dino((height, width), device)
     candidates: dict[str, tuple[nn.Module, str, Callable[[], object]]] = {
         "RetinaNet-R50-FPN (closed: 80 classes)": (
@@ -80,7 +80,7 @@ def run(args: Namespace, device: torch.device) -> Report:
         times = measure(
             {name: call for name, (_, _, call) in candidates.items()},
             device=device,
-            rounds=args.rounds or (20 if device.type == "cuda" else 5),
+            rounds=rounds or (20 if device.type == "cuda" else 5),
         )
         memory = {name: peak_memory(call, device) for name, (_, _, call) in candidates.items()}
     ours = times["HierKD-R50, vocabulary set before"]
@@ -88,7 +88,7 @@ def run(args: Namespace, device: torch.device) -> Report:
         {
             "detector": name,
             "picture": size,
-            "seconds": times[name].median,
+            "seconds": median(times[name]),
             "over HierKD": ratio(times[name], ours),
             "peak MiB": memory[name],
             "10^6 parameters": sum(p.numel() for p in model.parameters()) / 1e6,
@@ -98,7 +98,7 @@ def run(args: Namespace, device: torch.device) -> Report:
     return Report(
         "Open-vocabulary detectors on one picture",
         device,
-        {"classes": args.classes, "scale": scale, "rounds": len(ours.seconds)},
+        {"classes": classes, "scale": scale, "rounds": len(ours)},
         rows,
         [
             "Random weights: speed only, nothing is said about accuracy.",

@@ -1,4 +1,5 @@
-"""Times of alternatives, taken in turns in one process, and the report that states them.
+"""Times of alternatives, taken in turns in one process, the report that states them, and detectors
+with random weights, whose times are those of trained ones.
 
 A time by itself says as much about the machine and its other users as about the code. The
 alternatives therefore take turns: every round runs each once, in rotating order, and what counts is
@@ -17,52 +18,47 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
+from detectron2.layers import FrozenBatchNorm2d
+from detectron2.modeling import build_model
+from tabulate import tabulate  # type: ignore[import-untyped]
+from torch import Tensor, nn
+from torch.nn import functional as F
 from tqdm import tqdm
 
 from hierkd.files import replacing
+from hierkd.load_config import load_config
+from hierkd.modeling import detector
 from hierkd.reports.hardware import processor_name
 
-__all__ = ["Measurement", "Report", "describe_machine", "measure", "peak_memory", "ratio"]
+__all__ = [
+    "RandomTeacher",
+    "Report",
+    "measure",
+    "median",
+    "peak_memory",
+    "random_hierkd",
+    "ratio",
+    "synchronized",
+    "tame",
+]
 
-_PACKAGES = (
-    "torch",
-    "torchvision",
-    "detectron2",
-    "sal-detectron2",
-    "onnxruntime",
-    "numpy",
-    "pycocotools",
-    "faster-coco-eval",
-)
-# Seconds between two looks at the resident memory of the process.
-_SAMPLING_INTERVAL = 0.002
+Seconds = tuple[float, ...]
+"""What one alternative took in each round."""
+
+_PACKAGES = ("torch", "torchvision", "detectron2", "sal-detectron2", "numpy")
+_SAMPLING_INTERVAL = 0.002  # seconds between two looks at the resident memory of the process
 _MIB = 2**20
 
-
-@dataclass(frozen=True)
-class Measurement:
-    """What one alternative took.
-
-    Attributes:
-        name: of the alternative.
-        seconds: of each round, in the order of the rounds.
-    """
-
-    name: str
-    seconds: tuple[float, ...]
-
-    @property
-    def median(self) -> float:
-        """Median over the rounds, in seconds."""
-        return statistics.median(self.seconds)
+median = statistics.median
 
 
 def measure(
@@ -71,8 +67,7 @@ def measure(
     device: torch.device,
     rounds: int,
     warmup: int = 1,
-    progress: str = "rounds",
-) -> dict[str, Measurement]:
+) -> dict[str, Seconds]:
     """Time alternatives in turns.
 
     Args:
@@ -80,28 +75,32 @@ def measure(
         device: waited for inside the timed region.
         rounds: how many times each is timed.
         warmup: how many rounds go before, untimed.
-        progress: name on the progress bar.
 
     Returns:
         Name to its times; round i of every candidate was taken next to round i of the others.
     """
-    if rounds < 1:
-        raise ValueError(f"at least one round is needed, got {rounds}")
     names = list(candidates)
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for number in tqdm(range(warmup + rounds), desc=progress, unit="round", leave=False):
+    for number in tqdm(range(warmup + rounds), desc="rounds", unit="round", leave=False):
         start = number % len(names)
         for name in names[start:] + names[:start]:
-            taken = _time(candidates[name], device)
+            started = synchronized(device)
+            candidates[name]()
             if number >= warmup:
-                seconds[name].append(taken)
-    return {name: Measurement(name, tuple(taken)) for name, taken in seconds.items()}
+                seconds[name].append(synchronized(device) - started)
+    return {name: tuple(taken) for name, taken in seconds.items()}
 
 
-def ratio(measurement: Measurement, reference: Measurement) -> float:
+def synchronized(device: torch.device) -> float:
+    """The time in seconds, once a device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def ratio(seconds: Seconds, reference: Seconds) -> float:
     """Median over the rounds of the time of one alternative over that of another."""
-    pairs = zip(measurement.seconds, reference.seconds, strict=True)
-    return statistics.median(mine / theirs for mine, theirs in pairs)
+    return median(mine / theirs for mine, theirs in zip(seconds, reference, strict=True))
 
 
 def peak_memory(call: Callable[[], object], device: torch.device) -> float:
@@ -120,26 +119,27 @@ def peak_memory(call: Callable[[], object], device: torch.device) -> float:
         return (torch.cuda.max_memory_allocated(device) - before) / _MIB
     with suppress(OSError, AttributeError):  # memory kept for reuse would hide what is needed
         ctypes.CDLL("libc.so.6").malloc_trim(0)
-    with _ResidentMemory() as memory:
+    sizes, done = [_resident_bytes()], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(_SAMPLING_INTERVAL):
+            sizes.append(_resident_bytes())
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
         call()
-    return memory.peak_over_start / _MIB
+    finally:
+        done.set()
+        thread.join()
+    return (max(*sizes, _resident_bytes()) - sizes[0]) / _MIB
 
 
-def describe_machine(device: torch.device) -> dict[str, str]:
-    """Hardware, threads and versions that a figure belongs to."""
-    machine = {
-        "processor": f"{processor_name()}, {os.cpu_count()} CPUs",
-        "threads": str(torch.get_num_threads()),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-    }
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        machine["gpu"] = f"{properties.name}, {properties.total_memory / _MIB:.0f} MiB"
-    for package in _PACKAGES:
-        with suppress(metadata.PackageNotFoundError):
-            machine[package] = metadata.version(package)
-    return machine
+def _resident_bytes() -> int:
+    """Resident memory; 0 where the system does not say."""
+    with suppress(OSError):
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return 0
 
 
 @dataclass
@@ -160,97 +160,50 @@ class Report:
     rows: list[dict[str, Any]]
     notes: list[str] = field(default_factory=list)
 
+    def machine(self) -> dict[str, str]:
+        """Hardware, threads and versions that the figures belong to."""
+        machine = {
+            "processor": f"{processor_name()}, {os.cpu_count()} CPUs",
+            "threads": str(torch.get_num_threads()),
+            "system": platform.platform(),
+            "python": platform.python_version(),
+        }
+        if self.device.type == "cuda":
+            properties = torch.cuda.get_device_properties(self.device)
+            machine["gpu"] = f"{properties.name}, {properties.total_memory / _MIB:.0f} MiB"
+        for package in _PACKAGES:
+            with suppress(metadata.PackageNotFoundError):
+                machine[package] = metadata.version(package)
+        return machine
+
     def markdown(self) -> str:
         """The report as Markdown."""
-        machine = describe_machine(self.device)
-        columns = list(self.rows[0]) if self.rows else []
-        lines = [
+        facts = {**self.machine(), **self.settings}
+        columns = list(self.rows[0])
+        cells = [[_cell(row.get(column)) for column in columns] for row in self.rows]
+        parts = (
             f"# {self.title}",
-            "",
-            f"`{command_line()}`",
-            "",
-            *(f"- {key}: {value}" for key, value in {**machine, **self.settings}.items()),
-            "",
-            "| " + " | ".join(columns) + " |",
-            "|" + "---|" * len(columns),
-            *(
-                "| " + " | ".join(_cell(row.get(column)) for column in columns) + " |"
-                for row in self.rows
-            ),
-            "",
-            *(f"{note}" for note in self.notes),
-        ]
-        return "\n".join(lines).rstrip() + "\n"
+            f"`{_command_line()}`",
+            "\n".join(f"- {key}: {value}" for key, value in facts.items()),
+            tabulate(cells, columns, tablefmt="github", disable_numparse=True),
+            *self.notes,
+        )
+        return "\n\n".join(parts) + "\n"
 
     def write(self, folder: Path, name: str) -> tuple[Path, Path]:
-        """Write ``<name>.md`` and ``<name>.json``.
-
-        Returns:
-            The two paths.
-        """
+        """Write ``<name>.md`` and ``<name>.json``; returns their paths."""
         folder.mkdir(parents=True, exist_ok=True)
-        content = {
-            "title": self.title,
-            "command": command_line(),
-            "machine": describe_machine(self.device),
-            "settings": self.settings,
-            "rows": self.rows,
-            "notes": self.notes,
-        }
-        texts = {".md": self.markdown(), ".json": json.dumps(content, indent=1) + "\n"}
-        paths = []
-        for suffix, text in texts.items():
-            path = folder / f"{name}{suffix}"
+        content = {"title": self.title, "command": _command_line(), "machine": self.machine()}
+        content |= {"settings": self.settings, "rows": self.rows, "notes": self.notes}
+        markdown, data = folder / f"{name}.md", folder / f"{name}.json"
+        for path, text in (markdown, self.markdown()), (data, json.dumps(content, indent=1) + "\n"):
             with replacing(path) as temporary:
                 temporary.write_text(text, encoding="utf-8")
-            paths.append(path)
-        return paths[0], paths[1]
+        return markdown, data
 
 
-def command_line() -> str:
-    """The command of this process as one would type it."""
+def _command_line() -> str:
     return " ".join(["python", *sys.argv])
-
-
-class _ResidentMemory:
-    """Watches the resident memory of this process from a thread."""
-
-    def __enter__(self) -> _ResidentMemory:
-        self._start = self._peak = _resident_bytes()
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join()
-        self._peak = max(self._peak, _resident_bytes())
-
-    @property
-    def peak_over_start(self) -> int:
-        return self._peak - self._start
-
-    def _watch(self) -> None:
-        while not self._done.wait(_SAMPLING_INTERVAL):
-            self._peak = max(self._peak, _resident_bytes())
-
-
-def _resident_bytes() -> int:
-    """Resident memory; 0 where the system does not say."""
-    with suppress(OSError):
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    return 0
-
-
-def _time(call: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    call()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
 
 
 def _cell(value: Any) -> str:
@@ -259,3 +212,75 @@ def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
     return str(value)
+
+
+class RandomTeacher:
+    """A ``Teacher`` that looks random embeddings up instead of asking CLIP.
+
+    Args:
+        embed_dim: D.
+        device: of the embeddings.
+    """
+
+    logit_scale = 100.0
+
+    def __init__(self, embed_dim: int, device: str) -> None:
+        self.embed_dim = embed_dim
+        self._rows = torch.zeros(0, embed_dim, device=device)
+
+    def encode_regions(
+        self, images: Sequence[Tensor], boxes: Sequence[Tensor], crop_scale: float
+    ) -> Tensor:
+        """(P, D), L2-normalised, one for each of the P boxes of all images."""
+        return self._first(sum(map(len, boxes)))
+
+    def encode_captions(self, captions: Sequence[str]) -> Tensor:
+        """(C, D), L2-normalised."""
+        return self._first(len(captions))
+
+    def encode_classes(self, names: Sequence[str]) -> Tensor:
+        """(K, D), L2-normalised."""
+        return self._first(len(names))
+
+    def _first(self, count: int) -> Tensor:
+        if len(self._rows) < count:
+            generator = torch.Generator().manual_seed(0)
+            rows = torch.randn(count, self.embed_dim, generator=generator)
+            self._rows = F.normalize(rows, dim=1).to(self._rows)
+        return self._rows[:count]
+
+
+def random_hierkd(
+    config_file: str, num_classes: int, device: torch.device, opts: Sequence[str] = ()
+) -> detector.HierKD:
+    """Build HierKD with random weights and a vocabulary of random embeddings, without CLIP.
+
+    Args:
+        config_file: path of a YAML.
+        num_classes: size of the vocabulary.
+        device: where it runs.
+        opts: KEY VALUE ... on top of the config.
+
+    Returns:
+        The detector in training mode.
+    """
+    own = ("MODEL.DEVICE", str(device), "MODEL.WEIGHTS", "", "DATASETS.TRAIN", "()")
+    cfg = load_config(config_file, [*opts, *own])
+    teacher = RandomTeacher(cfg.MODEL.TEXT_CLASSIFIER.EMBED_DIM, cfg.MODEL.DEVICE)
+    torch.manual_seed(0)
+    with mock.patch.object(detector, "build_teacher", return_value=teacher):
+        model: detector.HierKD = build_model(cfg)
+    tame(model)
+    model.set_vocabulary([f"class {number}" for number in range(num_classes)])
+    return model
+
+
+def tame(model: nn.Module) -> None:
+    """Keep the activations of a random ResNet in range.
+
+    A frozen normalisation with its initial statistics passes values on as they are, and they grow
+    from block to block until they overflow; halved in each, they do not.
+    """
+    for module in model.modules():
+        if isinstance(module, FrozenBatchNorm2d):
+            module.weight.fill_(0.5)
