@@ -26,7 +26,7 @@ def add_hierkd_config(cfg: CN) -> None:
 def _add_detector_keys(cfg: CN) -> None:
     """§3.1: the detector and its text classifier."""
     cfg.MODEL.ATSS = CN()
-    # Feature maps the head looks at, finest first. [paper §3.1: P3-P7]
+    # Feature maps the head looks at, finest first. [ATSS; five FPN levels: paper §3.3]
     cfg.MODEL.ATSS.IN_FEATURES = ["p3", "p4", "p5", "p6", "p7"]
     # 3x3 convolutions in each of the two towers. [ATSS]
     cfg.MODEL.ATSS.NUM_CONVS = 4
@@ -54,8 +54,8 @@ def _add_detector_keys(cfg: CN) -> None:
     # [paper §3.4, Table 5: 10 %]
     cfg.MODEL.ATSS.NEGATIVE_SAMPLING = "fraction"
     cfg.MODEL.ATSS.NEGATIVE_AMOUNT = 0.1
-    # Where they are drawn: "batch" = from all levels together [paper §3.4], or "level" = from each
-    # level by itself, and none from a level without a positive [release].
+    # Where they are drawn: "batch" = from all levels together [ours: the paper does not say], or
+    # "level" = from each level by itself, and none from a level without a positive [release].
     cfg.MODEL.ATSS.NEGATIVE_SCOPE = "batch"
     # Whether points outside an image's own size, padded to a multiple of the backbone's stride, are
     # left out of the losses. False: where a batch pads the image further, they are negatives like
@@ -63,7 +63,8 @@ def _add_detector_keys(cfg: CN) -> None:
     cfg.MODEL.ATSS.IGNORE_PADDING = False
     # Inference: class probabilities at or below the threshold are dropped (before the product with
     # the IoU); then the best anchors of each level, then the best (anchor, class) pairs of the
-    # image go to NMS (0 = all pairs). [release: 0.0, 1000; pairs: ours, the release sends all]
+    # image go to NMS (0 = all pairs). [paper §4.2: 0.0; release: 1000; pairs: ours, the release
+    # sends all]
     cfg.MODEL.ATSS.SCORE_THRESH_TEST = 0.0
     cfg.MODEL.ATSS.TOPK_ANCHORS_TEST = 1000
     cfg.MODEL.ATSS.TOPK_PAIRS_TEST = 3000
@@ -82,12 +83,12 @@ def _add_detector_keys(cfg: CN) -> None:
     cfg.MODEL.TEXT_CLASSIFIER = CN()
     # D, width of the CLIP space the detector learns; 512 for ViT-B/32. Must equal the teacher's.
     cfg.MODEL.TEXT_CLASSIFIER.EMBED_DIM = 512
-    # Start of tau_c, which multiplies the cosines. [release]
+    # Start of tau_c, which multiplies the cosines. [paper §4.2]
     cfg.MODEL.TEXT_CLASSIFIER.LOGIT_SCALE = 100.0
     # Least and greatest tau_c: a step that leaves the range is brought back to its end, with a
     # warning. [ours: the release has no limits; CLIP limits its own to 100, where tau_c starts]
     cfg.MODEL.TEXT_CLASSIFIER.LOGIT_SCALE_RANGE = (1.0, 1000.0)
-    # Prompt of a class; {} is the name. [release]
+    # Prompt of a class; {} is the name. [paper §3]
     cfg.MODEL.TEXT_CLASSIFIER.TEMPLATE = "a photo of a {}."
     # Prompt ensemble: several templates in place of TEMPLATE; a class is the normalised mean of
     # their normalised embeddings, as in CLIP. Empty = TEMPLATE alone. [ours]
@@ -118,7 +119,7 @@ def _add_distillation_keys(cfg: CN) -> None:
     # Side of the crop over side of the box. [Table 2: 1.5 better than 1.0]
     cfg.MODEL.IKD.CROP_SCALE = 1.5
     # A positive is distilled if its predicted box has at least this IoU with its object.
-    # [paper §3.2]
+    # [paper §3.2: "a fixed IOU threshold"; its value: release]
     cfg.MODEL.IKD.IOU_THRESH = 0.5
     # At most this many crops per image on average, drawn at random over the batch; 0 = no limit.
     # With BOXES "gt" it is a limit of points, several of which share a crop, so that a training
@@ -136,11 +137,11 @@ def _add_distillation_keys(cfg: CN) -> None:
     cfg.MODEL.GKD.LOSS_WEIGHT = 1.0
     # "contrastive" [paper Eq. 5] or "positive_only" (Table 3, "PL").
     cfg.MODEL.GKD.LOSS_TYPE = "contrastive"
-    # G, the patch grid per level is G x G. [Table 3: 3]
+    # G, the patch grid per level is G x G. [paper §4.2, Table 3]
     cfg.MODEL.GKD.GRID_SIZE = 3
     # "max" [Table 3] or "avg".
     cfg.MODEL.GKD.POOLING = "max"
-    # Start of tau_m, which multiplies the match scores. [release]
+    # Start of tau_m, which multiplies the match scores. [paper §4.2]
     cfg.MODEL.GKD.LOGIT_SCALE = 10.0
     # Least and greatest tau_m, likewise. [ours]
     cfg.MODEL.GKD.LOGIT_SCALE_RANGE = (1.0, 1000.0)
@@ -158,8 +159,8 @@ def _add_distillation_keys(cfg: CN) -> None:
     # open_clip_config.json and weights. TEXT_CLASSIFIER.EMBED_DIM goes with it; docs/teachers.md
     # has the sizes. [ours]
     cfg.MODEL.TEACHER.WEIGHTS = "ViT-B/32"
-    # Mean and deviation of the pixels that the teacher sees: "clip", its own [paper §4.2], or
-    # "imagenet" [release].
+    # Mean and deviation of the pixels that the teacher sees: "clip", its own [ours: the paper does
+    # not say], or "imagenet" [release].
     cfg.MODEL.TEACHER.PIXEL_STATISTICS = "clip"
     # Folder of downloaded weights; "" = ~/.cache/clip for OpenAI's CLIP, the model hub's cache
     # (HF_HOME) for open_clip's.
@@ -192,7 +193,7 @@ def _add_miniature_and_training_keys(cfg: CN) -> None:
     # that is missing, a warning is logged and nothing is compiled. [ours]
     cfg.TEST.COMPILE = False
 
-    # "SGD" [paper §4.2] or "ADAMW" (the miniature).
+    # "SGD" [release] or "ADAMW" (the miniature).
     cfg.SOLVER.OPTIMIZER = "SGD"
     # CLIP_GRADIENTS.CLIP_TYPE "full_model" clips the norm of all gradients together, as the release
     # does; detectron2's own types clip each parameter by itself.
