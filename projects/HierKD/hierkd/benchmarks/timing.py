@@ -28,7 +28,7 @@ import torch
 from tqdm import tqdm
 
 from hierkd.files import replacing
-from hierkd.reports.hardware import processor_name
+from hierkd.reports.run_record import processor_name
 
 __all__ = ["Measurement", "Report", "describe_machine", "measure", "peak_memory", "ratio"]
 
