@@ -17,35 +17,15 @@ import hierkd  # noqa: F401  (first: it quiets two deprecation warnings inside l
 
 # isort: split
 import argparse
-import io
 import logging
 import random
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
-
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.utils.logger import setup_logger
-from PIL import Image
-
-from hierkd.data.coco import check_datasets
-from hierkd.files import replacing
-from hierkd.inference.predictor import OpenVocabularyPredictor
-from hierkd.load_config import load_config
-from hierkd.reports.figures import draw_comparison, keep_best
-from hierkd.reports.gallery import Sample, build_samples, choose_in_turn
+from typing import Any
 
 logger = logging.getLogger("hierkd.compare_detections")
 
-FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
-
-
-class Run(NamedTuple):
-    """A detector to compare."""
-
-    name: str
-    config_file: str
-    weights: str
+SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -98,14 +78,14 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse_runs(texts: Sequence[str]) -> list[Run]:
-    """Read the detectors to compare.
+def parse_runs(texts: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Read the detectors to compare: name to config and checkpoint.
 
     Raises:
         ValueError: One is not NAME=CONFIG:WEIGHTS, or two have one name.
         FileNotFoundError: A config or a checkpoint does not exist.
     """
-    runs = []
+    runs: dict[str, tuple[str, str]] = {}
     for text in texts:
         name, _, rest = text.partition("=")
         config_file, _, weights = rest.partition(":")
@@ -114,65 +94,46 @@ def parse_runs(texts: Sequence[str]) -> list[Run]:
         for path in (config_file, weights):
             if "://" not in path and not Path(path).is_file():
                 raise FileNotFoundError(f"--run {name}: no file {path!r}")
-        runs.append(Run(name.strip(), config_file, weights))
-    names = [run.name for run in runs]
-    if repeated := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"--run: several are called {repeated}")
+        if name.strip() in runs:
+            raise ValueError(f"--run: several are called {name.strip()!r}")
+        runs[name.strip()] = (config_file, weights)
     return runs
 
 
 def choose_records(
-    records: Sequence[dict[str, Any]], args: argparse.Namespace, vocabulary: Sequence[str]
+    records: Sequence[dict[str, Any]],
+    args: argparse.Namespace,
+    vocabulary: Sequence[str],
+    novel: Collection[str],
 ) -> list[dict[str, Any]]:
     """Choose the pictures to show, without looking at any detection.
 
     Raises:
         ValueError: There is no such picture, or the dataset has no novel classes.
     """
+    from hierkd.reports.gallery import choose_in_turn
+
     if args.image_ids is not None:
         by_id = {str(record["image_id"]): record for record in records}
         if unknown := [each for each in args.image_ids if each not in by_id]:
             raise ValueError(f"--image-ids: {args.dataset} has no images {unknown}")
         return [by_id[each] for each in dict.fromkeys(args.image_ids)]
-    count = args.random if args.novel is None else args.novel
-    if count < 1:
-        raise ValueError(f"--random and --novel must be at least 1, got {count}")
     if args.novel is None:
-        return random.Random(args.seed).sample(list(records), min(count, len(records)))
-    novel = set(MetadataCatalog.get(args.dataset).get("novel_classes", ())) & set(vocabulary)
+        return random.Random(args.seed).sample(list(records), min(args.random, len(records)))
     if not novel:
         raise ValueError(f"--novel: the vocabulary of {args.dataset} has no novel classes")
-    held = [
-        {vocabulary[a["category_id"]] for a in record["annotations"] if not a.get("iscrowd", 0)}
-        for record in records
-    ]
-    names = [name for name in vocabulary if name in novel]
-    return [records[i] for i in choose_in_turn(held, names, count)]
+    return choose_in_turn(records, vocabulary, [n for n in vocabulary if n in novel], args.novel)
 
 
 def describe(record: dict[str, Any], vocabulary: Sequence[str], novel: Collection[str]) -> str:
-    """The line above a picture: its file and what is in it."""
+    """The line above a picture: its file and what is in it, novel classes first."""
     names = [vocabulary[a["category_id"]] for a in record["annotations"] if not a.get("iscrowd", 0)]
-    parts = []
-    for group, members in (("novel", novel), ("base", set(vocabulary) - set(novel))):
-        counts = {name: names.count(name) for name in names if name in members}
-        if counts:
-            listed = ", ".join(f"{n} {name}" if n > 1 else name for name, n in counts.items())
-            parts.append(f"{group}: {listed}" if novel else listed)
-    objects = "; ".join(parts) or "no objects"
+    listed = []
+    for name in sorted(dict.fromkeys(names), key=lambda name: name not in novel):
+        count = f"{names.count(name)} " * (names.count(name) > 1)
+        listed.append(f"{count}{name}{' (novel)' * (name in novel)}")
+    objects = ", ".join(listed) or "no objects"
     return f"{Path(record['file_name']).name} (id {record['image_id']}) · {objects}"
-
-
-def detect(
-    run: Run, records: Sequence[dict[str, Any]], args: argparse.Namespace, judged: Sequence[str]
-) -> list[Sample]:
-    """Run one detector on the pictures, with the dataset's vocabulary."""
-    overrides = [*args.opts, "MODEL.WEIGHTS", run.weights]
-    predictor = OpenVocabularyPredictor(load_config(run.config_file, overrides))
-    vocabulary = list(MetadataCatalog.get(args.dataset).thing_classes)
-    predictor.set_vocabulary(vocabulary)
-    samples = build_samples(records, predictor, vocabulary, judged)
-    return keep_best(samples, args.threshold)
 
 
 def compare(args: argparse.Namespace) -> Path:
@@ -185,30 +146,32 @@ def compare(args: argparse.Namespace) -> Path:
         FileNotFoundError: A config, a checkpoint or the dataset is missing.
         ValueError: A wrong option, or a picture that cannot be decoded.
     """
-    if args.output.suffix.lower() not in FORMATS:
-        raise ValueError(f"--output: expected one of {sorted(FORMATS)}, got {str(args.output)!r}")
-    if args.threshold is not None and not 0 <= args.threshold <= 1:
-        raise ValueError(f"--threshold must be 0 to 1, got {args.threshold}")
-    if args.panel_px < 64:
-        raise ValueError(f"--panel-px must be at least 64, got {args.panel_px}")
+    from detectron2.data import DatasetCatalog, MetadataCatalog
+
+    from hierkd.data.coco import check_datasets
+    from hierkd.inference.predictor import OpenVocabularyPredictor
+    from hierkd.load_config import load_config
+    from hierkd.reports.charts import draw_comparison
+    from hierkd.reports.drawing import save_picture
+    from hierkd.reports.gallery import build_samples, keep_best
+
     runs = parse_runs(args.runs)
     check_datasets([args.dataset])
     metadata = MetadataCatalog.get(args.dataset)
     vocabulary = list(metadata.thing_classes)
-    records = choose_records(DatasetCatalog.get(args.dataset), args, vocabulary)
     novel = set(metadata.get("novel_classes", ())) & set(vocabulary)
-    judged = vocabulary if args.judge == "all" else sorted(novel)
-    samples = {run.name: detect(run, records, args, judged) for run in runs}
-    sheet = draw_comparison(
-        samples,
-        [describe(record, vocabulary, novel) for record in records],
-        panel_px=args.panel_px,
-    )
-    buffer = io.BytesIO()
-    Image.fromarray(sheet).save(buffer, format=FORMATS[args.output.suffix.lower()], quality=90)
-    with replacing(args.output) as making:
-        making.write_bytes(buffer.getvalue())
-    logger.info("wrote %s: %d pictures, %s", args.output, len(records), ", ".join(samples))
+    judged = vocabulary if args.judge == "all" else novel
+    records = choose_records(DatasetCatalog.get(args.dataset), args, vocabulary, novel)
+    columns = {}
+    for name, (config_file, weights) in runs.items():
+        overrides = [*args.opts, "MODEL.WEIGHTS", weights]
+        predictor = OpenVocabularyPredictor(load_config(config_file, overrides))
+        predictor.set_vocabulary(vocabulary)
+        found = build_samples(records, lambda _, image, p=predictor: p(image), vocabulary, judged)
+        columns[name] = keep_best(found, args.threshold)
+    captions = [describe(record, vocabulary, novel) for record in records]
+    save_picture(args.output, draw_comparison(columns, captions, panel_px=args.panel_px))
+    logger.info("wrote %s: %d pictures, %s", args.output, len(records), ", ".join(columns))
     return Path(args.output)
 
 
@@ -216,6 +179,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line; errors of the user's end it with a message and status 2."""
     parser = get_parser()
     args = parser.parse_args(argv)
+    if args.output.suffix.lower() not in SUFFIXES:
+        parser.error(f"--output: expected one of {SUFFIXES}, got {str(args.output)!r}")
+    if args.threshold is not None and not 0 <= args.threshold <= 1:
+        parser.error(f"--threshold must be 0 to 1, got {args.threshold}")
+    if args.panel_px < 64:
+        parser.error(f"--panel-px must be at least 64, got {args.panel_px}")
+    if min(args.random or 1, args.novel or 1) < 1 or 0 in (args.random, args.novel):
+        parser.error("--random and --novel must be at least 1")
+    from detectron2.utils.logger import setup_logger
+
     setup_logger(name="hierkd", abbrev_name="hierkd")
     try:
         compare(args)

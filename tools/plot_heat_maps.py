@@ -17,21 +17,9 @@ import hierkd  # noqa: F401  (first: it quiets two deprecation warnings inside l
 
 # isort: split
 import argparse
-import io
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-
-from detectron2.utils.logger import setup_logger
-from PIL import Image
-from tqdm import tqdm
-
-from hierkd.data.mapper import read_picture
-from hierkd.evaluation.heat_maps import score_heat_maps
-from hierkd.files import replacing
-from hierkd.inference.predictor import OpenVocabularyPredictor, resolve_vocabulary
-from hierkd.load_config import load_config
-from hierkd.reports.figures import draw_heat_map_sheet
 
 logger = logging.getLogger("hierkd.plot_heat_maps")
 
@@ -71,28 +59,6 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def choose_vocabulary(
-    classes: Sequence[str], vocabulary: str | None, default: Sequence[str]
-) -> list[str]:
-    """Return the classes that compete.
-
-    Args:
-        classes: Classes to draw.
-        vocabulary: What the user named, if anything.
-        default: The detector's own; classes that it lacks are added.
-
-    Raises:
-        ValueError: The user's vocabulary is unusable, or lacks one of the classes.
-    """
-    if vocabulary is None:
-        return list(dict.fromkeys([*default, *classes]))
-    names = resolve_vocabulary(vocabulary)
-    unknown = [name for name in classes if name not in names]
-    if unknown:
-        raise ValueError(f"--classes: {unknown} are not in --vocabulary {names}")
-    return names
-
-
 def run(args: argparse.Namespace) -> list[Path]:
     """Draw all pictures.
 
@@ -103,36 +69,43 @@ def run(args: argparse.Namespace) -> list[Path]:
         FileNotFoundError: A picture, the config or the weights are missing.
         ValueError: Wrong names, a picture that cannot be decoded, or two of one name.
     """
-    missing = [str(path) for path in args.input if not path.is_file()]
-    if missing:
+    from tqdm import tqdm
+
+    from hierkd.data.mapper import read_picture
+    from hierkd.evaluation.heat_maps import score_heat_maps
+    from hierkd.inference.predictor import OpenVocabularyPredictor, resolve_vocabulary
+    from hierkd.load_config import load_config
+    from hierkd.reports.charts import draw_heat_map_sheet
+    from hierkd.reports.drawing import save_picture
+
+    if missing := [str(path) for path in args.input if not path.is_file()]:
         raise FileNotFoundError(f"--input: no such files: {missing}")
-    stems = [path.stem for path in args.input]
-    if repeated := sorted({stem for stem in stems if stems.count(stem) > 1}):
+    outputs = [args.output / f"{path.stem}.png" for path in args.input]
+    if repeated := sorted({path.stem for path in outputs if outputs.count(path) > 1}):
         raise ValueError(f"--input: several pictures are called {repeated}: draw them apart")
-    if args.panel_px < 64:
-        raise ValueError(f"--panel-px must be at least 64, got {args.panel_px}")
     classes = resolve_vocabulary(args.classes)
+    vocabulary = None if args.vocabulary is None else resolve_vocabulary(args.vocabulary)
+    if vocabulary and (unknown := [name for name in classes if name not in vocabulary]):
+        raise ValueError(f"--classes: {unknown} are not in --vocabulary {list(vocabulary)}")
     pictures = [read_picture(str(path)) for path in args.input]
     predictor = OpenVocabularyPredictor(load_config(args.config_file, args.opts))
-    predictor.set_vocabulary(choose_vocabulary(classes, args.vocabulary, predictor.vocabulary))
-    written = []
-    for path, picture in tqdm(list(zip(args.input, pictures, strict=True)), unit="picture"):
+    predictor.set_vocabulary(vocabulary or list(dict.fromkeys([*predictor.vocabulary, *classes])))
+    for output, picture in tqdm(list(zip(outputs, pictures, strict=True)), unit="picture"):
         maps = score_heat_maps(predictor.model, predictor.prepare(picture), classes)
         sheet = draw_heat_map_sheet(picture[:, :, ::-1], maps, panel_px=args.panel_px)
-        buffer = io.BytesIO()
-        Image.fromarray(sheet).save(buffer, format="PNG")
-        output = args.output / f"{path.stem}.png"
-        with replacing(output) as making:
-            making.write_bytes(buffer.getvalue())
-        written.append(output)
-    logger.info("wrote %s", ", ".join(map(str, written)))
-    return written
+        save_picture(output, sheet)
+    logger.info("wrote %s", ", ".join(map(str, outputs)))
+    return outputs
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line; errors of the user's end it with a message and status 2."""
     parser = get_parser()
     args = parser.parse_args(argv)
+    if args.panel_px < 64:
+        parser.error(f"--panel-px must be at least 64, got {args.panel_px}")
+    from detectron2.utils.logger import setup_logger
+
     setup_logger(name="hierkd", abbrev_name="hierkd")
     try:
         run(args)

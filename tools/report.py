@@ -21,10 +21,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from detectron2.utils.logger import setup_logger
-
-from hierkd.reports.run_report import read_run, write_run_report
-
 
 def get_parser() -> argparse.ArgumentParser:
     """Build the command line."""
@@ -57,14 +53,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.pictures < 0:
         parser.error(f"--pictures must be 0 or more, got {args.pictures}")
+    from detectron2.utils.logger import setup_logger
+
+    from hierkd.reports.page import write_page
+    from hierkd.reports.report import describe_run
+    from hierkd.reports.run_record import read_run
+
     setup_logger(name="hierkd", abbrev_name="hierkd").setLevel(logging.WARNING)
     try:
         run, *others = [read_run(path) for path in (args.run, *args.compare)]
     except FileNotFoundError as error:
         sys.exit(f"error: {error}")
+    page = describe_run(run, others, num_pictures=args.pictures, device=args.device)
     output = args.output or args.run / "report.html"
-    write_run_report(output, run, others=others, num_pictures=args.pictures, device=args.device)
-    for note in run.notes:
+    write_page(output, page)
+    for note in page.sections[0].notes:
         print(f"note: {note}")
     print(f"{output}: {output.stat().st_size / 1e6:.1f} MB")
 

@@ -15,31 +15,18 @@ import hierkd  # noqa: F401  (first: it quiets two deprecation warnings inside l
 
 # isort: split
 import argparse
-import json
 import logging
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from subprocess import Popen
 from typing import Any
 
-from detectron2.utils.logger import setup_logger
-from tabulate import tabulate
-from tqdm import tqdm
-
-from hierkd.evaluation.upper_bound import clip_upper_bound
-from hierkd.experiments.results import collect_results, summary_rows, write_results
-from hierkd.experiments.runs import git_commit
-from hierkd.inference.predictor import OpenVocabularyPredictor
-from hierkd.load_config import load_config
-from hierkd.miniature.world import miniature_root
-from hierkd.reports.report import write_report
-
 ROOT = Path(__file__).resolve().parent.parent
-ZSD, GZSD = "miniature_ovd_test_novel", "miniature_ovd_test_all"
+DATASETS = {"zsd": "miniature_ovd_test_novel", "gzsd": "miniature_ovd_test_all"}
 STAGES = ("prepare", "train", "evaluate", "upper bound", "report")
 LINES_OF_A_FAILURE = 25
 
@@ -49,7 +36,6 @@ class Stages:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
-        self.started = time.monotonic()
 
     @contextmanager
     def __call__(self, name: str, announcement: str) -> Iterator[None]:
@@ -57,20 +43,8 @@ class Stages:
         print(f"\n[{STAGES.index(name) + 1}/{len(STAGES)}] {announcement}", flush=True)
         started = time.monotonic()
         yield
-        self.seconds[name] = time.monotonic() - started
+        self.seconds[name] = round(time.monotonic() - started, 1)
         print(f"      done in {self.seconds[name]:.0f} s", flush=True)
-
-    @property
-    def total(self) -> float:
-        """Seconds since the beginning."""
-        return time.monotonic() - self.started
-
-
-def read_last_metrics(folder: Path) -> dict[str, Any]:
-    """Return the last complete line of ``metrics.json``; {} while there is none."""
-    path = folder / "metrics.json"
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
-    return dict(json.loads(lines[-1])) if lines else {}
 
 
 def prepare(config_file: str) -> None:
@@ -97,16 +71,22 @@ def start_training(config_file: str, folder: Path, overrides: Sequence[str]) -> 
 
 def follow_training(process: Popen[bytes], folder: Path, max_iter: int) -> None:
     """Show a progress bar until the last iteration is logged or the process ends."""
+    from tqdm import tqdm
+
+    from hierkd.reports.metrics import read_run_metrics
+
+    path = folder / "metrics.json"
     with tqdm(total=max_iter, unit="it", smoothing=0.1) as bar:
         while process.poll() is None and bar.n < max_iter:
             time.sleep(0.5)
-            last = read_last_metrics(folder)
-            if "total_loss" in last:
-                bar.set_postfix(loss=f"{last['total_loss']:.2f}", refresh=False)
-                bar.update(min(last["iteration"] + 1, max_iter) - bar.n)
+            curves = read_run_metrics(path).curves if path.is_file() else {}
+            if "total_loss" in curves:
+                iterations, losses = curves["total_loss"]
+                bar.set_postfix(loss=f"{losses[-1]:.2f}", refresh=False)
+                bar.update(min(iterations[-1] + 1, max_iter) - bar.n)
 
 
-def read_evaluation(process: Popen[bytes], folder: Path) -> dict[str, dict[str, float]]:
+def read_evaluation(process: Popen[bytes], folder: Path) -> Mapping[str, Mapping[str, float]]:
     """Wait for the evaluation at the end of the training.
 
     Returns:
@@ -115,19 +95,13 @@ def read_evaluation(process: Popen[bytes], folder: Path) -> dict[str, dict[str, 
     Raises:
         SystemExit: The process failed; its last lines have been printed.
     """
+    from hierkd.reports.run_record import read_run
+
     if process.wait() != 0:
         log = folder / "stdout.txt"
         print("\n".join(log.read_text(errors="replace").splitlines()[-LINES_OF_A_FAILURE:]))
         raise SystemExit(f"The training failed with status {process.returncode}: see {log}")
-    last = read_last_metrics(folder)
-    return {
-        name: {
-            key.removeprefix(f"{name}/bbox/"): value
-            for key, value in last.items()
-            if key.startswith(f"{name}/bbox/")
-        }
-        for name in (ZSD, GZSD)
-    }
+    return read_run(folder).figures
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -145,9 +119,19 @@ def get_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run all stages."""
     args = get_parser().parse_args(argv)
+    from detectron2.utils.logger import setup_logger
+    from tabulate import tabulate
+
+    from hierkd.evaluation.upper_bound import clip_upper_bound
+    from hierkd.experiments.results import collect_results, summary_rows, write_results
+    from hierkd.inference.predictor import OpenVocabularyPredictor
+    from hierkd.load_config import load_config
+    from hierkd.miniature.world import miniature_root
+    from hierkd.reports.report import write_demo_report
+    from hierkd.reports.run_record import git_commit
+
     setup_logger(name="hierkd", abbrev_name="hierkd").setLevel(logging.WARNING)
-    folder = args.output / "hierkd"
-    world = miniature_root().resolve()
+    folder, world = args.output / "hierkd", miniature_root().resolve()
     overrides = [
         *("SEED", str(args.seed), "OUTPUT_DIR", str(folder.resolve())),
         # The config's own paths are those of the default $DETECTRON2_DATASETS.
@@ -156,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         *args.opts,
     ]
     cfg = load_config(args.config_file, overrides)
-    stages = Stages()
+    stages, started = Stages(), time.monotonic()
 
     with stages("prepare", "The miniature world, its tiny CLIP and the detector's warm start"):
         prepare(args.config_file)
@@ -164,37 +148,40 @@ def main(argv: Sequence[str] | None = None) -> None:
     with stages("train", f"Training HierKD, {cfg.SOLVER.MAX_ITER} iterations"):
         follow_training(process, folder, cfg.SOLVER.MAX_ITER)
     with stages("evaluate", "Evaluating on the test split: novel classes alone, and all classes"):
-        figures = read_evaluation(process, folder)
+        found = read_evaluation(process, folder)
+        figures = {protocol: found[name] for protocol, name in DATASETS.items()}
     with stages("upper bound", "CLIP on the ground-truth boxes"):
         trained = ["MODEL.WEIGHTS", str(folder / "model_final.pth")]
         predictor = OpenVocabularyPredictor(load_config(args.config_file, [*overrides, *trained]))
+        teacher, scale = predictor.model.teacher, cfg.MODEL.IKD.CROP_SCALE
         bounds = {
-            name: clip_upper_bound(
-                predictor.model.teacher,
-                name,
-                cfg.MODEL.IKD.CROP_SCALE,
-                image_format=cfg.INPUT.FORMAT,
-            )
-            for name in (ZSD, GZSD)
+            protocol: clip_upper_bound(teacher, name, scale, image_format=cfg.INPUT.FORMAT)
+            for protocol, name in DATASETS.items()
         }
     with stages("report", "Writing the report"):
-        results = collect_results(
-            zsd=figures[ZSD],
-            gzsd=figures[GZSD],
-            upper_bound_zsd=bounds[ZSD],
-            upper_bound_gzsd=bounds[GZSD],
-            config=args.config_file,
-            seed=args.seed,
-            commit=git_commit(ROOT) or "unknown",
-            seconds={**stages.seconds, "total": stages.total},
-        )
+        seconds = {**stages.seconds, "total": round(time.monotonic() - started, 1)}
+        provenance: dict[str, Any] = {
+            "config": args.config_file,
+            "seed": args.seed,
+            "commit": git_commit(ROOT) or "unknown",
+            "seconds": seconds,
+        }
+        results = collect_results(figures, bounds, **provenance)
         write_results(args.output / "results.json", results)
-        report = args.output / "report.html"
-        write_report(report, results, run_dir=folder, predictor=predictor, dataset_name=GZSD)
+        rows, report = summary_rows(results), args.output / "report.html"
+        write_demo_report(
+            report,
+            rows,
+            provenance,
+            run_dir=folder,
+            predictor=predictor,
+            dataset_name=DATASETS["gzsd"],
+        )
 
     headers = ("test", "classes", "AP50", "AR50", "AP50 upper bound")
-    print("\n" + tabulate(summary_rows(results), headers=headers, floatfmt=".1f"))
-    print(f"\n{stages.total:.0f} s in all. See {report} and {args.output / 'results.json'}")
+    print("\n" + tabulate(rows, headers=headers, floatfmt=".1f"))
+    total = time.monotonic() - started
+    print(f"\n{total:.0f} s in all. See {report} and {args.output / 'results.json'}")
 
 
 if __name__ == "__main__":

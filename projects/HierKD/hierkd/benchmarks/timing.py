@@ -37,7 +37,7 @@ from tqdm import tqdm
 from hierkd.files import replacing
 from hierkd.load_config import load_config
 from hierkd.modeling import detector
-from hierkd.reports.hardware import processor_name
+from hierkd.reports.run_record import processor_name
 
 __all__ = [
     "RandomTeacher",

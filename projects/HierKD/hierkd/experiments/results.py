@@ -27,59 +27,44 @@ Results = dict[str, Any]
 # Dataset to name of a row ("crop 1.5") to "<group>/<metric>" to percent.
 Figures = Mapping[str, Mapping[str, Mapping[str, float]]]
 
-_REPORTED = ("AP50", "AR50")
+# Protocols of ``results.json`` and the groups of classes whose AP50 and AR50 they report.
+_GROUPS = {"zsd": ("novel",), "gzsd": ("novel", "base", "all")}
 
 
 def collect_results(
-    *,
-    zsd: Mapping[str, float],
-    gzsd: Mapping[str, float],
-    upper_bound_zsd: Mapping[str, float],
-    upper_bound_gzsd: Mapping[str, float],
-    config: str,
-    seed: int,
-    commit: str,
-    seconds: Mapping[str, float],
+    figures: Mapping[str, Mapping[str, float]],
+    upper_bounds: Mapping[str, Mapping[str, float]],
+    **provenance: Any,
 ) -> Results:
     """Arrange the figures of a run as ``results.json`` holds them.
 
     Args:
-        zsd: :class:`SplitCOCOEvaluator`'s figures on the novel vocabulary.
-        gzsd: Its figures on the vocabulary of all classes.
-        upper_bound_zsd: CLIP's on the ground-truth boxes of the first.
-        upper_bound_gzsd: And of the second.
-        config: Path of the config.
-        seed: Of the run.
-        commit: Of the code.
-        seconds: Wall time of each stage.
+        figures: :class:`SplitCOCOEvaluator`'s on the novel vocabulary ("zsd") and on that of all
+            classes ("gzsd"), in percent.
+        upper_bounds: CLIP's on the ground-truth boxes, likewise.
+        provenance: Config, seed, commit and the like, by name.
 
     Returns:
         ``{"zsd": {"novel": {"AP50", "AR50"}}, "gzsd": {"novel", "base", "all"}, "upper_bound":
-        {"zsd", "gzsd"}, "config", "seed", "commit", "seconds"}``.
+        {"zsd", "gzsd"}, **provenance}``; to two decimals, what cannot be computed is None.
     """
-    return {
-        "zsd": _pick(zsd, ("novel",)),
-        "gzsd": _pick(gzsd, ("novel", "base", "all")),
-        "upper_bound": {
-            "zsd": _pick(upper_bound_zsd, ("novel",)),
-            "gzsd": _pick(upper_bound_gzsd, ("novel", "base", "all")),
-        },
-        "config": config,
-        "seed": seed,
-        "commit": commit,
-        "seconds": {stage: round(value, 1) for stage, value in seconds.items()},
-    }
+
+    def pick(of_protocols: Mapping[str, Mapping[str, float]]) -> Results:
+        return {
+            protocol: {
+                group: {
+                    name: _rounded(of_protocols[protocol][f"{group}/{name}"])
+                    for name in ("AP50", "AR50")
+                }
+                for group in groups
+            }
+            for protocol, groups in _GROUPS.items()
+        }
+
+    return {**pick(figures), "upper_bound": pick(upper_bounds), **provenance}
 
 
-def _pick(metrics: Mapping[str, float], groups: Iterable[str]) -> dict[str, dict[str, float]]:
-    """Take AP50 and AR50 of the groups, to two decimals; what cannot be computed is None."""
-    return {
-        group: {name: _rounded(metrics[f"{group}/{name}"]) for name in _REPORTED}
-        for group in groups
-    }
-
-
-def _rounded(value: float) -> Any:
+def _rounded(value: float) -> float | None:
     return None if math.isnan(value) else round(value, 2)  # JSON knows no NaN
 
 
@@ -90,43 +75,30 @@ def write_results(path: str | os.PathLike[str], results: Results) -> None:
         making.write_text(text, encoding="utf-8")
 
 
-def summary_rows(results: Results) -> list[tuple[Any, ...]]:
+def summary_rows(
+    results: Results,
+) -> list[tuple[str, str, float | None, float | None, float | None]]:
     """List (protocol, classes, AP50, AR50, upper bound's AP50) for a table."""
     return [
         (
             protocol.upper(),
             group,
-            metrics["AP50"],
-            metrics["AR50"],
+            results[protocol][group]["AP50"],
+            results[protocol][group]["AR50"],
             results["upper_bound"][protocol][group]["AP50"],
         )
-        for protocol in ("zsd", "gzsd")
-        for group, metrics in results[protocol].items()
+        for protocol, groups in _GROUPS.items()
+        for group in groups
     ]
 
 
-def collect_record(
-    *,
-    command: str,
-    config: str,
-    weights: str,
-    dataset: Sequence[str],
-    options: Mapping[str, Any],
-    rows: Figures,
-    main_row: str,
-    commit: str | None,
-) -> Results:
+def collect_record(*, rows: Figures, main_row: str, **provenance: Any) -> Results:
     """Arrange what a measurement found for :func:`write_results`.
 
     Args:
-        command: The command line.
-        config: Path of the config.
-        weights: Path of the checkpoint; "" where no detector was measured.
-        dataset: Names of the datasets.
-        options: Whatever else decides the figures.
         rows: What was found; NaN, which JSON does not know, becomes None.
         main_row: The row that a table of results takes.
-        commit: Of the code; None if unknown.
+        provenance: The command, config, weights, options and commit, by name.
 
     Returns:
         The arguments by name, and ``figures``: dataset to the figures of the main row.
@@ -138,17 +110,8 @@ def collect_record(
         }
         for name, of_dataset in rows.items()
     }
-    return {
-        "command": command,
-        "config": config,
-        "weights": weights,
-        "dataset": list(dataset),
-        "options": dict(options),
-        "figures": {name: of_dataset[main_row] for name, of_dataset in rounded.items()},
-        "main_row": main_row,
-        "rows": rounded,
-        "commit": commit,
-    }
+    figures = {name: of_dataset[main_row] for name, of_dataset in rounded.items()}
+    return {**provenance, "figures": figures, "main_row": main_row, "rows": rounded}
 
 
 def figures_table(rows: Figures, metrics: Sequence[str]) -> str:
@@ -165,13 +128,17 @@ def figures_table(rows: Figures, metrics: Sequence[str]) -> str:
         [dataset, row, group, *(_cell(of_row[f"{group}/{metric}"]) for metric in metrics)]
         for dataset, of_dataset in rows.items()
         for row, of_row in of_dataset.items()
-        for group in dict.fromkeys(key.split("/")[0] for key in of_row if "/" in key)
+        for group in _groups_of(of_row)
     ]
     headers = ["dataset", "row", "classes", *metrics]
     alignment = ("left", "left", "left", *("right" for _ in metrics))
     return str(
         tabulate(lines, headers, tablefmt="github", disable_numparse=True, colalign=alignment)
     )
+
+
+def _groups_of(figures: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(key.split("/")[0] for key in figures if "/" in key))
 
 
 def _cell(value: float) -> str:

@@ -22,7 +22,8 @@ import torch
 from tqdm import tqdm
 
 from hierkd.files import write_json_atomically
-from hierkd.reports.metrics import read_metric_lines
+from hierkd.reports.metrics import read_run_metrics
+from hierkd.reports.run_record import git_commit
 
 __all__ = ["Run", "execute", "find_figure", "git_commit", "read_record"]
 
@@ -62,21 +63,6 @@ class Run:
     def identity(self) -> dict[str, Any]:
         """What must agree for a record to be this run's."""
         return {"config": self.config, "opts": list(self.opts), "seed": self.seed}
-
-
-def git_commit(root: Path) -> str | None:
-    """The commit that ``root`` is at, with "+changes" if files differ; None outside of git."""
-    try:
-        commands = (["rev-parse", "--short=9", "HEAD"], ["status", "--porcelain", "-uno"])
-        head, changes = (
-            subprocess.run(
-                ["git", "-C", str(root), *command], capture_output=True, text=True, check=True
-            ).stdout.strip()
-            for command in commands
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return f"{head}+changes" if changes else head
 
 
 def read_record(run: Run) -> dict[str, Any] | None:
@@ -164,14 +150,14 @@ def _train(run: Run, root: Path, threads: int) -> int:
             check=False,
         ).returncode
     if code == 0:
-        last = read_metric_lines(run.folder / "metrics.json")[-1]
+        evaluations = read_run_metrics(run.folder / "metrics.json").evaluations
         record = {
             **run.identity(),
             "name": run.name,
             "commit": commit,
             "torch": torch.__version__,
             "seconds_of_last_start": round(time.monotonic() - started, 1),
-            "metrics": {k: v for k, v in last.items() if "/" in k},
+            "metrics": next(iter(evaluations.values()), {}),
         }
         write_json_atomically(run.folder / RECORD, record)
     return code

@@ -25,6 +25,7 @@ from hierkd.inference.detections import DetectionFilter, as_coco_results, as_rec
 from hierkd.inference.predictor import OpenVocabularyPredictor
 from hierkd.inference.video import Frame, Video
 from hierkd.load_config import load_config
+from hierkd.reports.charts import draw_heat_map_sheet, draw_side_by_side
 from hierkd.reports.demo_outputs import (
     PageEntry,
     VideoFile,
@@ -33,7 +34,6 @@ from hierkd.reports.demo_outputs import (
     save_picture,
 )
 from hierkd.reports.drawing import Image, draw_instances
-from hierkd.reports.figures import draw_heat_map_sheet, draw_side_by_side
 
 __all__ = [
     "DEFAULT_RUN",

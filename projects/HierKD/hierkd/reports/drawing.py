@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -17,6 +18,8 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image as PILImage
 from PIL import ImageDraw, ImageFont
 
+from hierkd.files import replacing
+
 __all__ = [
     "Color",
     "Image",
@@ -27,6 +30,7 @@ __all__ = [
     "draw_sheet",
     "enlarge",
     "fit",
+    "save_picture",
 ]
 
 Image = NDArray[np.uint8]
@@ -37,6 +41,7 @@ _MIN_LONG_SIDE_PX = 640
 # Labels on photographs: this many of their heights make up the picture's (mean) side. [ours]
 _LABELS_PER_SIDE = 45
 _POINTS_PER_PX = 0.72  # the Visualizer draws at 100 dots per inch
+_REFERENCE_PX = 20  # advance widths grow with the size of a font
 
 
 def enlarge(image: Image, min_long_side: int = _MIN_LONG_SIDE_PX) -> tuple[Image, float]:
@@ -49,12 +54,9 @@ def enlarge(image: Image, min_long_side: int = _MIN_LONG_SIDE_PX) -> tuple[Image
     Returns:
         The picture and the factor its sides grew by.
     """
-    factor = min_long_side / max(image.shape[:2])
-    if factor <= 1:
+    if max(image.shape[:2]) >= min_long_side:
         return image, 1.0
-    size = (round(image.shape[1] * factor), round(image.shape[0] * factor))
-    resized = cv2.resize(np.ascontiguousarray(image), size, interpolation=cv2.INTER_CUBIC)
-    return np.asarray(resized, np.uint8), factor
+    return fit(image, min_long_side)
 
 
 def fit(image: Image, side: int) -> tuple[Image, float]:
@@ -150,7 +152,7 @@ def _place_labels(
     taken: list[tuple[float, float, float, float]] = []
     places = []
     for (x0, y0, x1, y1), label in zip(boxes[::-1], labels[::-1], strict=True):
-        label_width = _text_width(label, font_px) + 2
+        label_width = _font(_REFERENCE_PX).getlength(label) * font_px / _REFERENCE_PX + 2
         sides = [x1 - label_width, x0] if x0 + x1 > width else [x0, x1 - label_width]
         rows = [y0 - label_px] if y0 >= label_px else []
         rows += [y0] if y1 + label_px > height else [y1, y0]
@@ -161,11 +163,9 @@ def _place_labels(
                 left = min(max(x, 0.0), max(width - label_width, 0.0))
                 top = min(max(y, 0.0), max(height - label_px, 0.0))
                 candidates.append((left, top, left + label_width, top + label_px))
-        best = candidates[0]
-        if label:
-            best = min(candidates, key=lambda place: sum(_overlap(place, t) for t in taken))
-            taken.append(best)
+        best = min(candidates, key=lambda place: sum(_overlap(place, t) for t in taken))
         places.append((best[0], best[1]))
+        taken += [best] if label else []
     return places[::-1]
 
 
@@ -182,11 +182,6 @@ def _overlap(
 def _font(size_px: int, weight: str = "normal") -> ImageFont.FreeTypeFont:
     """The font that matplotlib, and so the Visualizer, writes in."""
     return ImageFont.truetype(findfont(FontProperties(family="sans-serif", weight=weight)), size_px)
-
-
-def _text_width(text: str, size_px: float) -> float:
-    reference = 20  # px; advance widths grow with the size
-    return _font(reference).getlength(text) * size_px / reference
 
 
 @dataclass(frozen=True)
@@ -218,76 +213,53 @@ def draw_sheet(
         panel_px: Width of a column, in pixels; no panel is wider.
         legend: Swatches (H, W, 3), RGB, no higher than two lines, and their meaning.
         title_px: Height of the font of titles. Texts too long for their place become smaller, all
-            titles together, then are cut.
+            titles together.
 
     Returns:
         (H, W, 3) RGB, on white.
     """
     gap, line = round(0.6 * title_px), round(1.5 * title_px)
-    columns = max(len(row.panels) for row in rows)
-    width = columns * (panel_px + gap) + gap
-    row_heights = [
+    width = max(len(row.panels) for row in rows) * (panel_px + gap) + gap
+    heights = [
         line * (bool(row.caption) + any(row.titles)) + max(p.shape[0] for p in row.panels) + gap
         for row in rows
     ]
-    height = gap + sum(row_heights) + (2 * line if legend else 0)
-    sheet = PILImage.new("RGB", (width, height), "white")
-    smaller = min(_fitting_size(t, panel_px, title_px, "bold") for row in rows for t in row.titles)
+    sheet = PILImage.new("RGB", (width, gap + sum(heights) + 2 * line * bool(legend)), "white")
     draw = ImageDraw.Draw(sheet)
+    titles_font = _fitting_font([t for row in rows for t in row.titles], panel_px, title_px, "bold")
     top = gap
-    for row, row_height in zip(rows, row_heights, strict=True):
-        y = top
-        lefts = [gap + column * (panel_px + gap) for column in range(len(row.panels))]
-        for x, title in zip(lefts, row.titles, strict=True):
-            _write(draw, (x, y + title_px - smaller), title, panel_px, smaller, "#1b1f24", "bold")
-        y += line * any(row.titles)
-        _write(draw, (gap, y), row.caption, width - 2 * gap, round(0.8 * title_px), "#56606b")
-        y += line * bool(row.caption)
-        for x, panel in zip(lefts, row.panels, strict=True):
-            sheet.paste(PILImage.fromarray(np.ascontiguousarray(panel)), (x, y))
-        top += row_height
-    x = gap
+    for row, height in zip(rows, heights, strict=True):
+        y = top + line * any(row.titles)
+        caption_font = _fitting_font([row.caption], width - 2 * gap, round(0.8 * title_px))
+        draw.text((gap, y), row.caption, fill="#56606b", font=caption_font)
+        for column, (panel, title) in enumerate(zip(row.panels, row.titles, strict=True)):
+            x = gap + column * (panel_px + gap)
+            draw.text((x, top), title, fill="#1b1f24", font=titles_font)
+            place = (x, y + line * bool(row.caption))
+            sheet.paste(PILImage.fromarray(np.ascontiguousarray(panel)), place)
+        top += height
+    x, font = gap, _fitting_font(["".join(t for _, t in legend)], width, round(0.8 * title_px))
     for swatch, text in legend:
-        y = top + (2 * line - swatch.shape[0]) // 2 - gap // 2
-        sheet.paste(PILImage.fromarray(np.ascontiguousarray(swatch)), (x, y))
+        sheet.paste(PILImage.fromarray(np.ascontiguousarray(swatch)), (x, top))
         x += swatch.shape[1] + gap // 2
-        text_y = top + (2 * line - title_px) // 2 - gap // 2
-        x += 2 * gap + _write(
-            draw, (x, text_y), text, max(width - x, 1), round(0.8 * title_px), "#1b1f24"
-        )
+        draw.text((x, top), text, fill="#1b1f24", font=font)
+        x += round(font.getlength(text)) + 2 * gap
     return np.array(sheet, np.uint8)
 
 
-def _fitting_size(text: str, max_width: int, size_px: int, weight: str) -> int:
-    """The largest font, in pixels, in which a line fits; at least 60 % of ``size_px``."""
-    smallest = max(8, round(0.6 * size_px))
-    size = size_px
-    while size > smallest and _font(size, weight).getlength(text) > max_width:
-        size -= 1
-    return size
+def _fitting_font(
+    texts: Sequence[str], max_width: float, size_px: int, weight: str = "normal"
+) -> ImageFont.FreeTypeFont:
+    """The font of ``size_px``, or the largest smaller one in which each of the lines fits."""
+    longest = max(_font(size_px, weight).getlength(text) for text in texts)
+    return _font(max(1, int(size_px * min(1.0, max_width / max(longest, 1.0)))), weight)
 
 
-def _write(
-    draw: ImageDraw.ImageDraw,
-    place: tuple[int, int],
-    text: str,
-    max_width: int,
-    size_px: int,
-    color: str,
-    weight: str = "normal",
-) -> int:
-    """Write one line into ``max_width`` pixels: smaller, then cut, if it is too long.
-
-    Returns:
-        Its width.
-    """
-    font = _font(_fitting_size(text, max_width, size_px, weight), weight)
-    if font.getlength(text) > max_width:
-        while text and font.getlength(text + "…") > max_width:
-            text = text[:-1]
-        text += "…"
-    draw.text(place, text, fill=color, font=font)
-    return round(font.getlength(text))
+def save_picture(path: Path, image: Image) -> None:
+    """Write an RGB picture as PNG or, by its suffix, as JPEG, whole or not at all."""
+    kind = "JPEG" if path.suffix.lower() in (".jpg", ".jpeg") else "PNG"
+    with replacing(path) as making, making.open("wb") as file:
+        PILImage.fromarray(image).save(file, format=kind, quality=90)
 
 
 def draw_instances(

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Curve", "RunMetrics", "mend_metrics", "read_metric_lines", "read_run_metrics"]
+__all__ = ["Curve", "RunMetrics", "mend_metrics", "read_run_metrics"]
 
 logger = logging.getLogger(__name__)
 
@@ -32,31 +31,15 @@ class RunMetrics:
     num_broken: int = 0
     num_restarts: int = 0
 
-
-def read_metric_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Read the file line by line; a last line that was not written to its end is left out.
-
-    A resumed run appends, so what was done twice is there twice: the later line counts.
-
-    Args:
-        path: of ``metrics.json``, one JSON object a line.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if a line is not JSON; the line is named.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no metrics of a training run")
-    lines = Path(path).read_bytes().split(b"\n")
-    if lines.pop():
-        logger.warning("%s: left out the last line, which was not written to its end", path)
-    entries = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            entries.append(dict(json.loads(line)))
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
-    return entries
+    @property
+    def evaluations(self) -> dict[int, dict[str, float]]:
+        """Iteration, last first, to the figures (``<dataset>/<task>/<name>``) evaluated there."""
+        found: dict[int, dict[str, float]] = {}
+        for name, (iterations, values) in self.curves.items():
+            if name.count("/") >= 2:
+                for iteration, value in zip(iterations, values, strict=True):
+                    found.setdefault(iteration, {})[name] = value
+        return dict(sorted(found.items(), reverse=True))
 
 
 def read_run_metrics(path: str | os.PathLike[str]) -> RunMetrics:
@@ -74,22 +57,15 @@ def read_run_metrics(path: str | os.PathLike[str]) -> RunMetrics:
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no metrics of a training run")
     *lines, unfinished = Path(path).read_bytes().split(b"\n")
-    num_broken = 0
-    entries = []
-    for line in (each for each in lines if each.strip()):
-        entry = _parse(line)
-        if entry is None:
-            num_broken += 1
-        else:
-            entries.append(entry)
-    if unfinished.strip():
-        num_broken += 1
+    parsed = [_parse(line) for line in lines if line.strip()]
+    entries = [entry for entry in parsed if entry is not None]
     values, num_restarts = _merge(entries)
     curves = {
-        name: (sorted(points), [points[i] for i in sorted(points)])
+        name: (list(points), list(points.values()))
         for name, points in sorted(values.items())
         if points
     }
+    num_broken = len(parsed) - len(entries) + bool(unfinished.strip())
     return RunMetrics(curves, num_broken, num_restarts)
 
 
@@ -105,7 +81,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 
 
 def _merge(entries: Iterable[Mapping[str, Any]]) -> tuple[dict[str, dict[int, float]], int]:
-    """Name to iteration to value, and the number of times that the iterations went back.
+    """Name to iteration (increasing) to value, and how often the iterations went back.
 
     The lines that one writing leaves, the losses and an evaluation's figures, are in no order, so
     that only a scalar's own iterations tell; of ``total_loss``, that all others went back, too.
@@ -123,15 +99,8 @@ def _merge(entries: Iterable[Mapping[str, Any]]) -> tuple[dict[str, dict[int, fl
                 continue
             points = values.setdefault(name, {})
             _forget(points, iteration)
-            points[iteration] = _as_float(value)
+            points[iteration] = float(value)
     return values, num_restarts
-
-
-def _as_float(value: float) -> float:
-    try:
-        return float(value)
-    except OverflowError:  # an integer of hundreds of digits
-        return math.inf if value > 0 else -math.inf
 
 
 def _forget(points: dict[int, float], start: int) -> None:

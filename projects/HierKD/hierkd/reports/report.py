@@ -1,247 +1,671 @@
-"""The miniature's ``report.html``: one file that needs no other.
-
-The report is the first thing a visitor of the project sees. Pictures are embedded, nothing is
-fetched, and every text that comes from data is escaped.
-"""
+"""What the report of a run shows, alone or beside others, and that of ``make demo``."""
 
 from __future__ import annotations
 
+import json
+import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
+import yaml
+from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from PIL import Image as PILImage
+from detectron2.structures import Boxes, BoxMode, Instances
 
-from hierkd.evaluation.heat_maps import overlay_heat_map, score_heat_maps
-from hierkd.experiments.results import Results, summary_rows
-from hierkd.inference.predictor import OpenVocabularyPredictor
-from hierkd.reports.drawing import Image, enlarge
+from hierkd.config import add_hierkd_config
+from hierkd.evaluation.heat_maps import score_heat_maps
+from hierkd.inference.predictor import OpenVocabularyPredictor, find_checkpoint
+from hierkd.load_config import load_config
+from hierkd.reports.charts import MIN_HEAT_RANGE, draw_comparison, draw_curves, overlay_heat_maps
+from hierkd.reports.drawing import Image, fit, save_picture
 from hierkd.reports.gallery import (
+    COLORS,
+    CORRECT,
+    UNCOUNTED,
     Sample,
     best_sample_per_class,
     build_samples,
-    choose_by_ground_truth,
-    draw_overview,
+    choose_in_turn,
+    choose_test_dataset,
     draw_sample,
-    keep_as_many_as_objects,
+    judged_classes,
+    keep_best,
+    legend_of,
 )
-from hierkd.reports.metrics import Curve, read_run_metrics
-from hierkd.reports.page import escape, figure, jpeg_uri, page
-from hierkd.reports.sections import (
-    BASE_LEGEND,
-    NOVEL_LEGEND,
-    curve_grid,
-    facts,
-    legend,
-    loss_names,
+from hierkd.reports.metrics import Curve
+from hierkd.reports.page import (
+    Bar,
+    Card,
+    Figure,
+    Page,
+    Picture,
+    Section,
+    Table,
+    data_uri,
+    jpeg_uri,
     number,
-    pairs,
+    write_page,
 )
+from hierkd.reports.run_record import Evaluation, RunFolder, read_run
 
-__all__ = ["write_report"]
+__all__ = ["describe_run", "write_demo_report"]
 
-_HEAT_MAP_PICTURES = 3
-# Pictures of overview.jpg: three rows. [ours]
-_OVERVIEW_PICTURES = 6
-# Bright end of a heat map's colours where every score is tiny, so that noise stays dark. [ours]
-_MIN_HEAT_RANGE = 0.05
+logger = logging.getLogger(__name__)
+
+# What a scalar of metrics.json is; docs/monitoring.md says more.
+_LOSSES = {
+    "total_loss": "all losses together",
+    "loss_cls": "classification (Eq. 1)",
+    "loss_box_reg": "boxes (GIoU)",
+    "loss_iou": "box quality (IoU branch)",
+    "loss_centerness": "box quality (centre-ness)",
+    "loss_ikd": "instance-level distillation (Eq. 2)",
+    "loss_gkd": "global-level distillation",
+    "loss_gkd_image": "global-level distillation, by image (Eq. 5)",
+    "loss_gkd_caption": "global-level distillation, by caption (Eq. 5)",
+}
+_LEARNED = {
+    "lr": "learning rate",
+    "tau_c": "τ_c, factor of the class cosines (Eq. 1)",
+    "tau_m": "τ_m, factor of the match scores (Eq. 4)",
+    "cls_weight": "learned weight of the classification loss",
+    "background_start_cosine": "background: cosine with its start",
+    "background_class_cosine": "background: cosine with the nearest class",
+    "num_pos_anchors": "positive points per image",
+    "iou_pos_anchors": "IoU of the positives' boxes with their objects",
+    "num_distilled_regions": "distilled points per image (§3.2)",
+    "iou_distilled_regions": "IoU of the boxes good enough to distil",
+}
+_SPEED = {
+    "time": "seconds per iteration",
+    "data_time": "seconds per iteration spent waiting for data",
+    "rank_data_time": "seconds waiting for data, slowest process",
+}
+_TITLES = _LOSSES | _LEARNED | _SPEED
+# Of these the change matters, not the distance from zero.
+_FITTED = ("tau_", "cls_weight", "background_", "iou_")
+
+_METRICS = ("AP50", "AR50", "AP", "AP75", "APs", "APm", "APl")
+_GROUPS = ("novel", "base", "all")
+# What a dataset tests, told from the groups of its vocabulary; in the order of the tables.
+_PROTOCOLS = {("novel",): "ZSD", ("base",): "base alone", _GROUPS: "GZSD"}
+_PER_CLASS = "AP50-"
+_CLASSES_SHOWN = 100  # in a table that is not folded away
 
 
-def write_report(
+# ------------------------------------------------------------------------------------- any run
+
+
+def describe_run(
+    run: RunFolder,
+    others: Sequence[RunFolder] = (),
+    *,
+    num_pictures: int = 12,
+    device: str | None = None,
+) -> Page:
+    """Describe a run.
+
+    Args:
+        run: What it is about.
+        others: Runs to compare it with: their curves and figures are shown beside its own.
+        num_pictures: Test pictures with detections, at most; 0 is none.
+        device: Where the detector runs, if no detections of an evaluation are there; None is the
+            config's.
+    """
+    runs = _named([run, *others])
+    pictures, notes = Section(), list(run.notes)
+    if num_pictures > 0 and run.config:
+        try:
+            pictures = _pictures_section(*_find_samples(run.path, num_pictures, device))
+        # whatever a folder, a dataset and a checkpoint can be wrong in: the rest can still be told
+        except Exception as error:
+            logger.warning("%s: no pictures: %s", run.path, error)
+            notes.append(f"There are no pictures: {error}")
+    sections = [
+        _summary_section(run, notes),
+        *([_comparison_section(runs)] if others else []),
+        _figures_section(run),
+        *_curve_sections({name: each.metrics.curves for name, each in runs.items()}),
+        pictures,
+        _classes_section(run),
+        _provenance_section(run),
+        _config_section(run),
+    ]
+    shown = [each for each in sections if each != Section()]
+    return Page(f"HierKD: {run.name}", shown, heading=run.name)
+
+
+def _named(runs: Sequence[RunFolder]) -> dict[str, RunFolder]:
+    """Runs by as much of their paths as tells them apart."""
+    if len(runs) == 1:
+        return {"": runs[0]}
+    paths = [run.path.resolve() for run in runs]
+    common = Path(os.path.commonpath(paths))
+    names = [p.name if p == common else str(p.relative_to(common)) for p in paths]
+    return dict(zip(names, runs, strict=True))
+
+
+def _summary_section(run: RunFolder, notes: Sequence[str]) -> Section:
+    facts: dict[str, Any] = {"State": _state(run)}
+    if run.starts:
+        facts["Begun"] = run.starts[0].get("date")
+        if len(run.starts) > 1:
+            facts["Starts"] = f"{len(run.starts)}, the last one {run.starts[-1].get('date')}"
+        commits = dict.fromkeys(str(each.get("commit") or "unknown") for each in run.starts)
+        facts["Commit"] = " → ".join(commits)
+    if (seconds := _training_seconds(run)) is not None:
+        facts["Training time"] = f"{timedelta(seconds=round(seconds))}, without evaluations"
+    for title, key in (
+        ("Trained on", "DATASETS.TRAIN"),
+        ("Tested on", "DATASETS.TEST"),
+        ("Images per step", "SOLVER.IMS_PER_BATCH"),
+        ("Seed", "SEED"),
+    ):
+        if (value := _look_up(run.config, key)) is not None:
+            facts[title] = _shown(value)
+    cards = [
+        Card(f"{group} AP50, {protocol}", number(figures[f"{group}/AP50"]), dataset)
+        for protocol, dataset, figures in _by_protocol(run.figures)
+        for group in _groups(figures)
+        if f"{group}/AP50" in figures and (protocol != "GZSD" or group != "all")
+    ]
+    return Section(cards=cards[:4], facts=facts, notes=notes)
+
+
+def _state(run: RunFolder) -> str:
+    done = run.num_iterations
+    if done is None:
+        return "evaluated only" if run.evaluations else "no step was recorded"
+    total = _look_up(run.config, "SOLVER.MAX_ITER")
+    if done == total or (run.path / "model_final.pth").is_file():
+        return f"finished, {done} iterations"
+    of = f" of {total}" if total is not None else ""
+    last = run.path / "last_checkpoint"
+    kept = f"; last checkpoint {last.read_text(errors='replace')}" if last.is_file() else ""
+    return f"unfinished, at least {done}{of} iterations{kept}"
+
+
+def _training_seconds(run: RunFolder) -> float | None:
+    """Seconds of all steps, of each as many as the median that was written for it says."""
+    iterations, medians = run.metrics.curves.get("time", ([], []))
+    steps = np.diff([-1, *iterations])
+    return float(np.nansum(steps * medians)) if iterations else None
+
+
+def _look_up(config: Any, key: str) -> Any:
+    for part in key.split("."):
+        config = config.get(part) if isinstance(config, Mapping) else None
+    return config
+
+
+def _shown(value: Any) -> str:
+    """A value of a config or of a record, as text."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_shown(each)}" for name, each in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(_shown, value)) or "none"
+    text = str(value)
+    return text if len(text) <= 200 else f"{text[:200]}…"
+
+
+# ----------------------------------------------------------------------------------------- figures
+
+
+def _groups(figures: Mapping[str, float]) -> list[str]:
+    """The groups of classes that figures tell of: those of an evaluator here, then others."""
+    found = {name.split("/")[0] for name in figures if "/" in name}
+    return [*(g for g in _GROUPS if g in found), *sorted(found - set(_GROUPS))]
+
+
+def _by_protocol(
+    figures: Mapping[str, Mapping[str, float]],
+) -> list[tuple[str, str, Mapping[str, float]]]:
+    """What is tested, the dataset and its figures, in the order of the tables."""
+    order = [*_PROTOCOLS.values(), "–"]
+    found = [(_PROTOCOLS.get(tuple(_groups(f)), "–"), name, f) for name, f in figures.items()]
+    return sorted(found, key=lambda each: order.index(each[0]))
+
+
+def _figures_section(run: RunFolder) -> Section:
+    if not run.evaluations:
+        return Section("Figures", text="Nothing was evaluated yet.")
+    first, *others = run.evaluations
+    return Section(
+        "Figures",
+        text=first.title,
+        table=_figures_table(first),
+        caption="Percent. AP50: average precision at an overlap (IoU) of 0.5. AR50: share of the "
+        "objects found at that overlap. AP: mean over overlaps from 0.5 to 0.95; APs, APm, APl: of "
+        "small, medium and large objects. ZSD: only the novel names are asked for. GZSD: all names "
+        "compete. A dash: there are no such objects.",
+        folded=[Section(each.title, table=_figures_table(each)) for each in others],
+    )
+
+
+def _figures_table(evaluation: Evaluation) -> Table:
+    """A row per dataset and group of classes; figures of no group are in a row of their own."""
+    rows: dict[tuple[str, str, str], dict[str, float]] = {}
+    for protocol, dataset, figures in _by_protocol(evaluation.figures):
+        rows |= {(protocol, group, dataset): {} for group in _groups(figures)}
+        for name, value in figures.items():
+            if not name.startswith(_PER_CLASS):
+                group, _, metric = name.rpartition("/")
+                rows.setdefault((protocol, group, dataset), {})[metric] = value
+    found = {metric for of_row in rows.values() for metric in of_row}
+    metrics = [*(m for m in _METRICS if m in found), *sorted(found - set(_METRICS))]
+    cells = [[*row, *(number(values.get(m)) for m in metrics)] for row, values in rows.items()]
+    return Table(["Test", "Classes", "Dataset", *metrics], cells, num_texts=3)
+
+
+def _comparison_section(runs: Mapping[str, RunFolder]) -> Section:
+    """A row per figure, a column per run; the AP50 and AR50 of the last evaluations."""
+    names = dict.fromkeys(
+        (dataset, f"{group}/{metric}")
+        for run in runs.values()
+        for _, dataset, figures in _by_protocol(run.figures)
+        for group in _groups(figures)
+        for metric in ("AP50", "AR50")
+    )
+    rows = [
+        [dataset, name, *(number(r.figures.get(dataset, {}).get(name)) for r in runs.values())]
+        for dataset, name in names
+    ]
+    rows.append(["", "iterations", *(str(r.num_iterations or "–") for r in runs.values())])
+    return Section(
+        "Runs side by side",
+        table=Table(["Dataset", "Figure", *runs], rows),
+        caption="Percent, of the last evaluation of each run.",
+    )
+
+
+def _classes_section(run: RunFolder) -> Section:
+    """AP50 of each class, in each dataset of the last evaluation; novel classes first."""
+    of_classes: dict[str, dict[str, float]] = {}
+    kinds: dict[str, str] = {}
+    for _, dataset, figures in _by_protocol(run.figures):
+        for name, value in figures.items():
+            if name.startswith(_PER_CLASS):
+                class_name = name.removeprefix(_PER_CLASS)
+                of_classes.setdefault(class_name, {})[dataset] = value
+                if _groups(figures) in (["base"], ["novel"]):
+                    kinds[class_name] = _groups(figures)[0]
+    if not of_classes:
+        return Section()
+    datasets = list(dict.fromkeys(name for values in of_classes.values() for name in values))
+    order = {"novel": 0, "base": 1}
+    rows = [
+        [
+            name,
+            kinds.get(name, "–"),
+            *(_bar(of_classes[name].get(d), kinds.get(name) == "novel") for d in datasets),
+        ]
+        for name in sorted(of_classes, key=lambda n: (order.get(kinds.get(n, ""), 2), n))
+    ]
+    table = Table(["Class", "Kind", *datasets], rows)
+    if len(rows) <= _CLASSES_SHOWN:
+        return Section("AP50 of each class", table=table)
+    return Section("AP50 of each class", folded=[Section(f"{len(rows)} classes", table=table)])
+
+
+def _bar(percent: float | None, novel: bool) -> str | Bar:
+    text = number(percent)
+    if percent is None or text == "–":
+        return text
+    return Bar(min(max(percent, 0.0), 100.0), text, COLORS[CORRECT if novel else UNCOUNTED])
+
+
+# ------------------------------------------------------------------------------------------ curves
+
+
+def _curve_sections(runs: Mapping[str, Mapping[str, Curve]]) -> list[Section]:
+    """Curves by subject: a figure per scalar, in each a line per run."""
+    scalars = dict.fromkeys(name for curves in runs.values() for name in curves)
+    if all(curves.get("rank_data_time") == curves.get("data_time") for curves in runs.values()):
+        scalars.pop("rank_data_time", None)  # there was one process
+    scalars.pop("eta_seconds", None)
+
+    def figures(wanted: Sequence[str]) -> list[Figure]:
+        return [
+            _curves(
+                _TITLES.get(name, name),
+                {run: curves[name] for run, curves in runs.items() if name in curves},
+                list(runs),
+                from_zero=not name.startswith(_FITTED),
+            )
+            for name in wanted
+            if name in scalars
+        ]
+
+    losses = [*_LOSSES, *sorted(s for s in scalars if s.startswith("loss_") and s not in _LOSSES)]
+    medians = "medians over up to 20 iterations."
+    sections = [
+        Section(
+            "Losses",
+            figures=figures(losses),
+            columns=3,
+            caption=f"Weighted as in Eq. 6, against the iteration; {medians}",
+        ),
+        Section(
+            "Average precision over time",
+            figures=_precision_curves(runs),
+            columns=3,
+            caption="AP50 in percent, of every evaluation in training.",
+        ),
+        Section(
+            "What is learned beside the network",
+            figures=figures(list(_LEARNED)),
+            columns=3,
+            caption="The factors τ_c and τ_m, the background's embedding, and how many points are "
+            "positive and distilled. What is healthy: docs/monitoring.md.",
+        ),
+        Section("Speed", figures=figures(list(_SPEED)), columns=3, caption=medians.capitalize()),
+    ]
+    rest = [s for s in scalars if s not in {*losses, *_TITLES} and s.count("/") < 2]
+    other = Section("Show them", figures=figures(rest), columns=3)
+    if rest:
+        sections.append(Section("Other scalars", folded=[other]))
+    return [section for section in sections if section.figures or section.folded]
+
+
+def _precision_curves(runs: Mapping[str, Mapping[str, Curve]]) -> list[Figure]:
+    """A figure per dataset, with a line per group of classes and run, if there are two points."""
+    lines: dict[str, dict[str, Curve]] = {}
+    for run, curves in runs.items():
+        for scalar, curve in curves.items():
+            dataset, *rest = scalar.split("/")
+            if len(rest) == 3 and rest[2] == "AP50" and len(curve[0]) > 1:
+                lines.setdefault(dataset, {})[f"{run}: {rest[1]}" if run else rest[1]] = curve
+    return [_curves(dataset, of_dataset) for dataset, of_dataset in lines.items()]
+
+
+def _curves(
+    title: str, lines: Mapping[str, Curve], names: Sequence[str] = (), *, from_zero: bool = True
+) -> Figure:
+    svg = draw_curves(lines, names=names, from_zero=from_zero)
+    return Figure([Picture(data_uri("image/svg+xml", svg), title)], caption=title)
+
+
+# ---------------------------------------------------------------------------------------- pictures
+
+
+def _find_samples(folder: Path, count: int, device: str | None) -> tuple[list[Sample], str]:
+    """Test pictures with detections, and where these come from.
+
+    The detections are those that the last evaluation has left; otherwise those of the checkpoint.
+    """
+    cfg = load_config(str(folder / "config.yaml"), ["MODEL.DEVICE", device] if device else [])
+    registered = [name for name in cfg.DATASETS.TEST if name in DatasetCatalog.list()]
+    dataset_name = choose_test_dataset(registered)
+    if dataset_name is None:
+        raise ValueError("none of the datasets in DATASETS.TEST is registered")
+    vocabulary = list(MetadataCatalog.get(dataset_name).thing_classes)
+    judged = judged_classes(dataset_name)
+    records = choose_in_turn(DatasetCatalog.get(dataset_name), vocabulary, judged, count)
+    try:
+        detect = _saved_detections(folder, dataset_name)
+        source = "detections of its last evaluation"
+    except FileNotFoundError:
+        predictor = OpenVocabularyPredictor.from_checkpoint(folder, device=device)
+        predictor.set_vocabulary(vocabulary)
+
+        def detect(record: dict[str, Any], image: Image) -> Instances:
+            return predictor(image)
+
+        source = f"detections of {Path(find_checkpoint(folder)[1]).name}"
+    samples = keep_best(build_samples(records, detect, vocabulary, judged))
+    return samples, f"{dataset_name}; {source}"
+
+
+def _saved_detections(folder: Path, dataset_name: str) -> Callable[[Any, Image], Instances]:
+    """Look up what a run's evaluation has written, in COCO's results format."""
+    path = folder / "inference" / dataset_name / "coco_instances_results.json"
+    positions = MetadataCatalog.get(dataset_name).thing_dataset_id_to_contiguous_id
+    of_images: dict[Any, list[Mapping[str, Any]]] = {}
+    for result in json.loads(path.read_bytes()):
+        of_images.setdefault(result["image_id"], []).append(result)
+
+    def detect(record: Any, image: Image) -> Instances:
+        results = of_images.get(record["image_id"], [])
+        boxes = torch.tensor([r["bbox"] for r in results], dtype=torch.float32).reshape(-1, 4)
+        return Instances(
+            image.shape[:2],
+            pred_boxes=Boxes(BoxMode.convert(boxes, BoxMode.XYWH_ABS, BoxMode.XYXY_ABS)),
+            scores=torch.tensor([float(r["score"]) for r in results]),
+            pred_classes=torch.tensor([positions[r["category_id"]] for r in results]).long(),
+        )
+
+    return detect
+
+
+def _pictures_section(samples: Sequence[Sample], source: str) -> Section:
+    return Section(
+        "Ground truth beside detections",
+        legend=legend_of(samples),
+        figures=[_pair(sample) for sample in samples],
+        caption=f"{source}. The pictures show the novel classes in turn and are chosen by their "
+        "ground truth alone; without novel classes, all classes count as such. All names compete. "
+        "Drawn are the best detections of novel and of base classes, of each as many as the "
+        "picture has objects, so one that is missed leaves room for a wrong one. A detection is "
+        "correct if its class is right and its overlap with an object not yet found is at least "
+        "0.5.",
+    )
+
+
+def _pair(sample: Sample) -> Figure:
+    """A picture twice: with its objects, and with what was detected."""
+    names = sorted({box.class_name for box in sample.truth if box.verdict == CORRECT})
+    return Figure(
+        [
+            Picture(jpeg_uri(draw_sample(sample, sample.truth)), "ground truth", "ground truth"),
+            Picture(jpeg_uri(draw_sample(sample, sample.detections)), "detections", "detected"),
+        ],
+        caption=f"{Path(sample.file_name).name}: {', '.join(names)}",
+    )
+
+
+# ------------------------------------------------------------------------------ where it comes from
+
+
+def _provenance_section(run: RunFolder) -> Section:
+    starts = [
+        {str(name).capitalize(): _shown(value) for name, value in start.items()}
+        for start in run.starts
+    ]
+    if not starts:
+        return Section()
+    return Section(
+        "Where it ran",
+        facts=starts[-1],
+        folded=[
+            Section(f"Start {count} of {len(starts)}", facts=facts)
+            for count, facts in enumerate(starts[:-1], start=1)
+        ],
+    )
+
+
+def _config_section(run: RunFolder) -> Section:
+    """All keys that have not their default, and the whole file."""
+    if not run.config_text:
+        return Section()
+    cfg = get_cfg()
+    add_hierkd_config(cfg)
+    defaults = _flat(yaml.safe_load(cfg.dump()))
+    rows = [
+        [key, _shown(value), _shown(defaults.get(key, "no such key"))]
+        for key, value in sorted(_flat(run.config).items())
+        if key not in defaults or value != defaults[key]
+    ]
+    return Section(
+        "Config",
+        text="What differs from the defaults of detectron2 and HierKD:",
+        table=Table(["Key", "Value", "Default"], rows, num_texts=3),
+        folded=[Section("The whole config", code=run.config_text)],
+    )
+
+
+def _flat(config: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted key to value."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            found |= _flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found
+
+
+# --------------------------------------------------------------------------------------- make demo
+
+
+def write_demo_report(
     path: str | os.PathLike[str],
-    results: Results,
+    figures: Sequence[tuple[str, str, float | None, float | None, float | None]],
+    facts: Mapping[str, Any],
     *,
     run_dir: str | os.PathLike[str],
     predictor: OpenVocabularyPredictor,
     dataset_name: str,
-    num_examples: int = 12,
+    num_pictures: int = 12,
 ) -> None:
-    """Write the self-contained report of a run, and ``overview.jpg`` beside it.
+    """Write the report that ``make demo`` ends with, and ``overview.jpg`` beside it.
 
     Args:
         path: The HTML file.
-        results: As from :func:`hierkd.experiments.results.collect_results`.
-        run_dir: The training's folder, with detectron2's ``metrics.json``.
+        figures: As from :func:`hierkd.experiments.results.summary_rows`: protocol, classes, AP50,
+            AR50 and the upper bound's AP50.
+        facts: How it was made.
+        run_dir: The training's folder, with the detections of its last evaluation.
         predictor: The trained detector; its vocabulary is put back afterwards.
         dataset_name: Test pictures: a registered dataset with base and novel classes.
-        num_examples: How many pictures show ground truth beside detections.
+        num_pictures: How many pictures show ground truth beside detections.
 
     Raises:
-        FileNotFoundError: There is no ``metrics.json`` in ``run_dir``.
+        FileNotFoundError: There is no run in ``run_dir``, or it was not evaluated on the dataset.
     """
-    metadata = MetadataCatalog.get(dataset_name)
-    vocabulary = list(metadata.thing_classes)
-    novel = [name for name in vocabulary if name in set(metadata.novel_classes)]
-    curves = _loss_curves(run_dir)
+    run = read_run(run_dir)
+    vocabulary = list(MetadataCatalog.get(dataset_name).thing_classes)
+    novel = judged_classes(dataset_name)
+    detect = _saved_detections(run.path, dataset_name)
+    records = DatasetCatalog.get(dataset_name)
+    samples = keep_best(build_samples(records, detect, vocabulary, novel))
+    chosen = [records.index(r) for r in choose_in_turn(records, vocabulary, novel, num_pictures)]
+    shown = [samples[index] for index in chosen]
     with predictor.model.vocabulary(vocabulary):
-        samples = keep_as_many_as_objects(
-            build_samples(DatasetCatalog.get(dataset_name), predictor, vocabulary, novel)
-        )
-        examples = choose_by_ground_truth(samples, novel, num_examples)
-        heat_maps = [
-            _heat_map_rows(predictor, sample, novel) for sample in examples[:_HEAT_MAP_PICTURES]
-        ]
-    num_base = len(vocabulary) - len(novel)
-    content = [
-        _hero(best_sample_per_class(samples, novel), novel, num_base),
-        _figures_section(results),
-        _examples_section(examples),
-        _heat_map_section(heat_maps),
-        _curves_section(curves),
-        _provenance_section(results),
-    ]
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(page("HierKD: the miniature", "\n".join(content)), encoding="utf-8")
-    overview = draw_overview(examples[:_OVERVIEW_PICTURES])
-    PILImage.fromarray(overview).save(Path(path).with_name("overview.jpg"), quality=88)
+        heat_maps = [_heat_map_figures(predictor, sample, novel) for sample in shown[:3]]
+    page = Page(
+        "HierKD: the miniature",
+        [
+            _best_section(best_sample_per_class(samples, novel), novel),
+            *_bounded_figures_sections(figures),
+            _pictures_section(shown, dataset_name),
+            _heat_map_section([figure for each in heat_maps for figure in each]),
+            _classes_section(run),
+            *_curve_sections({"": run.metrics.curves})[:2],
+            Section("How it was made", facts={k.capitalize(): _shown(v) for k, v in facts.items()}),
+            _config_section(run),
+        ],
+        heading="Found by name, never boxed in training",
+        lead=f"This detector was trained with boxes of {len(vocabulary) - len(novel)} classes. The "
+        f"{len(novel)} classes below never had a box: in the training pictures they stand "
+        "unlabelled, and captions mention them. It detects them by name, with what it learned from "
+        "a vision-language model.",
+    )
+    write_page(path, page)
+    overview = draw_comparison({"detected": shown[:6]}, [""] * len(shown[:6]), per_row=2)
+    save_picture(Path(path).with_name("overview.jpg"), overview)
 
 
-def _loss_curves(run_dir: str | os.PathLike[str]) -> dict[str, dict[str, Curve]]:
-    """Loss to its one curve, ``total_loss`` first."""
-    curves = read_run_metrics(Path(run_dir) / "metrics.json").curves
-    return {name: {"": curves[name]} for name in loss_names(curves)}
+def _best_section(best: Mapping[str, Sample], novel: Sequence[str]) -> Section:
+    missed = [name for name in novel if name not in best]
+    return Section(
+        figures=[
+            Figure(
+                [
+                    Picture(
+                        jpeg_uri(draw_sample(s, [d for d in s.detections if d.class_name == name])),
+                        name,
+                    )
+                ],
+                title=name,
+            )
+            for name, s in best.items()
+        ],
+        columns=4,
+        caption="For each novel class, the test picture with its most confident correct detection, "
+        "and the detections of this class alone: blue is correct, orange wrong. These are the best "
+        "ones; the pictures further down are chosen without looking at the detections."
+        + (f" Not found at all: {', '.join(missed)}." if missed else ""),
+    )
 
 
-# -------------------------------------------------------------------------------------- sections
-
-
-def _hero(best: Sequence[tuple[str, Sample]], novel: Sequence[str], num_base: int) -> str:
-    figures = [
-        figure(
-            jpeg_uri(draw_sample(sample, [d for d in sample.detections if d.class_name == name])),
-            f"<b>{escape(name)}</b>",
-            name,
-        )
-        for name, sample in best
-    ]
-    missed = [name for name in novel if name not in dict(best)]
-    note = f" Not found at all: {escape(', '.join(missed))}." if missed else ""
-    return f"""<header>
-<h1>Found by name, never boxed in training</h1>
-<p class="lead">This detector was trained with boxes of {num_base} classes. The {len(novel)} classes
-below never had a box: in the training pictures they stand unlabelled, and captions mention them. It
-detects them by name, with what it learned from a vision-language model.</p>
-<div class="grid four">{"".join(figures)}</div>
-<p class="caption">For each novel class, the test picture with its most confident correct detection,
-and the detections of this class alone. {legend(NOVEL_LEGEND)} These are the best ones; the
-pictures further down are chosen without looking at the detections.{note}</p>
-</header>"""
-
-
-def _figures_section(results: Results) -> str:
-    cards = (
-        ("Novel classes, AP50", results["zsd"]["novel"]["AP50"], "novel names only (ZSD)"),
-        ("Novel classes, AP50", results["gzsd"]["novel"]["AP50"], "all names compete (GZSD)"),
-        ("Base classes, AP50", results["gzsd"]["base"]["AP50"], "all names compete (GZSD)"),
-        (
+def _bounded_figures_sections(
+    figures: Sequence[tuple[str, str, float | None, float | None, float | None]],
+) -> list[Section]:
+    ap50 = {(protocol, group): (ap, bound) for protocol, group, ap, _, bound in figures}
+    cards = [
+        Card("Novel classes, AP50", number(ap50["ZSD", "novel"][0]), "novel names only (ZSD)"),
+        Card("Novel classes, AP50", number(ap50["GZSD", "novel"][0]), "all names compete (GZSD)"),
+        Card("Base classes, AP50", number(ap50["GZSD", "base"][0]), "all names compete (GZSD)"),
+        Card(
             "Upper bound, novel AP50",
-            results["upper_bound"]["zsd"]["novel"]["AP50"],
+            number(ap50["ZSD", "novel"][1]),
             "CLIP names the true boxes",
         ),
-    )
-    card_html = "".join(
-        f'<div class="card"><span>{escape(title)}</span><strong>{number(value)}</strong>'
-        f"<small>{escape(note)}</small></div>"
-        for title, value, note in cards
-    )
-    rows = "".join(
-        f"<tr><td>{escape(protocol)}</td><td>{escape(group)}</td>"
-        f"<td>{number(ap)}</td><td>{number(ar)}</td><td>{number(bound)}</td></tr>"
-        for protocol, group, ap, ar, bound in summary_rows(results)
-    )
-    return f"""<section>
-<h2>The figures</h2>
-<div class="cards">{card_html}</div>
-<table><thead><tr><th>Test</th><th>Classes</th><th>AP50</th><th>AR50</th>
-<th>Upper bound AP50</th></tr></thead>
-<tbody>{rows}</tbody></table>
-<p class="caption">Percent, on the untouched test split. AP50: average precision at an overlap (IoU)
-of 0.5. AR50: share of the objects found at that overlap by at most 100 detections a
-picture. ZSD: only the novel names are asked for, on pictures with novel objects. GZSD: all names
-are asked for at once. Upper bound: the true boxes, named by the CLIP that taught the detector.</p>
-<p><b>What this is, and is not.</b> This is a miniature: rendered icons on small pictures, a tiny
-CLIP trained on the same world (novel classes included, as for the real CLIP) and a short training
-on a CPU. It shows the method at work; its figures say nothing about COCO. It is one run with one
-seed: runs that differ in nothing but the seed differ by a few points.</p>
-</section>"""
+    ]
+    rows = [[test, group, *map(number, values)] for test, group, *values in figures]
+    return [
+        Section(
+            "The figures",
+            cards=cards,
+            table=Table(["Test", "Classes", "AP50", "AR50", "Upper bound AP50"], rows),
+            caption="Percent, on the untouched test split. AP50: average precision at an overlap "
+            "(IoU) of 0.5. AR50: share of the objects found at that overlap by at most 100 "
+            "detections a picture. ZSD: only the novel names are asked for, on pictures with novel "
+            "objects. GZSD: all names are asked for at once. Upper bound: the true boxes, named by "
+            "the CLIP that taught the detector.",
+        ),
+        Section(
+            text="This is a miniature: rendered icons on small pictures, a tiny CLIP trained on "
+            "the same world (novel classes included, as for the real CLIP) and a short training on "
+            "a CPU. It shows the method at work; its figures say nothing about COCO. It is one run "
+            "with one seed: runs that differ in nothing but the seed differ by a few points."
+        ),
+    ]
 
 
-def _examples_section(examples: Sequence[Sample]) -> str:
-    return f"""<section>
-<h2>Ground truth beside detections</h2>
-<p>{len(examples)} test pictures that show the novel classes in turn, chosen by their ground truth
-alone. All names, base and novel, compete.</p>
-<p>{legend((*NOVEL_LEGEND, *BASE_LEGEND))}</p>
-{pairs(examples)}
-<p class="caption">Drawn are, of each class, the best detections over all test pictures, as many
-as there are objects; with their scores, which differ in scale from class to class. A detection
-is correct if its class is right and its overlap with an object not yet found is at least 0.5.
-Base classes, which were boxed in training, are left unlabelled.</p>
-</section>"""
-
-
-def _heat_map_rows(
+def _heat_map_figures(
     predictor: OpenVocabularyPredictor, sample: Sample, novel: Sequence[str]
-) -> list[tuple[str, Image, list[tuple[str, Image]]]]:
-    """One row per novel class in the picture: (class, picture, [(level and best score, map)])."""
-    batched_input = predictor.prepare(sample.image)
+) -> list[Figure]:
+    """Of each novel class in a picture: the picture with its objects, and a heat map per level."""
     present = [name for name in novel if any(t.class_name == name for t in sample.truth)]
-    picture, _ = enlarge(np.ascontiguousarray(sample.image[:, :, ::-1]), 400)
-    rows = []
-    for maps in score_heat_maps(predictor.model, batched_input, present):
-        top = max(_MIN_HEAT_RANGE, *(float(m.scores.max()) for m in maps))
-        of_class = [t for t in sample.truth if t.class_name == maps[0].class_name]
-        panels = [
-            (
-                f"{m.level.upper()}, stride {m.stride}: best {m.scores.max():.2f}",
-                overlay_heat_map(picture, m.scores, top),
-            )
-            for m in maps
-        ]
-        rows.append((maps[0].class_name, draw_sample(sample, of_class), panels))
-    return rows
+    picture, _ = fit(np.ascontiguousarray(sample.image[:, :, ::-1]), 400)
+    figures = []
+    for maps in score_heat_maps(predictor.model, predictor.prepare(sample.image), present):
+        name = maps[0].class_name
+        objects = [t for t in sample.truth if t.class_name == name]
+        figures.append(
+            Figure([Picture(jpeg_uri(draw_sample(sample, objects, side=400)), name)], title=name)
+        )
+        for each, panel in zip(maps, overlay_heat_maps(picture, maps), strict=True):
+            note = f"{each.level.upper()}, stride {each.stride}: best {each.scores.max():.2f}"
+            figures.append(Figure([Picture(jpeg_uri(panel), f"{name}, {note}")], caption=note))
+    return figures
 
 
-def _heat_map_section(
-    pictures: Sequence[Sequence[tuple[str, Image, Sequence[tuple[str, Image]]]]],
-) -> str:
-    rows = []
-    for name, picture, panels in (row for picture_rows in pictures for row in picture_rows):
-        cells = [figure(jpeg_uri(picture), f"<b>{escape(name)}</b>", name)]
-        cells += [
-            figure(jpeg_uri(panel), escape(note), f"{name}, {note}") for note, panel in panels
-        ]
-        rows.append(f'<div class="grid four heat">{"".join(cells)}</div>')
-    return f"""<section>
-<h2>Where each level sees a class</h2>
-<p>The score of one novel class at every point, class probability times predicted overlap, for each
-level of the feature pyramid; all names compete. Fine levels answer for small objects, coarse ones
-for large.</p>
-{"".join(rows)}
-<p class="caption">Left: the picture with the objects of the class. The colours of a row run from 0
-<i class="ramp"></i> to its best score, or to {_MIN_HEAT_RANGE} if that is higher. After Fig. 4 of
-the paper.</p>
-</section>"""
-
-
-def _curves_section(curves: Mapping[str, Mapping[str, Curve]]) -> str:
-    return f"""<section>
-<h2>Training losses</h2>
-{curve_grid(curves)}
-<p class="caption">Weighted as in Eq. 6, against the iteration; medians over 20 iterations.</p>
-</section>"""
-
-
-def _provenance_section(results: Results) -> str:
-    entries = {
-        "Config": results["config"],
-        "Seed": results["seed"],
-        "Commit": results["commit"],
-        **{f"Seconds, {stage}": value for stage, value in results["seconds"].items()},
-    }
-    return f"""<section>
-<h2>How it was made</h2>
-{facts(entries)}
-</section>"""
+def _heat_map_section(figures: Sequence[Figure]) -> Section:
+    return Section(
+        "Where each level sees a class",
+        text="The score of one novel class at every point, class probability times predicted "
+        "overlap, for each level of the feature pyramid; all names compete. Fine levels answer for "
+        "small objects, coarse ones for large.",
+        figures=figures,
+        columns=4,
+        caption="Left: the picture with the objects of the class. The colours of a row run from 0, "
+        f"dark, to its best score, or to {MIN_HEAT_RANGE} if that is higher, bright. After Fig. 4 "
+        "of the paper.",
+    )

@@ -20,15 +20,14 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import HookBase
 from torch import Tensor, nn
 
-from hierkd.data.mapper import read_picture
 from hierkd.inference.predictor import OpenVocabularyPredictor
-from hierkd.reports.figures import draw_truth_and_detections
+from hierkd.reports.charts import draw_comparison
 from hierkd.reports.gallery import (
-    Sample,
-    choose_samples,
+    build_samples,
+    choose_in_turn,
     choose_test_dataset,
     judged_classes,
-    with_detections,
+    keep_best,
 )
 
 __all__ = ["BackgroundDrift", "DetectionPictures", "build_monitoring_hooks", "undisturbed"]
@@ -107,9 +106,8 @@ class DetectionPictures(HookBase):  # type: ignore[misc]  # detectron2 is untype
         }
         self._vocabulary = list(MetadataCatalog.get(dataset_name).thing_classes)
         self._judged = judged_classes(dataset_name)
-        self._samples = choose_samples(
-            DatasetCatalog.get(dataset_name), self._vocabulary, self._judged, num_pictures
-        )
+        records = DatasetCatalog.get(dataset_name)
+        self._records = choose_in_turn(records, self._vocabulary, self._judged, num_pictures)
 
     def after_step(self) -> None:
         """Draw, every so often and after the last step."""
@@ -117,22 +115,22 @@ class DetectionPictures(HookBase):  # type: ignore[misc]  # detectron2 is untype
             return
         try:
             with undisturbed(self._detector):
-                for number, sample in enumerate(self._samples, start=1):
-                    self.trainer.storage.put_image(f"detections/{number}", self._draw(sample))
+                for number, record in enumerate(self._records, start=1):
+                    self.trainer.storage.put_image(f"detections/{number}", self._draw(record))
         except Exception:
             logger.warning("pictures with detections could not be drawn", exc_info=True)
 
-    def _draw(self, sample: Sample) -> Any:
-        """(3, H, W) RGB of a picture."""
-        image = read_picture(sample.file_name)
+    def _draw(self, record: dict[str, Any]) -> Any:
+        """(3, H, W) RGB: the ground truth beside the detections."""
         predictor = OpenVocabularyPredictor(model=self._detector, **self._predictor_args)
-        found = predictor.predict(image, vocabulary=self._vocabulary)
-        sheet = draw_truth_and_detections(
-            with_detections(sample, image, found, self._vocabulary, self._judged),
-            f"{Path(sample.file_name).name}, iteration {self.trainer.iter + 1}",
-            judged="" if len(set(self._judged)) == len(self._vocabulary) else "novel",
+        samples = build_samples(
+            [record],
+            lambda _, image: predictor.predict(image, vocabulary=self._vocabulary),
+            self._vocabulary,
+            self._judged,
         )
-        return sheet.transpose(2, 0, 1)
+        caption = f"{Path(record['file_name']).name}, iteration {self.trainer.iter + 1}"
+        return draw_comparison({"detected": keep_best(samples)}, [caption]).transpose(2, 0, 1)
 
 
 def build_monitoring_hooks(cfg: Any, detector: Any) -> list[HookBase]:
