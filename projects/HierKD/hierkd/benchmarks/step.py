@@ -367,8 +367,6 @@ class _Stopwatch:
             (model.teacher, "encode_captions", "texts"),
             (teacher_module, "crop_regions", "crops"),
         ]
-        if model.region_cache is not None:
-            places.append((model.region_cache, "encode_annotations", "cached regions"))
         if model.mlca is not None:
             places.append((model.mlca, "forward", "MLCA"))
         with ExitStack() as stack:
