@@ -48,7 +48,6 @@ ALLOWED = {
 TO_MEND = {
     "data.custom",
     "data.name_checks",
-    "modeling.detector",
     "reports.report",
     "reports.run_record",
 }

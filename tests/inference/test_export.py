@@ -24,7 +24,7 @@ from hierkd.inference.export import (
     load_graph,
     require_packages,
 )
-from hierkd.inference.exportable import ExportableDetector, nms_per_class
+from hierkd.inference.exportable import ExportableDetector
 from hierkd.inference.predictor import OpenVocabularyPredictor
 from hierkd.load_config import load_config
 from hierkd.teachers.texts import make_text_embeddings, save_text_embeddings
@@ -97,7 +97,7 @@ def _with_format(predictor: OpenVocabularyPredictor, image_format: str) -> OpenV
 def test_the_steps_of_the_graph_are_those_of_inference(variant: str, nms_operator: bool) -> None:
     predictor = VARIANTS[variant]()
     graph = ExportableDetector(
-        predictor.model, image_format=predictor.image_format, nms_operator=nms_operator
+        predictor.model, image_format=predictor.image_format, with_nms_operator=nms_operator
     )
     total = 0
     for picture in pictures():
@@ -117,34 +117,10 @@ def test_the_steps_of_the_graph_are_those_of_inference(variant: str, nms_operato
 def test_a_picture_without_detections() -> None:
     predictor = make_predictor("MODEL.ATSS.SCORE_THRESH_TEST", "1.0")
     for nms_operator in (False, True):
-        graph = ExportableDetector(predictor.model, nms_operator=nms_operator)
+        graph = ExportableDetector(predictor.model, with_nms_operator=nms_operator)
         with torch.no_grad():
             boxes, scores, classes = graph(torch.zeros(64, 64, 3, dtype=torch.uint8))
         assert (boxes.shape, scores.shape, classes.shape) == ((0, 4), (0,), (0,))
-
-
-def test_nms_per_class_by_brute_force() -> None:
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(30):
-        corners = torch.rand(40, 2, generator=generator) * 60
-        boxes = torch.cat([corners, corners + 5 + torch.rand(40, 2, generator=generator) * 40], 1)
-        scores = torch.rand(3, 40, generator=generator)
-        scores[torch.rand(3, 40, generator=generator) < 0.4] = -1.0
-        expected = set()
-        for label in range(3):
-            kept: list[int] = []
-            for row in scores[label].argsort(descending=True).tolist():
-                apart = all(_iou(boxes[row], boxes[other]) <= 0.4 for other in kept)
-                if scores[label, row] >= 0 and apart and len(kept) < 4:
-                    kept.append(row)
-            expected |= {(label, row) for row in kept}
-        assert {tuple(pair) for pair in nms_per_class(boxes, scores, 0.4, 4).tolist()} == expected
-
-
-def _iou(a: torch.Tensor, b: torch.Tensor) -> float:
-    sides = (torch.minimum(a[2:], b[2:]) - torch.maximum(a[:2], b[:2])).clamp(min=0)
-    shared = float(sides.prod())
-    return shared / (float((a[2:] - a[:2]).prod()) + float((b[2:] - b[:2]).prod()) - shared)
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,6 @@
 """The detector as a whole: losses in training, detections in inference, vocabularies."""
 
 import copy
-import dataclasses
-import functools
 from typing import Any
 
 import pytest
@@ -13,31 +11,39 @@ from detectron2.utils.events import EventStorage
 from torch._dynamo.exc import TorchDynamoException
 
 import hierkd.modeling.detector as meta_arch
-import hierkd.modeling.inference as class_probabilities
 from fake_teacher import FakeTeacher
 from hierkd.benchmarks.timing import peak_memory
 from hierkd.load_config import load_config
+from hierkd.modeling import inference
 from hierkd.modeling.detector import HierKD
 from hierkd.modeling.detector_settings import InferenceSettings
 from hierkd.modeling.distillation import PositivePoints
-from hierkd.modeling.inference import ClassProbabilities
 
 SIZE = 128
 CLASSES = [f"thing {i}" for i in range(5)]
 CONFIG = "configs/miniature/hierkd.yaml"
+EVERY_POSITIVE = ("MODEL.IKD.IOU_THRESH", 0.0, "MODEL.IKD.MAX_CROPS_PER_IMAGE", 0)
+
+
+@pytest.fixture(scope="module")
+def base_config():
+    small = ("MODEL.SLIM_RESNET.WIDTHS", "[8, 12, 16, 20]", "MODEL.FPN.OUT_CHANNELS", "32")
+    return load_config(CONFIG, ["MODEL.DEVICE", "cpu", "DATASETS.TRAIN", "()", *small])
 
 
 @pytest.fixture
-def build(monkeypatch):
+def build(monkeypatch, base_config):
     """Builder of small detectors with a fake teacher; arguments are KEY, VALUE, ..."""
 
-    def _build(*overrides: Any) -> HierKD:
-        cfg = load_config(CONFIG, ["MODEL.DEVICE", "cpu", "DATASETS.TRAIN", "()", *overrides])
+    def _build(*overrides: Any, vocabulary: list[str] = CLASSES) -> HierKD:
+        cfg = base_config.clone()
+        cfg.merge_from_list(list(overrides))
         teacher = FakeTeacher(cfg.MODEL.TEXT_CLASSIFIER.EMBED_DIM)
         monkeypatch.setattr(meta_arch, "build_teacher", lambda cfg: teacher)
         torch.manual_seed(0)
         model = build_model(cfg)
-        model.set_vocabulary(CLASSES)
+        if vocabulary:
+            model.set_vocabulary(vocabulary)
         return model
 
     return _build
@@ -69,6 +75,23 @@ def train_losses(model: HierKD, inputs: list[dict], seed: int = 0) -> dict[str, 
         return model(inputs)
 
 
+def without_gradient(model: HierKD, losses: dict[str, torch.Tensor]) -> list[str]:
+    sum(losses.values()).backward()
+    return [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+
+
+def distilled(model, inputs):
+    """The positives and the pairs of one training step."""
+    seen = []
+    original = model.distill_regions
+    model.distill_regions = lambda *args: seen.append((args[2], original(*args))) or seen[-1][1]
+    train_losses(model, inputs)
+    return seen[0]
+
+
+# ---------------------------------------------------------------------------- losses
+
+
 @pytest.mark.parametrize(
     ("ikd", "gkd", "quality", "extra"),
     [
@@ -88,9 +111,7 @@ def test_each_row_of_table_4_has_its_losses_and_trains_every_parameter(
     losses = train_losses(model, batch())
     assert set(losses) == {"loss_cls", "loss_box_reg"} | extra
     assert all(loss.isfinite() and loss > 0 for k, loss in losses.items() if k != "loss_ikd")
-    sum(losses.values()).backward()
-    without = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
-    assert without == []
+    assert without_gradient(model, losses) == []
 
 
 def test_a_branch_that_is_off_builds_nothing_and_never_asks_the_teacher(build):
@@ -106,13 +127,9 @@ def test_a_branch_that_is_off_builds_nothing_and_never_asks_the_teacher(build):
 def test_a_batch_without_any_box_still_gives_every_parameter_a_gradient(build):
     model = build()
     losses = train_losses(model, [sample([], seed=1), sample([], seed=2)])
-    assert losses["loss_box_reg"] == 0
-    assert losses["loss_iou"] == 0
-    assert losses["loss_ikd"] == 0
+    assert losses["loss_box_reg"] == losses["loss_iou"] == losses["loss_ikd"] == 0
     assert losses["loss_cls"] > 0
-    sum(losses.values()).backward()
-    missing = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
-    assert missing == []
+    assert without_gradient(model, losses) == []
 
 
 def test_the_weights_of_eq_6_scale_their_losses_and_nothing_else(build):
@@ -140,109 +157,17 @@ def test_the_learned_classification_weight(build):
     assert fixed.cls_loss_log_weight is None
 
 
-def test_the_teacher_sees_raw_images_and_detached_predicted_boxes(build):
-    model = build("MODEL.IKD.IOU_THRESH", 0.0, "MODEL.IKD.MAX_CROPS_PER_IMAGE", 0)
-    inputs = batch()
-    train_losses(model, inputs)
-    images, boxes, scale = model.teacher.regions[-1]
-    assert scale == 1.5
-    assert [len(b) for b in boxes][2] == 0
-    assert len(boxes[0]) > len(boxes[1]) > 0
-    assert not any(b.requires_grad for b in boxes)
-    for image, given in zip(images, inputs, strict=True):
-        assert torch.equal(image, given["image"])
-
-
-def test_distilled_regions_are_ground_truth_boxes_by_key(build):
-    model = build("MODEL.IKD.IOU_THRESH", 0.0, "MODEL.IKD.BOXES", "gt")
-    inputs = batch()
-    train_losses(model, inputs)
-    _, boxes, _ = model.teacher.regions[-1]
-    for given, seen in zip(inputs, boxes, strict=True):
-        truth = given["instances"].gt_boxes.tensor
-        assert all((truth == box).all(dim=1).any() for box in seen)
-
-
-def test_only_well_localised_positives_are_distilled_and_crops_are_limited(build):
-    never = build("MODEL.IKD.IOU_THRESH", 1.0)
-    assert train_losses(never, batch())["loss_ikd"] == 0
-    limited = build("MODEL.IKD.IOU_THRESH", 0.0, "MODEL.IKD.MAX_CROPS_PER_IMAGE", 2)
-    train_losses(limited, batch())
-    assert sum(len(b) for b in limited.teacher.regions[-1][1]) == 2 * 3
-
-
-def distilled(model, inputs):
-    """The positives and the pairs of one training step."""
-    seen = []
-    original = model.distill_regions
-    model.distill_regions = lambda *args: seen.append((args[2], original(*args))) or seen[-1][1]
-    train_losses(model, inputs)
-    return seen[0]
-
-
-def test_the_points_of_an_object_share_its_ground_truth_crop(build):
-    keys = ("MODEL.IKD.IOU_THRESH", 0.0, "MODEL.IKD.MAX_CROPS_PER_IMAGE", 0)
-    model = build(*keys, "MODEL.IKD.BOXES", "gt")
-    positives, pairs = distilled(model, batch())
-    objects = torch.cat([positives.image_idxs[:, None], positives.gt_boxes], dim=1)
-    distinct = objects.unique(dim=0)
-    _, boxes, _ = model.teacher.regions[-1]
-    assert sum(map(len, boxes)) == len(distinct) < len(positives.image_idxs) == len(pairs.teacher)
-    for one in distinct:
-        rows = pairs.teacher[(objects == one).all(dim=1)]
-        assert (rows == rows[0]).all()
-    assert len(pairs.teacher.unique(dim=0)) == len(distinct)
-
-
-def test_the_mean_over_levels_by_hand(build):
-    """The release averages Eq. 2 level by level, and a level without a point counts as zero."""
-    everything = ("MODEL.IKD.IOU_THRESH", 0.0, "MODEL.IKD.MAX_CROPS_PER_IMAGE", 0)
-    points = build(*everything, "MODEL.IKD.LOSS_WEIGHT", 1.0)
-    levels = build(*everything, "MODEL.IKD.LOSS_WEIGHT", 1.0, "MODEL.IKD.AVERAGE_OVER", "levels")
-    inputs = [*batch(), sample([[2, 2, 126, 126]], [4], seed=4)]  # large: another level
-    seen = []
-    original = levels.distill_regions
-    levels.distill_regions = lambda *args: seen.append(original(*args)) or seen[-1]
-    losses = train_losses(points, inputs)["loss_ikd"], train_losses(levels, inputs)["loss_ikd"]
-    (pairs,) = seen
-    distances = (pairs.student - pairs.teacher).abs().sum(dim=1)
-    torch.testing.assert_close(losses[0], distances.mean())
-    of_levels = [
-        distances[pairs.levels == level].mean() if (pairs.levels == level).any() else 0.0
-        for level in range(3)
-    ]
-    torch.testing.assert_close(losses[1], sum(of_levels) / 3)
+def test_all_positives_take_part_in_classification_whatever_the_negatives(build):
+    """With no negative left, the loss depends on the positives alone."""
+    few = build("MODEL.ATSS.NEGATIVE_AMOUNT", 1e-9)
+    losses = train_losses(few, batch())["loss_cls"], train_losses(few, batch(), seed=1)["loss_cls"]
+    assert losses[0] == losses[1]
+    some = build("MODEL.ATSS.NEGATIVE_AMOUNT", 0.1)
+    losses = (
+        train_losses(some, batch())["loss_cls"],
+        train_losses(some, batch(), seed=1)["loss_cls"],
+    )
     assert losses[0] != losses[1]
-    assert len(pairs.levels.unique()) > 1
-
-
-def test_the_level_of_each_distilled_point(build):
-    model = build("MODEL.IKD.IOU_THRESH", 0.0, "MODEL.IKD.MAX_CROPS_PER_IMAGE", 0)
-    seen = []
-    original = model.distill_regions
-    model.distill_regions = lambda *args: seen.append((args, original(*args))) or seen[-1][1]
-    train_losses(model, [*batch(), sample([[2, 2, 126, 126]], [4], seed=4)])
-    ((_, _, positives, sizes), pairs) = seen[0]
-    assert sizes == [16 * 16, 8 * 8, 4 * 4]
-    expected = [0 if i < 256 else 1 if i < 256 + 64 else 2 for i in positives.point_idxs.tolist()]
-    assert pairs.levels.tolist() == expected
-
-
-def test_the_closed_gap_gives_the_teacher_the_mean_of_the_text(build):
-    plain = build("MODEL.IKD.IOU_THRESH", 0.0)
-    closed = build("MODEL.IKD.IOU_THRESH", 0.0, "MODEL.IKD.CLOSE_MODALITY_GAP", True)
-    pairs = []
-    for model in (plain, closed):
-        original = model.distill_regions
-        model.distill_regions = lambda *args, f=original: pairs.append(f(*args)) or pairs[-1]
-        train_losses(model, batch())
-    before, after = pairs[0].teacher, pairs[1].teacher
-    shift = plain.text_classifier.text_embeddings.mean(dim=0) - before.mean(dim=0)
-    moved = before + shift
-    torch.testing.assert_close(after, moved / moved.norm(dim=1, keepdim=True))
-    torch.testing.assert_close(pairs[0].student, pairs[1].student)
-    empty = [sample([], seed=1), sample([], seed=2)]
-    assert train_losses(closed, empty)["loss_ikd"] == 0
 
 
 def test_negatives_drawn_per_level(build):
@@ -273,27 +198,266 @@ def test_distillation_does_not_move_the_box_branch(build):
     assert model.head.embedding.weight.grad.abs().sum() > 0
 
 
-def test_all_positives_take_part_in_classification_whatever_the_negatives(build):
-    """With no negative left, the loss depends on the positives alone."""
-    few = build("MODEL.ATSS.NEGATIVE_AMOUNT", 1e-9)
-    losses = train_losses(few, batch())["loss_cls"], train_losses(few, batch(), seed=1)["loss_cls"]
-    assert losses[0] == losses[1]
-    some = build("MODEL.ATSS.NEGATIVE_AMOUNT", 0.1)
-    losses = (
-        train_losses(some, batch())["loss_cls"],
-        train_losses(some, batch(), seed=1)["loss_cls"],
+@pytest.mark.parametrize(
+    "box",
+    [
+        (-500, -500, 900, 900),
+        (-1e6, -1e6, 1e6, 1e6),
+        (SIZE - 1, SIZE - 1, SIZE, SIZE),
+        (63, 63, 63, 63),
+        (0, 60, SIZE, 60.001),
+        (SIZE + 5, 5, SIZE + 40, 60),
+    ],
+)
+def test_losses_and_gradients_are_finite_at_the_edges(build, box):
+    model = build()
+    odd, good = sample([box], seed=1), sample([[10, 12, 70, 80]], [3], seed=2)
+    losses = train_losses(model, [odd, good])
+    assert all(loss.isfinite() for loss in losses.values())
+    assert without_gradient(model, losses) == []
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    # and the other image is labelled as without the odd one
+    features, _ = model._predict_maps(model.preprocess_image([good]))
+    anchors = model.anchor_generator(features)
+    alone = model.label_anchors(anchors, [good["instances"]])
+    both = model.label_anchors(anchors, [odd["instances"], good["instances"]])
+    assert all(torch.equal(one[0], two[1]) for one, two in zip(alone, both, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("box", "label", "found"),
+    [
+        ((0, 0, float("nan"), 5), 0, "the box"),
+        ((0, 0, float("inf"), 5), 0, "the box"),
+        ((0, 0, 2e7, 5), 0, "the box"),
+        ((9, 0, 8, 5), 0, "the box"),
+        ((0, 9, 5, 8), 0, "the box"),
+        ((0, 0, 5, 5), 5, "class 5"),
+        ((0, 0, 5, 5), -1, "class -1"),
+    ],
+)
+def test_ground_truth_that_cannot_be_learned_is_named(build, box, label, found):
+    bad = sample([[1, 1, 9, 9], box], [4, label]) | {"file_name": "8.png", "image_id": 80}
+    with pytest.raises(ValueError, match=rf"8\.png \(id 80\): ground truth 1 has {found}"):
+        train_losses(build(), [sample([[10, 12, 70, 80]]), bad])
+
+
+@pytest.mark.parametrize(("least", "greatest"), [(3.0, 30.0), (3.1, 30.1)])  # 3.1: no float32
+def test_the_temperatures_are_brought_back_and_it_is_said(build, caplog, least, greatest):
+    ranges = ("MODEL.GKD.LOGIT_SCALE_RANGE", (2.0, greatest))  # of no other test: said once
+    model = build(*ranges, "MODEL.TEXT_CLASSIFIER.LOGIT_SCALE_RANGE", (least, 40.0))
+    with torch.no_grad():
+        model.text_classifier.logit_scale.fill_(-50.0)
+        model.mlca.logit_scale.fill_(50.0)
+    losses = train_losses(model, batch())
+    assert all(loss.isfinite() for loss in losses.values())
+    assert model.text_classifier.logit_scale.item() == pytest.approx(least, rel=1e-7)
+    assert model.mlca.logit_scale.item() == pytest.approx(greatest, rel=1e-7)
+    said = [record.getMessage() for record in caplog.records]
+    assert any(f"tau_c is held at {least:g}, " in each for each in said)
+    assert any(f"tau_m is held at {greatest:g}, " in each for each in said)
+
+
+def test_temperatures_inside_their_range_are_left_alone(build, caplog):
+    model = build()
+    train_losses(model, batch())
+    assert model.text_classifier.logit_scale.item() == 16.0
+    assert model.mlca.logit_scale.item() == 10.0
+    assert not any("is held at" in record.getMessage() for record in caplog.records)
+
+
+@pytest.mark.parametrize(("height", "width"), [(100, 70), (128, 33)])
+def test_points_outside_the_images_own_padding_can_be_left_out(build, height, width):
+    labels = {}
+    for ignored in (False, True):
+        model = build("MODEL.ATSS.IGNORE_PADDING", ignored)
+        wide = sample([[10, 12, 70, 80]])
+        wide["image"] = torch.zeros(3, 128, 224, dtype=torch.uint8)
+        small = sample([[5, 5, 30, 30]])
+        small["image"] = torch.zeros(3, height, width, dtype=torch.uint8)
+        for each in (wide, small):
+            each["instances"]._image_size = tuple(each["image"].shape[1:])
+        features = model._predict_maps(model.preprocess_image([wide, small]))[0]
+        anchors = model.anchor_generator(features)
+        instances = [wide["instances"], small["instances"]]
+        labels[ignored] = model.label_anchors(anchors, instances)[0]
+    # by another way: the maps of the small image alone, in the corners of those of the batch
+    alone = model._predict_maps(model.preprocess_image([small]))[0]
+    inside = []
+    for own, of_batch in zip(alone, features, strict=True):
+        mask = torch.zeros(of_batch.shape[2:], dtype=torch.bool)
+        mask[: own.shape[2], : own.shape[3]] = True
+        inside.append(mask.flatten())
+    inside = torch.cat(inside)
+    assert torch.equal(labels[True][0], labels[False][0])
+    assert torch.equal(labels[True][1][inside], labels[False][1][inside])
+    assert set(labels[True][1][~inside].tolist()) == {-1}
+    assert set(labels[False][1][~inside].tolist()) == {len(CLASSES)}
+    chosen = model.sample_negatives(labels[True], [len(each) for each in anchors])
+    assert (chosen[1][~inside] == -1).all()
+
+
+# ---------------------------------------------------------------------------- distillation
+
+
+def test_the_teacher_sees_raw_images_and_detached_predicted_boxes(build):
+    model = build(*EVERY_POSITIVE)
+    inputs = batch()
+    train_losses(model, inputs)
+    images, boxes, scale = model.teacher.regions[-1]
+    assert scale == 1.5
+    assert [len(b) for b in boxes][2] == 0
+    assert len(boxes[0]) > len(boxes[1]) > 0
+    assert not any(b.requires_grad for b in boxes)
+    for image, given in zip(images, inputs, strict=True):
+        assert torch.equal(image, given["image"])
+
+
+def test_only_well_localised_positives_are_distilled_and_crops_are_limited(build):
+    never = build("MODEL.IKD.IOU_THRESH", 1.0)
+    assert train_losses(never, batch())["loss_ikd"] == 0
+    limited = build("MODEL.IKD.IOU_THRESH", 0.0, "MODEL.IKD.MAX_CROPS_PER_IMAGE", 2)
+    train_losses(limited, batch())
+    assert sum(len(b) for b in limited.teacher.regions[-1][1]) == 2 * 3
+
+
+def test_the_points_of_an_object_share_its_ground_truth_crop(build):
+    model = build(*EVERY_POSITIVE, "MODEL.IKD.BOXES", "gt")
+    inputs = batch()
+    positives, pairs = distilled(model, inputs)
+    objects = torch.cat([positives.image_idxs[:, None], positives.gt_boxes], dim=1)
+    distinct = objects.unique(dim=0)
+    _, boxes, _ = model.teacher.regions[-1]
+    assert sum(map(len, boxes)) == len(distinct) < len(positives.image_idxs) == len(pairs.teacher)
+    for given, seen in zip(inputs, boxes, strict=True):
+        truth = given["instances"].gt_boxes.tensor
+        assert all((truth == box).all(dim=1).any() for box in seen)
+    for one in distinct:
+        rows = pairs.teacher[(objects == one).all(dim=1)]
+        assert (rows == rows[0]).all()
+    assert len(pairs.teacher.unique(dim=0)) == len(distinct)
+
+
+def test_the_levels_of_the_points_and_the_mean_over_them_by_hand(build):
+    """The release averages Eq. 2 level by level, and a level without a point counts as zero."""
+    inputs = [*batch(), sample([[2, 2, 126, 126]], [4], seed=4)]  # large: another level
+    points = build(*EVERY_POSITIVE, "MODEL.IKD.LOSS_WEIGHT", 1.0)
+    loss = train_losses(points, inputs)["loss_ikd"]
+    levels = build(
+        *(*EVERY_POSITIVE, "MODEL.IKD.LOSS_WEIGHT", 1.0, "MODEL.IKD.AVERAGE_OVER", "levels")
     )
-    assert losses[0] != losses[1]
+    loss_of_levels = train_losses(levels, inputs)["loss_ikd"]
+    positives, pairs = distilled(levels, inputs)
+    expected = [0 if i < 256 else 1 if i < 256 + 64 else 2 for i in positives.point_idxs.tolist()]
+    assert pairs.levels.tolist() == expected
+    assert len(set(expected)) > 1
+    distances = (pairs.student - pairs.teacher).abs().sum(dim=1)
+    torch.testing.assert_close(loss, distances.mean())
+    of_levels = [
+        distances[pairs.levels == level].mean() if (pairs.levels == level).any() else 0.0
+        for level in range(3)
+    ]
+    torch.testing.assert_close(loss_of_levels, sum(of_levels) / 3)
+    assert loss != loss_of_levels
 
 
-def test_half_precision_keeps_the_losses_close(build):
-    model = build("MODEL.IKD.IOU_THRESH", 0.0)
-    full = train_losses(model, batch())
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        half = train_losses(model, batch())
-    for name, loss in full.items():
-        assert half[name].dtype == torch.float32
-        torch.testing.assert_close(half[name], loss, rtol=0.05, atol=0.02)
+def test_the_closed_gap_gives_the_teacher_the_mean_of_the_text(build):
+    plain = build(*EVERY_POSITIVE)
+    closed = build(*EVERY_POSITIVE, "MODEL.IKD.CLOSE_MODALITY_GAP", True)
+    (_, before), (_, after) = distilled(plain, batch()), distilled(closed, batch())
+    shift = plain.text_classifier.text_embeddings.mean(dim=0) - before.teacher.mean(dim=0)
+    moved = before.teacher + shift
+    torch.testing.assert_close(after.teacher, moved / moved.norm(dim=1, keepdim=True))
+    torch.testing.assert_close(before.student, after.student)
+    assert train_losses(closed, [sample([], seed=1), sample([], seed=2)])["loss_ikd"] == 0
+
+
+def with_embeddings(inputs: list[dict]) -> list[dict]:
+    """What the mapper attaches where the teacher's embeddings are cached."""
+    generator = torch.Generator().manual_seed(7)
+    for one in inputs:
+        rows = torch.randn(len(one["instances"]) + 1, 64, generator=generator)
+        rows = torch.nn.functional.normalize(rows, dim=1)
+        one["instances"].gt_region_embeddings, one["caption_embedding"] = rows[1:], rows[0]
+        del one["caption"]
+    return inputs
+
+
+def test_embeddings_of_the_batch_are_those_of_the_matched_objects(build):
+    model = build(*EVERY_POSITIVE, "MODEL.IKD.BOXES", "gt")
+    model.teacher = None  # nobody is asked
+    inputs = with_embeddings([*batch(), sample([[5, 5, 60, 60], [70, 60, 125, 120]], seed=4)])
+    positives, pairs = distilled(model, inputs)
+    # By another way: the image and the box of the point say which object it is.
+    assert len(pairs.teacher) == len(positives.gt_boxes) > 10
+    for row, image, box in zip(
+        pairs.teacher, positives.image_idxs, positives.gt_boxes, strict=True
+    ):
+        instances = inputs[image]["instances"]
+        (place,) = (instances.gt_boxes.tensor == box).all(dim=1).nonzero().flatten().tolist()
+        assert torch.equal(row, instances.gt_region_embeddings[place])
+    assert len(pairs.teacher.unique(dim=0)) == 5
+
+
+def test_embeddings_of_the_batch_give_the_losses_of_asking_the_teacher(build):
+    model, inputs = build("MODEL.IKD.BOXES", "gt"), with_embeddings(batch())
+    rows = torch.stack([each["caption_embedding"] for each in inputs])
+    looked_up = train_losses(model, inputs)
+    model.teacher.encode_captions = lambda captions: rows
+    asked = train_losses(model, batch())
+    assert looked_up["loss_gkd_image"] == asked["loss_gkd_image"]
+    nothing = with_embeddings([sample([], seed=3), sample([], seed=4)])
+    losses = train_losses(model, nothing)
+    assert losses["loss_ikd"] == 0
+    assert without_gradient(model, losses) == []
+
+
+def test_a_cache_holds_ground_truth_boxes_only(build):
+    with pytest.raises(ValueError, match=r"MODEL\.IKD\.BOXES is 'predicted'"):
+        build("MODEL.TEACHER.CACHE", "somewhere", "MODEL.IKD.BOXES", "predicted")
+
+
+def test_the_memory_of_many_positives_grows_with_their_number_at_most(build):
+    """The distilled points and their losses, without the network before them."""
+    model, number = build(*EVERY_POSITIVE), 45_000
+    generator = torch.Generator().manual_seed(0)
+    embed_dim, images = model.text_classifier.embed_dim, 8
+
+    def step(number: int) -> None:
+        points = number // images
+        corners = torch.rand(images * points, 2, generator=generator) * 400
+        gt_boxes = torch.cat([corners, corners + 40], dim=1)
+        pred_boxes = (gt_boxes + 1).requires_grad_()
+        shape = images, points
+        positives = PositivePoints(
+            torch.arange(images).repeat_interleave(points),
+            torch.arange(points).repeat(images),
+            pred_boxes,
+            gt_boxes,
+            torch.arange(points).repeat(images),
+            torch.full((images * points,), 0.9),
+        )
+        predictions = meta_arch.DensePredictions(
+            torch.nn.functional.normalize(torch.rand(*shape, embed_dim, requires_grad=True), dim=2),
+            torch.zeros(*shape, 4, requires_grad=True),
+            torch.zeros(*shape, requires_grad=True),
+        )
+        inputs = [{"image": torch.zeros(3, 8, 8), "instances": Instances((8, 8))}] * images
+        labels = torch.zeros(shape, dtype=torch.int64)
+        with EventStorage():
+            pairs = model.distill_regions(inputs, predictions, positives, [points, 0, 0])
+            assert len(pairs.student) == images * points
+            anchors = Boxes(torch.rand(points, 4))
+            losses = model.losses(predictions, anchors, labels, positives, pairs, None)
+            sum(losses.values()).backward()
+
+    step(450)
+    few, many = (peak_memory(lambda n=n: step(n), torch.device("cpu")) for n in (450, number))
+    # an array of all pairs would be 7.5 GiB
+    assert many < few + 64 + number * 8 / 1024
+
+
+# ---------------------------------------------------------------------------- vocabularies
 
 
 def test_the_teacher_and_the_vocabulary_are_in_no_checkpoint(build):
@@ -324,26 +488,20 @@ def test_the_vocabulary_comes_back_after_the_block_even_after_an_error(build):
 
 
 @pytest.mark.parametrize(
-    ("names", "message"),
+    ("names", "rows", "message"),
     [
-        ([], "empty"),
-        (["cat", " "], r"blank names at positions 1"),
-        (["cat", "dog", "cat"], "repeats 'cat'"),
+        ([], None, "empty"),
+        (["cat", " "], None, r"blank names at positions 1"),
+        (["cat", "dog", "cat"], None, "repeats 'cat'"),
+        (["a", "b"], torch.ones(3, 64), "2 class names, but 3 embeddings"),
+        (["a", "b"], torch.ones(2, 32), r"\(K, 64\).*\(2, 32\)"),
     ],
 )
-def test_bad_vocabularies_are_refused_and_change_nothing(build, names, message):
+def test_bad_vocabularies_are_refused_and_change_nothing(build, names, rows, message):
     model = build()
     with pytest.raises(ValueError, match=message):
-        model.set_vocabulary(names)
+        model.set_vocabulary(names, rows)
     assert model.vocabulary_names == tuple(CLASSES)
-
-
-def test_wrong_embeddings_are_refused(build):
-    model = build()
-    with pytest.raises(ValueError, match="2 class names, but 3 embeddings"):
-        model.set_vocabulary(["a", "b"], torch.ones(3, 64))
-    with pytest.raises(ValueError, match=r"\(K, 64\).*\(2, 32\)"):
-        model.set_vocabulary(["a", "b"], torch.ones(2, 32))
 
 
 @pytest.mark.parametrize(
@@ -360,6 +518,54 @@ def test_wrong_embeddings_are_refused(build):
 def test_wrong_choices_name_the_key_and_the_value(build, key, value):
     with pytest.raises(ValueError, match=f"{key}.*{value}"):
         build(key, value)
+
+
+def test_inference_without_a_vocabulary_says_what_to_do(build):
+    with pytest.raises(RuntimeError, match="set_vocabulary"):
+        build(vocabulary=[]).eval()([sample([])])
+
+
+def test_the_training_vocabulary_is_that_of_the_training_set(build):
+    model = build("DATASETS.TRAIN", "('miniature_ovd_train_base',)", vocabulary=[])
+    assert model.training_vocabulary == model.vocabulary_names
+    assert len(model.training_vocabulary) == 24
+    model.set_vocabulary(["another"])
+    assert len(model.training_vocabulary) == 24
+
+
+def all_scores(model: HierKD) -> torch.Tensor:
+    """(points, K) scores before any selection."""
+    maps = model.score_maps([sample([], seed=1)])
+    return torch.cat([m.flatten(2)[0].T for m in maps])
+
+
+@pytest.mark.parametrize("names", [CLASSES[:3], CLASSES[3:], CLASSES])
+def test_novel_names_alone_are_shifted_and_only_beside_base_names(build, names):
+    plain, shifted = build().eval(), build("MODEL.ATSS.NOVEL_LOGIT_SHIFT", 2.0).eval()
+    shifted.training_vocabulary = tuple(CLASSES[:3])
+    for model in (plain, shifted):
+        model.set_vocabulary(names)
+    before, after = all_scores(plain), all_scores(shifted)
+    assert torch.equal(before, after) == (names != CLASSES)
+    if names == CLASSES:
+        assert shifted.novel_logit_shifts().tolist() == [0, 0, 0, 2, 2]
+        assert (after[:, 3:] > before[:, 3:]).all()
+
+
+def test_a_shift_is_finite_and_needs_to_know_the_training_vocabulary(build):
+    model = build("MODEL.ATSS.NOVEL_LOGIT_SHIFT", 2.0).eval()
+    with pytest.raises(ValueError, match="NOVEL_LOGIT_SHIFT needs the class names of the training"):
+        all_scores(model)
+    for shift in (float("nan"), float("-inf")):
+        with pytest.raises(ValueError, match=f"MODEL.ATSS.NOVEL_LOGIT_SHIFT.*{shift}"):
+            InferenceSettings(novel_logit_shift=shift)
+
+
+def test_names_are_novel_as_in_the_evaluation_of_transfer(build):
+    model = build()
+    model.training_vocabulary = ("tv", "car", "wine glass")
+    names = ["TV", "cars", "wine_glass", "kite", "sports car"]
+    assert model.are_novel(names) == [False, False, False, True, True]
 
 
 # ---------------------------------------------------------------------------- inference
@@ -440,17 +646,6 @@ def test_inference_with_another_vocabulary_and_output_size(build):
     assert (instances.scores.diff() <= 0).all()
 
 
-@torch.no_grad()
-def test_no_limit_on_pairs_is_a_limit_that_never_binds(build):
-    detections = []
-    for limit in (0, 10**9):
-        model = build("MODEL.ATSS.TOPK_PAIRS_TEST", limit).eval()
-        with torch.no_grad():
-            detections.append(model(batch()[:1])[0]["instances"])
-    assert len(detections[0]) > 0
-    assert torch.equal(detections[0].scores, detections[1].scores)
-
-
 def test_the_score_threshold_applies_to_the_class_probability(build):
     model = build()
     model.eval()
@@ -484,29 +679,29 @@ def test_score_maps_hold_the_best_score_of_inference(build):
 
 
 @torch.no_grad()
-def test_score_maps_of_some_classes_of_a_large_vocabulary(build, monkeypatch):
-    model = build()
-    model.eval()
-    names = [*CLASSES, *(f"other thing {i}" for i in range(4000))]
-    model.set_vocabulary(names)
+def test_a_large_vocabulary_in_blocks_gives_the_same_detections_and_maps(build, monkeypatch):
+    model = build("MODEL.ATSS.TOPK_ANCHORS_TEST", 40, "MODEL.ATSS.TOPK_PAIRS_TEST", 200).eval()
+    torch.nn.init.normal_(model.head.quality.weight, std=0.2)
+    model.set_vocabulary([f"name {i}" for i in range(300)])
     inputs = [sample([], seed=1), sample([], seed=2)]
-    with monkeypatch.context() as patch:
-        patch.setattr(class_probabilities, "_MIN_BLOCK_ROWS", 10**6)  # all points at once
-        expected = model.score_maps(inputs)
+    whole, maps = model(inputs), model.score_maps(inputs)
     sizes = []
-    probabilities = model._class_probabilities
-
-    def recorded(embeddings, weight=None):
-        sizes.append(len(embeddings))
-        return probabilities(embeddings, weight)
-
-    monkeypatch.setattr(model, "_class_probabilities", recorded)
-    monkeypatch.setattr(class_probabilities, "_MIN_BLOCK_ROWS", 100)
-    monkeypatch.setattr(class_probabilities, "_BLOCK_ELEMENTS", 1)
-    found = model.score_maps(inputs, [3, 0, 4004])
-    assert max(sizes) == 100  # no array of all points and all names
-    for maps, whole in zip(found, expected, strict=True):
-        torch.testing.assert_close(maps, whole[:, [3, 0, 4004]])
+    probabilities = meta_arch.class_probabilities
+    monkeypatch.setattr(
+        meta_arch,
+        "class_probabilities",
+        lambda logits, shift: sizes.append(len(logits)) or probabilities(logits, shift),
+    )
+    monkeypatch.setattr(inference, "_MIN_BLOCK_ROWS", 9)
+    monkeypatch.setattr(inference, "_BLOCK_ELEMENTS", 1)
+    for one, other in zip(model(inputs), whole, strict=True):
+        found, expected = one["instances"], other["instances"]
+        assert len(found) == len(expected) > 20
+        torch.testing.assert_close(found.scores, expected.scores)
+        assert torch.equal(found.pred_classes, expected.pred_classes)
+    for some, every in zip(model.score_maps(inputs, [3, 0, 299]), maps, strict=True):
+        torch.testing.assert_close(some, every[:, [3, 0, 299]])
+    assert max(sizes) == 9  # no array of all points and all names
 
 
 @torch.no_grad()
@@ -527,240 +722,6 @@ def test_fore_anchors_are_the_best_of_each_level(build):
         torch.testing.assert_close(top.scores, torch.cat(best).topk(5).values)
         assert all((fore.boxes == box).all(dim=1).any() for box in top.boxes)
         assert fore.best(18) is fore
-
-
-def test_inference_without_a_vocabulary_says_what_to_do(monkeypatch):
-    cfg = load_config(CONFIG, ["MODEL.DEVICE", "cpu", "DATASETS.TRAIN", "()"])
-    monkeypatch.setattr(meta_arch, "build_teacher", lambda cfg: FakeTeacher(64))
-    model = build_model(cfg).eval()
-    with pytest.raises(RuntimeError, match="set_vocabulary"):
-        model([sample([])])
-
-
-@pytest.mark.parametrize(("height", "width"), [(128, 128), (100, 70), (128, 33)])
-def test_points_outside_the_images_own_padding_can_be_left_out(build, height, width):
-    labels = {}
-    for ignored in (False, True):
-        model = build("MODEL.ATSS.IGNORE_PADDING", ignored)
-        wide = sample([[10, 12, 70, 80]])
-        wide["image"] = torch.zeros(3, 128, 224, dtype=torch.uint8)
-        small = sample([[5, 5, 30, 30]])
-        small["image"] = torch.zeros(3, height, width, dtype=torch.uint8)
-        for each in (wide, small):
-            each["instances"]._image_size = tuple(each["image"].shape[1:])
-        features = model._predict_maps(model.preprocess_image([wide, small]))[0]
-        anchors = model.anchor_generator(features)
-        instances = [wide["instances"], small["instances"]]
-        labels[ignored] = model.label_anchors(anchors, instances)[0]
-    # by another way: the maps of the small image alone, in the corners of those of the batch
-    alone = model._predict_maps(model.preprocess_image([small]))[0]
-    inside = []
-    for own, of_batch in zip(alone, features, strict=True):
-        mask = torch.zeros(of_batch.shape[2:], dtype=torch.bool)
-        mask[: own.shape[2], : own.shape[3]] = True
-        inside.append(mask.flatten())
-    inside = torch.cat(inside)
-    assert torch.equal(labels[True][0], labels[False][0])
-    assert torch.equal(labels[True][1][inside], labels[False][1][inside])
-    assert set(labels[True][1][~inside].tolist()) == {-1}
-    assert set(labels[False][1][~inside].tolist()) == {len(CLASSES)}
-    chosen = model.sample_negatives(labels[True], [len(each) for each in anchors])
-    assert (chosen[1][~inside] == -1).all()
-
-
-# ---------------------------------------------------------------------------- base against novel
-
-
-def calibrated(build, *overrides: Any) -> HierKD:
-    """A detector trained on the first three of ``CLASSES``; all five are the vocabulary now."""
-    model = build(*overrides)
-    model.training_vocabulary = tuple(CLASSES[:3])
-    return model.eval()
-
-
-def all_scores(model: HierKD) -> torch.Tensor:
-    """(points, K) scores before any selection."""
-    with torch.no_grad():
-        maps = model.score_maps([sample([], seed=1)])
-    return torch.cat([m.flatten(2)[0].T for m in maps])
-
-
-def test_the_training_vocabulary_is_that_of_the_training_set(monkeypatch):
-    cfg = load_config(CONFIG, ["MODEL.DEVICE", "cpu"])
-    monkeypatch.setattr(meta_arch, "build_teacher", lambda cfg: FakeTeacher(64))
-    model = build_model(cfg)
-    assert model.training_vocabulary == model.vocabulary_names
-    assert len(model.training_vocabulary) == 24
-    model.set_vocabulary(["another"])
-    assert len(model.training_vocabulary) == 24
-
-
-def test_the_shift_multiplies_the_odds_of_novel_against_base_and_nothing_else(build):
-    plain, shifted = (
-        all_scores(calibrated(build, "MODEL.ATSS.NOVEL_LOGIT_SHIFT", s)).double()
-        for s in (0.0, 1.5)
-    )
-    odds, before = (x[:, 3:, None] / x[:, None, :3] for x in (shifted, plain))
-    torch.testing.assert_close(odds, before * torch.tensor(1.5).exp(), rtol=1e-4, atol=1e-6)
-    # the order within either kind, and the chance of any object, are what they were
-    for kind in (slice(0, 3), slice(3, 5)):
-        torch.testing.assert_close(
-            shifted[:, kind] / shifted[:, kind].sum(1, keepdim=True),
-            plain[:, kind] / plain[:, kind].sum(1, keepdim=True),
-            rtol=1e-4,
-            atol=1e-6,
-        )
-    torch.testing.assert_close(shifted.sum(dim=1), plain.sum(dim=1), rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("names", [CLASSES[:3], CLASSES[3:], CLASSES])
-def test_without_both_kinds_or_without_a_shift_nothing_changes(build, names):
-    plain, shifted = build().eval(), calibrated(build, "MODEL.ATSS.NOVEL_LOGIT_SHIFT", 2.0)
-    for model in (plain, shifted):
-        model.set_vocabulary(names)
-    same = torch.equal(all_scores(plain), all_scores(shifted))
-    assert same == (names != CLASSES)
-
-
-def test_a_shift_needs_to_know_the_training_vocabulary(build):
-    model = calibrated(build, "MODEL.ATSS.NOVEL_LOGIT_SHIFT", 2.0)
-    model.training_vocabulary = ()
-    with pytest.raises(ValueError, match="NOVEL_LOGIT_SHIFT needs the class names of the training"):
-        all_scores(model)
-
-
-def test_names_are_novel_as_in_the_evaluation_of_transfer(build):
-    model = build()
-    model.training_vocabulary = ("tv", "car", "wine glass")
-    names = ["TV", "cars", "wine_glass", "kite", "sports car"]
-    assert model.are_novel(names) == [False, False, False, True, True]
-
-
-def hand_made(model: HierKD, probs: list[list[float]], boxes: list[list[float]]) -> Instances:
-    """Detections from given class probabilities (point x class) and boxes, one level, no IoU."""
-    model._class_probabilities = lambda embeddings, weight: torch.tensor(probs)
-    predictions = meta_arch.DensePredictions(
-        torch.zeros(len(boxes), 1), torch.zeros(len(boxes), 4), None
-    )
-    anchors = [Boxes(torch.tensor(boxes, dtype=torch.float32))]
-    fore = model._select_of_image(predictions, anchors, (SIZE, SIZE))
-    return model.detect_classes(fore.boxes, fore.probs, fore.qualities, (SIZE, SIZE))
-
-
-@pytest.mark.parametrize("agnostic", [False, True])
-def test_class_agnostic_nms_leaves_one_name_per_object(build, agnostic):
-    model = build("MODEL.ATSS.CLASS_AGNOSTIC_NMS", agnostic).eval()
-    model.set_vocabulary(["base", "novel"])
-    # one object with two names at two points, and one elsewhere
-    found = hand_made(
-        model,
-        [[0.6, 0.3], [0.1, 0.5], [0.2, 0.7]],
-        [[10, 10, 60, 60], [12, 10, 62, 60], [80, 80, 120, 120]],
-    )
-    pairs = list(zip(found.pred_classes.tolist(), found.scores.tolist(), strict=True))
-    expected = [(1, 0.7), (0, 0.6), (1, 0.5), (0, 0.2)]
-    if agnostic:
-        expected = expected[:2]
-    assert [k for k, _ in pairs] == [k for k, _ in expected]
-    assert [s for _, s in pairs] == pytest.approx([s for _, s in expected])
-
-
-@pytest.mark.parametrize("shift", [float("nan"), float("-inf")])
-def test_a_shift_that_is_not_finite_is_refused(shift):
-    with pytest.raises(ValueError, match=f"MODEL.ATSS.NOVEL_LOGIT_SHIFT.*{shift}"):
-        InferenceSettings(novel_logit_shift=shift)
-
-
-# ------------------------------------------------------------------- regions looked up beforehand
-
-
-class RegionTable:
-    """Stands for the cache of the teacher: row i of annotation 10 + i, mirrored 100 + i."""
-
-    def __init__(self, embed_dim: int) -> None:
-        self.rows = torch.nn.functional.normalize(torch.randn(200, embed_dim), dim=1)
-
-    def encode_annotations(self, annotation_ids, flipped):
-        return torch.cat(
-            [
-                self.rows[ids - 10 + 100 * mirrored]
-                for ids, mirrored in zip(annotation_ids, flipped, strict=True)
-            ]
-        )
-
-
-def with_annotations(inputs: list[dict]) -> list[dict]:
-    start = 10
-    for number, one in enumerate(inputs):
-        count = len(one["instances"])
-        one["instances"].gt_annotation_ids = torch.arange(start, start + count)
-        one["horizontally_flipped"] = number % 2 == 1
-        start += count
-    return inputs
-
-
-def test_cached_regions_are_those_of_the_matched_objects(build):
-    model = build(
-        *("MODEL.IKD.BOXES", "gt", "MODEL.IKD.IOU_THRESH", 0.0),
-        *("MODEL.IKD.MAX_CROPS_PER_IMAGE", 0),
-    ).train()
-    model.region_cache = RegionTable(64)
-    inputs = with_annotations([*batch(), sample([[5, 5, 60, 60], [70, 60, 125, 120]], seed=4)])
-    features, maps = model._predict_maps(model.preprocess_image(inputs))
-    predictions, anchors = model._flatten(maps), model.anchor_generator(features)
-    gt_labels, gt_boxes, idxs = model.label_anchors(anchors, [x["instances"] for x in inputs])
-    positives = model.positive_points(predictions, anchors, gt_labels, gt_boxes, idxs)
-    pairs = model.distill_regions(inputs, predictions, positives, [len(a) for a in anchors])
-    # By another way: the image and the box of the point say which annotation it is.
-    assert len(pairs.teacher) == len(positives.gt_boxes) > 10
-    seen = set()
-    for row, image, box in zip(
-        pairs.teacher, positives.image_idxs, positives.gt_boxes, strict=True
-    ):
-        instances = inputs[image]["instances"]
-        (place,) = (instances.gt_boxes.tensor == box).all(dim=1).nonzero().flatten().tolist()
-        annotation = int(instances.gt_annotation_ids[place])
-        seen.add(annotation)
-        assert torch.equal(row, model.region_cache.rows[annotation - 10 + 100 * (image % 2)])
-    assert seen == {10, 11, 12, 13, 14}
-    assert model.teacher.regions == []  # CLIP was not asked
-
-
-def test_cached_regions_of_a_batch_without_objects(build):
-    model = build("MODEL.IKD.BOXES", "gt")
-    model.region_cache = RegionTable(64)
-    losses = train_losses(model, with_annotations([sample([], seed=3), sample([], seed=4)]))
-    assert losses["loss_ikd"] == 0
-    sum(losses.values()).backward()
-
-
-def test_a_cache_without_annotation_ids_says_what_is_missing(build):
-    model = build("MODEL.IKD.BOXES", "gt")
-    model.region_cache = RegionTable(64)
-    with pytest.raises(ValueError, match=r"gt_annotation_ids.*HierKDDatasetMapper"):
-        train_losses(model, batch())
-
-
-# ---------------------------------------------------------------------------- large vocabularies
-
-
-def test_a_large_vocabulary_in_blocks_gives_the_same_detections(build, monkeypatch):
-    model = build("MODEL.ATSS.TOPK_ANCHORS_TEST", 40, "MODEL.ATSS.TOPK_PAIRS_TEST", 200).eval()
-    torch.nn.init.normal_(model.head.quality.weight, std=0.2)
-    model.set_vocabulary([f"name {i}" for i in range(300)])
-    inputs = [sample([], seed=1), sample([], seed=2)]
-    with torch.no_grad():
-        whole = model(inputs)
-        blocks = functools.partial(ClassProbabilities, block_rows=9)
-        monkeypatch.setattr(meta_arch, "ClassProbabilities", blocks)
-        for one, other in zip(model(inputs), whole, strict=True):
-            found, expected = one["instances"], other["instances"]
-            assert len(found) == len(expected) > 20
-            torch.testing.assert_close(found.scores, expected.scores)
-            assert torch.equal(found.pred_classes, expected.pred_classes)
-
-
-# ---------------------------------------------------------------------------- speed
 
 
 @torch.no_grad()
@@ -810,69 +771,3 @@ def test_compiled_maps_are_used_in_inference_only(build, monkeypatch):
     with torch.enable_grad():
         train_losses(model, batch())
     assert len(calls) == 1
-
-
-@pytest.mark.parametrize(("least", "greatest"), [(3.0, 30.0), (3.1, 30.1)])  # 3.1: no float32
-def test_the_temperatures_are_brought_back_and_it_is_said(build, caplog, least, greatest):
-    ranges = ("MODEL.GKD.LOGIT_SCALE_RANGE", (2.0, greatest))  # of no other test: said once
-    model = build(*ranges, "MODEL.TEXT_CLASSIFIER.LOGIT_SCALE_RANGE", (least, 40.0))
-    with torch.no_grad():
-        model.text_classifier.logit_scale.fill_(-50.0)
-        model.mlca.logit_scale.fill_(50.0)
-    losses = train_losses(model, batch())
-    assert all(loss.isfinite() for loss in losses.values())
-    assert model.text_classifier.logit_scale.item() == pytest.approx(least, rel=1e-7)
-    assert model.mlca.logit_scale.item() == pytest.approx(greatest, rel=1e-7)
-    said = [record.getMessage() for record in caplog.records]
-    assert any(f"tau_c is held at {least:g}, " in each for each in said)
-    assert any(f"tau_m is held at {greatest:g}, " in each for each in said)
-
-
-def test_temperatures_inside_their_range_are_left_alone(build, caplog):
-    model = build()
-    train_losses(model, batch())
-    assert model.text_classifier.logit_scale.item() == 16.0
-    assert model.mlca.logit_scale.item() == 10.0
-    assert not any("is held at" in record.getMessage() for record in caplog.records)
-
-
-@pytest.mark.parametrize("number", [4500, pytest.param(45_000, marks=pytest.mark.slow, id="45000")])
-def test_the_memory_of_many_positives_grows_with_their_number_at_most(build, number):
-    """The distilled points and their losses, without the network before them."""
-    model = build("MODEL.IKD.IOU_THRESH", 0.0)
-    model.ikd = dataclasses.replace(model.ikd, max_crops_per_image=0)
-    generator = torch.Generator().manual_seed(0)
-    embed_dim, images = model.text_classifier.embed_dim, 8
-
-    def step(number: int) -> None:
-        points = number // images
-        corners = torch.rand(images * points, 2, generator=generator) * 400
-        gt_boxes = torch.cat([corners, corners + 40], dim=1)
-        pred_boxes = (gt_boxes + 1).requires_grad_()
-        shape = images, points
-        positives = PositivePoints(
-            torch.arange(images).repeat_interleave(points),
-            torch.arange(points).repeat(images),
-            pred_boxes,
-            gt_boxes,
-            torch.arange(points).repeat(images),
-            torch.full((images * points,), 0.9),
-        )
-        predictions = meta_arch.DensePredictions(
-            torch.nn.functional.normalize(torch.rand(*shape, embed_dim, requires_grad=True), dim=2),
-            torch.zeros(*shape, 4, requires_grad=True),
-            torch.zeros(*shape, requires_grad=True),
-        )
-        inputs = [{"image": torch.zeros(3, 8, 8)} for _ in range(images)]
-        labels = torch.zeros(shape, dtype=torch.int64)
-        with EventStorage():
-            pairs = model.distill_regions(inputs, predictions, positives, [points, 0, 0])
-            assert len(pairs.student) == images * points
-            anchors = Boxes(torch.rand(points, 4))
-            losses = model.losses(predictions, anchors, labels, positives, pairs, None)
-            sum(losses.values()).backward()
-
-    step(450)
-    few, many = (peak_memory(lambda n=n: step(n), torch.device("cpu")) for n in (450, number))
-    # an array of all pairs would be 77 MiB for 4500, 7.5 GiB for 45,000
-    assert many < few + 64 + number * 8 / 1024

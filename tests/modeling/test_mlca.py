@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck
 
-from hierkd.modeling.mlca import MLCA
+from hierkd.modeling.mlca import MLCA, gather_rows
 
 N, C, D = 3, 2, 5
 
@@ -217,3 +217,8 @@ def test_tau_m_stays_in_its_range():
     MLCA(logit_scale=None).limit_logit_scale()
     with pytest.raises(ValueError, match=r"MODEL.GKD.LOGIT_SCALE is 2000.0, outside of"):
         MLCA(logit_scale=2000.0)
+
+
+def test_one_process_keeps_its_own_rows():  # two: test_ddp.py
+    rows = torch.randn(3, 4, requires_grad=True)
+    assert gather_rows(rows) is rows

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from tabulate import tabulate  # type: ignore[import-untyped]
+
+from hierkd.teachers.names import comparable_name
 
 __all__ = [
     "COLUMNS",
@@ -64,16 +65,6 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:_MAX_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
-def _plain(name: str) -> str:
-    """A name without capitals, "_", "-" and what stands in parentheses."""
-    text = re.sub(r"\(.*?\)", " ", name.lower())
-    return " ".join(re.split(r"[\s_-]+", text.strip())) or name.lower()
-
-
-def _singular(name: str) -> str:
-    return name[:-1] if len(name) > 3 and name.endswith("s") and name[-2] not in "su" else name
-
-
 def find_overlap(vocabulary: Sequence[str], training: Sequence[str]) -> Overlap:
     """Compare names by spelling: capitals, "_", "-", parentheses and a plural s do not count.
 
@@ -83,10 +74,10 @@ def find_overlap(vocabulary: Sequence[str], training: Sequence[str]) -> Overlap:
         vocabulary: Of the dataset to evaluate on.
         training: Names that training had boxes of.
     """
-    trained = {_singular(_plain(name)): name for name in training}
+    trained = {comparable_name(name): name for name in training}
     known, related = {}, {}
     for name in vocabulary:
-        plain = _singular(_plain(name))
+        plain = comparable_name(name)
         if plain in trained:
             known[name] = trained[plain]
             continue

@@ -105,14 +105,14 @@ def trace(
     predictor: OpenVocabularyPredictor,
     *,
     vocabulary_as_input: bool = False,
-    nms_operator: bool = False,
+    with_nms_operator: bool = False,
 ) -> ExportedProgram:
     """Record a detector's inference as a graph for pictures of any size.
 
     Args:
         predictor: of a detector on the CPU, with the vocabulary that the graph will have.
         vocabulary_as_input: the class embeddings are a second input of the graph instead.
-        nms_operator: for ONNX; see :class:`hierkd.inference.exportable.ExportableDetector`.
+        with_nms_operator: for ONNX; see :class:`hierkd.inference.exportable.ExportableDetector`.
 
     Raises:
         ValueError: the detector cannot be exported like that.
@@ -122,7 +122,7 @@ def trace(
         detector,
         image_format=predictor.image_format,
         vocabulary_as_input=vocabulary_as_input,
-        nms_operator=nms_operator,
+        with_nms_operator=with_nms_operator,
     ).eval()
     stride = detector.backbone.size_divisibility
     # Sides of an example that are no multiples, and so large that no level is a single point: a
@@ -184,7 +184,7 @@ def export_graph(
     check_output(path)
     metadata = describe_graph(predictor, vocabulary_as_input=vocabulary_as_input)
     as_onnx = path.suffix == ".onnx"
-    program = trace(predictor, vocabulary_as_input=vocabulary_as_input, nms_operator=as_onnx)
+    program = trace(predictor, vocabulary_as_input=vocabulary_as_input, with_nms_operator=as_onnx)
     content = _onnx_bytes(program, metadata) if as_onnx else _pt2_bytes(program, metadata)
     with replacing(path) as making:
         making.write_bytes(content)
@@ -211,7 +211,7 @@ def _onnx_bytes(program: ExportedProgram, metadata: dict[str, str]) -> bytes:
             opset_version=OPSET,
             input_names=inputs,
             output_names=OUTPUTS,
-            custom_translation_table={torch.ops.hierkd.nms_per_class.default: _onnx_nms},
+            custom_translation_table={torch.ops.hierkd.nms_of_classes.default: _onnx_nms},
         )
     model = translated.model_proto
     _name_sizes(model)
@@ -225,20 +225,28 @@ def _is_input(spec: Any) -> bool:
     return bool(spec.kind == torch.export.graph_signature.InputKind.USER_INPUT)
 
 
-def _onnx_nms(boxes: Any, scores: Any, iou_thresh: float, limit: int) -> Any:
-    """:func:`hierkd.inference.exportable.nms_per_class` as ONNX's operator."""
+def _onnx_nms(boxes: Any, scores: Any, classes: Any, iou_thresh: float, limit: int) -> Any:
+    """:func:`hierkd.modeling.inference.nms_of_classes` in ONNX's operators."""
     from onnxscript import opset18 as op
 
-    one = op.Constant(value_ints=[1])
-    batch = op.Constant(value_ints=[0])
-    selected = op.NonMaxSuppression(  # (n, 3): picture, class, box
-        op.Unsqueeze(boxes, batch),
-        op.Unsqueeze(scores, batch),
-        op.Constant(value_ints=[limit]),
+    zero, one = op.Constant(value_ints=[0]), op.Constant(value_ints=[1])
+    most = op.Constant(value_ints=[limit])
+    last = op.ReduceMax(op.Concat(classes, zero, axis=0), keepdims=0)
+    labels = op.Range(
+        op.Constant(value_int=0), op.Add(last, op.Constant(value_int=1)), op.Constant(value_int=1)
+    )
+    own = op.Equal(op.Unsqueeze(labels, one), op.Unsqueeze(classes, zero))  # (K, n)
+    by_class = op.Where(own, scores, op.Constant(value_float=-1.0))
+    selected = op.NonMaxSuppression(  # (m, 3): picture, class, box
+        op.Unsqueeze(boxes, zero),
+        op.Unsqueeze(by_class, zero),
+        most,
         op.Constant(value_floats=[iou_thresh]),
         op.Constant(value_floats=[_NOT_A_CANDIDATE]),
     )
-    return op.Slice(selected, one, op.Constant(value_ints=[3]), one)
+    kept = op.Gather(selected, op.Constant(value_int=2), axis=1)
+    _, order = op.TopK(op.Gather(scores, kept), op.Min(op.Shape(kept), most))
+    return op.Gather(kept, order)
 
 
 def _name_sizes(model: Any) -> None:

@@ -18,10 +18,10 @@ classified, distilled per point, distilled globally. ``pred_anchor_deltas``, ``g
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache, lru_cache
-from typing import Any, NamedTuple
+from functools import cache
+from typing import Any
 
 import torch
 from detectron2.config import configurable
@@ -29,7 +29,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator, build_anchor_generator
 from detectron2.modeling.box_regression import Box2BoxTransform
-from detectron2.modeling.meta_arch.dense_detector import DenseDetector, permute_to_N_HWA_K
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils import comm
@@ -39,24 +39,36 @@ from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 from torch.nn import functional as F
 
-from hierkd.evaluation.transfer import find_overlap
 from hierkd.modeling.atss import ATSSMatcher
 from hierkd.modeling.detector_settings import (
     IKD,
     DetectionSettings,
     InferenceSettings,
+    build_detection_settings,
+    build_ikd,
+    build_inference_settings,
     check_choice,
 )
 from hierkd.modeling.distillation import (
     PositivePoints,
     RegionPairs,
-    choose_crops,
+    choose_points,
+    encode_crops,
+    look_up_regions,
     region_loss,
 )
-from hierkd.modeling.gathering import gather_rows
 from hierkd.modeling.head import ATSSHead
-from hierkd.modeling.inference import ClassProbabilities, best_pairs, nms_of_classes
-from hierkd.modeling.input_checks import check_ground_truth
+from hierkd.modeling.inference import (
+    ClassProbabilities,
+    DensePredictions,
+    ForeAnchors,
+    PredictedMaps,
+    best_detections,
+    blocks_of,
+    class_probabilities,
+    flatten_maps,
+    rank_points,
+)
 from hierkd.modeling.losses import (
     box_iou_targets,
     centerness_targets,
@@ -66,97 +78,20 @@ from hierkd.modeling.losses import (
     softmax_focal_loss,
     weighted_giou_loss,
 )
-from hierkd.modeling.mlca import MLCA
+from hierkd.modeling.mlca import MLCA, gather_rows
 from hierkd.modeling.sampling import subsample_negatives
 from hierkd.modeling.text_classifier import TextClassifier
-from hierkd.teachers.cached_teacher import CachedTeacher, build_cached_teacher
+from hierkd.teachers.cached_teacher import build_cached_teacher
+from hierkd.teachers.names import comparable_name
 from hierkd.teachers.teacher import Teacher, build_teacher, check_embed_dim
 from hierkd.teachers.texts import check_names
 
-__all__ = ["ForeAnchors", "HierKD"]
+__all__ = ["DensePredictions", "ForeAnchors", "HierKD"]
 
 logger = logging.getLogger(__name__)
 
-PredictedMaps = tuple[list[Tensor], list[Tensor], list[Tensor] | None]  # what ATSSHead returns
-
-
-class DensePredictions(NamedTuple):
-    """The head's outputs with the levels and the map dimensions flattened to R points."""
-
-    embeddings: Tensor  # (N, R, D), L2-normalised
-    anchor_deltas: Tensor  # (N, R, 4)
-    qualities: Tensor | None  # (N, R) logits
-
-    def at(self, index: int | Tensor) -> DensePredictions:
-        """The same of one image, without N; or, of one image, of some points."""
-        return DensePredictions(
-            self.embeddings[index],
-            self.anchor_deltas[index],
-            None if self.qualities is None else self.qualities[index],
-        )
-
-
-class ForeAnchors(NamedTuple):
-    """The A anchors of an image that inference ranks: the best of each level, finest first."""
-
-    boxes: Tensor  # (A, 4) decoded, clipped to the image
-    classes: ClassProbabilities  # (A, K), the background left out
-    qualities: Tensor  # (A,) 0..1; ones without a quality branch
-
-    @property
-    def probs(self) -> Tensor:
-        """(A, K) all class probabilities as one array, however large that is."""
-        return self.classes.whole
-
-    @property
-    def scores(self) -> Tensor:
-        """(A,) score of each anchor's best class."""
-        return self.classes.best * self.qualities
-
-    def best(self, count: int) -> ForeAnchors:
-        """The ``count`` best over all levels; all of them where there are no more."""
-        if count >= len(self.boxes):
-            return self
-        top = self.scores.topk(count).indices
-        return ForeAnchors(self.boxes[top], self.classes.select(top), self.qualities[top])
-
-
-def _average_over_processes(values: Tensor) -> Tensor:
-    """Mean over the processes of a vector of normalisers."""
-    world_size = comm.get_world_size()
-    if world_size > 1:
-        torch.distributed.all_reduce(values)
-    return values.div_(world_size)
-
-
-def _half_precision(device: torch.device, *, enabled: bool) -> AbstractContextManager[Any]:
-    """Autocast to the half precision that is fast there: float16 on a GPU, bfloat16 on a CPU.
-
-    Without ``enabled`` the precision stays what it is, also inside somebody else's autocast.
-    """
-    if not enabled:
-        return nullcontext()
-    dtype = torch.bfloat16 if device.type == "cpu" else torch.float16
-    return torch.autocast(device.type, dtype=dtype)
-
-
-def _maps_of(
-    backbone: nn.Module, head: nn.Module, head_in_features: list[str], images: Tensor
-) -> tuple[list[Tensor], PredictedMaps]:
-    """The L feature maps of (N, 3, H, W) images and the head's outputs on them."""
-    by_name = backbone(images)
-    features = [by_name[f] for f in head_in_features]
-    return features, head(features)
-
-
-@cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``torch.compile`` of a function: for the first size of images by itself, then for any."""
-    result: Callable[..., Any] = torch.compile(function)
-    return result
-
-
-_overlap = lru_cache(maxsize=64)(find_overlap)
+# Pixels. [ours] Far beyond any picture, and far from where areas leave float32's range.
+_LARGEST_COORDINATE = 1e7
 
 
 @META_ARCH_REGISTRY.register()
@@ -165,9 +100,10 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
 
     Training reads the dataset dicts of :class:`hierkd.data.mapper.HierKDDatasetMapper`:
     ``image`` (3, H, W) raw, ``instances`` with ``gt_boxes`` and ``gt_classes`` (base classes only),
-    and ``caption`` (str) when GKD is on. It returns true losses only, already weighted.
-    Inference returns detectron2's standard output; ``pred_classes`` index
-    :attr:`vocabulary_names`.
+    and ``caption`` (str) when GKD is on. What the teacher says of them may come along, as
+    ``gt_region_embeddings`` (M, D) of the instances and ``caption_embedding`` (D,). It returns true
+    losses only, already weighted. Inference returns detectron2's standard output; ``pred_classes``
+    index :attr:`vocabulary_names`.
 
     The teacher is a guest, a plain object: it is in no ``state_dict`` and inference does not
     touch it, except to embed a new vocabulary.
@@ -197,7 +133,6 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
         amp_test: bool = False,
         compile_test: bool = False,
         gather_captions: bool = False,
-        region_cache: CachedTeacher | None = None,
     ) -> None:
         """Assemble the detector from its parts.
 
@@ -224,8 +159,6 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
             amp_test: run backbone and head in half precision in inference.
             compile_test: run them through ``torch.compile`` in inference.
             gather_captions: contrast images and captions over all processes.
-            region_cache: what CLIP sees in the ground-truth boxes, known beforehand; None = the
-                teacher looks at each step.
         """
         super().__init__(
             backbone, head, list(head_in_features), pixel_mean=pixel_mean, pixel_std=pixel_std
@@ -246,7 +179,6 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
         self.mlca = mlca
         self.gkd_loss_weight = gkd_loss_weight
         self.gather_captions = gather_captions
-        self.region_cache = region_cache
         self.amp_test = amp_test
         self.compile_test = compile_test
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
@@ -267,13 +199,13 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
         """Read the config: the only place in this file that knows ``cfg``."""
         backbone = build_backbone(cfg)
         shapes = [backbone.output_shape()[f] for f in cfg.MODEL.ATSS.IN_FEATURES]
-        cached = build_cached_teacher(cfg) if cfg.MODEL.TEACHER.CACHE else None
-        teacher: Teacher = cached or build_teacher(cfg)
-        text = cfg.MODEL.TEXT_CLASSIFIER
+        cached = cfg.MODEL.TEACHER.CACHE
+        teacher: Teacher = build_cached_teacher(cfg) if cached else build_teacher(cfg)
+        text, atss, gkd = cfg.MODEL.TEXT_CLASSIFIER, cfg.MODEL.ATSS, cfg.MODEL.GKD
         check_embed_dim(teacher, text.EMBED_DIM)
-        atss, ikd, gkd = cfg.MODEL.ATSS, cfg.MODEL.IKD, cfg.MODEL.GKD
         check_choice("MODEL.GKD.LOSS_TYPE", gkd.LOSS_TYPE, ("contrastive", "positive_only"))
         contrastive = gkd.LOSS_TYPE == "contrastive"
+        trained_on = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]) if cfg.DATASETS.TRAIN else None
         return {
             "backbone": backbone,
             "head": ATSSHead(
@@ -295,40 +227,9 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
             "box2box_transform": Box2BoxTransform(weights=atss.BBOX_REG_WEIGHTS),
             "anchor_matcher": ATSSMatcher(atss.TOPK),
             "teacher": teacher,
-            "detection": DetectionSettings(
-                quality=atss.QUALITY,
-                focal_gamma=atss.FOCAL_GAMMA,
-                focal_alpha=atss.FOCAL_ALPHA,
-                cls_loss_weight=atss.CLS_LOSS_WEIGHT,
-                learn_cls_loss_weight=atss.LEARN_CLS_LOSS_WEIGHT,
-                box_reg_loss_weight=atss.BOX_REG_LOSS_WEIGHT,
-                quality_loss_weight=atss.QUALITY_LOSS_WEIGHT,
-                negative_sampling=atss.NEGATIVE_SAMPLING,
-                negative_amount=atss.NEGATIVE_AMOUNT,
-                negative_scope=atss.NEGATIVE_SCOPE,
-                ignore_padding=atss.IGNORE_PADDING,
-            ),
-            "inference": InferenceSettings(
-                score_thresh=atss.SCORE_THRESH_TEST,
-                topk_anchors=atss.TOPK_ANCHORS_TEST,
-                topk_pairs=atss.TOPK_PAIRS_TEST,
-                nms_thresh=atss.NMS_THRESH_TEST,
-                max_detections=cfg.TEST.DETECTIONS_PER_IMAGE,
-                class_agnostic_nms=atss.CLASS_AGNOSTIC_NMS,
-                novel_logit_shift=atss.NOVEL_LOGIT_SHIFT,
-            ),
-            "ikd": IKD(
-                loss_weight=ikd.LOSS_WEIGHT,
-                loss_type=ikd.LOSS_TYPE,
-                boxes=ikd.BOXES,
-                crop_scale=ikd.CROP_SCALE,
-                iou_thresh=ikd.IOU_THRESH,
-                max_crops_per_image=ikd.MAX_CROPS_PER_IMAGE,
-                average_over=ikd.AVERAGE_OVER,
-                close_modality_gap=ikd.CLOSE_MODALITY_GAP,
-            )
-            if ikd.LOSS_WEIGHT > 0
-            else None,
+            "detection": build_detection_settings(cfg),
+            "inference": build_inference_settings(cfg),
+            "ikd": build_ikd(cfg),
             "mlca": MLCA(
                 grid_size=gkd.GRID_SIZE,
                 pooling=gkd.POOLING,
@@ -339,10 +240,7 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
             else None,
             "gkd_loss_weight": gkd.LOSS_WEIGHT,
             "gather_captions": gkd.GATHER and contrastive,
-            "region_cache": cached if ikd.LOSS_WEIGHT > 0 else None,
-            "vocabulary": MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).get("thing_classes", [])
-            if cfg.DATASETS.TRAIN
-            else [],
+            "vocabulary": () if trained_on is None else trained_on.get("thing_classes", ()),
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
             "channels_last": cfg.MODEL.CHANNELS_LAST,
@@ -394,8 +292,8 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
                 "MODEL.ATSS.NOVEL_LOGIT_SHIFT needs the class names of the training: DATASETS."
                 "TRAIN must name a dataset that is registered here (DATASETS.DEFINITIONS)"
             )
-        known = _overlap(tuple(names), self.training_vocabulary).known
-        return [name not in known for name in names]
+        known = {comparable_name(name) for name in self.training_vocabulary}
+        return [comparable_name(name) not in known for name in names]
 
     def novel_logit_shifts(self) -> Tensor | None:
         """(K,) what ``novel_logit_shift`` adds to the logits of the classes.
@@ -414,6 +312,33 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
         return self.teacher
 
     # ------------------------------------------------------------------ training
+
+    def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
+        """Losses in training, detections in inference; see the class for inputs and outputs."""
+        if not self.training:
+            return self._detect(batched_inputs)
+        _check_ground_truth(batched_inputs, self.text_classifier.num_classes)
+        self._limit_logit_scales()
+        features, pred_maps = self._predict_maps(self.preprocess_image(batched_inputs))
+        gt_instances = [x["instances"].to(self.device) for x in batched_inputs]
+
+        with torch.autocast(self.device.type, enabled=False):  # all that follows is float32
+            # §3.1: classify and localise the base classes
+            predictions = flatten_maps(pred_maps)
+            anchors = self.anchor_generator(features)
+            gt_labels, matched_gt_boxes, matched_idxs = self.label_anchors(anchors, gt_instances)
+            positives = self.positive_points(
+                predictions, anchors, gt_labels, matched_gt_boxes, matched_idxs
+            )
+            level_sizes = [len(level) for level in anchors]
+            gt_labels = self.sample_negatives(gt_labels, level_sizes)  # §3.4
+            # §3.2: what CLIP sees in the regions of the positive points
+            region_pairs = self.distill_regions(batched_inputs, predictions, positives, level_sizes)
+            # §3.3: how well each image matches each caption
+            match_scores = self.match_captions(batched_inputs, pred_maps[0])
+            return self.losses(
+                predictions, Boxes.cat(anchors), gt_labels, positives, region_pairs, match_scores
+            )
 
     def preprocess_image(self, batched_inputs: list[dict[str, Any]]) -> ImageList:
         """Normalise, pad and batch; detectron2's, in this model's memory order."""
@@ -441,33 +366,6 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
                         str(error).strip().split("\n")[0],
                     )
             return _maps_of(*arguments)
-
-    def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
-        """Losses in training, detections in inference; see the class for inputs and outputs."""
-        if not self.training:
-            return self._detect(batched_inputs)
-        check_ground_truth(batched_inputs, self.text_classifier.num_classes)
-        self._limit_logit_scales()
-        features, pred_maps = self._predict_maps(self.preprocess_image(batched_inputs))
-        gt_instances = [x["instances"].to(self.device) for x in batched_inputs]
-
-        with torch.autocast(self.device.type, enabled=False):  # all that follows is float32
-            # §3.1: classify and localise the base classes
-            predictions = self._flatten(pred_maps)
-            anchors = self.anchor_generator(features)
-            gt_labels, matched_gt_boxes, matched_idxs = self.label_anchors(anchors, gt_instances)
-            positives = self.positive_points(
-                predictions, anchors, gt_labels, matched_gt_boxes, matched_idxs
-            )
-            level_sizes = [len(level) for level in anchors]
-            gt_labels = self.sample_negatives(gt_labels, level_sizes)  # §3.4
-            # §3.2: what CLIP sees in the regions of the positive points
-            region_pairs = self.distill_regions(batched_inputs, predictions, positives, level_sizes)
-            # §3.3: how well each image matches each caption
-            match_scores = self.match_captions(batched_inputs, pred_maps[0])
-            return self.losses(
-                predictions, Boxes.cat(anchors), gt_labels, positives, region_pairs, match_scores
-            )
 
     @torch.no_grad()
     def label_anchors(
@@ -571,52 +469,27 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
     ) -> RegionPairs | None:
         """Pair the embeddings of well-localised positives with CLIP's of their regions (§3.2).
 
+        CLIP looks at the regions, unless what it sees in the objects came with the batch.
+
         Returns:
             The pairs, or None if IKD is off.
         """
         if self.ikd is None:
             return None
-        points, crops, crop_of_point = choose_crops(self.ikd, positives, len(batched_inputs))
-        image_idxs, point_idxs = positives.image_idxs[points], positives.point_idxs[points]
-        if self.region_cache is not None:
-            teacher = self._look_up_regions(batched_inputs, image_idxs, positives.gt_idxs[points])
-        else:
-            boxes = positives.pred_boxes if self.ikd.boxes == "predicted" else positives.gt_boxes
-            boxes = boxes[crops].detach()
-            crop_images = positives.image_idxs[crops]
-            teacher = self._teacher_or_raise().encode_regions(
-                [x["image"].to(self.device) for x in batched_inputs],
-                boxes.split(crop_images.bincount(minlength=len(batched_inputs)).tolist()),
-                self.ikd.crop_scale,
-            )[crop_of_point]
+        points = choose_points(self.ikd, positives, len(batched_inputs))
+        teacher = look_up_regions([x["instances"] for x in batched_inputs], points)
+        if teacher is None:
+            images = [x["image"].to(self.device) for x in batched_inputs]
+            teacher = encode_crops(self._teacher_or_raise(), self.ikd, images, points)
         if self.ikd.close_modality_gap and len(teacher) > 0:
             text_center = self.text_classifier.text_embeddings.mean(dim=0)
             teacher = F.normalize(teacher - teacher.mean(dim=0) + text_center, dim=1)
-        level_ends = torch.tensor(level_sizes, device=point_idxs.device).cumsum(0)
+        level_ends = torch.tensor(level_sizes, device=teacher.device).cumsum(0)
         return RegionPairs(
-            student=predictions.embeddings[image_idxs, point_idxs],
+            student=predictions.embeddings[points.image_idxs, points.point_idxs],
             teacher=teacher,
-            levels=torch.bucketize(point_idxs, level_ends, right=True),
+            levels=torch.bucketize(points.point_idxs, level_ends, right=True),
         )
-
-    def _look_up_regions(
-        self, batched_inputs: list[dict[str, Any]], image_idxs: Tensor, gt_idxs: Tensor
-    ) -> Tensor:
-        """(P, D) cached embeddings of the objects of P points; each object is looked up once."""
-        if self.region_cache is None:
-            raise RuntimeError("this detector was built without a cache of the teacher")
-        instances = [x["instances"] for x in batched_inputs]
-        if not all(each.has("gt_annotation_ids") for each in instances):
-            raise ValueError(
-                "MODEL.TEACHER.CACHE is looked up by annotation, but the batch has no "
-                "gt_annotation_ids: the loader needs HierKDDatasetMapper with the same config"
-            )
-        rows = self.region_cache.encode_annotations(
-            [each.gt_annotation_ids for each in instances],
-            [x["horizontally_flipped"] for x in batched_inputs],
-        ).to(self.device)
-        counts = torch.tensor([0, *(len(each) for each in instances[:-1])], device=self.device)
-        return rows[counts.cumsum(0)[image_idxs] + gt_idxs]
 
     def match_captions(
         self, batched_inputs: list[dict[str, Any]], embedding_maps: list[Tensor]
@@ -632,7 +505,11 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
         """
         if self.mlca is None:
             return None
-        captions = self._teacher_or_raise().encode_captions([x["caption"] for x in batched_inputs])
+        if all("caption_embedding" in x for x in batched_inputs):
+            captions = torch.stack([x["caption_embedding"] for x in batched_inputs])
+        else:
+            teacher = self._teacher_or_raise()
+            captions = teacher.encode_captions([x["caption"] for x in batched_inputs])
         captions = captions.to(self.device)
         if not self.gather_captions:
             scores: Tensor = self.mlca(embedding_maps, captions)
@@ -653,38 +530,25 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
         The normalisers are means over the processes, so that the gradients that DDP averages are
         those of one process with the whole batch.
         """
-        settings = self.detection
-        sampled = gt_labels >= 0
+        settings, sampled = self.detection, gt_labels >= 0
         logits = self.text_classifier(predictions.embeddings[sampled])  # (n, K+1)
         quality_targets = self._quality_targets(anchors, positives)
         regions_per_group = self._count_regions(region_pairs)
+        number = quality_targets.new_tensor([float(len(quality_targets))])
         num_positive, quality_sum, *num_regions = (
             _average_over_processes(
-                torch.cat(
-                    [
-                        quality_targets.new_tensor([float(len(quality_targets))]),
-                        quality_targets.sum()[None],
-                        regions_per_group,
-                    ]
-                )
+                torch.cat([number, quality_targets.sum()[None], regions_per_group])
             )
             .clamp(min=1.0)
             .unbind()
         )
-
-        loss_cls = (
-            softmax_focal_loss(
-                logits, gt_labels[sampled], gamma=settings.focal_gamma, alpha=settings.focal_alpha
-            )
-            / num_positive
+        loss_cls = softmax_focal_loss(
+            logits, gt_labels[sampled], gamma=settings.focal_gamma, alpha=settings.focal_alpha
         )
-        loss_box_reg = (
-            weighted_giou_loss(positives.pred_boxes, positives.gt_boxes, quality_targets)
-            / quality_sum
-        )
+        loss_box_reg = weighted_giou_loss(positives.pred_boxes, positives.gt_boxes, quality_targets)
         losses = {
-            "loss_cls": self._weigh_cls_loss(loss_cls),
-            "loss_box_reg": settings.box_reg_loss_weight * loss_box_reg,
+            "loss_cls": self._weigh_cls_loss(loss_cls / num_positive),
+            "loss_box_reg": settings.box_reg_loss_weight * (loss_box_reg / quality_sum),
         }
         if predictions.qualities is not None:
             pred_quality = predictions.qualities[positives.image_idxs, positives.point_idxs]
@@ -770,60 +634,15 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
 
     # ------------------------------------------------------------------ inference
 
-    @staticmethod
-    def _flatten(
-        pred_maps: PredictedMaps,
-    ) -> DensePredictions:
-        """Lay the L maps of each output end to end as R points."""
-        embeddings, deltas, qualities = pred_maps
-        return DensePredictions(
-            torch.cat([permute_to_N_HWA_K(x, x.shape[1]) for x in embeddings], dim=1),
-            torch.cat([permute_to_N_HWA_K(x, 4) for x in deltas], dim=1),
-            None
-            if qualities is None
-            else torch.cat([permute_to_N_HWA_K(x, 1) for x in qualities], dim=1).squeeze(2),
-        )
-
-    def _class_probabilities(self, embeddings: Tensor, weight: Tensor | None = None) -> Tensor:
-        """(..., D) -> (..., K) probabilities of the classes, the background left out.
-
-        ``weight`` is the text classifier's, where it serves several calls.
-        ``novel_logit_shift`` moves the novel logits where base and novel classes compete (GZSD).
-        They compete for the probability that there is an object at all, which stays what it was.
-        """
-        logits: Tensor = self.text_classifier(embeddings, weight)
-        probs = logits.softmax(dim=-1)[..., :-1]
-        shifts = self.novel_logit_shifts()
-        if shifts is not None:
-            shifted = logits[..., :-1] + shifts
-            probs = probs.sum(dim=-1, keepdim=True) * shifted.softmax(dim=-1)
-        return probs
-
     def _detect(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Instances]]:
         """Inference: detectron2's standard output."""
-        images = self.preprocess_image(batched_inputs)
-        features, predictions = self._predict_maps(images)
-        with torch.autocast(self.device.type, enabled=False):  # all that follows is float32
-            detections = self.forward_inference(images, features, predictions)
         outputs = []
-        for given, found in zip(batched_inputs, detections, strict=True):
-            height = given.get("height", found.image_size[0])
-            width = given.get("width", found.image_size[1])
+        for given, fore in zip(batched_inputs, self.fore_anchors(batched_inputs), strict=True):
+            size = (given["image"].shape[1], given["image"].shape[2])
+            found = self.detect_classes(fore.boxes, fore.classes, fore.qualities, size)
+            height, width = given.get("height", size[0]), given.get("width", size[1])
             outputs.append({"instances": detector_postprocess(found, height, width)})
         return outputs
-
-    def forward_inference(
-        self, images: ImageList, features: list[Tensor], predictions: Any
-    ) -> list[Instances]:
-        """Detections of each image: best anchors per level, best pairs, class-wise NMS."""
-        return [
-            self.detect_classes(fore.boxes, fore.classes, fore.qualities, size)
-            for fore, size in zip(
-                self._select_fore_anchors(images, features, predictions),
-                images.image_sizes,
-                strict=True,
-            )
-        ]
 
     @torch.no_grad()
     def fore_anchors(self, batched_inputs: list[dict[str, Any]]) -> list[ForeAnchors]:
@@ -836,49 +655,30 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
             Those of each image. :meth:`detect_classes` makes detections of them.
         """
         images = self.preprocess_image(batched_inputs)
-        features, predictions = self._predict_maps(images)
-        return self._select_fore_anchors(images, features, predictions)
-
-    def _select_fore_anchors(
-        self, images: ImageList, features: list[Tensor], predictions: Any
-    ) -> list[ForeAnchors]:
-        """Keep the anchors of each image and level whose best class scores highest."""
-        anchors = self.anchor_generator(features)
-        with torch.autocast(self.device.type, enabled=False):
-            flat = self._flatten(predictions)
+        features, maps = self._predict_maps(images)
+        anchors = [level.tensor for level in self.anchor_generator(features)]
+        with torch.autocast(self.device.type, enabled=False):  # all that follows is float32
+            flat, classify = flatten_maps(maps), self._classify()
             return [
-                self._select_of_image(flat.at(i), anchors, size)
+                rank_points(
+                    flat.of_image(i),
+                    ClassProbabilities.of_embeddings(
+                        classify, flat.embeddings[i], self.text_classifier.num_classes
+                    ),
+                    anchors,
+                    self.box2box_transform,
+                    size,
+                    self.inference_settings.topk_anchors,
+                )
                 for i, size in enumerate(images.image_sizes)
             ]
 
-    def _select_of_image(
-        self, predictions: DensePredictions, anchors: list[Boxes], image_size: tuple[int, int]
-    ) -> ForeAnchors:
-        all_anchors, level_sizes = Boxes.cat(anchors).tensor, [len(level) for level in anchors]
-        settings = self.inference_settings
-        weight = self.text_classifier.weight()
-        classes = ClassProbabilities(
-            lambda embeddings: self._class_probabilities(embeddings, weight),
-            predictions.embeddings,
-            len(weight) - 1,
-        )
-        qualities = (
-            torch.ones_like(classes.best)
-            if predictions.qualities is None
-            else predictions.qualities.sigmoid()
-        )
-        anchor_scores = classes.best * qualities
-        kept, start = [], 0
-        for of_level in anchor_scores.split(level_sizes):
-            kept.append(of_level.topk(min(settings.topk_anchors, len(of_level))).indices + start)
-            start += len(of_level)
-        idxs = torch.cat(kept)
-        boxes = Boxes(
-            self.box2box_transform.apply_deltas(predictions.anchor_deltas[idxs], all_anchors[idxs])
-        )
-        boxes.clip(image_size)
-        return ForeAnchors(boxes.tensor, classes.select(idxs), qualities[idxs])
+    def _classify(self) -> Callable[[Tensor], Tensor]:
+        """A function of (n, D) embeddings: the (n, K) probabilities of the vocabulary's classes."""
+        weight, shift = self.text_classifier.weight(), self.novel_logit_shifts()
+        return lambda points: class_probabilities(self.text_classifier(points, weight), shift)
 
+    @torch.no_grad()
     def detect_classes(
         self,
         boxes: Tensor,
@@ -897,22 +697,12 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
         Returns:
             At most ``TEST.DETECTIONS_PER_IMAGE`` detections, best first, scored by the product.
         """
-        settings = self.inference_settings
-        pair_scores, rows, classes = best_pairs(
-            ClassProbabilities.of(probs) if isinstance(probs, Tensor) else probs,
-            qualities,
-            limit=settings.topk_pairs,
-            score_thresh=settings.score_thresh,
-        )
-        groups = torch.zeros_like(classes) if settings.class_agnostic_nms else classes
-        keep = nms_of_classes(boxes[rows], pair_scores, groups, settings.nms_thresh)
-        keep = keep[: settings.max_detections]
-        return Instances(
-            image_size,
-            pred_boxes=Boxes(boxes[rows[keep]]),
-            scores=pair_scores[keep],
-            pred_classes=classes[keep],
-        )
+        classes = ClassProbabilities.of(probs) if isinstance(probs, Tensor) else probs
+        with torch.autocast(self.device.type, enabled=False):
+            boxes, scores, labels = best_detections(
+                boxes, classes, qualities, self.inference_settings
+            )
+        return Instances(image_size, pred_boxes=Boxes(boxes), scores=scores, pred_classes=labels)
 
     @torch.no_grad()
     def score_maps(
@@ -932,17 +722,76 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
             batch is included.
         """
         _, (embeddings, _, qualities) = self._predict_maps(self.preprocess_image(batched_inputs))
-        weight = self.text_classifier.weight()
-        chosen: Any = slice(None) if classes is None else list(classes)
+        classify, chosen = self._classify(), slice(None) if classes is None else list(classes)
         maps = []
         for level, embedding in enumerate(embeddings):
             points = embedding.permute(0, 2, 3, 1)
-            all_probs = ClassProbabilities(
-                lambda embeddings: self._class_probabilities(embeddings, weight),
-                points.flatten(0, 2),
-                len(weight) - 1,
-            )
-            probs = torch.cat([block[:, chosen] for _, block in all_probs.blocks()])
+            blocks = blocks_of(points.flatten(0, 2), self.text_classifier.num_classes)
+            probs = torch.cat([classify(block)[:, chosen] for block in blocks])
             probs = probs.view(*points.shape[:3], -1).permute(0, 3, 1, 2)
             maps.append(probs if qualities is None else probs * qualities[level].sigmoid())
         return maps
+
+
+def _check_ground_truth(batched_inputs: Sequence[Mapping[str, Any]], num_classes: int) -> None:
+    """Refuse ground truth that would make losses NaN or index past the vocabulary.
+
+    The mapper clips boxes and drops those without area, so that this is about datasets and mappers
+    of one's own. Ground truth that is on a GPU already is not looked at: that would wait for it.
+
+    Raises:
+        ValueError: a coordinate is not finite or beyond ten million pixels, a box ends before it
+            begins, or a class is not one of the K. The image and its first such box are named.
+    """
+    for index, given in enumerate(batched_inputs):
+        boxes, classes = given["instances"].gt_boxes.tensor, given["instances"].gt_classes
+        if boxes.device.type != "cpu":
+            continue
+        usable = (boxes.abs() <= _LARGEST_COORDINATE).all(dim=1)  # false for NaN
+        usable &= (boxes[:, 2:] >= boxes[:, :2]).all(dim=1)
+        known = (classes >= 0) & (classes < num_classes)
+        for row in (~(usable & known)).nonzero().flatten().tolist()[:1]:
+            found = (
+                f"the box {boxes[row].tolist()}, expected XYXY in pixels"
+                if not usable[row]
+                else f"class {int(classes[row])}, expected one of the vocabulary's {num_classes}"
+            )
+            name = given.get("file_name", f"number {index} of the batch")
+            raise ValueError(
+                f"Image {name} (id {given.get('image_id')!r}): ground truth {row} has {found}."
+            )
+
+
+def _average_over_processes(values: Tensor) -> Tensor:
+    """Mean over the processes of a vector of normalisers."""
+    world_size = comm.get_world_size()
+    if world_size > 1:
+        torch.distributed.all_reduce(values)
+    return values.div_(world_size)
+
+
+def _half_precision(device: torch.device, *, enabled: bool) -> AbstractContextManager[Any]:
+    """Autocast to the half precision that is fast there: float16 on a GPU, bfloat16 on a CPU.
+
+    Without ``enabled`` the precision stays what it is, also inside somebody else's autocast.
+    """
+    if not enabled:
+        return nullcontext()
+    dtype = torch.bfloat16 if device.type == "cpu" else torch.float16
+    return torch.autocast(device.type, dtype=dtype)
+
+
+def _maps_of(
+    backbone: nn.Module, head: nn.Module, head_in_features: list[str], images: Tensor
+) -> tuple[list[Tensor], PredictedMaps]:
+    """The L feature maps of (N, 3, H, W) images and the head's outputs on them."""
+    by_name = backbone(images)
+    features = [by_name[f] for f in head_in_features]
+    return features, head(features)
+
+
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``torch.compile`` of a function: for the first size of images by itself, then for any."""
+    result: Callable[..., Any] = torch.compile(function)
+    return result

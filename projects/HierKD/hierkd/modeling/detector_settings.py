@@ -7,8 +7,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
-__all__ = ["IKD", "DetectionSettings", "InferenceSettings", "check_choice"]
+__all__ = [
+    "IKD",
+    "DetectionSettings",
+    "InferenceSettings",
+    "build_detection_settings",
+    "build_ikd",
+    "build_inference_settings",
+    "check_choice",
+]
 
 
 def check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
@@ -19,7 +28,7 @@ def check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
 
 @dataclass(frozen=True)
 class DetectionSettings:
-    """Numbers of the §3.1 losses; see the keys of the same names in ``config.py``."""
+    """Numbers of the §3.1 losses."""
 
     quality: str = "iou"
     focal_gamma: float = 2.0
@@ -36,6 +45,24 @@ class DetectionSettings:
     def __post_init__(self) -> None:
         check_choice("MODEL.ATSS.NEGATIVE_SCOPE", self.negative_scope, ("batch", "level"))
         check_choice("MODEL.ATSS.QUALITY", self.quality, ("iou", "centerness", "none"))
+
+
+def build_detection_settings(cfg: Any) -> DetectionSettings:
+    """Read ``MODEL.ATSS``."""
+    atss = cfg.MODEL.ATSS
+    return DetectionSettings(
+        quality=atss.QUALITY,
+        focal_gamma=atss.FOCAL_GAMMA,
+        focal_alpha=atss.FOCAL_ALPHA,
+        cls_loss_weight=atss.CLS_LOSS_WEIGHT,
+        learn_cls_loss_weight=atss.LEARN_CLS_LOSS_WEIGHT,
+        box_reg_loss_weight=atss.BOX_REG_LOSS_WEIGHT,
+        quality_loss_weight=atss.QUALITY_LOSS_WEIGHT,
+        negative_sampling=atss.NEGATIVE_SAMPLING,
+        negative_amount=atss.NEGATIVE_AMOUNT,
+        negative_scope=atss.NEGATIVE_SCOPE,
+        ignore_padding=atss.IGNORE_PADDING,
+    )
 
 
 @dataclass(frozen=True)
@@ -57,6 +84,32 @@ class IKD:
         check_choice("MODEL.IKD.AVERAGE_OVER", self.average_over, ("points", "levels"))
 
 
+def build_ikd(cfg: Any) -> IKD | None:
+    """Read ``MODEL.IKD``; None if it is off.
+
+    Raises:
+        ValueError: embeddings are looked up (``MODEL.TEACHER.CACHE``), but not of these boxes.
+    """
+    ikd, cache = cfg.MODEL.IKD, cfg.MODEL.TEACHER.CACHE
+    if ikd.LOSS_WEIGHT <= 0:
+        return None
+    if cache and ikd.BOXES != "gt":
+        raise ValueError(
+            "MODEL.TEACHER.CACHE holds embeddings of ground-truth boxes, but MODEL.IKD.BOXES is "
+            f"{ikd.BOXES!r}: set MODEL.IKD.BOXES gt, or MODEL.TEACHER.CACHE ''"
+        )
+    return IKD(
+        loss_weight=ikd.LOSS_WEIGHT,
+        loss_type=ikd.LOSS_TYPE,
+        boxes=ikd.BOXES,
+        crop_scale=ikd.CROP_SCALE,
+        iou_thresh=ikd.IOU_THRESH,
+        max_crops_per_image=ikd.MAX_CROPS_PER_IMAGE,
+        average_over=ikd.AVERAGE_OVER,
+        close_modality_gap=ikd.CLOSE_MODALITY_GAP,
+    )
+
+
 @dataclass(frozen=True)
 class InferenceSettings:
     """Numbers of inference; see the ``*_TEST`` keys of ``MODEL.ATSS``."""
@@ -74,3 +127,17 @@ class InferenceSettings:
             raise ValueError(
                 f"MODEL.ATSS.NOVEL_LOGIT_SHIFT must be finite, got {self.novel_logit_shift}"
             )
+
+
+def build_inference_settings(cfg: Any) -> InferenceSettings:
+    """Read the ``*_TEST`` keys of ``MODEL.ATSS`` and detectron2's number of detections."""
+    atss = cfg.MODEL.ATSS
+    return InferenceSettings(
+        score_thresh=atss.SCORE_THRESH_TEST,
+        topk_anchors=atss.TOPK_ANCHORS_TEST,
+        topk_pairs=atss.TOPK_PAIRS_TEST,
+        nms_thresh=atss.NMS_THRESH_TEST,
+        max_detections=cfg.TEST.DETECTIONS_PER_IMAGE,
+        class_agnostic_nms=atss.CLASS_AGNOSTIC_NMS,
+        novel_logit_shift=atss.NOVEL_LOGIT_SHIFT,
+    )
