@@ -1,18 +1,10 @@
 import math
-from functools import partial
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from hierkd.teachers import crops as region_crops
-from hierkd.teachers.crops import expand_boxes
-
-
-@pytest.fixture(params=[False, True], ids=["one by one", "together"])
-def crop_regions(request):
-    """Both ways to the crops."""
-    return partial(region_crops.crop_regions, batched=request.param)
+from hierkd.teachers.crops import crop_regions, expand_boxes
 
 
 def antialiased_bicubic(region, height, width):
@@ -55,7 +47,7 @@ def random_boxes(count, height, width, generator):
 
 @pytest.mark.parametrize("size", [1, 17, 32, 50, 224])
 @pytest.mark.parametrize("scale", [1.0, 1.5])
-def test_equals_a_loop_over_the_boxes(crop_regions, size, scale):
+def test_equals_a_loop_over_the_boxes(size, scale):
     generator = torch.Generator().manual_seed(size)
     images = [torch.rand(3, h, w, generator=generator) * 255 for h, w in [(90, 130), (211, 60)]]
     boxes = [random_boxes(21, *image.shape[1:], generator) for image in images]
@@ -80,7 +72,7 @@ def test_equals_a_loop_over_the_boxes(crop_regions, size, scale):
         [-60, -70, 20, 10],  # partly outside
     ],
 )
-def test_edge_cases_equal_the_loop(crop_regions, box):
+def test_edge_cases_equal_the_loop(box):
     image = torch.rand(3, 300, 400, generator=torch.Generator().manual_seed(0))
     boxes = [torch.tensor([box], dtype=torch.float32)]
     expected = crop_one_by_one([image], boxes, 64)
@@ -90,7 +82,7 @@ def test_edge_cases_equal_the_loop(crop_regions, box):
 @pytest.mark.parametrize(
     "box", [[500, 10, 600, 50], [-90, -90, -10, -10], [0, 900, 50, 990], [9, 9, 3, 3]]
 )
-def test_box_outside_the_image_gives_its_nearest_pixels(crop_regions, box):
+def test_box_outside_the_image_gives_its_nearest_pixels(box):
     image = torch.rand(3, 30, 40, generator=torch.Generator().manual_seed(0))
     crops = crop_regions([image], [torch.tensor([box], dtype=torch.float32)], 16)
     assert crops.shape == (1, 3, 16, 16)
@@ -98,20 +90,20 @@ def test_box_outside_the_image_gives_its_nearest_pixels(crop_regions, box):
     assert crops.abs().sum() > 0
 
 
-def test_not_a_number_reads_inside_the_image(crop_regions):
+def test_not_a_number_reads_inside_the_image():
     image = torch.ones(3, 30, 40)
     boxes = [torch.full((1, 4), math.nan), torch.full((1, 4), math.inf)]
     crops = crop_regions([image, image], boxes, 16)
     assert crops.isfinite().all()
 
 
-def test_crop_at_the_size_of_the_output_is_the_slice_itself(crop_regions):
+def test_crop_at_the_size_of_the_output_is_the_slice_itself():
     image = torch.randint(0, 256, (3, 80, 90), generator=torch.Generator().manual_seed(0))
     crops = crop_regions([image.to(torch.uint8)], [torch.tensor([[11, 20, 43, 52]])], 32)
     torch.testing.assert_close(crops[0], image[:, 20:52, 11:43].float(), atol=1e-3, rtol=0)
 
 
-def test_constant_image_and_exactly_zero_padding(crop_regions):
+def test_constant_image_and_exactly_zero_padding():
     image = torch.full((3, 100, 200), 50.0)
     wide, tall = [10.0, 10.0, 90.0, 50.0], [10.0, 10.0, 30.0, 90.0]
     crops = crop_regions(
@@ -126,7 +118,7 @@ def test_constant_image_and_exactly_zero_padding(crop_regions):
     assert (crops[1, :, :, 40:] == 0).all()
 
 
-def test_shrinking_does_not_alias(crop_regions):
+def test_shrinking_does_not_alias():
     # The finest checkerboard is grey at any smaller size; point sampling would keep it.
     y, x = torch.meshgrid(torch.arange(256), torch.arange(256), indexing="ij")
     image = (255.0 * ((x + y) % 2)).expand(3, 256, 256)
@@ -136,7 +128,7 @@ def test_shrinking_does_not_alias(crop_regions):
     )
 
 
-def test_neighbouring_image_does_not_leak_in(crop_regions):
+def test_neighbouring_image_does_not_leak_in():
     dark, bright = torch.zeros(3, 20, 30), torch.full((3, 40, 20), 255.0)
     whole = [torch.tensor([[0.0, 0.0, 30.0, 20.0]]), torch.tensor([[0.0, 0.0, 20.0, 40.0]])]
     crops = crop_regions([dark, bright], whole, 48, scale=1.5)
@@ -144,7 +136,7 @@ def test_neighbouring_image_does_not_leak_in(crop_regions):
     torch.testing.assert_close(crops[1, :, :, 12:36], torch.full((3, 48, 24), 255.0))
 
 
-def test_order_and_batching_change_nothing(crop_regions):
+def test_order_and_batching_change_nothing():
     generator = torch.Generator().manual_seed(3)
     images = [torch.rand(3, h, w, generator=generator) for h, w in [(64, 96), (90, 40), (30, 30)]]
     boxes = [
@@ -161,23 +153,8 @@ def test_order_and_batching_change_nothing(crop_regions):
     torch.testing.assert_close(together, backwards.flip(0), atol=1e-6, rtol=0)
 
 
-def test_group_size_changes_nothing(monkeypatch):
-    generator = torch.Generator().manual_seed(4)
-    image = torch.rand(3, 120, 150, generator=generator)
-    boxes = [random_boxes(40, 120, 150, generator)]
-    crop_regions = partial(region_crops.crop_regions, batched=True)
-    expected = crop_regions([image], boxes, 33)
-    for name, value in [
-        ("_GROUP_PIXELS_CPU", 7 * 33**2),
-        ("_GROUP_PIXELS_CPU", 1),
-        ("_ROWS_PER_BLOCK", 5),
-    ]:
-        monkeypatch.setattr(region_crops, name, value)
-        torch.testing.assert_close(crop_regions([image], boxes, 33), expected, atol=1e-6, rtol=0)
-
-
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.float16, torch.float64])
-def test_any_type_of_pixels(crop_regions, dtype):
+def test_any_type_of_pixels(dtype):
     generator = torch.Generator().manual_seed(7)
     image = torch.randint(0, 256, (3, 50, 70), generator=generator)
     boxes = [random_boxes(12, 50, 70, generator)]
@@ -188,38 +165,7 @@ def test_any_type_of_pixels(crop_regions, dtype):
     torch.testing.assert_close(crops, expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("boxes_per_image", [1, 40])
-def test_few_and_many_boxes_on_an_image_are_normalised_alike(crop_regions, boxes_per_image):
-    # Few small regions are normalised one by one, many overlapping ones with their image.
-    generator = torch.Generator().manual_seed(8)
-    image = torch.rand(3, 60, 80, generator=generator) * 255
-    boxes = [random_boxes(40, 60, 80, generator)[:boxes_per_image] / 2]
-    statistics = (120.0, 110.0, 100.0), (70.0, 60.0, 65.0)
-    expected = crop_one_by_one([image], boxes, 24, 1.0, *statistics)
-    found = crop_regions([image], boxes, 24, 1.0, *statistics)
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
-
-
-def test_both_ways_agree_where_a_side_becomes_one_pixel():
-    generator = torch.Generator().manual_seed(9)
-    image = torch.rand(3, 300, 300, generator=generator)
-    thin = [[0, 0, w, h] for w in (1, 2, 3, 5, 299) for h in (1, 2, 3, 5, 299)]
-    boxes = [torch.tensor(thin, dtype=torch.float32)]
-    one_by_one, together = (
-        region_crops.crop_regions([image], boxes, 32, batched=batched) for batched in (False, True)
-    )
-    torch.testing.assert_close(one_by_one, together, atol=1e-5, rtol=0)
-
-
-def test_a_cpu_takes_one_region_after_the_other():
-    generator = torch.Generator().manual_seed(10)
-    image, boxes = torch.rand(3, 60, 80, generator=generator), random_boxes(9, 60, 80, generator)
-    default = region_crops.crop_regions([image], [boxes], 24)
-    assert torch.equal(default, region_crops.crop_regions([image], [boxes], 24, batched=False))
-    assert not torch.equal(default, region_crops.crop_regions([image], [boxes], 24, batched=True))
-
-
-def test_mirroring_the_image_mirrors_the_crop(crop_regions):
+def test_mirroring_the_image_mirrors_the_crop():
     image = torch.rand(3, 60, 80, generator=torch.Generator().manual_seed(5))
     box = torch.tensor([[10.0, 5.0, 50.0, 45.0]])
     mirrored = torch.tensor([[30.0, 5.0, 70.0, 45.0]])
@@ -227,13 +173,13 @@ def test_mirroring_the_image_mirrors_the_crop(crop_regions):
     torch.testing.assert_close(crop_regions([image.flip(-1)], [mirrored], 24), crop.flip(-1))
 
 
-def test_no_boxes(crop_regions):
+def test_no_boxes():
     image = torch.rand(3, 20, 20)
     assert crop_regions([image], [torch.zeros(0, 4)], 8).shape == (0, 3, 8, 8)
     assert crop_regions([], [], 8).shape == (0, 3, 8, 8)
 
 
-def test_no_gradient_flows(crop_regions):
+def test_no_gradient_flows():
     image = torch.rand(3, 20, 20, requires_grad=True)
     box = torch.tensor([[2.0, 2.0, 15.0, 15.0]], requires_grad=True)
     crops = crop_regions([image], [box], 8)
@@ -241,7 +187,7 @@ def test_no_gradient_flows(crop_regions):
     assert not crops.is_inference()
 
 
-def test_wrong_input_is_refused(crop_regions):
+def test_wrong_input_is_refused():
     image, box = torch.rand(3, 20, 20), torch.zeros(1, 4)
     with pytest.raises(ValueError, match="2 images but 1 tensors of boxes"):
         crop_regions([image, image], [box], 8)
@@ -266,19 +212,12 @@ def test_expand_boxes_by_hand():
     assert per_box.tolist() == [[35.0, 15.0, 62.0, 42.0], [0.0, 0.0, 25.0, 12.0]]
 
 
-def test_expand_boxes_outside_is_empty_on_the_border():
-    expanded = expand_boxes(
-        torch.tensor([[200.0, -50.0, 220.0, -30.0]]), 1.5, torch.tensor([50, 100])
-    )
-    assert expanded.tolist() == [[100.0, 0.0, 100.0, 0.0]]
-
-
 @pytest.mark.gpu
 def test_gpu_equals_cpu():
     generator = torch.Generator().manual_seed(6)
     image = torch.rand(3, 300, 400, generator=generator)
     boxes = random_boxes(100, 300, 400, generator)
-    on_gpu = region_crops.crop_regions([image.cuda()], [boxes.cuda()], 224, 1.5)
+    on_gpu = crop_regions([image.cuda()], [boxes.cuda()], 224, 1.5)
     torch.testing.assert_close(
-        on_gpu.cpu(), region_crops.crop_regions([image], [boxes], 224, 1.5), atol=1e-4, rtol=0
+        on_gpu.cpu(), crop_regions([image], [boxes], 224, 1.5), atol=1e-4, rtol=0
     )
