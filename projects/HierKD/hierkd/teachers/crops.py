@@ -76,12 +76,10 @@ def crop_regions(
     owners = [index for index, of_image in enumerate(boxes) for _ in range(len(of_image))]
     # Pixels keep float32 also where the caller trains in mixed precision.
     with torch.autocast(crops.device.type, enabled=False):
-        windows = torch.cat(
-            [
-                _windows(box, scale, *image.shape[1:])
-                for image, box in zip(images, boxes, strict=True)
-            ]
-        ).tolist()  # of all boxes in one transfer: a GPU does not wait for each
+        pairs = zip(images, boxes, strict=True)
+        windows = torch.cat([_windows(box, scale, *image.shape[1:]) for image, box in pairs])
+        # All boxes come to the host in one transfer: a GPU does not wait for each.
+        places = zip(crops, owners, windows.tolist(), strict=True)
         for crop, index, (left, top, right, bottom) in places:
             region = (images[index][:, top:bottom, left:right] - shift).div_(spread).float()
             longest = max(region.shape[1:])
