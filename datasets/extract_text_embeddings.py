@@ -29,7 +29,7 @@ from detectron2.utils.logger import setup_logger
 from hierkd.data.splits import COCO_CATEGORIES, SPLITS
 from hierkd.inference.predictor import resolve_vocabulary
 from hierkd.load_config import load_config
-from hierkd.teachers.teacher import CLIPTeacher
+from hierkd.teachers.clip import CLIPTeacher
 from hierkd.teachers.texts import (
     PROMPT_ENSEMBLE,
     TextEmbeddings,

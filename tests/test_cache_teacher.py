@@ -17,8 +17,8 @@ from PIL import Image
 
 from hierkd.inference.predictor import OpenVocabularyPredictor
 from hierkd.load_config import load_config
+from hierkd.teachers.clip import build_teacher
 from hierkd.teachers.region_cache import TeacherCache
-from hierkd.teachers.teacher import build_teacher
 from tiny_training import (
     BASE,
     PICTURES,

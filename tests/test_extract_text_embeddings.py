@@ -17,7 +17,7 @@ from hierkd.data.splits import COCO_CATEGORIES, SPLITS
 from hierkd.load_config import load_config
 from hierkd.miniature.world import MINIATURE_BASE, MINIATURE_CLASSES
 from hierkd.teachers import openai_clip
-from hierkd.teachers.teacher import CLIPTeacher
+from hierkd.teachers.clip import CLIPTeacher
 from hierkd.teachers.texts import PROMPT_ENSEMBLE, load_text_embeddings
 from tiny_training import call_main, command_line
 

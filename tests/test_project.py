@@ -53,7 +53,7 @@ TO_MEND = {
 }
 
 # The only ones that know a CLIP's package; everything else sees the Teacher protocol.
-CLIP_IMPORTERS = {"clip": "teachers.openai_clip", "open_clip": "teachers.open_clip_models"}
+CLIP_IMPORTERS = {"clip": "teachers.openai_clip", "open_clip": "teachers.open_clip"}
 
 # Import names that differ from the distribution that pyproject.toml declares.
 DISTRIBUTIONS = {

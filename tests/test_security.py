@@ -37,6 +37,7 @@ from hierkd.experiments.results import collect_results
 from hierkd.inference.predictor import OpenVocabularyPredictor
 from hierkd.load_config import load_config
 from hierkd.reports.report import write_report
+from hierkd.teachers.clip import CLIPTeacher
 from hierkd.teachers.region_cache import (
     CacheContents,
     TeacherCache,
@@ -44,7 +45,6 @@ from hierkd.teachers.region_cache import (
     keys_sha256,
     sorted_texts,
 )
-from hierkd.teachers.teacher import CLIPTeacher
 from hierkd.teachers.texts import load_text_embeddings, read_embedding_array
 from hierkd.training.replay import read_dump
 

@@ -14,8 +14,8 @@ import tiny_training
 import train_net
 from hierkd.load_config import load_config
 from hierkd.miniature.clip import TinyCLIPSpec, build_tiny_clip, save_clip
+from hierkd.teachers.clip import CLIPTeacher
 from hierkd.teachers.openai_clip import OPENAI_MODELS
-from hierkd.teachers.teacher import CLIPTeacher
 from hierkd.teachers.texts import PROMPT_ENSEMBLE, load_text_embeddings, read_templates
 from tiny_training import call_main, command_line
 from tools import cache_teacher

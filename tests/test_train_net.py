@@ -21,7 +21,7 @@ import train_net
 from hierkd.load_config import load_config
 from hierkd.miniature.world import MINIATURE_BASE, MINIATURE_CLASSES, MINIATURE_NOVEL
 from hierkd.modeling.detector import HierKD
-from hierkd.teachers.teacher import CLIPTeacher
+from hierkd.teachers.clip import CLIPTeacher
 from hierkd.teachers.texts import make_text_embeddings, save_text_embeddings
 from log_handlers import own_log_handlers
 from tiny_training import call_main, command_line

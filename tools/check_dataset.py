@@ -35,7 +35,8 @@ from hierkd.data.name_checks import check_embeddings, check_spelling, check_toke
 from hierkd.files import replacing
 from hierkd.load_config import load_config
 from hierkd.reports.drawing import SheetRow, class_color, draw_boxes, draw_sheet, fit
-from hierkd.teachers.teacher import OPENAI_TOKENS, build_teacher, find_token_counter
+from hierkd.teachers.clip import build_teacher, find_token_counter
+from hierkd.teachers.openai_clip import OPENAI_TOKENS
 
 COLUMNS, PANEL_PX = 3, 480
 

@@ -31,7 +31,7 @@ from hierkd.evaluation.upper_bound import clip_upper_bound
 from hierkd.experiments.results import collect_record, figures_table, write_results
 from hierkd.experiments.runs import git_commit
 from hierkd.load_config import load_config
-from hierkd.teachers.teacher import build_teacher
+from hierkd.teachers.clip import build_teacher
 
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = ("AP50", "APs", "APm", "APl", "AR50")  # Table 9's

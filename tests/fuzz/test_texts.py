@@ -19,6 +19,7 @@ from hierkd.files import replacing
 from hierkd.inference.predictor import resolve_vocabulary
 from hierkd.modeling.detector import HierKD
 from hierkd.teachers import teacher as teacher_module
+from hierkd.teachers.clip import CLIPTeacher
 from hierkd.teachers.openai_clip import import_clip
 from hierkd.teachers.region_cache import (
     CacheContents,
@@ -27,7 +28,6 @@ from hierkd.teachers.region_cache import (
     keys_sha256,
     sorted_texts,
 )
-from hierkd.teachers.teacher import CLIPTeacher
 from hierkd.teachers.texts import (
     check_names,
     load_text_embeddings,

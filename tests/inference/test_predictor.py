@@ -16,7 +16,7 @@ from PIL import Image
 
 import hierkd
 import hierkd.modeling.detector as meta_arch
-import hierkd.teachers.teacher as teacher
+import hierkd.teachers.clip as teacher
 import tiny_training
 from fake_teacher import FakeTeacher
 from hierkd.inference.predictor import (

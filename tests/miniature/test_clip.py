@@ -16,7 +16,7 @@ import clip_files
 from hierkd.miniature import clip as tiny_clip
 from hierkd.miniature.clip import TinyCLIPSpec, build_tiny_clip, save_clip, train_tiny_clip
 from hierkd.miniature.world import MINIATURE_CLASSES, MiniatureSpec, render_scene
-from hierkd.teachers.teacher import CLIPTeacher
+from hierkd.teachers.clip import CLIPTeacher
 
 SMALL = TinyCLIPSpec(vision_width=8, text_layers=1, scenes=8, steps=2, batch_size=6)
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import clip_files
 from hierkd.teachers import open_clip_models, openai_clip
-from hierkd.teachers.teacher import CLIPTeacher, find_token_counter, known_weights_sha256
+from hierkd.teachers.clip import CLIPTeacher, find_token_counter, known_weights_sha256
 from open_clip_files import PIXELS, TINY, write_folder
 
 open_clip = pytest.importorskip("open_clip", reason="open_clip_torch is not installed")

@@ -7,7 +7,7 @@ import torch
 
 import clip_files
 from hierkd.teachers import openai_clip
-from hierkd.teachers.teacher import CLIPTeacher
+from hierkd.teachers.clip import CLIPTeacher
 
 # Shapes of OpenAI's state dicts: D; px, layers, width and patch of the image encoder; width of the
 # text encoder.

@@ -15,13 +15,13 @@ from torch.nn import functional as F
 import clip_files
 from hierkd.teachers import openai_clip
 from hierkd.teachers import teacher as teacher_module
-from hierkd.teachers.frozen_encoder import make_batch
-from hierkd.teachers.teacher import (
+from hierkd.teachers.clip import (
     CLIPTeacher,
     StoredTextTeacher,
     build_teacher,
     check_embed_dim,
 )
+from hierkd.teachers.frozen_encoder import make_batch
 from hierkd.teachers.texts import make_text_embeddings, save_text_embeddings
 
 

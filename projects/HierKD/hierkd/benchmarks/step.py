@@ -45,7 +45,7 @@ from hierkd.experiments.tables import TABLES
 from hierkd.load_config import load_config
 from hierkd.miniature.clip import TinyCLIPSpec, build_tiny_clip, save_clip
 from hierkd.modeling.detector import HierKD
-from hierkd.teachers.teacher import import_clip
+from hierkd.teachers.openai_clip import import_clip
 from hierkd.training.optimizer import build_optimizer
 
 __all__ = ["PARTS", "TrainingStep", "build_steps", "run"]

@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -35,6 +35,16 @@ _LOGGER = logging.getLogger(__name__)
 _DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 
 
+class Cache(Protocol):
+    """What CLIP said before training; `hierkd.teachers.region_cache.RegionCache`."""
+
+    def regions(self, annotation_ids: NDArray[np.int64], *, flipped: bool) -> NDArray[np.float32]:
+        """(M,) ids of the annotations of an image -> (M, D)."""
+
+    def texts(self, texts: Sequence[str]) -> dict[str, NDArray[np.float32]]:
+        """Embeddings (D,) of those texts that are known."""
+
+
 class HierKDDatasetMapper(DatasetMapper):  # type: ignore[misc]
     """detectron2's :class:`DatasetMapper`, plus ``caption``, and errors that name the image.
 
@@ -43,9 +53,9 @@ class HierKDDatasetMapper(DatasetMapper):  # type: ignore[misc]
     which detectron2 seeds in every data loading process, as its augmentations do. The list
     ``captions`` itself is not passed on.
 
-    With a cache of the teacher the result also says which annotation each box is of
-    (``instances.gt_annotation_ids``) and whether the image is mirrored
-    (``horizontally_flipped``).
+    With a cache of the teacher its answers travel with the batch: ``instances`` has
+    ``gt_region_embeddings`` (M, D), a row per box, of the mirrored image where it is mirrored, and
+    the result has ``caption_embedding`` (D,).
     """
 
     @configurable
@@ -55,7 +65,8 @@ class HierKDDatasetMapper(DatasetMapper):  # type: ignore[misc]
         *,
         with_caption: bool,
         skip_broken_images: bool = False,
-        with_annotation_ids: bool = False,
+        with_regions: bool = False,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> None:
         """Create the mapper.
@@ -66,21 +77,22 @@ class HierKDDatasetMapper(DatasetMapper):  # type: ignore[misc]
             skip_broken_images: In training, leave out images that cannot be decoded (another
                 image takes the place) instead of raising. Never at inference, where a result
                 would silently be missing.
-            with_annotation_ids: Whether to name the annotation of each box; ignored unless
-                ``is_train``. Only resizing and mirroring are then possible: a cached embedding is
-                of the whole box.
+            with_regions: Whether to look up each box in the cache; ignored without one. Only
+                resizing and mirroring are then possible: a cached embedding is of the whole box.
+            cache: Embeddings of regions and captions; ignored unless ``is_train``.
             **kwargs: See :class:`detectron2.data.DatasetMapper`.
         """
         kwargs["augmentations"] = list(map(_for_any_shape, kwargs["augmentations"]))
         super().__init__(is_train, **kwargs)
         self.with_caption = with_caption and is_train
         self.skip_broken_images = skip_broken_images and is_train
-        self.with_annotation_ids = with_annotation_ids and is_train
+        self.cache = cache if is_train else None
+        self.with_regions = with_regions and self.cache is not None
         self.num_skipped = 0  # in this data loading process
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
-        """Return the constructor's arguments for ``cfg``.
+        """Return the constructor's arguments for ``cfg``; the cache is not among them.
 
         Raises:
             ValueError: ``MODEL.TEACHER.CACHE`` together with augmentations that it cannot follow.
@@ -93,7 +105,7 @@ class HierKDDatasetMapper(DatasetMapper):  # type: ignore[misc]
             **super().from_config(cfg, is_train),
             "with_caption": cfg.MODEL.GKD.LOSS_WEIGHT > 0,
             "skip_broken_images": cfg.DATALOADER.SKIP_BROKEN_IMAGES,
-            "with_annotation_ids": cached,
+            "with_regions": cached,
         }
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any] | None:
@@ -105,10 +117,9 @@ class HierKDDatasetMapper(DatasetMapper):  # type: ignore[misc]
 
         Returns:
             The model's input: ``image`` (3, H, W) uint8 in ``INPUT.FORMAT``, in training also
-            ``instances`` (``gt_boxes`` in absolute px of ``image``, ``gt_classes`` and, with a
-            cache, ``gt_annotation_ids``), ``caption`` and, with a cache,
-            ``horizontally_flipped``; or ``None`` for an image that is left out (detectron2's
-            ``MapDataset`` then takes another).
+            ``instances`` (``gt_boxes`` in absolute px of ``image``, ``gt_classes``), ``caption``,
+            and the cache's embeddings of both; or ``None`` for an image that is left out
+            (detectron2's ``MapDataset`` then takes another).
 
         Raises:
             ValueError: The image cannot be decoded, has more than 8 bits a channel or another size
@@ -149,17 +160,19 @@ class HierKDDatasetMapper(DatasetMapper):  # type: ignore[misc]
                     "no caption, but global distillation (MODEL.GKD.LOSS_WEIGHT > 0) needs one. "
                     "Add 'captions' to this image in the training annotations."
                 )
-            result["caption"] = captions[np.random.randint(len(captions))]
+            caption = captions[np.random.randint(len(captions))]
+            result["caption"] = caption
+            if self.cache is not None and (known := self.cache.texts([caption])):
+                result["caption_embedding"] = torch.from_numpy(known[caption])
         return result
 
     def _transform_annotations(
         self, dataset_dict: dict[str, Any], transforms: TransformList, image_shape: tuple[int, int]
     ) -> None:
-        """detectron2's, which also keeps the annotations' ids beside the boxes."""
-        if not self.with_annotation_ids:
+        """detectron2's, which also looks up the boxes in the cache."""
+        if self.cache is None or not self.with_regions:
             super()._transform_annotations(dataset_dict, transforms, image_shape)
             return
-        dataset_dict["horizontally_flipped"] = _is_flipped(transforms)
         annotations = [a for a in dataset_dict.pop("annotations") if not a.get("iscrowd", 0)]
         ids = [annotation.get("id") for annotation in annotations]
         if not all(isinstance(each, int) for each in ids):
@@ -174,7 +187,8 @@ class HierKDDatasetMapper(DatasetMapper):  # type: ignore[misc]
             ],
             image_shape,
         )
-        instances.gt_annotation_ids = torch.tensor(ids, dtype=torch.int64)
+        rows = self.cache.regions(np.array(ids, np.int64), flipped=_is_flipped(transforms))
+        instances.gt_region_embeddings = torch.from_numpy(rows)
         dataset_dict["instances"] = detection_utils.filter_empty_instances(instances)
 
 

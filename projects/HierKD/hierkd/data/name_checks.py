@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from hierkd.teachers.clip_model import TokenCounter
+from hierkd.teachers.protocol import TokenCounter
 
 __all__ = ["check_embeddings", "check_spelling", "check_tokens"]
 

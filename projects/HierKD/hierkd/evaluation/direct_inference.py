@@ -36,7 +36,7 @@ from tqdm import tqdm
 from hierkd.evaluation.split_coco_evaluation import SplitCOCOEvaluator
 from hierkd.modeling.detector import ForeAnchors, HierKD
 from hierkd.modeling.inference import ClassProbabilities
-from hierkd.teachers.teacher import Teacher
+from hierkd.teachers.protocol import Teacher
 
 __all__ = ["BACKGROUNDS", "DETECTOR", "CLIPScoring", "DirectInference", "clip_direct_inference"]
 

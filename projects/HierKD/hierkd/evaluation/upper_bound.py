@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from hierkd.data.mapper import read_picture
 from hierkd.evaluation.split_coco_evaluation import SplitCOCOEvaluator
-from hierkd.teachers.teacher import Teacher
+from hierkd.teachers.protocol import Teacher
 
 __all__ = ["clip_upper_bound"]
 

@@ -29,7 +29,7 @@ from hierkd.miniature.world import (
     render_scene,
 )
 from hierkd.teachers.crops import crop_regions
-from hierkd.teachers.teacher import CLIP_MEAN, CLIP_STD, import_clip
+from hierkd.teachers.openai_clip import CLIP_MEAN, CLIP_STD, import_clip
 
 __all__ = ["TinyCLIPSpec", "build_tiny_clip", "save_clip", "train_tiny_clip"]
 

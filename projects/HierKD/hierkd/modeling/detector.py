@@ -81,9 +81,9 @@ from hierkd.modeling.losses import (
 from hierkd.modeling.mlca import MLCA, gather_rows
 from hierkd.modeling.sampling import subsample_negatives
 from hierkd.modeling.text_classifier import TextClassifier
-from hierkd.teachers.cached_teacher import build_cached_teacher
+from hierkd.teachers.clip import build_teacher, check_embed_dim
 from hierkd.teachers.names import comparable_name
-from hierkd.teachers.teacher import Teacher, build_teacher, check_embed_dim
+from hierkd.teachers.protocol import Teacher
 from hierkd.teachers.texts import check_names
 
 __all__ = ["DensePredictions", "ForeAnchors", "HierKD"]
@@ -199,8 +199,7 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
         """Read the config: the only place in this file that knows ``cfg``."""
         backbone = build_backbone(cfg)
         shapes = [backbone.output_shape()[f] for f in cfg.MODEL.ATSS.IN_FEATURES]
-        cached = cfg.MODEL.TEACHER.CACHE
-        teacher: Teacher = build_cached_teacher(cfg) if cached else build_teacher(cfg)
+        teacher = build_teacher(cfg)
         text, atss, gkd = cfg.MODEL.TEXT_CLASSIFIER, cfg.MODEL.ATSS, cfg.MODEL.GKD
         check_embed_dim(teacher, text.EMBED_DIM)
         check_choice("MODEL.GKD.LOSS_TYPE", gkd.LOSS_TYPE, ("contrastive", "positive_only"))

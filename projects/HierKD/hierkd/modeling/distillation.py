@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hierkd.modeling.detector_settings import IKD
 from hierkd.modeling.losses import embedding_l1_loss, embedding_l2_loss
-from hierkd.teachers.teacher import Teacher
+from hierkd.teachers.protocol import Teacher
 
 __all__ = [
     "PositivePoints",

@@ -1,12 +1,15 @@
 """OpenAI's CLIP: its files, names and tokeniser; this module alone imports ``clip``.
 
-OpenAI's models are what the paper distils. `hierkd.teachers.open_clip_models` has the others.
+OpenAI's models are what the paper distils. `hierkd.teachers.open_clip` has the others.
 """
+
+from __future__ import annotations
 
 import os
 import urllib.parse
 import warnings
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -14,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from iopath.common.file_io import file_lock
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from hierkd.files import (
     file_hash,
@@ -21,8 +25,7 @@ from hierkd.files import (
     read_torch_file,
     read_torchscript_state_dict,
 )
-from hierkd.teachers.clip_model import LONGEST_TEXT, LoadedCLIP, TokenCounter
-from hierkd.teachers.frozen_encoder import fold_batch_norms
+from hierkd.teachers.protocol import LONGEST_TEXT, LoadedCLIP, TokenCounter
 
 __all__ = [
     "CLIP_MEAN",
@@ -106,8 +109,7 @@ class OpenAIFiles:
         _check_state_dict(path, state_dict, vocabulary)
         model: Any = _build(clip, path, state_dict)
         model = model.float().to(device).eval().requires_grad_(False)
-        # What the visual encoder computes stays the same up to rounding.
-        fold_batch_norms(model.visual)
+        _fold_batch_norms(model.visual)
         if half:
             clip.model.convert_weights(model)
 
@@ -238,3 +240,22 @@ def _build(clip: ModuleType, path: Path, state_dict: dict[str, Tensor]) -> nn.Mo
     except (AssertionError, KeyError, RuntimeError, ZeroDivisionError) as error:
         raise ValueError(f"{path} is not a CLIP in OpenAI's format: {error}") from error
     return model
+
+
+def _fold_batch_norms(module: nn.Module) -> None:
+    """Fold each batch normalisation of a ResNet into the convolution before it, in place.
+
+    In evaluation mode it is an affine function per channel. Pairs are found as CLIP's ResNets have
+    them: children ``conv1``, ``bn1``, and neighbours in an ``nn.Sequential``.
+    """
+    for part in list(module.modules()):
+        children = dict(part.named_children())
+        if isinstance(part, nn.Sequential):
+            pairs = list(pairwise(children))
+        else:
+            pairs = [(name, f"bn{name[4:]}") for name in children if name.startswith("conv")]
+        for conv_name, norm_name in pairs:
+            conv, norm = children[conv_name], children.get(norm_name)
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                setattr(part, conv_name, fuse_conv_bn_eval(conv, norm))
+                setattr(part, norm_name, nn.Identity())

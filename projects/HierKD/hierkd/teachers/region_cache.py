@@ -1,4 +1,4 @@
-"""What CLIP says of every training box and caption, on disk: format, writer, reader and checks.
+"""What CLIP says of every training box and text, on disk: format, writer, reader and checks.
 
 A cache is a folder::
 
@@ -28,24 +28,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hierkd.files import replacing
+from hierkd.files import file_hash, replacing, write_json_atomically
 
 __all__ = [
     "MANIFEST",
     "CacheContents",
-    "TeacherCache",
-    "TeacherCacheWriter",
-    "file_sha256",
-    "how_to_make",
+    "RegionCache",
+    "RegionCacheWriter",
     "keys_sha256",
     "sorted_texts",
 ]
 
-MANIFEST = "manifest.json"
-_PROGRESS = "progress.json"
+MANIFEST, _PROGRESS = "manifest.json", "progress.json"
 _IDS, _REGIONS, _KEYS, _TEXTS = "annotation_ids.npy", "regions.npy", "text_keys.npy", "texts.npy"
 _FORMAT = 1
-_MAX_NAMED = 5  # offenders that a message names [ours]
+_MAX_NAMED = 5  # offenders that a message names
 
 FloatRows = npt.NDArray[np.float32]
 
@@ -74,8 +71,8 @@ class CacheContents:
     pixel_statistics: str
     image_format: str
     crop_scale: float
-    datasets: tuple[str, ...]
-    annotations_sha256: tuple[str, ...]
+    datasets: list[str]
+    annotations_sha256: list[str]
     embed_dim: int
     logit_scale: float
     num_boxes: int
@@ -84,38 +81,7 @@ class CacheContents:
 
     def as_json(self) -> dict[str, Any]:
         """The manifest."""
-        return {"format": _FORMAT, **json.loads(json.dumps(asdict(self)))}
-
-    @classmethod
-    def from_json(cls, manifest: Mapping[str, Any]) -> CacheContents:
-        """Read a manifest.
-
-        Raises:
-            ValueError: another format.
-            TypeError: a field is missing or unknown.
-        """
-        fields = dict(manifest)
-        if (version := fields.pop("format", None)) != _FORMAT:
-            raise ValueError(f"format {version}, this package reads {_FORMAT}")
-        for name in ("datasets", "annotations_sha256"):
-            if isinstance(fields.get(name), list):
-                fields[name] = tuple(fields[name])
-        return cls(**fields)
-
-
-def how_to_make(folder: str | os.PathLike[str], *, overwrite: bool = True) -> str:
-    """The command that makes a cache anew, for messages."""
-    again = " --overwrite" if overwrite else ""
-    return (
-        "`python tools/cache_teacher.py --config-file <YAML of the training> "
-        f"[its KEY VALUE pairs] --output {folder}{again}`"
-    )
-
-
-def file_sha256(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a file, hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return {"format": _FORMAT, **asdict(self)}
 
 
 def sorted_texts(texts: Sequence[str]) -> tuple[list[str], npt.NDArray[np.uint64]]:
@@ -136,7 +102,7 @@ def _text_key(text: str) -> tuple[int, int]:
     return int.from_bytes(digest[:8], "big"), int.from_bytes(digest[8:16], "big")
 
 
-class TeacherCacheWriter:
+class RegionCacheWriter:
     """Writes a cache, from the beginning or from where an interrupted run has got to.
 
     Rows reach the disk before ``progress.json`` counts them, and that file is replaced as a whole,
@@ -194,40 +160,26 @@ class TeacherCacheWriter:
         self._texts = self._reopen(_TEXTS)
 
     def write_regions(self, rows: FloatRows) -> None:
-        """Append rows.
-
-        Args:
-            rows: (n, 2, D), of the next n annotations.
-        """
+        """Append rows (n, 2, D) of the next n annotations."""
         self._write(self._regions, self.boxes_done, rows)
         self.boxes_done += len(rows)
         self._save_progress()
 
     def write_texts(self, rows: FloatRows) -> None:
-        """Append rows.
-
-        Args:
-            rows: (n, D), of the next n texts.
-        """
+        """Append rows (n, D) of the next n texts."""
         self._write(self._texts, self.texts_done, rows)
         self.texts_done += len(rows)
         self._save_progress()
 
     def finish(self) -> None:
-        """Declare the cache complete.
-
-        Raises:
-            ValueError: it is not.
-        """
-        missing = (
-            self.contents.num_boxes - self.boxes_done,
-            self.contents.num_texts - self.texts_done,
-        )
-        if any(missing):
+        """Declare the cache complete."""
+        done = (self.boxes_done, self.texts_done)
+        expected = (self.contents.num_boxes, self.contents.num_texts)
+        if done != expected:
             raise ValueError(
-                f"{self.folder}: {missing[0]} boxes and {missing[1]} texts are not written"
+                f"{self.folder}: {done} boxes and texts are written, expected {expected}"
             )
-        self._write_json(MANIFEST, self.contents.as_json())
+        write_json_atomically(self.folder / MANIFEST, self.contents.as_json())
         (self.folder / _PROGRESS).unlink(missing_ok=True)
         self.complete = True
 
@@ -285,10 +237,6 @@ class TeacherCacheWriter:
 
     @staticmethod
     def _write(target: npt.NDArray[np.float16], start: int, rows: FloatRows) -> None:
-        if start + len(rows) > len(target) or rows.shape[1:] != target.shape[1:]:
-            raise ValueError(
-                f"rows of shape {rows.shape} do not fit at row {start} of {target.shape}"
-            )
         if not np.isfinite(rows).all():
             raise ValueError(f"CLIP's embeddings of rows {start} to {start + len(rows)} are NaN")
         target[start : start + len(rows)] = rows
@@ -296,21 +244,12 @@ class TeacherCacheWriter:
             target.flush()
 
     def _save_progress(self) -> None:
-        self._write_json(
-            _PROGRESS,
-            {
-                "contents": self.contents.as_json(),
-                "boxes_done": self.boxes_done,
-                "texts_done": self.texts_done,
-            },
-        )
-
-    def _write_json(self, name: str, content: object) -> None:
-        with replacing(self.folder / name) as making:
-            making.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        progress = {"boxes_done": self.boxes_done, "texts_done": self.texts_done}
+        contents = {"contents": self.contents.as_json()}
+        write_json_atomically(self.folder / _PROGRESS, contents | progress)
 
 
-class TeacherCache:
+class RegionCache:
     """A complete cache, opened for reading.
 
     Attributes:
@@ -326,28 +265,19 @@ class TeacherCache:
             ValueError: a file is broken, or not what the manifest says.
         """
         self.folder = Path(folder)
-        self.contents = self._read_manifest()
-        boxes, texts, size = (
-            self.contents.num_boxes,
-            self.contents.num_texts,
-            self.contents.embed_dim,
-        )
-        self._ids = np.array(self._load(_IDS, np.int64, (boxes,)))
-        self._regions = self._load(_REGIONS, np.float16, (boxes, 2, size))
-        self._keys = np.array(self._load(_KEYS, np.uint64, (texts, 2)))
-        self._texts = self._load(_TEXTS, np.float16, (texts, size))
+        self.contents = found = self._read_manifest()
+        self._ids = np.array(self._load(_IDS, np.int64, (found.num_boxes,)))
+        self._regions = self._load(_REGIONS, np.float16, (found.num_boxes, 2, found.embed_dim))
+        self._keys = np.array(self._load(_KEYS, np.uint64, (found.num_texts, 2)))
+        self._texts = self._load(_TEXTS, np.float16, (found.num_texts, found.embed_dim))
         self._id_order = self._ids.argsort()
         self._sorted_ids = self._ids[self._id_order]
 
     def __repr__(self) -> str:
-        return f"TeacherCache({str(self.folder)!r})"
+        return f"RegionCache({str(self.folder)!r})"
 
     def check_source(
-        self,
-        *,
-        weights: str,
-        weights_sha256: str | None,
-        embed_dim: int,
+        self, *, weights: str, weights_sha256: str | None, embed_dim: int
     ) -> list[str]:
         """Refuse a cache of another CLIP than a config names.
 
@@ -371,11 +301,7 @@ class TeacherCache:
         return []
 
     def check_regions(
-        self,
-        *,
-        crop_scale: float,
-        pixel_statistics: str,
-        annotation_files: Mapping[str, str],
+        self, *, crop_scale: float, pixel_statistics: str, annotation_files: Mapping[str, str]
     ) -> list[str]:
         """Refuse a cache of other regions, or of another look at them, than a config names.
 
@@ -390,35 +316,25 @@ class TeacherCache:
         Raises:
             ValueError: names the file, both sides, and the command that makes the cache anew.
         """
-        found = self.contents
+        found, unknown = self.contents, []
         self._expect("crop_scale", found.crop_scale, crop_scale, "MODEL.IKD.CROP_SCALE")
-        self._expect(
-            "pixel_statistics",
-            found.pixel_statistics,
-            pixel_statistics,
-            "MODEL.TEACHER.PIXEL_STATISTICS",
-        )
-        unknown = []
+        key = "MODEL.TEACHER.PIXEL_STATISTICS"
+        self._expect("pixel_statistics", found.pixel_statistics, pixel_statistics, key)
         for name, path in annotation_files.items():
             if not os.path.isfile(path):
                 unknown.append(f"the annotations {path} of {name} are not at hand")
-                continue
-            digest = file_sha256(path)
-            if digest not in found.annotations_sha256:
-                raise self._stale(
-                    "annotations_sha256",
-                    dict(zip(found.datasets, found.annotations_sha256, strict=True)),
-                    digest,
-                    f"{path}, DATASETS.TRAIN {name!r}",
-                )
+            elif (digest := file_hash(path)) not in found.annotations_sha256:
+                known = dict(zip(found.datasets, found.annotations_sha256, strict=True))
+                key = f"{path}, DATASETS.TRAIN {name!r}"
+                self._expect("annotations_sha256", known, digest, key)
         return unknown
 
-    def regions(self, annotation_ids: npt.NDArray[np.int64], flipped: npt.NDArray[np.bool_]) -> Any:
-        """Embeddings of annotated regions.
+    def regions(self, annotation_ids: npt.NDArray[np.int64], *, flipped: bool) -> FloatRows:
+        """Embeddings of the annotated regions of an image.
 
         Args:
             annotation_ids: (M,).
-            flipped: (M,), whether the image is mirrored.
+            flipped: whether the image is mirrored.
 
         Returns:
             (M, D) float32, L2-normalised.
@@ -431,14 +347,11 @@ class TeacherCache:
             return np.zeros((0, self.contents.embed_dim), np.float32)
         places = self._sorted_ids.searchsorted(annotation_ids).clip(max=len(self._ids) - 1)
         absent = self._sorted_ids[places] != annotation_ids
-        rows = _normalised(self._regions[self._id_order[places], flipped.astype(np.int64)])
+        rows = _normalised(self._regions[self._id_order[places], int(flipped)])
         absent |= ~_are_embeddings(rows)
         if absent.any():
             named = annotation_ids[absent][:_MAX_NAMED].tolist()
-            raise ValueError(
-                f"{self.folder / _REGIONS}: no embeddings of the annotations {named}; make the "
-                f"cache anew with {how_to_make(self.folder)}"
-            )
+            raise self._broken(_REGIONS, f"no embeddings of the annotations {named}")
         return rows
 
     def texts(self, texts: Sequence[str]) -> dict[str, FloatRows]:
@@ -454,10 +367,7 @@ class TeacherCache:
         present = (self._keys[places] == keys).all(axis=1)
         rows = _normalised(self._texts[places[present]])
         if not _are_embeddings(rows).all():
-            raise ValueError(
-                f"{self.folder / _TEXTS}: some rows are zero or not finite; make the cache anew "
-                f"with {how_to_make(self.folder)}"
-            )
+            raise self._broken(_TEXTS, "some rows are zero or not finite")
         return dict(zip(np.array(wanted, dtype=object)[present].tolist(), rows, strict=True))
 
     def _read_manifest(self) -> CacheContents:
@@ -465,46 +375,48 @@ class TeacherCache:
         if not path.is_file():
             progress = self.folder / _PROGRESS
             found = "is not complete" if progress.exists() else "holds no cache of the teacher"
-            command = how_to_make(self.folder, overwrite=False)
             raise FileNotFoundError(
                 f"MODEL.TEACHER.CACHE: {self.folder} {found} (expected {path}). Make it, or go on "
-                f"where an interrupted run stopped, with {command}; inference does without: "
-                "MODEL.TEACHER.CACHE ''"
+                f"where an interrupted run stopped, with {self._command()}; inference does "
+                "without: MODEL.TEACHER.CACHE ''"
             )
         try:
-            return CacheContents.from_json(json.loads(path.read_text(encoding="utf-8")))
+            fields = json.loads(path.read_text(encoding="utf-8"))
+            if (version := fields.pop("format", None)) != _FORMAT:
+                raise ValueError(f"format {version}, this package reads {_FORMAT}")
+            return CacheContents(**fields)
         except (ValueError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{path} is no manifest of a teacher cache ({error}); make it anew with "
-                f"{how_to_make(self.folder)}"
-            ) from error
+            raise self._broken(MANIFEST, f"is no manifest of a cache ({error})") from error
 
     def _load(self, name: str, dtype: type, shape: tuple[int, ...]) -> Any:
-        path = self.folder / name
         try:
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
+            array = np.load(self.folder / name, mmap_mode="r", allow_pickle=False)
         # numpy parses a header as Python: a broken one raises SyntaxError, TokenError and others
         except Exception as error:
-            raise ValueError(
-                f"{path} cannot be read ({error}); make the cache anew with "
-                f"{how_to_make(self.folder)}"
-            ) from error
+            raise self._broken(name, f"cannot be read ({error})") from error
         if array.dtype != dtype or array.shape != shape:
-            raise ValueError(
-                f"{path}: found {array.dtype} of shape {array.shape}, expected "
-                f"{np.dtype(dtype)} of shape {shape}; make the cache anew with "
-                f"{how_to_make(self.folder)}"
+            raise self._broken(
+                name,
+                f"found {array.dtype} of shape {array.shape}, expected {np.dtype(dtype)} of shape "
+                f"{shape}",
             )
         return array
 
     def _expect(self, field: str, found: object, expected: object, key: str) -> None:
         if found != expected:
-            raise self._stale(field, found, expected, key)
+            raise self._broken(
+                MANIFEST,
+                f"is of another training: {field} found {found}, expected {expected} ({key})",
+            )
 
-    def _stale(self, field: str, found: object, expected: object, key: str) -> ValueError:
-        return ValueError(
-            f"{self.folder / MANIFEST} is of another training: {field} found {found}, expected "
-            f"{expected} ({key}); make it anew with {how_to_make(self.folder)}"
+    def _broken(self, name: str, what: str) -> ValueError:
+        command = f"{self._command()} --overwrite"
+        return ValueError(f"{self.folder / name}: {what}; make the cache anew with {command}")
+
+    def _command(self) -> str:
+        return (
+            "python tools/cache_teacher.py --config-file <YAML of the training> "
+            f"[its KEY VALUE pairs] --output {self.folder}"
         )
 
 

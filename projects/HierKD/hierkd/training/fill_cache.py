@@ -20,15 +20,15 @@ from tqdm import tqdm
 
 from hierkd.data.coco import check_datasets
 from hierkd.data.mapper import read_picture
+from hierkd.files import file_hash
+from hierkd.teachers.clip import CLIPTeacher, build_teacher, check_embed_dim
 from hierkd.teachers.region_cache import (
     CacheContents,
-    TeacherCache,
-    TeacherCacheWriter,
-    file_sha256,
+    RegionCache,
+    RegionCacheWriter,
     keys_sha256,
     sorted_texts,
 )
-from hierkd.teachers.teacher import CLIPTeacher, build_teacher, check_embed_dim
 
 __all__ = ["fill_cache"]
 
@@ -49,7 +49,7 @@ def fill_cache(
     images_per_chunk: int = IMAGES_PER_CHUNK,
     num_threads: int | None = None,
     overwrite: bool = False,
-) -> TeacherCache:
+) -> RegionCache:
     """Embed all boxes and captions of ``DATASETS.TRAIN``, and the prompts of all vocabularies.
 
     Goes on where an interrupted run of the same contents stopped. Boxes are those that training
@@ -85,7 +85,7 @@ def fill_cache(
     with tempfile.TemporaryDirectory() as scratch:
         teacher = _build_clip(cfg, scratch)
         contents = _contents(cfg, teacher, len(ids), keys)
-        writer = TeacherCacheWriter(
+        writer = RegionCacheWriter(
             folder, contents, np.array(ids, np.int64), keys, overwrite=overwrite
         )
         if writer.complete:
@@ -94,7 +94,7 @@ def fill_cache(
             _encode_texts(teacher, texts, writer)
             _encode_boxes(cfg, teacher, with_boxes, writer, images_per_chunk, num_threads)
             writer.finish()
-    return TeacherCache(folder)
+    return RegionCache(folder)
 
 
 def _build_clip(cfg: Any, text_cache_dir: str) -> CLIPTeacher:
@@ -105,8 +105,6 @@ def _build_clip(cfg: Any, text_cache_dir: str) -> CLIPTeacher:
     own.MODEL.TEACHER.TEXT_CACHE_DIR = text_cache_dir
     teacher = build_teacher(own)
     check_embed_dim(teacher, cfg.MODEL.TEXT_CLASSIFIER.EMBED_DIM)
-    if not isinstance(teacher, CLIPTeacher):
-        raise TypeError(f"expected CLIP, found {teacher!r}")
     return teacher
 
 
@@ -117,10 +115,10 @@ def _contents(cfg: Any, teacher: CLIPTeacher, num_boxes: int, keys: Any) -> Cach
         pixel_statistics=cfg.MODEL.TEACHER.PIXEL_STATISTICS,
         image_format=cfg.INPUT.FORMAT,
         crop_scale=float(cfg.MODEL.IKD.CROP_SCALE),
-        datasets=tuple(cfg.DATASETS.TRAIN),
-        annotations_sha256=tuple(
-            file_sha256(MetadataCatalog.get(name).json_file) for name in cfg.DATASETS.TRAIN
-        ),
+        datasets=list(cfg.DATASETS.TRAIN),
+        annotations_sha256=[
+            file_hash(MetadataCatalog.get(name).json_file) for name in cfg.DATASETS.TRAIN
+        ],
         embed_dim=teacher.embed_dim,
         logit_scale=teacher.logit_scale,
         num_boxes=num_boxes,
@@ -157,7 +155,7 @@ def _annotation_ids(records: Sequence[DatasetDict]) -> list[int]:
     return ids
 
 
-def _encode_texts(teacher: CLIPTeacher, texts: Sequence[str], writer: TeacherCacheWriter) -> None:
+def _encode_texts(teacher: CLIPTeacher, texts: Sequence[str], writer: RegionCacheWriter) -> None:
     with tqdm(total=len(texts), initial=writer.texts_done, desc="texts", unit="text") as progress:
         for start in range(writer.texts_done, len(texts), _TEXTS_PER_CHUNK):
             chunk = texts[start : start + _TEXTS_PER_CHUNK]
@@ -169,7 +167,7 @@ def _encode_boxes(
     cfg: Any,
     teacher: CLIPTeacher,
     records: Sequence[DatasetDict],
-    writer: TeacherCacheWriter,
+    writer: RegionCacheWriter,
     images_per_chunk: int,
     num_threads: int | None,
 ) -> None:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from hierkd.files import check_hash, file_hash, is_torchscript, read_torch_file
-from hierkd.teachers.clip_model import LONGEST_TEXT, LoadedCLIP, TokenCounter
+from hierkd.teachers.protocol import LONGEST_TEXT, LoadedCLIP, TokenCounter
 
 __all__ = ["OPEN_CLIP_PREFIX", "OpenCLIPFiles", "known_open_clip_digest", "open_clip_token_counter"]
 

@@ -1,4 +1,4 @@
-"""What the teacher needs of a CLIP, whichever package it comes from."""
+"""The seam between the detector and CLIP: what a teacher answers, and what it needs of a CLIP."""
 
 from __future__ import annotations
 
@@ -9,10 +9,36 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["LONGEST_TEXT", "CLIPFiles", "LoadedCLIP", "TokenCounter"]
+__all__ = ["LONGEST_TEXT", "CLIPFiles", "LoadedCLIP", "Teacher", "TokenCounter"]
 
 LONGEST_TEXT = 1024
 """Tokens that a `TokenCounter` counts; a longer text counts as this long."""
+
+
+class Teacher(Protocol):
+    """What the detector needs of a vision-language model with D-dim embeddings.
+
+    All embeddings are float32, L2-normalised, without gradient, and may be used in losses.
+    """
+
+    @property
+    def embed_dim(self) -> int:
+        """D, the size of an embedding."""
+
+    @property
+    def logit_scale(self) -> float:
+        """The model's own factor on cosines, for classifying with it directly."""
+
+    def encode_regions(
+        self, images: Sequence[Tensor], boxes: Sequence[Tensor], crop_scale: float
+    ) -> Tensor:
+        """Embed regions: N raw images (3, H_i, W_i) and N x (P_i, 4) XYXY pixels -> (P, D)."""
+
+    def encode_captions(self, captions: Sequence[str]) -> Tensor:
+        """Embed C texts as they are -> (C, D)."""
+
+    def encode_classes(self, names: Sequence[str]) -> Tensor:
+        """Embed K class names, each put into the prompt template(s) -> (K, D)."""
 
 
 @dataclass(frozen=True)
@@ -73,10 +99,6 @@ class CLIPFiles(Protocol):
 
     def load(self, device: torch.device, half: bool) -> LoadedCLIP:
         """Load it; the first time this may download it.
-
-        Args:
-            device: where it is to run.
-            half: in half precision.
 
         Raises:
             FileNotFoundError: the weights are not there and cannot be downloaded.
