@@ -1,49 +1,30 @@
 #!/usr/bin/env python3
-"""Put class embeddings, with their provenance, into one .npz; see README.md beside this file.
+"""Put class embeddings, with their provenance, into one file; see README.md beside this one.
 
-    python datasets/extract_text_embeddings.py --names coco_ovd_48_17_val_all --output coco.npz
+    python datasets/extract_text_embeddings.py --names coco_ovd_48_17_val_all \
+        --output coco.safetensors
     python datasets/extract_text_embeddings.py --names "cat,traffic cone" --templates ensemble \
-        --output mine.npz
+        --output mine.safetensors
     python datasets/extract_text_embeddings.py --from made_elsewhere.npy --names names.txt \
-        --template "a {}" --output theirs.npz --verify 20
+        --template "a {}" --output theirs.safetensors --verify 20
 
-``MODEL.TEXT_CLASSIFIER.EMBEDDINGS coco.npz`` then uses them, without CLIP's weights.
+``MODEL.TEXT_CLASSIFIER.EMBEDDINGS coco.safetensors`` then uses them, without CLIP's weights.
 """
 
 from __future__ import annotations
 
-import hierkd  # first: it quiets two deprecation warnings inside libraries
-
-# isort: split
 import argparse
 import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-from detectron2.utils.logger import setup_logger
+import hierkd
 
-from hierkd.data.splits import COCO_CATEGORIES, SPLITS
-from hierkd.inference.predictor import resolve_vocabulary
-from hierkd.load_config import load_config
-from hierkd.teachers.clip import CLIPTeacher
-from hierkd.teachers.texts import (
-    PROMPT_ENSEMBLE,
-    TextEmbeddings,
-    check_known_order,
-    check_names,
-    check_rows,
-    check_same_rows,
-    check_template,
-    make_text_embeddings,
-    read_embedding_array,
-    read_templates,
-    read_text_lines,
-    save_text_embeddings,
-)
+if TYPE_CHECKING:  # PyTorch is imported when the command line has been understood
+    from hierkd.teachers.clip import CLIPTeacher
+    from hierkd.teachers.texts import TextEmbeddings
 
 logger = logging.getLogger("hierkd.extract_text_embeddings")
 
@@ -61,7 +42,7 @@ def get_parser() -> argparse.ArgumentParser:
         help="class names: separated by commas, a .txt with one a line, a .json with a list, or "
         "the name of a registered dataset; of several sources all names, each once",
     )
-    parser.add_argument("--output", required=True, metavar="NPZ", help="the file to write")
+    parser.add_argument("--output", required=True, metavar="FILE", help="the file to write")
     prompts = parser.add_mutually_exclusive_group()
     prompts.add_argument("--template", help='prompt; "{}" is the name (default: the config\'s)')
     prompts.add_argument(
@@ -104,6 +85,9 @@ def get_parser() -> argparse.ArgumentParser:
 
 def read_names(sources: Sequence[str], *, keep_repeated: bool) -> list[str]:
     """Read all sources of names; one that is in several counts once, unless kept for an array."""
+    from hierkd.inference.predictor import resolve_vocabulary
+    from hierkd.teachers.texts import read_text_lines
+
     names: list[str] = []
     for source in sources:
         is_file = source.endswith((".txt", ".json"))
@@ -121,6 +105,8 @@ def templates_of(args: argparse.Namespace) -> tuple[str, ...]:
         FileNotFoundError: there is no such file.
         ValueError: one has not exactly one "{}", or the file is wrong.
     """
+    from hierkd.teachers.texts import PROMPT_ENSEMBLE, check_template, read_templates
+
     if args.template is not None:
         check_template(args.template, "--template")
         return (args.template,)
@@ -131,11 +117,13 @@ def templates_of(args: argparse.Namespace) -> tuple[str, ...]:
 
 def build_clip(cfg: Any, args: argparse.Namespace, templates: tuple[str, ...]) -> CLIPTeacher:
     """CLIP in single precision, with the command line's choices in place of the config's."""
+    from hierkd.teachers.clip import CLIPTeacher
+
+    text = cfg.MODEL.TEXT_CLASSIFIER
     return CLIPTeacher(
         args.weights or cfg.MODEL.TEACHER.WEIGHTS,
         device=cfg.MODEL.DEVICE,
-        template=cfg.MODEL.TEXT_CLASSIFIER.TEMPLATE,
-        templates=templates or cfg.MODEL.TEXT_CLASSIFIER.TEMPLATES,
+        templates=templates or text.TEMPLATES or (text.TEMPLATE,),
         text_cache_dir=cfg.MODEL.TEACHER.TEXT_CACHE_DIR,
         download_root=cfg.MODEL.TEACHER.DOWNLOAD_ROOT,
         precision="fp32",
@@ -156,6 +144,8 @@ def provenance_of(clip: CLIPTeacher | None) -> dict[str, Any]:
 
 def extract(cfg: Any, args: argparse.Namespace, templates: tuple[str, ...]) -> TextEmbeddings:
     """Let CLIP encode the names and the background prompt."""
+    from hierkd.teachers.texts import make_text_embeddings
+
     names = read_names(args.names, keep_repeated=False)
     clip = build_clip(cfg, args, templates)
     prompt = args.background_prompt or cfg.MODEL.TEXT_CLASSIFIER.BACKGROUND_PROMPT
@@ -170,13 +160,19 @@ def extract(cfg: Any, args: argparse.Namespace, templates: tuple[str, ...]) -> T
 
 def convert(cfg: Any, args: argparse.Namespace, templates: tuple[str, ...]) -> TextEmbeddings:
     """Check an array that somebody else made, and give it names and what is known of it."""
+    import numpy as np
+
+    from hierkd.teachers import texts
+
     names_from = ", ".join(args.names)
     names = read_names(args.names, keep_repeated=True)
-    check_names(names, names_from)
-    rows, digest = read_embedding_array(args.array)
-    check_rows(rows, names, rows_from=args.array, names_from=names_from, embed_dim=args.embed_dim)
+    texts.check_names(names, names_from)
+    rows, digest = texts.read_embedding_array(args.array)
+    texts.check_rows(
+        rows, names, rows_from=args.array, names_from=names_from, embed_dim=args.embed_dim
+    )
     if not (args.verify or args.trust_order):
-        check_known_order(names, coco_orders(), names_from)
+        texts.check_known_order(names, coco_orders(), names_from)
     # Nothing is said of the CLIP or the prompts but what the command line says.
     clip = build_clip(cfg, args, templates) if args.verify or args.weights else None
     known = provenance_of(clip)
@@ -185,10 +181,10 @@ def convert(cfg: Any, args: argparse.Namespace, templates: tuple[str, ...]) -> T
     prompt = args.background_prompt or cfg.MODEL.TEXT_CLASSIFIER.BACKGROUND_PROMPT
     background = None
     if args.background_from:
-        background, _ = read_embedding_array(args.background_from)
+        background, _ = texts.read_embedding_array(args.background_from)
     elif clip is not None and args.verify:
         background = clip.encode_captions([prompt])[0].cpu().numpy()
-    stored = make_text_embeddings(
+    stored = texts.make_text_embeddings(
         names,
         rows,
         background=background,
@@ -203,12 +199,14 @@ def convert(cfg: Any, args: argparse.Namespace, templates: tuple[str, ...]) -> T
     if clip is not None and args.verify:
         chosen = np.random.default_rng(0).permutation(len(names))[: args.verify].tolist()
         expected = clip.encode_classes([names[row] for row in chosen])
-        check_same_rows(stored, chosen, expected.cpu().numpy())
+        texts.check_same_rows(stored, chosen, expected.cpu().numpy())
     return stored
 
 
 def coco_orders() -> dict[str, list[str]]:
     """COCO's lists of names, in the order of the category ids."""
+    from hierkd.data.splits import COCO_CATEGORIES, SPLITS
+
     lists = {"COCO's 80 categories": COCO_CATEGORIES}
     for key, split in SPLITS.items():
         for part in ("base", "novel", "all"):
@@ -239,8 +237,13 @@ def run(args: argparse.Namespace) -> TextEmbeddings:
         FileNotFoundError: a file of the command line, or CLIP's weights, are not there.
         ValueError: anything else that is wrong with them; the message names it.
     """
-    if not args.output.endswith(".npz"):
-        raise ValueError(f"--output {args.output}: expected a name that ends in .npz")
+    import torch
+
+    from hierkd.load_config import load_config
+    from hierkd.teachers.texts import save_text_embeddings
+
+    if not args.output.endswith(".safetensors"):
+        raise ValueError(f"--output {args.output}: expected a name that ends in .safetensors")
     conversion_only = ("embed_dim", "verify", "background_from", "trust_order")
     if not args.array and (given := [name for name in conversion_only if getattr(args, name)]):
         raise ValueError(f"--{given[0].replace('_', '-')} goes with --from only")
@@ -257,6 +260,9 @@ def run(args: argparse.Namespace) -> TextEmbeddings:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit status."""
     args = get_parser().parse_args(arguments)
+
+    from detectron2.utils.logger import setup_logger
+
     setup_logger(name="hierkd", abbrev_name="hierkd")
     try:
         stored = run(args)

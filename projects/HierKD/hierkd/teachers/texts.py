@@ -10,7 +10,6 @@ Letters: K names · D embedding size.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import unicodedata
@@ -20,10 +19,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import safetensors
+import safetensors.numpy
 import torch
 from torch import Tensor
 
-from hierkd.files import replacing
+from hierkd.files import file_hash, replacing
 
 __all__ = [
     "PROMPT_ENSEMBLE",
@@ -61,7 +62,8 @@ PROMPT_ENSEMBLE = (
 _MIN_COSINE = 0.99
 _TIE_COSINE = 1e-4
 
-_FORMAT = 1
+_FORMAT = 2
+_SUFFIX = ".safetensors"
 _MAX_NAMED = 5  # offenders that a message names before it only counts them
 _MAX_SHOWN = 100  # characters of something that is no name
 _UNIT_TOLERANCE = 1e-3
@@ -367,104 +369,89 @@ def check_template(template: str, key: str = "MODEL.TEXT_CLASSIFIER.TEMPLATE") -
 
 
 def save_text_embeddings(stored: TextEmbeddings, path: str | os.PathLike[str]) -> None:
-    """Write an .npz without pickled objects, whole or not at all.
+    """Write a .safetensors file, whole or not at all.
 
-    It holds ``embeddings`` (K, D) float32, ``names`` (K,) text, ``background_embedding`` (D,) or
-    (0,) float32, and ``provenance``, one text in JSON.
+    It holds ``embeddings`` (K, D) and maybe ``background_embedding`` (D,), float32; names and
+    provenance are JSON in its header.
 
     Raises:
-        ValueError: `path` does not end in ".npz".
+        ValueError: `path` does not end in ".safetensors".
     """
     path = Path(path)
-    if path.suffix != ".npz":
-        raise ValueError(f"{path}: text embeddings are stored as .npz")
-    arrays = ("names", "embeddings", "background_embedding", "path")
-    provenance = {
+    if path.suffix != _SUFFIX:
+        raise ValueError(f"{path}: text embeddings are stored as {_SUFFIX}")
+    arrays = {"embeddings": stored.embeddings}
+    if stored.background_embedding is not None:
+        arrays["background_embedding"] = stored.background_embedding
+    about = {
         field.name: getattr(stored, field.name)
         for field in dataclasses.fields(stored)
-        if field.name not in arrays
+        if field.name not in ("embeddings", "background_embedding", "path", "names")
     }
-    background = stored.background_embedding
-    with replacing(path) as making, making.open("wb") as file:
-        np.savez(
-            file,
-            embeddings=stored.embeddings,
-            names=np.array(stored.names, dtype=np.str_),
-            background_embedding=np.zeros(0, np.float32) if background is None else background,
-            provenance=np.array(json.dumps({"format": _FORMAT, **provenance})),
-        )
+    header = {
+        "names": json.dumps(stored.names),
+        "provenance": json.dumps({"format": _FORMAT, **about}),
+    }
+    with replacing(path) as making:
+        making.write_bytes(safetensors.numpy.save(arrays, header))
 
 
 def load_text_embeddings(path: str | os.PathLike[str]) -> TextEmbeddings:
-    """Read what `save_text_embeddings` wrote; nothing pickled is read.
+    """Read what `save_text_embeddings` wrote.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is not such a file, or its content contradicts itself.
     """
     path = str(path)
+    make = "make it with datasets/extract_text_embeddings.py"
     if not os.path.isfile(path):
         raise FileNotFoundError(
             f"MODEL.TEXT_CLASSIFIER.EMBEDDINGS: no file {path!r} (looked from {os.getcwd()!r}); "
-            "make it with datasets/extract_text_embeddings.py"
+            f"{make}"
         )
-    made_by = "make it with datasets/extract_text_embeddings.py"
+    if Path(path).suffix == ".npz":
+        raise ValueError(f"{path}: text embeddings are {_SUFFIX} files now, no .npz; {make}")
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            rows, background = archive["embeddings"], archive["background_embedding"]
-            names = [str(name) for name in archive["names"]]
-            provenance = json.loads(archive["provenance"].item())
-            version = provenance.pop("format")
-            if version != _FORMAT:
-                raise ValueError(f"format {version}, this package reads {_FORMAT}")
-            provenance["templates"] = tuple(provenance["templates"])
-            stored = TextEmbeddings(
-                names=tuple(names),
-                embeddings=rows,
-                background_embedding=background if background.size else None,
-                path=path,
-                **provenance,
-            )
-    # numpy and zipfile raise anything from EOFError to BadZipFile for broken files
+        with safetensors.safe_open(path, framework="numpy") as file:
+            arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no dict)
+            header = file.metadata() or {}
+        about = json.loads(header["provenance"])
+        if (version := about.pop("format")) != _FORMAT:
+            raise ValueError(f"format {version}, this package reads {_FORMAT}")
+        about |= {"names": tuple(json.loads(header["names"])), "path": path}
+        stored = TextEmbeddings(**arrays, **about | {"templates": tuple(about["templates"])})
+        _check_provenance_types(stored)
+    # safetensors raises an error of its own; a file of others lacks keys or has other ones
     except Exception as error:
         raise ValueError(
-            f"{path} is not a file of text embeddings ({type(error).__name__}: {error}); {made_by}"
+            f"{path} is not a file of text embeddings ({type(error).__name__}: {error}); {make}"
         ) from error
     check_names(stored.names, path)
-    check_rows(rows, stored.names, rows_from=path, names_from="its list")
-    _check_provenance_types(stored, path)
-    if background.shape not in ((0,), rows.shape[1:]):
-        raise ValueError(
-            f"{path}: the background's embedding has shape {background.shape}, expected "
-            f"{rows.shape[1:]}; {made_by}"
-        )
-    if background.size:
-        check_rows(
-            background[None],
-            ["the background"],
-            rows_from=f"{path}, background_embedding",
-            names_from="its prompt",
-        )
-    vectors = rows if stored.background_embedding is None else np.vstack([rows, background])
-    if rows.dtype != np.float32 or abs(np.linalg.norm(vectors, axis=1) - 1).max() > _UNIT_TOLERANCE:
-        raise ValueError(f"{path}: the embeddings are not normalised float32; {made_by}")
+    vectors, labels = stored.embeddings, list(stored.names)
+    check_rows(vectors, labels, rows_from=path, names_from="its list")
+    if (background := stored.background_embedding) is not None:
+        if background.shape != vectors.shape[1:]:
+            raise ValueError(
+                f"{path}: the background's embedding has shape {background.shape}, expected "
+                f"{vectors.shape[1:]}; {make}"
+            )
+        vectors, labels = np.vstack([vectors, background]), [*labels, "the background"]
+        check_rows(vectors, labels, rows_from=path, names_from="its list")
+    norms = np.linalg.norm(vectors, axis=1)
+    if vectors.dtype != np.float32 or abs(norms - 1).max() > _UNIT_TOLERANCE:
+        raise ValueError(f"{path}: the embeddings are not normalised float32; {make}")
     return stored
 
 
-def _check_provenance_types(stored: TextEmbeddings, path: str) -> None:
-    """Raise ValueError unless the fields that are texts or numbers are such."""
+def _check_provenance_types(stored: TextEmbeddings) -> None:
     for field in dataclasses.fields(stored):
-        value = getattr(stored, field.name)
         expected = {"str": str, "int": int}.get(str(field.type))
+        value = getattr(stored, field.name)
         if expected is not None and type(value) is not expected:
-            raise ValueError(
-                f"{path}: provenance[{field.name!r}] must be of type {expected.__name__}, found "
-                f"{_shown(value)}"
-            )
+            raise TypeError(f"{field.name} must be of type {expected.__name__}, found {value!r}")
     if not all(isinstance(template, str) for template in stored.templates):
-        raise ValueError(
-            f"{path}: provenance['templates'] must be texts, found {_shown(stored.templates)}"
-        )
+        raise TypeError(f"templates must be texts, found {stored.templates!r}")
 
 
 def check_provenance(
@@ -544,8 +531,7 @@ def read_embedding_array(path: str | os.PathLike[str]) -> tuple[npt.NDArray[Any]
         raise ValueError(
             f"{path}: expected one array of shape (K, D), found a {type(loaded).__name__}{keys}"
         )
-    with path.open("rb") as file:
-        return loaded, hashlib.file_digest(file, "sha256").hexdigest()
+    return loaded, file_hash(path)
 
 
 def read_templates(path: str | os.PathLike[str]) -> tuple[str, ...]:
