@@ -137,27 +137,20 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
         """Assemble the detector from its parts.
 
         Args:
-            backbone: a detectron2 backbone.
-            head: the dense head.
+            backbone, head, text_classifier, anchor_generator, box2box_transform, anchor_matcher:
+                the parts of §3.1; one square anchor per point.
             head_in_features: names of the backbone's maps, finest first.
-            text_classifier: the cosine classifier.
-            anchor_generator: one square anchor per point.
-            box2box_transform: detectron2's delta transform.
-            anchor_matcher: the ATSS assigner.
             teacher: CLIP behind the ``Teacher`` protocol; None if neither distillation nor a new
                 vocabulary by name is wanted.
-            detection: numbers of the §3.1 losses.
-            inference: numbers of inference.
-            ikd: instance-level distillation, None = off.
-            mlca: the matcher of global-level distillation, None = off.
+            detection, inference: numbers of the §3.1 losses, and of inference.
+            ikd, mlca: instance-level distillation, and the matcher of global-level; None = off.
             gkd_loss_weight: lambda_Glo.
             vocabulary: class names of the training set, in contiguous-id order; may be empty, then
                 :meth:`set_vocabulary` comes before the first batch.
-            pixel_mean: per channel, in the order of the input image.
-            pixel_std: likewise.
+            pixel_mean, pixel_std: per channel, in the order of the input image.
             channels_last: keep maps in channels-last memory order.
-            amp_test: run backbone and head in half precision in inference.
-            compile_test: run them through ``torch.compile`` in inference.
+            amp_test, compile_test: run backbone and head in half precision, or through
+                ``torch.compile``, in inference.
             gather_captions: contrast images and captions over all processes.
         """
         super().__init__(
