@@ -153,16 +153,6 @@ def test_gradients_point_the_same_way(model):
     assert torch.cosine_similarity(*both, dim=0) > 0.98
 
 
-def test_probabilities_are_those_of_float32_but_for_rounding(model):
-    model.eval()
-    found = []
-    for half in (False, True):
-        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
-            inputs = [{"image": each["image"]} for each in batch()]
-            found.append(model.fore_anchors(inputs)[0].probs.amax(dim=0))
-    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0.02)
-
-
 @pytest.mark.gpu
 def test_training_with_amp_on_a_gpu_follows_float32(tmp_path, monkeypatch):
     """The same four steps with and without SOLVER.AMP.ENABLED."""

@@ -14,29 +14,14 @@ the config. docs/export.md shows how to use the file.
 
 from __future__ import annotations
 
-import hierkd  # noqa: F401  (first: it quiets two deprecation warnings inside libraries)
-
-# isort: split
 import argparse
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from detectron2.utils.logger import setup_logger
-from tqdm import tqdm
-
-from hierkd.data.mapper import read_picture
-from hierkd.inference.export import (
-    BOX_TOLERANCE,
-    SCORE_TOLERANCE,
-    check_output,
-    compare_detections,
-    export_graph,
-    load_graph,
-    require_packages,
-)
-from hierkd.inference.predictor import OpenVocabularyPredictor, resolve_vocabulary
-from hierkd.load_config import load_config
+if TYPE_CHECKING:
+    from hierkd.inference.predictor import OpenVocabularyPredictor
 
 logger = logging.getLogger("hierkd.export")
 
@@ -106,6 +91,9 @@ def find_pictures(paths: Sequence[Path]) -> list[Path]:
 
 def load_predictor(config_file: str, opts: Sequence[str]) -> OpenVocabularyPredictor:
     """Build the detector; a config without named weights finds its run's own beside it."""
+    from hierkd.inference.predictor import OpenVocabularyPredictor
+    from hierkd.load_config import load_config
+
     overrides = [*opts, *_PLAIN]
     trained = Path(config_file).parent / "model_final.pth"
     if "MODEL.WEIGHTS" not in overrides[::2] and trained.is_file():
@@ -119,16 +107,22 @@ def run(args: argparse.Namespace) -> int:
     Returns:
         0; 1 if the check failed.
     """
-    check_output(args.output)
+    from tqdm import tqdm
+
+    from hierkd.data.mapper import read_picture
+    from hierkd.inference import export
+    from hierkd.inference.predictor import resolve_vocabulary
+
+    export.check_output(args.output)
     if args.check and args.output.suffix == ".onnx":
-        require_packages("onnxruntime")
+        export.require_packages("onnxruntime")
     pictures = find_pictures(args.check or [])
     names = None if args.vocabulary is None else resolve_vocabulary(args.vocabulary)
     predictor = load_predictor(args.config_file, args.opts)
     if names is not None:
         predictor.set_vocabulary(names)
     as_input = args.vocabulary_as_input
-    export_graph(predictor, args.output, vocabulary_as_input=as_input)
+    export.export_graph(predictor, args.output, vocabulary_as_input=as_input)
     megabytes = args.output.stat().st_size / 1e6
     vocabulary = (
         "class embeddings as an input" if as_input else f"{len(predictor.vocabulary)} classes"
@@ -136,16 +130,16 @@ def run(args: argparse.Namespace) -> int:
     logger.info("wrote %s: %.1f MB, %s", args.output, megabytes, vocabulary)
     if not pictures:
         return 0
-    graph, _ = load_graph(args.output)
+    graph, _ = export.load_graph(args.output)
     progress = tqdm(pictures, unit="picture", disable=None)
     read = (read_picture(str(path)) for path in progress)
-    agreement = compare_detections(predictor, graph, read, vocabulary_as_input=as_input)
+    agreement = export.compare_detections(predictor, graph, read, vocabulary_as_input=as_input)
     logger.info("%s", agreement)
     if not agreement.complete:
         logger.error(
             "the exported graph does not detect what PyTorch does within %g pixels and %g in score",
-            BOX_TOLERANCE,
-            SCORE_TOLERANCE,
+            export.BOX_TOLERANCE,
+            export.SCORE_TOLERANCE,
         )
         return 1
     return 0
@@ -155,6 +149,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; errors of the user's end it with a message and status 2."""
     parser = get_parser()
     args = parser.parse_args(argv)
+    import hierkd  # noqa: F401  (first: it quiets two deprecation warnings inside libraries)
+
+    # isort: split
+    from detectron2.utils.logger import setup_logger
+
     setup_logger(name="hierkd", abbrev_name="hierkd")
     try:
         return run(args)

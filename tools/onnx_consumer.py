@@ -10,10 +10,6 @@ Prints class, score and box (x0, y0, x1, y1 in pixels) of each detection over --
 import argparse
 import json
 
-import numpy as np
-import onnxruntime
-from PIL import Image, ImageOps
-
 parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
 )
@@ -22,6 +18,10 @@ parser.add_argument("picture")
 parser.add_argument("--embeddings", help=".npz of datasets/extract_text_embeddings.py")
 parser.add_argument("--threshold", type=float, default=0.3)
 args = parser.parse_args()
+
+import numpy as np  # noqa: E402  (after the command line, which answers at once)
+import onnxruntime  # noqa: E402
+from PIL import Image, ImageOps  # noqa: E402
 
 session = onnxruntime.InferenceSession(args.model, providers=["CPUExecutionProvider"])
 asks = "text_embeddings" in [each.name for each in session.get_inputs()]

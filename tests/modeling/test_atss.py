@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
-from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.meta_arch.retinanet import RetinaNet
 from detectron2.structures import Boxes, Instances, pairwise_iou
 from hypothesis import assume, given, settings
@@ -95,7 +94,7 @@ def reference(gt_boxes, anchors, topk):
     return matches, torch.tensor([int(i in owner) for i in range(total)], dtype=torch.int8)
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
     m=st.integers(1, 6),
@@ -181,70 +180,6 @@ def test_by_hand_a_contested_anchor_goes_to_the_higher_iou():
     assert (matches.item(), labels.item()) == (0, 1)
 
 
-def test_equal_boxes_share_nothing_twice():
-    gt_boxes, anchors = boxes_of([[20, 20, 77, 61]] * 2), make_anchors(96, 128)
-    matches, labels = ATSSMatcher()(gt_boxes, anchors)
-    assert torch.equal(labels, ATSSMatcher()(gt_boxes[0], anchors)[1])
-    assert labels.sum() > 0
-    assert set(matches[labels == 1].tolist()) <= {0, 1}
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_order_of_boxes_only_renames_them(seed):
-    gt_boxes = random_boxes(np.random.default_rng(seed), 5, 96, 128)
-    anchors = make_anchors(96, 128)
-    matches, labels = ATSSMatcher()(gt_boxes, anchors)
-    order = torch.tensor([3, 0, 4, 2, 1])
-    renamed, same_labels = ATSSMatcher()(gt_boxes[order], anchors)
-    assert torch.equal(same_labels, labels)
-    positive = labels == 1
-    assert torch.equal(order[renamed[positive]], matches[positive])
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_mirrored_and_shifted_world(seed):
-    gt_boxes = random_boxes(np.random.default_rng(seed), 4, 96, 128)
-    anchors = make_anchors(96, 128)
-    result = ATSSMatcher()(gt_boxes, anchors)
-
-    def mirrored(boxes):
-        x1, y1, x2, y2 = boxes.tensor.unbind(dim=1)
-        return Boxes(torch.stack([-x2, y1, -x1, y2], dim=1))
-
-    def shifted(boxes):
-        return Boxes(boxes.tensor + torch.tensor([37.0, -11.0, 37.0, -11.0]))
-
-    for move in (mirrored, shifted):
-        moved = ATSSMatcher()(move(gt_boxes), [move(level) for level in anchors])
-        assert torch.equal(moved[0], result[0])
-        assert torch.equal(moved[1], result[1])
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    corners=st.lists(
-        st.tuples(*[st.integers(0, 12)] * 2, *[st.integers(0, 8)] * 2), min_size=1, max_size=5
-    ),
-    topk=st.integers(1, 10),
-)
-def test_ties_break_no_rule(corners, topk):
-    # boxes on the grid of the anchors: nearly every distance is tied
-    gt_boxes = boxes_of([[8 * x, 8 * y, 8 * (x + w), 8 * (y + h)] for x, y, w, h in corners])
-    anchors = make_anchors(96, 128)
-    matches, labels = ATSSMatcher(topk)(gt_boxes, anchors)
-    everything = Boxes.cat(anchors)
-    for index in labels.nonzero().flatten().tolist():
-        own = gt_boxes[int(matches[index])]
-        x, y = everything.get_centers()[index].tolist()
-        x1, y1, x2, y2 = own.tensor[0].tolist()
-        assert x1 < x < x2
-        assert y1 < y < y2
-        assert pairwise_iou(own, everything[index]).item() > 0
-    assert (matches[labels == 0] == 0).all()
-    per_box = torch.bincount(matches[labels == 1], minlength=len(gt_boxes))
-    assert (per_box <= topk * len(anchors)).all()
-
-
 def test_no_boxes_is_all_background():
     anchors = make_anchors(64, 64)
     matches, labels = ATSSMatcher()(boxes_of([]), anchors)
@@ -264,20 +199,6 @@ def test_zero_area_and_far_away_boxes_match_nothing(box):
     assert torch.equal(labels, alone)
     assert labels.sum() > 0
     assert (matches[labels == 1] == 1).all()
-
-
-def test_outputs_are_those_of_detectron2s_matcher():
-    anchors = make_anchors(96, 128)
-    for m in (0, 1, 4):
-        gt_boxes = random_boxes(np.random.default_rng(0), m, 96, 128)
-        matrix = pairwise_iou(gt_boxes, Boxes.cat(anchors))
-        theirs = Matcher([0.4, 0.5], [0, -1, 1], allow_low_quality_matches=True)(matrix)
-        ours = ATSSMatcher()(gt_boxes, anchors)
-        assert [(x.dtype, x.shape, x.device) for x in ours] == [
-            (x.dtype, x.shape, x.device) for x in theirs
-        ]
-        assert set(ours[1].tolist()) <= {-1, 0, 1}
-        assert not any(x.requires_grad for x in ours)
 
 
 def test_drops_into_detectron2s_retinanet():
@@ -306,9 +227,9 @@ def test_at_least_one_candidate():
         ATSSMatcher(0)
 
 
-@pytest.mark.parametrize("pairs", [1, 700, 5000])
+@pytest.mark.parametrize("pairs", [1, 700])
 def test_boxes_in_parts_give_what_all_at_once_do(monkeypatch, pairs):
-    for seed in range(20):
+    for seed in range(5):
         rng = np.random.default_rng(seed)
         gt = random_boxes(rng, 12, 96, 128)
         anchors = make_anchors(96, 128)

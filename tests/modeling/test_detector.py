@@ -740,13 +740,10 @@ def test_half_precision_moves_the_scores_a_little(build):
 
 @torch.no_grad()
 def test_compiling_falls_back_with_a_warning(build, monkeypatch, caplog):
-    def fails(function):
-        def call(*_):
-            raise TorchDynamoException("no compiler\nand more")
+    def fails(*_):
+        raise TorchDynamoException("no compiler\nand more")
 
-        return call
-
-    monkeypatch.setattr(meta_arch, "_compiled", fails)
+    monkeypatch.setattr(meta_arch, "_compiled_maps_of", lambda: fails)
     inputs = [sample([], seed=1)]
     model = build("TEST.COMPILE", True).eval()
     for _ in range(2):
@@ -761,10 +758,11 @@ def test_compiling_falls_back_with_a_warning(build, monkeypatch, caplog):
 def test_compiled_maps_are_used_in_inference_only(build, monkeypatch):
     calls = []
 
-    def counting(function):
-        return lambda *arguments: calls.append(1) or function(*arguments)
+    def counting(*arguments):
+        calls.append(1)
+        return meta_arch._maps_of(*arguments)
 
-    monkeypatch.setattr(meta_arch, "_compiled", counting)
+    monkeypatch.setattr(meta_arch, "_compiled_maps_of", lambda: counting)
     model = build("TEST.COMPILE", True).eval()
     model([sample([], seed=1)])
     assert len(calls) == 1

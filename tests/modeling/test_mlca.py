@@ -132,20 +132,6 @@ def test_images_and_captions_are_scored_each_for_itself():
     torch.testing.assert_close(mlca()([m[:1] for m in maps()], captions()[:1]), scores[:1, :1])
 
 
-def test_length_of_an_embedding_carries_no_meaning():
-    torch.testing.assert_close(
-        mlca()([5 * m for m in maps()], captions()), mlca()(maps(), captions())
-    )
-
-
-def test_rotating_the_embedding_space_changes_nothing():
-    # pooling is per channel, so only where a cell is a single point
-    basis = torch.linalg.qr(random(D, D, seed=3)).Q
-    points = [random(N, D, 3, 3)]
-    rotated = [torch.einsum("ed,ndhw->nehw", basis, points[0])]
-    torch.testing.assert_close(mlca()(rotated, captions() @ basis.T), mlca()(points, captions()))
-
-
 def test_logit_scale_multiplies_cosines():
     cosines = mlca(logit_scale=None)(maps(), captions())
     assert cosines.abs().max() <= 1.0
@@ -164,16 +150,6 @@ def test_gradient():
     torch.testing.assert_close(of_scale, scores.sum() / 10.0)
 
 
-def test_gradient_follows_the_match():
-    # a step along the gradient of one pair raises that pair's score
-    layers = [m.requires_grad_() for m in maps()]
-    score = mlca()(layers, captions())[1, 0]
-    gradients = torch.autograd.grad(score, layers)
-    assert all(g[[0, 2]].abs().max() == 0 for g in gradients)  # other images are not involved
-    moved = [m + 0.01 * g for m, g in zip(layers, gradients, strict=True)]
-    assert mlca()(moved, captions())[1, 0] > score
-
-
 def test_a_map_smaller_than_the_grid():
     one = random(N, D, 1, 1)
     assert mlca(grid_size=3).pool_patches([one]).shape == (N, 9, D)
@@ -188,14 +164,6 @@ def test_zero_maps_are_finite(pooling):
     scores = mlca(pooling=pooling)([zero], captions())
     assert torch.equal(scores, torch.zeros(1, C, dtype=torch.float64))
     assert torch.isfinite(torch.autograd.grad(scores.sum(), zero)[0]).all()
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision(dtype):
-    module = MLCA().to(dtype)
-    scores = module([m.to(dtype) for m in maps()], captions().to(dtype))
-    expected = mlca()(maps(), captions())
-    torch.testing.assert_close(scores.double(), expected, atol=0.15, rtol=0.0)
 
 
 def test_errors_name_both_sides():

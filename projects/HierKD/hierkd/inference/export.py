@@ -8,7 +8,6 @@ class names and all that a consumer needs to know as metadata. ONNX is written w
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import logging
@@ -18,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata as distributions
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +25,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.export import Dim, ExportedProgram
-from torchvision.ops import box_iou
 
 from hierkd.files import replacing
 from hierkd.inference.exportable import ExportableDetector
@@ -51,10 +50,6 @@ SUFFIXES = (".onnx", ".pt2")
 METADATA_FILE = "hierkd.json"  # of a .pt2
 BOX_TOLERANCE = 0.5  # pixels of the picture
 SCORE_TOLERANCE = 1e-3
-# Scores that differ by less are the same but for rounding. Which of two boxes comes first, and
-# suppresses the other, is then chance, in PyTorch as well.
-TIE = 1e-5
-_NOT_A_CANDIDATE = -0.5  # scores below are none, see ExportableDetector
 
 
 class Detections(NamedTuple):
@@ -74,11 +69,10 @@ def require_packages(*names: str) -> None:
     Raises:
         ImportError: some are not; the message names them and the command that installs them.
     """
-    missing = [name for name in names if importlib.util.find_spec(name) is None]
-    if missing:
+    if missing := [name for name in names if find_spec(name) is None]:
         raise ImportError(
-            f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed: "
-            f"pip install {' '.join(missing)}, or pip install -e '.[export]'"
+            f"not installed: {', '.join(missing)}; pip install {' '.join(missing)}, or "
+            "pip install -e '.[export]'"
         )
 
 
@@ -91,9 +85,9 @@ def check_output(path: Path) -> None:
         OSError: the folder cannot be made or written to.
     """
     if path.suffix not in SUFFIXES:
-        raise ValueError(f"--output: {path} must end in {' or '.join(SUFFIXES)}")
+        raise ValueError(f"{path} must end in {' or '.join(SUFFIXES)}")
     if path.is_dir():
-        raise ValueError(f"--output: {path} is a folder")
+        raise ValueError(f"{path} is a folder")
     if path.suffix == ".onnx":
         require_packages("onnx", "onnxscript")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -201,7 +195,9 @@ def _onnx_bytes(program: ExportedProgram, metadata: dict[str, str]) -> bytes:
     """Translate to ONNX."""
     import onnx
 
-    inputs = [spec.arg.name for spec in program.graph_signature.input_specs if _is_input(spec)]
+    user_input = torch.export.graph_signature.InputKind.USER_INPUT
+    specs = program.graph_signature.input_specs
+    inputs = [spec.arg.name for spec in specs if spec.kind == user_input]
     with _quiet():
         translated: Any = torch.onnx.export(
             program,
@@ -214,15 +210,11 @@ def _onnx_bytes(program: ExportedProgram, metadata: dict[str, str]) -> bytes:
             custom_translation_table={torch.ops.hierkd.nms_of_classes.default: _onnx_nms},
         )
     model = translated.model_proto
-    _name_sizes(model)
+    _name_sizes(model.graph)
     for name, value in metadata.items():
         model.metadata_props.add(key=name, value=value)
     onnx.checker.check_model(model)
     return bytes(model.SerializeToString())
-
-
-def _is_input(spec: Any) -> bool:
-    return bool(spec.kind == torch.export.graph_signature.InputKind.USER_INPUT)
 
 
 def _onnx_nms(boxes: Any, scores: Any, classes: Any, iou_thresh: float, limit: int) -> Any:
@@ -242,24 +234,25 @@ def _onnx_nms(boxes: Any, scores: Any, classes: Any, iou_thresh: float, limit: i
         op.Unsqueeze(by_class, zero),
         most,
         op.Constant(value_floats=[iou_thresh]),
-        op.Constant(value_floats=[_NOT_A_CANDIDATE]),
+        op.Constant(value_floats=[-0.5]),  # scores below are of other classes
     )
     kept = op.Gather(selected, op.Constant(value_int=2), axis=1)
     _, order = op.TopK(op.Gather(scores, kept), op.Min(op.Shape(kept), most))
     return op.Gather(kept, order)
 
 
-def _name_sizes(model: Any) -> None:
+def _name_sizes(graph: Any) -> None:
     """Call the sizes that vary by their names, where the tracer numbered them."""
-    graph = model.graph
-    image = [dim.dim_param for dim in graph.input[0].type.tensor_type.shape.dim]
-    names = dict(zip(image[:2], ("height", "width"), strict=True))
-    if len(graph.input) > 1:
-        names[graph.input[1].type.tensor_type.shape.dim[0].dim_param] = "num_classes"
-    for value in graph.output:
-        names[value.type.tensor_type.shape.dim[0].dim_param] = "num_detections"
+
+    def sizes(value: Any) -> Any:
+        return value.type.tensor_type.shape.dim
+
+    height, width, _ = sizes(graph.input[0])
+    names = {height.dim_param: "height", width.dim_param: "width"}
+    names |= {sizes(value)[0].dim_param: "num_classes" for value in graph.input[1:]}
+    names |= {sizes(value)[0].dim_param: "num_detections" for value in graph.output}
     for value in (*graph.input, *graph.output, *graph.value_info):
-        for dim in value.type.tensor_type.shape.dim:
+        for dim in sizes(value):
             if dim.dim_param in names:
                 dim.dim_param = names[dim.dim_param]
 
@@ -267,17 +260,14 @@ def _name_sizes(model: Any) -> None:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Drop what the exporters warn of: their own internals."""
-    exporters = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript")]
-    levels = [each.level for each in exporters]
-    for each in exporters:
-        each.setLevel(logging.ERROR)
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        for each, level in zip(exporters, levels, strict=True):
-            each.setLevel(level)
+        logging.disable(disabled)
 
 
 # --- Running what was written ---------------------------------------------------------------------
@@ -348,90 +338,54 @@ class Agreement:
     """Detections of a graph beside those of the detector that it was made of.
 
     Attributes:
-        pictures: how many were compared.
-        sizes: (height, width) of the network inputs.
-        expected: detections of the detector.
-        found: detections of the graph.
+        sizes: (height, width) of the network inputs, one a picture.
+        expected: number of the detector's detections.
+        found: of the graph's.
         agreeing: pairs of one class within the tolerances.
-        tied: pairs of others where scores are equal but for rounding, and decide: of two boxes of
-            one class that exclude each other, or at the end of the list.
         box_difference: largest of these, in pixels of the picture.
         score_difference: largest of these.
     """
 
-    pictures: int = 0
-    sizes: set[tuple[int, int]] = field(default_factory=set)
+    sizes: list[tuple[int, int]] = field(default_factory=list)
     expected: int = 0
     found: int = 0
     agreeing: int = 0
-    tied: int = 0
     box_difference: float = 0.0
     score_difference: float = 0.0
 
     @property
     def complete(self) -> bool:
-        """Whether each detection of the one is one of the other, one tie in 1000 aside."""
-        matched = self.agreeing + self.tied
-        few_ties = self.tied * 1000 <= self.expected
-        return self.pictures > 0 and self.expected == self.found == matched and few_ties
+        """Whether each detection of the one is one of the other, one in 1000 aside.
 
-    def add(self, expected: Detections, found: Detections, nms_thresh: float) -> None:
-        """Compare the detections in one picture: each with the nearest that is left.
-
-        Args:
-            expected: of the detector.
-            found: of the graph.
-            nms_thresh: boxes of one class with an IoU over it exclude each other.
+        Of two boxes whose scores differ by rounding only, chance says which suppresses the other.
         """
-        self.pictures += 1
+        missing = self.expected - self.agreeing
+        return bool(self.sizes) and self.expected == self.found and missing * 1000 <= self.expected
+
+    def add(self, expected: Detections, found: Detections) -> None:
+        """Compare the detections in one picture: each with the nearest that is left."""
         self.expected += len(expected.scores)
         self.found += len(found.scores)
         free = np.ones(len(found.scores), dtype=bool)
-        missing = []
-        for index, (box, score, label) in enumerate(zip(*expected, strict=True)):
+        for box, score, label in zip(*expected, strict=True):
             boxes = np.abs(found.boxes - box).max(axis=1, initial=0)
             scores = np.abs(found.scores - score)
             fits = free & (found.classes == label)
             fits &= (boxes <= BOX_TOLERANCE) & (scores <= SCORE_TOLERANCE)
-            if not fits.any():
-                missing.append(index)
-                continue
-            nearest = int(np.where(fits, boxes, np.inf).argmin())
-            free[nearest] = False
-            self.agreeing += 1
-            self.box_difference = max(self.box_difference, float(boxes[nearest]))
-            self.score_difference = max(self.score_difference, float(scores[nearest]))
-
-        for index in missing:
-            tied = free & _tied_with(expected, index, found, nms_thresh)
-            if tied.any():
-                free[tied.argmax()] = False
-                self.tied += 1
+            if fits.any():
+                nearest = int(np.where(fits, boxes, np.inf).argmin())
+                free[nearest] = False
+                self.agreeing += 1
+                self.box_difference = max(self.box_difference, float(boxes[nearest]))
+                self.score_difference = max(self.score_difference, float(scores[nearest]))
 
     def __str__(self) -> str:
-        heights, widths = zip(*sorted(self.sizes), strict=True) if self.sizes else ((0,), (0,))
         return (
-            f"{self.pictures} pictures of {len(self.sizes)} sizes, "
-            f"{min(heights)} to {max(heights)} pixels high and "
-            f"{min(widths)} to {max(widths)} wide; detections: {self.expected} by PyTorch, "
-            f"{self.found} by the exported graph, {self.agreeing} the same, "
-            f"{self.tied} the other one of two with equal scores; largest differences: "
-            f"{self.box_difference:.2g} pixels, {self.score_difference:.2g} in score"
+            f"{len(self.sizes)} pictures of {len(set(self.sizes))} sizes; detections: "
+            f"{self.expected} by PyTorch, {self.found} by the exported graph, {self.agreeing} the "
+            f"same; largest differences: {self.box_difference:.2g} pixels, "
+            f"{self.score_difference:.2g} in score"
         )
-
-
-def _tied_with(
-    expected: Detections, index: int, found: Detections, nms_thresh: float
-) -> NDArray[np.bool_]:
-    """(n,) which of the found detections may stand for an expected one, see ``Agreement.tied``."""
-    score = expected.scores[index]
-    ious = box_iou(
-        torch.from_numpy(expected.boxes[index : index + 1]), torch.from_numpy(found.boxes)
-    )
-    excluding = (ious[0].numpy() > nms_thresh) & (found.classes == expected.classes[index])
-    is_last = abs(score - expected.scores.min()) <= TIE
-    result: NDArray[np.bool_] = (np.abs(found.scores - score) <= TIE) & (excluding | is_last)
-    return result
 
 
 def compare_detections(
@@ -465,7 +419,6 @@ def compare_detections(
             instances.scores.numpy(),
             instances.pred_classes.numpy(),
         )
-        agreement.sizes.add((height, width))
-        found = Detections(found.boxes * scale, found.scores, found.classes)
-        agreement.add(expected, found, predictor.model.inference_settings.nms_thresh)
+        agreement.sizes.append((height, width))
+        agreement.add(expected, found._replace(boxes=found.boxes * scale))
     return agreement

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -137,27 +137,20 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
         """Assemble the detector from its parts.
 
         Args:
-            backbone: a detectron2 backbone.
-            head: the dense head.
+            backbone, head, text_classifier, anchor_generator, box2box_transform, anchor_matcher:
+                the parts of §3.1; one square anchor per point.
             head_in_features: names of the backbone's maps, finest first.
-            text_classifier: the cosine classifier.
-            anchor_generator: one square anchor per point.
-            box2box_transform: detectron2's delta transform.
-            anchor_matcher: the ATSS assigner.
             teacher: CLIP behind the ``Teacher`` protocol; None if neither distillation nor a new
                 vocabulary by name is wanted.
-            detection: numbers of the §3.1 losses.
-            inference: numbers of inference.
-            ikd: instance-level distillation, None = off.
-            mlca: the matcher of global-level distillation, None = off.
+            detection, inference: numbers of the §3.1 losses, and of inference.
+            ikd, mlca: instance-level distillation, and the matcher of global-level; None = off.
             gkd_loss_weight: lambda_Glo.
             vocabulary: class names of the training set, in contiguous-id order; may be empty, then
                 :meth:`set_vocabulary` comes before the first batch.
-            pixel_mean: per channel, in the order of the input image.
-            pixel_std: likewise.
+            pixel_mean, pixel_std: per channel, in the order of the input image.
             channels_last: keep maps in channels-last memory order.
-            amp_test: run backbone and head in half precision in inference.
-            compile_test: run them through ``torch.compile`` in inference.
+            amp_test, compile_test: run backbone and head in half precision, or through
+                ``torch.compile``, in inference.
             gather_captions: contrast images and captions over all processes.
         """
         super().__init__(
@@ -317,7 +310,9 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
         if not self.training:
             return self._detect(batched_inputs)
         _check_ground_truth(batched_inputs, self.text_classifier.num_classes)
-        self._limit_logit_scales()
+        self.text_classifier.limit_logit_scale()
+        if self.mlca is not None:
+            self.mlca.limit_logit_scale()
         features, pred_maps = self._predict_maps(self.preprocess_image(batched_inputs))
         gt_instances = [x["instances"].to(self.device) for x in batched_inputs]
 
@@ -353,18 +348,19 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
         arguments = self.backbone, self.head, self.head_in_features, images.tensor
         if self.training:
             return _maps_of(*arguments)
-        with _half_precision(self.device, enabled=self.amp_test):
-            if self.compile_test:
-                try:
-                    maps: tuple[list[Tensor], PredictedMaps] = _compiled(_maps_of)(*arguments)
-                    return maps
-                except TorchDynamoException as error:
-                    self.compile_test = False
-                    logger.warning(
-                        "TEST.COMPILE: torch.compile does not work here, running without it: %s",
-                        str(error).strip().split("\n")[0],
-                    )
-            return _maps_of(*arguments)
+        # the half precision that is fast there; without it, what somebody else's autocast says
+        half = torch.bfloat16 if self.device.type == "cpu" else torch.float16
+        autocast = torch.autocast(self.device.type, half) if self.amp_test else nullcontext()
+        with autocast:
+            try:
+                return (_compiled_maps_of() if self.compile_test else _maps_of)(*arguments)
+            except TorchDynamoException as error:
+                self.compile_test = False
+                logger.warning(
+                    "TEST.COMPILE: torch.compile does not work here, running without it: %s",
+                    str(error).strip().split("\n")[0],
+                )
+                return _maps_of(*arguments)
 
     @torch.no_grad()
     def label_anchors(
@@ -382,7 +378,7 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
             the image's M boxes, of the positives.
         """
         background = self.text_classifier.num_classes
-        all_labels, all_boxes, all_idxs = [], [], []
+        assigned = []
         for gt in gt_instances:
             matches, match_labels = self.anchor_matcher(gt.gt_boxes, anchors)
             labels = torch.full_like(matches, background)
@@ -392,10 +388,9 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
             boxes[positive] = gt.gt_boxes.tensor[matches[positive]]
             if self.detection.ignore_padding:
                 labels[self._in_padding(anchors, gt.image_size)] = -1
-            all_labels.append(labels)
-            all_boxes.append(boxes)
-            all_idxs.append(matches)
-        return torch.stack(all_labels), torch.stack(all_boxes), torch.stack(all_idxs)
+            assigned.append((labels, boxes, matches))
+        gt_labels, gt_boxes, gt_idxs = (torch.stack(each) for each in zip(*assigned, strict=True))
+        return gt_labels, gt_boxes, gt_idxs
 
     def _in_padding(self, anchors: list[Boxes], image_size: tuple[int, int]) -> Tensor:
         """(R,) whether a point belongs to a cell that lies outside the image's own padded size."""
@@ -420,20 +415,18 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
         """
         settings = self.detection
         by_level = settings.negative_scope == "level"
-        parts = gt_labels.split(level_sizes, dim=1) if by_level else [gt_labels]
-        return torch.cat(
-            [
-                subsample_negatives(
-                    part,
-                    self.text_classifier.num_classes,
-                    mode=settings.negative_sampling,
-                    amount=settings.negative_amount,
-                    only_with_positives=by_level,
-                )
-                for part in parts
-            ],
-            dim=1,
-        )
+        pools = gt_labels.split(level_sizes, dim=1) if by_level else [gt_labels]
+        sampled = [
+            subsample_negatives(
+                pool,
+                self.text_classifier.num_classes,
+                mode=settings.negative_sampling,
+                amount=settings.negative_amount,
+                only_with_positives=by_level,
+            )
+            for pool in pools
+        ]
+        return torch.cat(sampled, dim=1)
 
     def positive_points(
         self,
@@ -445,18 +438,14 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
     ) -> PositivePoints:
         """Decode the boxes of the positive points and compare them with their objects."""
         is_positive = (gt_labels >= 0) & (gt_labels != self.text_classifier.num_classes)
-        image_idxs, point_idxs = is_positive.nonzero(as_tuple=True)
+        places = image_idxs, point_idxs = is_positive.nonzero(as_tuple=True)
         pred_boxes = self.box2box_transform.apply_deltas(
-            predictions.anchor_deltas[image_idxs, point_idxs], Boxes.cat(anchors).tensor[point_idxs]
+            predictions.anchor_deltas[places], Boxes.cat(anchors).tensor[point_idxs]
         )
-        gt_boxes = matched_gt_boxes[image_idxs, point_idxs]
+        gt_boxes = matched_gt_boxes[places]
+        ious = box_iou_targets(pred_boxes, gt_boxes)
         return PositivePoints(
-            image_idxs,
-            point_idxs,
-            pred_boxes,
-            gt_boxes,
-            matched_idxs[image_idxs, point_idxs],
-            box_iou_targets(pred_boxes, gt_boxes),
+            image_idxs, point_idxs, pred_boxes, gt_boxes, matched_idxs[places], ious
         )
 
     def distill_regions(
@@ -589,12 +578,6 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
         if self.cls_loss_log_weight is None:
             return self.detection.cls_loss_weight * loss
         return (-self.cls_loss_log_weight).exp() * loss + self.cls_loss_log_weight.abs()
-
-    def _limit_logit_scales(self) -> None:
-        """Keep tau_c and tau_m where they make sense, whatever the last step did to them."""
-        self.text_classifier.limit_logit_scale()
-        if self.mlca is not None:
-            self.mlca.limit_logit_scale()
 
     @torch.no_grad()
     def _record_statistics(
@@ -769,17 +752,6 @@ def _average_over_processes(values: Tensor) -> Tensor:
     return values.div_(world_size)
 
 
-def _half_precision(device: torch.device, *, enabled: bool) -> AbstractContextManager[Any]:
-    """Autocast to the half precision that is fast there: float16 on a GPU, bfloat16 on a CPU.
-
-    Without ``enabled`` the precision stays what it is, also inside somebody else's autocast.
-    """
-    if not enabled:
-        return nullcontext()
-    dtype = torch.bfloat16 if device.type == "cpu" else torch.float16
-    return torch.autocast(device.type, dtype=dtype)
-
-
 def _maps_of(
     backbone: nn.Module, head: nn.Module, head_in_features: list[str], images: Tensor
 ) -> tuple[list[Tensor], PredictedMaps]:
@@ -790,7 +762,6 @@ def _maps_of(
 
 
 @cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``torch.compile`` of a function: for the first size of images by itself, then for any."""
-    result: Callable[..., Any] = torch.compile(function)
-    return result
+def _compiled_maps_of() -> Callable[..., tuple[list[Tensor], PredictedMaps]]:
+    """Compiled for the first size of images by itself, then for any."""
+    return torch.compile(_maps_of)
