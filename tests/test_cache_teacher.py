@@ -18,7 +18,7 @@ from PIL import Image
 from hierkd.inference.predictor import OpenVocabularyPredictor
 from hierkd.load_config import load_config
 from hierkd.teachers.clip import build_teacher
-from hierkd.teachers.region_cache import TeacherCache
+from hierkd.teachers.region_cache import RegionCache
 from tiny_training import (
     BASE,
     PICTURES,
@@ -66,7 +66,7 @@ def digests(folder: Path) -> dict[str, str]:
 def test_rows_are_clips_own_of_the_image_and_its_mirror_image(world, folder) -> None:
     arguments = tool_arguments(world, folder)
     cfg = load_config(arguments[1], [*arguments[8:]])
-    teacher, cache = build_teacher(cfg), TeacherCache(folder)
+    teacher, cache = build_teacher(cfg), RegionCache(folder)
     boxes = 0
     for number, objects in enumerate(PICTURES, start=1):
         picture = np.array(Image.open(world / "miniature" / "train" / f"{number}.png"))
@@ -79,7 +79,7 @@ def test_rows_are_clips_own_of_the_image_and_its_mirror_image(world, folder) -> 
                 image = torch.from_numpy(pixels).permute(2, 0, 1)
                 box = torch.tensor([[left, y0, right, y1]], dtype=torch.float32)
                 (expected,) = teacher.encode_regions([image], [box], 1.5)
-                (found,) = cache.regions(np.array([100 * number + place]), np.array([flipped > 0]))
+                (found,) = cache.regions(np.array([100 * number + place]), flipped=flipped > 0)
                 assert float(expected @ torch.from_numpy(found)) > 0.9999
     assert cache.contents.num_boxes == boxes
     texts = ["a photo of background.", f"a photo of a {BASE[0]}.", f"a picture of {BASE[0]}."]
@@ -99,8 +99,8 @@ def test_a_second_run_changes_nothing(world, folder, capsys) -> None:
 
 KILLED = """
 import os, signal, sys
-from hierkd.teachers.region_cache import TeacherCacheWriter
-write, calls = TeacherCacheWriter._write, []
+from hierkd.teachers.region_cache import RegionCacheWriter
+write, calls = RegionCacheWriter._write, []
 def kill_in_the_third_call(target, start, rows):
     calls.append(start)
     if len(calls) == 3:
@@ -108,7 +108,7 @@ def kill_in_the_third_call(target, start, rows):
         target.flush()
         os.kill(os.getpid(), signal.SIGKILL)
     write(target, start, rows)
-TeacherCacheWriter._write = staticmethod(kill_in_the_third_call)
+RegionCacheWriter._write = staticmethod(kill_in_the_third_call)
 from tools import cache_teacher
 cache_teacher.main(sys.argv[1:])
 """
@@ -128,7 +128,7 @@ def test_after_a_kill_it_goes_on_and_the_files_are_the_same(world, folder, tmp_p
     progress = json.loads((tmp_path / "cache" / "progress.json").read_text())
     assert (progress["texts_done"] > 0, progress["boxes_done"]) == (True, 2)
     with pytest.raises(FileNotFoundError, match="not complete"):
-        TeacherCache(tmp_path / "cache")
+        RegionCache(tmp_path / "cache")
     with miniature_at(world):
         assert cache_teacher.main(arguments) == 0
     assert digests(tmp_path / "cache") == digests(folder)
@@ -144,10 +144,10 @@ def test_a_broken_image_stops_the_tool_or_is_left_out(world, tmp_path, capsys) -
         assert cache_teacher.main(arguments) == 2
         assert "train/1.png cannot be decoded" in capsys.readouterr().err
         assert cache_teacher.main([*arguments, "DATALOADER.SKIP_BROKEN_IMAGES", "True"]) == 0
-    cache = TeacherCache(tmp_path / "cache")
-    assert cache.regions(np.array([200, 300]), np.array([False, True])).any(axis=1).all()
+    cache = RegionCache(tmp_path / "cache")
+    assert cache.regions(np.array([200, 300]), flipped=True).any(axis=1).all()
     with pytest.raises(ValueError, match=r"\[100\]"):  # of that image: training leaves it out, too
-        cache.regions(np.array([200, 100]), np.array([False, True]))
+        cache.regions(np.array([200, 100]), flipped=True)
 
 
 def metrics(output: Path) -> list[dict[str, Any]]:

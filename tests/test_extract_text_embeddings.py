@@ -40,14 +40,14 @@ def clip(tmp_path_factory):
 def extract(tmp_path):
     """Run the script; return what it wrote."""
 
-    def _extract(*arguments, output="out.npz"):
+    def _extract(*arguments, output="out.safetensors"):
         path = tmp_path / output
         main = runpy.run_path(str(SCRIPT))["main"]
         with tiny_training.own_log_handlers():
             status = main([*map(str, arguments), "--output", str(path)])
         if status == 0:
             return load_text_embeddings(path)
-        assert not list(path.parent.glob("*.npz"))
+        assert not list(path.parent.glob("*.safetensors"))
         return None
 
     return _extract
@@ -135,8 +135,8 @@ def test_unusable_command_lines(refused, arguments, message):
     assert message in refused(*arguments)
 
 
-def test_only_npz_is_written(refused):
-    assert "expected a name that ends in .npz" in refused("--names", "cat", output="out.pt")
+def test_only_safetensors_are_written(refused):
+    assert "expected a name that ends in .safetensors" in refused("--names", "cat", output="out.pt")
 
 
 # ---------------------------------------------------------------------------------- made elsewhere
@@ -290,7 +290,7 @@ def test_training_and_evaluation_without_clip(world, extract, clip, tmp_path, mo
     expected = call_main(command_line(tmp_path / "a", clip, "--eval-only", *pairs, *weights))
 
     monkeypatch.setenv("HIERKD_CACHE", str(tmp_path / "cold"))
-    gone, pairs = tmp_path / "gone.pt", without_distillation(tmp_path / "out.npz")
+    gone, pairs = tmp_path / "gone.pt", without_distillation(tmp_path / "out.safetensors")
     call_main(command_line(tmp_path / "without", gone, *pairs))
     figures = call_main(command_line(tmp_path / "b", gone, "--eval-only", *pairs, *weights))
     assert json.dumps(figures) == json.dumps(expected)
@@ -305,15 +305,20 @@ def test_training_and_evaluation_without_clip(world, extract, clip, tmp_path, mo
 
 def test_distillation_still_needs_clip(world, extract, clip, tmp_path):
     extract("--names", "miniature_ovd_val_all", "--weights", clip)
-    pairs = ("MODEL.TEXT_CLASSIFIER.EMBEDDINGS", str(tmp_path / "out.npz"), "SOLVER.MAX_ITER", "1")
+    pairs = (
+        "MODEL.TEXT_CLASSIFIER.EMBEDDINGS",
+        str(tmp_path / "out.safetensors"),
+        "SOLVER.MAX_ITER",
+        "1",
+    )
     call_main(command_line(tmp_path / "run", clip, *pairs))
-    with pytest.raises(FileNotFoundError, match=r"out\.npz does not hold .*gone\.pt"):
+    with pytest.raises(FileNotFoundError, match=r"out\.safetensors does not hold .*gone\.pt"):
         call_main(command_line(tmp_path / "run2", tmp_path / "gone.pt", *pairs))
 
 
 def test_the_demo_takes_its_vocabulary_from_the_file(world, extract, clip, tmp_path, capsys):
     extract("--names", "miniature_ovd_val_all", "traffic cone", "--weights", clip)
-    pairs = without_distillation(tmp_path / "out.npz")
+    pairs = without_distillation(tmp_path / "out.safetensors")
     arguments = command_line(tmp_path / "run", tmp_path / "gone.pt", *pairs)[2:]
     cfg = load_config(tiny_training.CONFIG, arguments)
     (tmp_path / "config.yaml").write_text(cfg.dump())
@@ -326,13 +331,15 @@ def test_the_demo_takes_its_vocabulary_from_the_file(world, extract, clip, tmp_p
         assert content["vocabulary"] == ["traffic cone", "cat"]
         with pytest.raises(SystemExit):
             demo.main([*call, "traffic cone,submarine"])
-    assert "out.npz: no embedding of 'submarine'" in capsys.readouterr().err
+    assert "out.safetensors: no embedding of 'submarine'" in capsys.readouterr().err
 
 
 def test_a_file_for_fewer_names_than_a_dataset_has(world, extract, clip, tmp_path):
     extract("--names", ",".join(MINIATURE_BASE[:-1]), "--weights", clip)
-    pairs = without_distillation(tmp_path / "out.npz")
-    with pytest.raises(ValueError, match=rf"out\.npz: no embedding of '{MINIATURE_BASE[-1]}'"):
+    pairs = without_distillation(tmp_path / "out.safetensors")
+    with pytest.raises(
+        ValueError, match=rf"out\.safetensors: no embedding of '{MINIATURE_BASE[-1]}'"
+    ):
         call_main(command_line(tmp_path / "run", clip, *pairs))
 
 
@@ -340,7 +347,7 @@ def test_a_checkpoint_of_another_size_than_the_file(world, extract, clip, tmp_pa
     extract("--names", "miniature_ovd_val_all", "--weights", clip)
     checkpoint = tmp_path / "other.pth"
     torch.save({"model": {"text_classifier.background_embedding": torch.zeros(24)}}, checkpoint)
-    pairs = without_distillation(tmp_path / "out.npz", "--eval-only")
+    pairs = without_distillation(tmp_path / "out.safetensors", "--eval-only")
     with pytest.raises(ValueError, match=f"24 dimensions, this detector's {SIZE}") as error:
         call_main(command_line(tmp_path / "run", clip, *pairs, "MODEL.WEIGHTS", str(checkpoint)))
     assert "MODEL.TEXT_CLASSIFIER.EMBEDDINGS" in str(error.value)

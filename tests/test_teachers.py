@@ -124,7 +124,13 @@ def test_training_from_a_cache_of_the_teacher(folder, open_clip, tmp_path):
 
 def test_embeddings_in_a_file_say_which_teacher_made_them(open_clip, tmp_path):
     stored = extract(
-        tmp_path / "out.npz", "--names", "cat,dog", "--weights", open_clip, "--templates", ENSEMBLE
+        tmp_path / "out.safetensors",
+        "--names",
+        "cat,dog",
+        "--weights",
+        open_clip,
+        "--templates",
+        ENSEMBLE,
     )
     teacher = CLIPTeacher(open_clip, device="cpu", templates=PROMPT_ENSEMBLE)
     assert stored.clip == "open_clip:tiny"  # without the folders of this machine
@@ -198,11 +204,11 @@ def test_a_checkpoint_of_another_teacher_of_the_same_width(refused, trained, tmp
 def test_embeddings_in_a_file_of_another_teacher(refused, folder, open_clip, tmp_path, same_width):
     if same_width:
         open_clip = f"open_clip:{open_clip_files.write_folder(tmp_path / 'other')}"
-    stored = tmp_path / "out.npz"
+    stored = tmp_path / "out.safetensors"
     extract(stored, "--names", "miniature_ovd_val_all", "--weights", open_clip)
     message = refused("MODEL.TEXT_CLASSIFIER.EMBEDDINGS", str(stored))
     if same_width:
-        assert "out.npz: made with the CLIP 'open_clip:other'" in message
+        assert "out.safetensors: made with the CLIP 'open_clip:other'" in message
         assert f"MODEL.TEACHER.WEIGHTS is '{folder / 'clip.pt'}'" in message
     else:
         assert "embeddings of size 24, but MODEL.TEXT_CLASSIFIER.EMBED_DIM is 16" in message
@@ -219,7 +225,7 @@ def test_a_cache_of_another_teacher(refused, folder, tmp_path, same_width):
     if not same_width:
         keys += ["MODEL.TEXT_CLASSIFIER.EMBED_DIM", "24"]
     message = refused(*keys)
-    assert f"{cache / 'manifest.json'} is of another training" in message
+    assert f"{cache / 'manifest.json'}: is of another training" in message
     assert f"--output {cache} --overwrite" in message
     if same_width:
         assert f"MODEL.TEACHER.WEIGHTS '{folder / 'clip.pt'}'; the cache is of '{other}'" in message

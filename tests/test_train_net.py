@@ -297,11 +297,11 @@ def test_names_without_an_embedding_are_found_before_the_first_step(folder, trai
         background_prompt="a photo of background.",
         background=rows[0],
     )
-    save_text_embeddings(stored, tmp_path / "base.npz")
+    save_text_embeddings(stored, tmp_path / "base.safetensors")
     with pytest.raises(ValueError, match=rf"no embedding of.*'{MINIATURE_NOVEL[0]}'"):
         train(
             "too few names",
-            *("MODEL.TEXT_CLASSIFIER.EMBEDDINGS", str(tmp_path / "base.npz")),
+            *("MODEL.TEXT_CLASSIFIER.EMBEDDINGS", str(tmp_path / "base.safetensors")),
             *("MODEL.IKD.LOSS_WEIGHT", "0.0", "MODEL.GKD.LOSS_WEIGHT", "0.0"),
         )
     assert not list((folder / "too few names").glob("*.pth"))

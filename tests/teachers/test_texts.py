@@ -1,8 +1,11 @@
 import dataclasses
+import json
 import pickle
 
 import numpy as np
 import pytest
+import safetensors
+import safetensors.numpy
 import torch
 from torch import nn
 
@@ -172,7 +175,7 @@ def test_round_trip(tmp_path, background):
         verified_rows=3,
         version="0.1",
     )
-    path = tmp_path / "new" / "x.npz"
+    path = tmp_path / "new" / "x.safetensors"
     save_text_embeddings(stored, path)
     loaded = load_text_embeddings(path)
     for field in dataclasses.fields(stored):
@@ -185,21 +188,23 @@ def test_round_trip(tmp_path, background):
         else:
             assert before == after
             assert type(before) is type(after)
-    assert [each.name for each in path.parent.iterdir()] == ["x.npz"]
+    assert [each.name for each in path.parent.iterdir()] == ["x.safetensors"]
 
 
 def test_rows_by_name(tmp_path):
-    save_text_embeddings(made(), tmp_path / "x.npz")
-    stored = load_text_embeddings(tmp_path / "x.npz")
+    save_text_embeddings(made(), tmp_path / "x.safetensors")
+    stored = load_text_embeddings(tmp_path / "x.safetensors")
     expected = np.stack([stored.embeddings[3], stored.embeddings[0]])
     assert np.array_equal(stored.rows_of(["dôme", "ant"]), expected)
     assert stored.rows_of([]).shape == (0, 6)
-    with pytest.raises(ValueError, match=r"x\.npz: no embedding of 'cat', 'Ant'.*EMBEDDINGS"):
+    with pytest.raises(
+        ValueError, match=r"x\.safetensors: no embedding of 'cat', 'Ant'.*EMBEDDINGS"
+    ):
         stored.rows_of(["cat", "elk", "Ant"])
 
 
-def test_only_npz_is_written(tmp_path):
-    with pytest.raises(ValueError, match=r"x\.npy: text embeddings are stored as \.npz"):
+def test_only_safetensors_are_written(tmp_path):
+    with pytest.raises(ValueError, match=r"x\.npy: .*safetensors"):
         save_text_embeddings(made(), tmp_path / "x.npy")
 
 
@@ -209,38 +214,48 @@ def test_missing_file(tmp_path):
 
 
 def rewrite(path, **changes):
-    with np.load(path) as archive:
-        content = {**archive, **changes}
-    with path.open("wb") as file:
-        np.savez(file, **{key: value for key, value in content.items() if value is not None})
+    """The same file with other tensors, or entries of its header; None takes one away."""
+    with safetensors.safe_open(path, framework="numpy") as file:
+        content = {key: file.get_tensor(key) for key in file.keys()} | file.metadata()  # noqa: SIM118
+    content = {key: value for key, value in (content | changes).items() if value is not None}
+    texts = {key: value for key, value in content.items() if isinstance(value, str)}
+    arrays = {key: value for key, value in content.items() if key not in texts}
+    path.write_bytes(safetensors.numpy.save(arrays, texts))
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"names": np.array(NAMES[:4])}, "5 rows, but its list has 4 names"),
-        ({"names": np.array(["a", "b", "c", "d", "a"])}, "repeats 'a'"),
-        ({"names": np.array(NAMES, dtype=object)}, "not a file of text embeddings.*pickle"),
+        ({"names": json.dumps(NAMES[:4])}, "5 rows, but its list has 4 names"),
+        ({"names": '["a", "b", "c", "d", "a"]'}, "repeats 'a'"),
         ({"names": None}, "not a file of text embeddings.*names"),
+        ({"other": np.ones(3, np.float32)}, "not a file of text embeddings.*other"),
         ({"embeddings": 2 * random_rows()}, "not normalised"),
         ({"embeddings": np.full((5, 6), np.nan, np.float32)}, "not finite"),
         ({"background_embedding": np.ones(4, np.float32)}, r"shape \(4,\), expected \(6,\)"),
-        ({"provenance": np.array('{"format": 2}')}, "format 2, this package reads 1"),
-        ({"provenance": np.array("{")}, "not a file of text embeddings"),
+        ({"provenance": '{"format": 3}'}, "format 3, this package reads 2"),
+        ({"provenance": "{"}, "not a file of text embeddings"),
+        ({"provenance": '{"format": 2, "templates": [], "clip": 3}'}, "clip must be of type str"),
     ],
 )
 def test_file_that_contradicts_itself(tmp_path, changes, message):
-    path = tmp_path / "x.npz"
+    path = tmp_path / "x.safetensors"
     save_text_embeddings(made(), path)
     rewrite(path, **changes)
-    with pytest.raises(ValueError, match=rf"x\.npz.*{message}"):
+    with pytest.raises(ValueError, match=rf"x\.safetensors.*{message}"):
         load_text_embeddings(path)
 
 
-@pytest.mark.parametrize("content", [b"", b"no archive", b"PK\x03\x04 half an archive"])
+@pytest.mark.parametrize("content", [b"", b"no header", b"PK\x03\x04 half an archive"])
 def test_file_that_is_something_else(tmp_path, content):
-    (tmp_path / "x.npz").write_bytes(content)
-    with pytest.raises(ValueError, match=r"x\.npz is not a file of text embeddings"):
+    (tmp_path / "x.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match=r"x\.safetensors is not a file of text embeddings"):
+        load_text_embeddings(tmp_path / "x.safetensors")
+
+
+def test_an_npz_of_before_is_refused_with_the_command(tmp_path):
+    np.savez(tmp_path / "x.npz", embeddings=random_rows())
+    with pytest.raises(ValueError, match=r"x\.npz: .*extract_text_embeddings"):
         load_text_embeddings(tmp_path / "x.npz")
 
 

@@ -189,9 +189,10 @@ class CLIPTeacher:
         """CLIP's exp(logit_scale), 100 for OpenAI's."""
         if self.cache is not None:
             return self.cache.contents.logit_scale
-        if self._loaded is None and (cached := self._disk.properties()) is not None:
-            return cached[1]
-        return self._clip("CLIP's scale of the logits").logit_scale
+        needing = "CLIP's scale of the logits"
+        with self._saying_what_lacks(needing):
+            cached = None if self.loaded else self._disk.properties()
+        return self._clip(needing).logit_scale if cached is None else cached[1]
 
     @torch.no_grad()
     def encode_regions(

@@ -14,7 +14,8 @@ from PIL import Image
 from torch.nn import functional as F
 
 import clip_files
-from hierkd.teachers import open_clip_models, openai_clip
+from hierkd.teachers import open_clip as open_clip_models
+from hierkd.teachers import openai_clip
 from hierkd.teachers.clip import CLIPTeacher, find_token_counter, known_weights_sha256
 from open_clip_files import PIXELS, TINY, write_folder
 
@@ -91,7 +92,7 @@ def smooth_image(height, width, seed=0):
 def seen_crops(teacher, *arguments):
     """What the image encoder gets."""
     crops = []
-    hook = teacher._clip().model.visual.register_forward_pre_hook(
+    hook = teacher._clip("a test").model.visual.register_forward_pre_hook(
         lambda _, inputs: crops.append(inputs[0])
     )
     teacher.encode_regions(*arguments)
@@ -208,7 +209,7 @@ def test_a_long_text_is_cut_off_where_the_text_encoder_ends(make_teacher, folder
     found = make_teacher().encode_captions(["word " * 300])
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     with pytest.raises(ValueError, match=r"'open_clip:tiny' reads 20 tokens.*class name"):
-        make_teacher(template="very " * 19 + "{}").encode_classes(["cat"])
+        make_teacher(templates=("very ",) * 19 + "{}").encode_classes(["cat"])
 
 
 def test_embeddings_are_constants_and_the_model_is_frozen(make_teacher):
@@ -222,7 +223,7 @@ def test_embeddings_are_constants_and_the_model_is_frozen(make_teacher):
     assert not regions.requires_grad
     assert not regions.is_inference()
     torch.testing.assert_close(regions.norm(dim=1), torch.ones(3))
-    model = teacher._clip().model
+    model = teacher._clip("a test").model
     assert not model.training
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert not isinstance(teacher, torch.nn.Module)
@@ -305,7 +306,7 @@ def test_a_file_for_a_known_architecture(make_teacher, folder, tiny_architecture
 def test_a_file_has_the_pixel_statistics_of_its_architecture(make_teacher, folder, publish):
     publish()
     weights = f"open_clip:tiny:{folder / 'open_clip_model.safetensors'}"
-    assert make_teacher(weights)._clip().pixel_mean == tuple(PIXELS["mean"])
+    assert make_teacher(weights)._clip("a test").pixel_mean == tuple(PIXELS["mean"])
     entries = open_clip.pretrained._PRETRAINED["tiny"]
     entries["other"] = {**entries["web"], "mean": [0.1, 0.1, 0.1]}
     with pytest.raises(ValueError, match=r"different pixel statistics.*0\.1, 0\.1.*preprocess_cfg"):
