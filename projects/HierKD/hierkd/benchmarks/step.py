@@ -59,7 +59,6 @@ PARTS = (
     "crops",
     "CLIP images",
     "texts",
-    "cached regions",
     "MLCA",
     "losses",
     "backward",
