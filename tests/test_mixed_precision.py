@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import tiny_training
 from hierkd.load_config import load_config
+from hierkd.modeling import inference
 from hierkd.modeling.detector import HierKD
 
 SIZE = 96
@@ -116,8 +117,12 @@ def test_all_but_the_convolutions_stays_float32_in_training(model):
     assert {loss.dtype for loss in found.values()} == {torch.float32}
 
 
-def test_all_but_the_convolutions_stays_float32_at_inference(model):
+@pytest.mark.parametrize("in_blocks", [False, True])
+def test_all_but_the_convolutions_stays_float32_at_inference(model, in_blocks, monkeypatch):
     model.eval()
+    if in_blocks:
+        monkeypatch.setattr(inference, "_BLOCK_ELEMENTS", 1)
+        monkeypatch.setattr(inference, "_MIN_BLOCK_ROWS", 20)
     recorder = DtypeRecorder()
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16), recorder:
         outputs = model([{"image": each["image"]} for each in batch()])

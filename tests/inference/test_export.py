@@ -250,7 +250,7 @@ def test_unusable_outputs(tmp_path, monkeypatch) -> None:
     ):
         with pytest.raises(kind, match=word):
             check_output(tmp_path / name)
-    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"pip install onnx onnxscript, or pip install -e '.\["):
         check_output(tmp_path / "detector.onnx")
 

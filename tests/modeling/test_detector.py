@@ -258,14 +258,6 @@ def test_the_temperatures_are_brought_back_and_it_is_said(build, caplog, least, 
     assert any(f"tau_m is held at {greatest:g}, " in each for each in said)
 
 
-def test_temperatures_inside_their_range_are_left_alone(build, caplog):
-    model = build()
-    train_losses(model, batch())
-    assert model.text_classifier.logit_scale.item() == 16.0
-    assert model.mlca.logit_scale.item() == 10.0
-    assert not any("is held at" in record.getMessage() for record in caplog.records)
-
-
 @pytest.mark.parametrize(("height", "width"), [(100, 70), (128, 33)])
 def test_points_outside_the_images_own_padding_can_be_left_out(build, height, width):
     labels = {}
@@ -655,27 +647,6 @@ def test_the_score_threshold_applies_to_the_class_probability(build):
     strict.eval()
     assert maps.max() < 0.999
     assert len(strict([sample([])])[0]["instances"]) == 0
-
-
-@torch.no_grad()
-def test_a_batch_gives_what_single_images_give(build):
-    model = build()
-    model.eval()
-    inputs = [sample([], seed=s) for s in (1, 2, 3)]
-    together = model(inputs)
-    for given, output in zip(inputs, together, strict=True):
-        alone = model([given])[0]["instances"]
-        torch.testing.assert_close(alone.scores, output["instances"].scores, rtol=1e-4, atol=1e-6)
-
-
-@torch.no_grad()
-def test_score_maps_hold_the_best_score_of_inference(build):
-    model = build("MODEL.ATSS.SCORE_THRESH_TEST", 0.0)
-    model.eval()
-    maps = model.score_maps([sample([])])
-    assert [tuple(m.shape) for m in maps] == [(1, 5, 16, 16), (1, 5, 8, 8), (1, 5, 4, 4)]
-    best = max(float(m.max()) for m in maps)
-    assert model([sample([])])[0]["instances"].scores[0] == pytest.approx(best, rel=1e-5)
 
 
 @torch.no_grad()

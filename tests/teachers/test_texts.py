@@ -198,7 +198,7 @@ def test_rows_by_name(tmp_path):
     assert np.array_equal(stored.rows_of(["dôme", "ant"]), expected)
     assert stored.rows_of([]).shape == (0, 6)
     with pytest.raises(
-        ValueError, match=r"x\.safetensors: no embedding of 'cat', 'Ant'.*EMBEDDINGS"
+        ValueError, match=r"x\.safetensors: no embedding of .cat., .Ant."
     ):
         stored.rows_of(["cat", "elk", "Ant"])
 

@@ -8,6 +8,7 @@ class names and all that a consumer needs to know as metadata. ONNX is written w
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import logging
@@ -17,7 +18,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata as distributions
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,7 +69,7 @@ def require_packages(*names: str) -> None:
     Raises:
         ImportError: some are not; the message names them and the command that installs them.
     """
-    if missing := [name for name in names if find_spec(name) is None]:
+    if missing := [name for name in names if importlib.util.find_spec(name) is None]:
         raise ImportError(
             f"not installed: {', '.join(missing)}; pip install {' '.join(missing)}, or "
             "pip install -e '.[export]'"

@@ -616,12 +616,13 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
 
     # ------------------------------------------------------------------ inference
 
+    @torch.no_grad()
     def _detect(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Instances]]:
         """Inference: detectron2's standard output."""
         outputs = []
         for given, fore in zip(batched_inputs, self.fore_anchors(batched_inputs), strict=True):
             size = (given["image"].shape[1], given["image"].shape[2])
-            found = self.detect_classes(fore.boxes, fore.classes, fore.qualities, size)
+            found = _as_instances(size, *best_detections(*fore, self.inference_settings))
             height, width = given.get("height", size[0]), given.get("width", size[1])
             outputs.append({"instances": detector_postprocess(found, height, width)})
         return outputs
@@ -639,26 +640,30 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
         images = self.preprocess_image(batched_inputs)
         features, maps = self._predict_maps(images)
         anchors = [level.tensor for level in self.anchor_generator(features)]
-        with torch.autocast(self.device.type, enabled=False):  # all that follows is float32
-            flat, classify = flatten_maps(maps), self._classify()
-            return [
-                rank_points(
-                    flat.of_image(i),
-                    ClassProbabilities.of_embeddings(
-                        classify, flat.embeddings[i], self.text_classifier.num_classes
-                    ),
-                    anchors,
-                    self.box2box_transform,
-                    size,
-                    self.inference_settings.topk_anchors,
-                )
-                for i, size in enumerate(images.image_sizes)
-            ]
+        predictions, classify = flatten_maps(maps), self._classify()
+        return [
+            rank_points(
+                predictions.of_image(i),
+                ClassProbabilities.of_embeddings(
+                    classify, predictions.embeddings[i], self.text_classifier.num_classes
+                ),
+                anchors,
+                self.box2box_transform,
+                size,
+                self.inference_settings.topk_anchors,
+            )
+            for i, size in enumerate(images.image_sizes)
+        ]
 
     def _classify(self) -> Callable[[Tensor], Tensor]:
         """A function of (n, D) embeddings: the (n, K) probabilities of the vocabulary's classes."""
         weight, shift = self.text_classifier.weight(), self.novel_logit_shifts()
-        return lambda points: class_probabilities(self.text_classifier(points, weight), shift)
+
+        def classify(embeddings: Tensor) -> Tensor:
+            with torch.autocast(self.device.type, enabled=False):  # as all that follows: float32
+                return class_probabilities(self.text_classifier(embeddings, weight), shift)
+
+        return classify
 
     @torch.no_grad()
     def detect_classes(
@@ -680,11 +685,8 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
             At most ``TEST.DETECTIONS_PER_IMAGE`` detections, best first, scored by the product.
         """
         classes = ClassProbabilities.of(probs) if isinstance(probs, Tensor) else probs
-        with torch.autocast(self.device.type, enabled=False):
-            boxes, scores, labels = best_detections(
-                boxes, classes, qualities, self.inference_settings
-            )
-        return Instances(image_size, pred_boxes=Boxes(boxes), scores=scores, pred_classes=labels)
+        found = best_detections(boxes, classes, qualities, self.inference_settings)
+        return _as_instances(image_size, *found)
 
     @torch.no_grad()
     def score_maps(
@@ -742,6 +744,12 @@ def _check_ground_truth(batched_inputs: Sequence[Mapping[str, Any]], num_classes
             raise ValueError(
                 f"Image {name} (id {given.get('image_id')!r}): ground truth {row} has {found}."
             )
+
+
+def _as_instances(
+    image_size: tuple[int, int], boxes: Tensor, scores: Tensor, classes: Tensor
+) -> Instances:
+    return Instances(image_size, pred_boxes=Boxes(boxes), scores=scores, pred_classes=classes)
 
 
 def _average_over_processes(values: Tensor) -> Tensor:
