@@ -46,8 +46,6 @@ ALLOWED = {
 }
 
 TO_MEND = {
-    "data.custom",
-    "data.name_checks",
     "modeling.detector",
     "reports.report",
     "reports.run_record",
