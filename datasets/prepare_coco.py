@@ -61,7 +61,8 @@ def get_parser() -> argparse.ArgumentParser:
 
 def dry_run(root: Path, variant: CocoVariant, output: Path, names: Sequence[str]) -> None:
     """Say what is there, what is missing and how to get it, and what would be written."""
-    from hierkd.data.prepare import PARTS, describe_inputs
+    from hierkd.data.prepare import describe_inputs
+    from hierkd.data.splits import SPLITS
 
     inputs = describe_inputs(root, variant)
     for each in inputs:
@@ -75,7 +76,7 @@ def dry_run(root: Path, variant: CocoVariant, output: Path, names: Sequence[str]
         print(f"  curl -L -C - -O {archive.url} && unzip -o {name}  # {archive.size}")
     print()
     for name in names:
-        for part in PARTS:
+        for part in SPLITS[name].parts:
             path = output / f"ovd_{name}{variant.suffix}" / f"{part}.json"
             state = "is there, and would be compared:" if path.is_file() else "would be written:"
             print(f"{state} {path}")

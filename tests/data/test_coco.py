@@ -182,13 +182,13 @@ def test_register_sets_metadata_and_loads(catalog, load, content, tmp_path):
 @pytest.mark.parametrize(
     ("names", "word"),
     [
-        ({"vocabulary": []}, "vocabulary is empty"),
+        ({"vocabulary": []}, "expected a vocabulary"),
         ({"vocabulary": ["a", "b", "a"]}, "vocabulary repeats 'a'"),
         ({"novel_classes": ["a"]}, "both base and novel: 'a'"),
         ({"vocabulary": ["a", "z"]}, "neither base nor novel: 'z'"),
-        ({"category_ids": [1]}, r"expected 2 ascending category ids.* found \[1\]"),
-        ({"category_ids": [2, 1]}, r"found \[2, 1\]"),
-        ({"category_ids": [1, 1]}, r"found \[1, 1\]"),
+        ({"category_ids": [1]}, r"ascending category ids, found 2 names, ids \[1\]"),
+        ({"category_ids": [2, 1]}, r"ids \[2, 1\]"),
+        ({"category_ids": [1, 1]}, r"ids \[1, 1\]"),
     ],
 )
 def test_register_refuses_contradicting_names(catalog, names, word):

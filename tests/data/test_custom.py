@@ -251,7 +251,10 @@ def edited(edit):
     ("text", "words"),
     [
         ('{"images": [', "not valid JSON"),
-        (edited(lambda c: c["categories"].append({"id": 99, "name": "cat"})), "all called 'cat'"),
+        (
+            edited(lambda c: c["categories"].append({"id": 99, "name": "cat"})),
+            "'categories' are called 'cat'",
+        ),
         (edited(lambda c: c["categories"].pop(1) and c["annotations"].pop(5)), "stop_sign"),
         (edited(lambda c: c["annotations"][0].pop("bbox")), "no 'bbox'"),
         (edited(lambda c: c.pop("categories")), "'categories' is missing"),

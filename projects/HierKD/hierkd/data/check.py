@@ -32,7 +32,7 @@ _MAX_NAMED = 8
 # ViT-B/32 no two of the 1,203 names of LVIS come closer than 0.965 ("book", "hardback book"), while
 # two spellings of one name, "wine glass" and "wineglass", have 0.982]
 _SAME_COSINE = 0.98
-_ODDITIES = {
+_ODDITIES = {  # key of a report -> what it counts
     "images_without_boxes": "images without any box",
     "without_area": "boxes without area (dropped)",
     "non_finite": "boxes that are no finite numbers (dropped)",

@@ -83,9 +83,23 @@ def register_ovd_dataset(
         ValueError: ``name`` is taken; the vocabulary is empty, has duplicates or names outside
             base and novel; base and novel overlap; ids and names do not pair up.
     """
-    _check_names(name, vocabulary, base_classes, novel_classes, category_ids)
+    base, novel = set(base_classes), set(novel_classes)
+    problems = {
+        "the vocabulary repeats": [n for n, count in Counter(vocabulary).items() if count > 1],
+        "both base and novel:": sorted(base & novel),
+        "neither base nor novel:": [each for each in vocabulary if each not in base | novel],
+    }
     if name in DatasetCatalog.list():
         raise ValueError(f"Dataset {name!r} is already registered.")
+    for problem, names in problems.items():
+        if names:
+            raise ValueError(f"Dataset {name!r}: {problem} {some(names)}.")
+    ids = list(range(len(vocabulary)) if category_ids is None else category_ids)
+    if not ids or ids != sorted(set(ids)) or len(ids) != len(vocabulary):
+        raise ValueError(
+            f"Dataset {name!r}: expected a vocabulary, and as many ascending category ids, found "
+            f"{len(vocabulary)} names, ids {shown(ids)}."
+        )
     loader = partial(
         load_ovd_json,
         json_file,
@@ -105,37 +119,7 @@ def register_ovd_dataset(
         novel_classes=list(novel_classes),
     )
     if category_ids is not None:
-        metadata.thing_dataset_id_to_contiguous_id = {
-            category_id: index for index, category_id in enumerate(category_ids)
-        }
-
-
-def _check_names(
-    name: str,
-    vocabulary: Sequence[str],
-    base_classes: Sequence[str],
-    novel_classes: Sequence[str],
-    category_ids: Sequence[int] | None,
-) -> None:
-    """Raise ValueError if the name lists of dataset ``name`` contradict each other."""
-    base, novel = set(base_classes), set(novel_classes)
-    problems = {
-        "the vocabulary repeats": [n for n, count in Counter(vocabulary).items() if count > 1],
-        "both base and novel:": sorted(base & novel),
-        "neither base nor novel:": [each for each in vocabulary if each not in base | novel],
-    }
-    if not vocabulary:
-        raise ValueError(f"Dataset {name!r}: the vocabulary is empty.")
-    for problem, names in problems.items():
-        if names:
-            raise ValueError(f"Dataset {name!r}: {problem} {some(names)}.")
-    if category_ids is not None and (
-        len(category_ids) != len(vocabulary) or sorted(set(category_ids)) != list(category_ids)
-    ):
-        raise ValueError(
-            f"Dataset {name!r}: expected {len(vocabulary)} ascending category ids, one for each "
-            f"name of the vocabulary, found {list(category_ids)}."
-        )
+        metadata.thing_dataset_id_to_contiguous_id = {k: index for index, k in enumerate(ids)}
 
 
 def load_ovd_json(
@@ -205,7 +189,17 @@ def load_ovd_json(
                     "iscrowd": int(annotation.get("iscrowd", 0)),
                 }
             )
-    _log_counts(counts, len(records), json_file)
+    dropped = {verdict: counts[verdict] for verdict in ("without area", "outside", "non-finite")}
+    _LOGGER.log(
+        logging.WARNING if any(dropped.values()) else logging.INFO,
+        "Loaded %d images with %d boxes from %s; clipped %d boxes to their image, dropped %d (%s).",
+        len(records),
+        counts["kept"] + counts["clipped"],
+        json_file,
+        counts["clipped"],
+        sum(dropped.values()),
+        ", ".join(f"{count} {verdict}" for verdict, count in dropped.items()),
+    )
     if dataset_name is not None:
         MetadataCatalog.get(dataset_name).thing_dataset_id_to_contiguous_id = class_index
     return list(records.values())
@@ -281,21 +275,6 @@ def _clip_box(
     if overshoot <= 0:
         return list(box), "kept"
     return [x0, y0, x1 - x0, y1 - y0], "clipped" if overshoot > _ROUNDING_PX else "kept"
-
-
-def _log_counts(counts: Counter[str], num_images: int, json_file: str) -> None:
-    """Log in one line what was loaded; a warning if boxes were dropped."""
-    dropped = {verdict: counts[verdict] for verdict in ("without area", "outside", "non-finite")}
-    _LOGGER.log(
-        logging.WARNING if any(dropped.values()) else logging.INFO,
-        "Loaded %d images with %d boxes from %s; clipped %d boxes to their image, dropped %d (%s).",
-        num_images,
-        counts["kept"] + counts["clipped"],
-        json_file,
-        counts["clipped"],
-        sum(dropped.values()),
-        ", ".join(f"{count} {verdict}" for verdict, count in dropped.items()),
-    )
 
 
 def check_captions(dataset_dicts: Iterable[Mapping[str, Any]], json_file: str) -> None:
@@ -375,42 +354,31 @@ def register_coco_ovd(root: str | None = None) -> None:
     Args:
         root: The folder that holds ``coco``; :func:`datasets_root` unless given.
     """
-    coco = os.path.join(datasets_root() if root is None else root, "coco")
+    root = datasets_root() if root is None else root
     for variant in (COCO_2017, COCO_2014):
         for split in variant.splits():
-            vocabularies = {
-                "train_base": split.base,
-                "val_base": split.base,
-                "val_novel": split.novel,
-                "val_all": split.all,
-            }
-            for part, vocabulary in vocabularies.items():
-                _register_coco_part(coco, variant, split, part, vocabulary)
+            for part, vocabulary in split.parts.items():
+                if f"coco_ovd_{split.name}{variant.suffix}_{part}" not in DatasetCatalog.list():
+                    _register_coco_part(root, variant, split, part, vocabulary)
 
 
 def _register_coco_part(
-    coco: str, variant: CocoVariant, split: Split, part: str, vocabulary: Sequence[Category]
+    root: str, variant: CocoVariant, split: Split, part: str, vocabulary: Sequence[Category]
 ) -> None:
     """Register one COCO dataset; ``part`` is the stem of its file and starts train_ or val_."""
-    full_name = f"{split.name}{variant.suffix}"
-    name = f"coco_ovd_{full_name}_{part}"
-    if name in DatasetCatalog.list():
-        return
-    command = f"python datasets/prepare_coco.py --split {split.name}"
-    if variant is not COCO_2017:
-        command += f" --coco-year {variant.year}"
+    folder, year = f"{split.name}{variant.suffix}", str(variant.year)
+    command = f"python datasets/prepare_coco.py --split {split.name} --coco-year {year}"
     register_ovd_dataset(
-        name,
-        json_file=os.path.join(coco, "annotations", f"ovd_{full_name}", f"{part}.json"),
-        image_root=os.path.join(coco, variant.train if part == "train_base" else variant.val),
+        f"coco_ovd_{folder}_{part}",
+        json_file=os.path.join(root, "coco", "annotations", f"ovd_{folder}", f"{part}.json"),
+        image_root=os.path.join(root, "coco", part.split("_")[0] + year),
         vocabulary=[category.name for category in vocabulary],
         base_classes=[category.name for category in split.base],
         novel_classes=[category.name for category in split.novel],
         category_ids=[category.id for category in vocabulary],
         missing_hint=(
-            f"Make the annotations with `{command}` after downloading COCO {variant.year} (its "
-            "--dry-run says what is missing). The environment variable DETECTRON2_DATASETS names "
-            f"the folder that holds coco/; it was {os.path.dirname(coco) or '.'!r} when hierkd was "
-            "imported."
+            f"Make the annotations with `{command}` after downloading COCO {year} (its --dry-run "
+            "says what is missing). The environment variable DETECTRON2_DATASETS names the folder "
+            f"that holds coco/; it was {root!r} when hierkd was imported."
         ),
     )

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import posixpath
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,9 @@ def check_annotations(content: JsonObject, path: str | os.PathLike[str]) -> None
     categories = index_by_id(
         get_entries(content, "categories", _CATEGORY_FIELDS, path), "categories", path
     )
+    names = Counter(category["name"] for category in content["categories"])
+    if repeated := [name for name, count in names.items() if count > 1]:
+        raise ValueError(f"{path}: several 'categories' are called {some(repeated)}.")
     annotations = get_entries(content, "annotations", _ANNOTATION_FIELDS, path)
     index_by_id(annotations, "annotations", path)
     for annotation in annotations:

@@ -23,7 +23,7 @@ from iopath.common.file_io import file_lock
 
 from hierkd.data.check import Report, count_contents, short_line, warnings_of
 from hierkd.data.coco import register_ovd_dataset
-from hierkd.data.coco_json import get_entries, read_annotations, read_coco_json, some
+from hierkd.data.coco_json import FieldTypes, get_entries, read_annotations, read_coco_json, some
 from hierkd.data.definitions import Definition, Half, TrainHalf, caption_of, read_definition
 from hierkd.data.prepare import build_part, join_captions
 from hierkd.data.splits import Category
@@ -247,7 +247,8 @@ def _build_half(definition: Definition, kind: str, half: Half) -> dict[str, Json
     content = read_annotations(path, encoding="utf-8-sig")
     if definition.lvis:
         _check_federated(content, path)
-    category_of = _categories_by_name(content["categories"], path)
+    found = sorted(Category(each["id"], each["name"]) for each in content["categories"])
+    category_of = {category.name: category for category in found}
     known = {*category_of, *definition.base, *definition.novel}
     _check_known(definition.rename, known, definition, path)
     groups = {"base": definition.base} if kind == "train" else definition.groups
@@ -285,30 +286,18 @@ def _kind(category: str, definition: Definition) -> str:
 
 def _check_federated(content: JsonObject, path: Path) -> None:
     """Check the fields by which LVIS says what is annotated where."""
-    for image in content["images"]:
-        for field in _LVIS_FIELDS:
-            if not isinstance(image.get(field), list):
-                raise ValueError(
-                    f"{path}: image {image['id']!r} has no list {field!r}, but the YAML says "
-                    "format: lvis"
-                )
-    for category in content["categories"]:
-        if category.get("frequency") not in ("r", "c", "f"):
-            raise ValueError(
-                f"{path}: 'frequency' of category {category['name']!r} must be r, c or f, found "
-                f"{category.get('frequency')!r}"
-            )
-
-
-def _categories_by_name(categories: Sequence[JsonObject], path: Path) -> dict[str, Category]:
-    """The categories in id order, by name; ValueError if two share one."""
-    found: dict[str, Category] = {}
-    for category in sorted(Category(each["id"], each["name"]) for each in categories):
-        other = found.setdefault(category.name, category)
-        if other != category:
-            ids = [other.id, category.id]
-            raise ValueError(f"{path}: categories {ids} are all called {category.name!r}")
-    return found
+    lacking = [
+        f"image {image['id']!r} has no list {field!r}"
+        for image in content["images"]
+        for field in _LVIS_FIELDS
+        if not isinstance(image.get(field), list)
+    ] + [
+        f"category {category['name']!r} has no 'frequency' r, c or f"
+        for category in content["categories"]
+        if category.get("frequency") not in ("r", "c", "f")
+    ]
+    if lacking:
+        raise ValueError(f"{path}: {lacking[0]}, but the YAML says format: lvis")
 
 
 def _find(
@@ -379,7 +368,7 @@ def _add_captions(
 def _read_captions(path: Path, content: JsonObject) -> dict[Any, list[str]]:
     """Image id -> captions, whose ids must be of the type that the ids of the images have."""
     captions: dict[Any, list[str]] = defaultdict(list)
-    fields = {"image_id": type(content["images"][0]["id"]), "caption": str}
+    fields: FieldTypes = {"image_id": type(content["images"][0]["id"]), "caption": str}
     for entry in get_entries(
         read_coco_json(path, encoding="utf-8-sig"), "annotations", fields, path
     ):

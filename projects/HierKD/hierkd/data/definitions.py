@@ -53,8 +53,9 @@ def _resolve(value: object, info: ValidationInfo) -> Path:
     """A path relative to the YAML."""
     if not isinstance(value, str) or not value:
         raise ValueError("must be a path")
+    yaml_path: Any = info.context
     is_word = value == str(_FROM_CLASS_NAMES) and info.field_name == "captions"
-    return _FROM_CLASS_NAMES if is_word else info.context.parent / Path(value).expanduser()
+    return _FROM_CLASS_NAMES if is_word else yaml_path.parent / Path(value).expanduser()
 
 
 _Path = Annotated[Path, BeforeValidator(_resolve)]

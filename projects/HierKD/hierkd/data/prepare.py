@@ -38,7 +38,6 @@ from hierkd.files import write_json_atomically
 __all__ = [
     "EXPECTED_BOXES",
     "EXPECTED_FULL_COCO",
-    "PARTS",
     "Archive",
     "Figure",
     "InputState",
@@ -52,9 +51,6 @@ __all__ = [
 JsonObject = dict[str, Any]
 
 _LOGGER = logging.getLogger(__name__)
-
-PARTS = ("train_base", "val_base", "val_novel", "val_all")
-"""The files of a split."""
 
 _ANNOTATIONS_URL = "http://images.cocodataset.org/annotations/annotations_trainval{year}.zip"
 _IMAGES_URL = "http://images.cocodataset.org/zips/{folder}.zip"
@@ -404,7 +400,7 @@ def prepare_coco(
             f"{missing[0]} does not exist{f', nor do {others}' if others else ''}. "
             f"{_where_from(missing[0])}"
         )
-    with tqdm(total=len(paths) + len(PARTS) * len(splits), unit="file") as progress:
+    with tqdm(total=len(paths) + 4 * len(splits), unit="file") as progress:
         instances, captions = _read_inputs(paths, variant, progress)
         if check_pictures:
             for folder, content in instances.items():

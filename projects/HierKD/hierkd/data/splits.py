@@ -82,6 +82,12 @@ class Split:
         return tuple(sorted(self.base + self.novel))
 
     @property
+    def parts(self) -> dict[str, tuple[Category, ...]]:
+        """The four files of the split and their vocabularies."""
+        base, novel = self.base, self.novel
+        return {"train_base": base, "val_base": base, "val_novel": novel, "val_all": self.all}
+
+    @property
     def unused(self) -> tuple[Category, ...]:
         """The COCO categories that are neither base nor novel, in id order."""
         used = set(self.all)
