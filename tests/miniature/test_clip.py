@@ -59,13 +59,6 @@ def test_loss_against_a_slow_reference() -> None:
     assert float(tiny_clip._multi_positive_loss(logits.T, same)) == pytest.approx(float(value))
 
 
-def test_loss_without_shared_captions_is_clips_own() -> None:
-    logits = torch.randn(4, 4, generator=torch.Generator().manual_seed(1))
-    target = torch.arange(4)
-    expected = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-    torch.testing.assert_close(tiny_clip._multi_positive_loss(logits, torch.eye(4)), expected)
-
-
 def test_pairs_of_one_class_do_not_push_each_other_away() -> None:
     same = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
     perfect = 50 * same
@@ -104,20 +97,12 @@ def test_crops_are_normalised_letterboxed_and_named_after_their_object() -> None
     assert 1 < float(crops.max()) < 2.6
     padded = (crops == 0).all(dim=1).flatten(1).float().mean(1)
     assert (padded > 0.02).float().mean() > 0.5
+    share = float((samples.draw(1 / 3)[0] != 0).flatten(1).all(1).float().mean())
+    assert share == pytest.approx(1 / 3, abs=0.15), "of whole pictures, which have no padding"
     whole, texts, classes = samples.draw(1.0)
     assert not (whole == 0).all(dim=1).flatten(1).all(1).any()
     assert (classes.sum(1) >= 1).all()
     assert classes.sum(1).max() > 1, "captions of whole pictures name several classes"
-
-
-def test_the_share_of_whole_pictures_is_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = itertools.count()
-    make_captions = tiny_clip.make_captions
-    monkeypatch.setattr(
-        tiny_clip, "make_captions", lambda *given: (next(whole), make_captions(*given))[1]
-    )
-    tiny_clip._Samples(replace(SMALL, batch_size=300), MiniatureSpec()).draw(1 / 3)
-    assert next(whole) / 300 == pytest.approx(1 / 3, abs=0.1)
 
 
 # ------------------------------------------------------------------------------ the file
@@ -255,12 +240,12 @@ def test_it_learns_to_name_what_it_sees(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(tiny_clip, "_Samples", Colours)
     monkeypatch.setattr(tiny_clip, "_multi_positive_loss", spy)
-    spec = replace(SMALL, resolution=32, steps=40, batch_size=24)
+    spec = replace(SMALL, resolution=32, steps=24, batch_size=24)
     figures = train_tiny_clip(tmp_path / "clip.pt", spec)
-    assert len(losses) == 40
+    assert len(losses) == 24
     assert min(losses) > -1e-4
     assert np.mean(losses[-5:]) < 0.25 * np.mean(losses[:3])
-    assert figures["accuracy"] > 0.9, "over the last 4 steps"
+    assert figures["accuracy"] > 0.9, "over the last 2 steps"
     model = load(tmp_path / "clip.pt")
     chosen = np.arange(30) % 3
     with torch.no_grad():

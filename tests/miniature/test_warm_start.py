@@ -150,25 +150,8 @@ def test_one_seed_gives_one_backbone_and_leaves_the_global_state(
 
 
 def test_it_learns_to_name_its_crops(world: tuple[str, Path], tmp_path: Path) -> None:
-    _, figures = train(world[0], tmp_path / "w.pth", steps=100, batch_size=32, lr=1e-2)
+    _, figures = train(world[0], tmp_path / "w.pth", steps=60, batch_size=32, lr=1e-2)
     # About 20 boxes of up to 24 classes; the first step, untrained, is right about 1 in 24 times.
     _, start = train(world[0], tmp_path / "s.pth", steps=1, batch_size=32)
     assert figures["accuracy"] > start["accuracy"] + 0.2
     assert figures["seconds"] > 0
-
-
-def test_an_interrupted_save_leaves_the_old_file(
-    world: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "backbone.pth"
-    path.write_bytes(b"old")
-
-    def interrupted(_: object, file: Path) -> None:
-        Path(file).write_bytes(b"half")
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(torch, "save", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        train(world[0], path)
-    assert path.read_bytes() == b"old"
-    assert [p.name for p in tmp_path.iterdir()] == ["backbone.pth"]
