@@ -59,15 +59,10 @@ _TAIL_BYTES = 64  # how much of a JSON's end is searched for its last brace [our
 
 
 class Figure(NamedTuple):
-    """A count that somebody else stated, and whose it is.
-
-    ``is_certain``: another count shows that the input is not COCO as published. Otherwise the two
-    are set side by side, and no more.
-    """
+    """A count that somebody else stated, and whose it is."""
 
     value: int
     source: str
-    is_certain: bool = False
 
 
 # OVR-CNN's images: val, alirezazareian/ovr-cnn issue 17; train, the 6,736 iterations of 16 images
@@ -78,10 +73,10 @@ _OVR_CNN, _QUOTED = "OVR-CNN's files", "a quoted, unverified figure"
 _PL_ZSD = "PL-ZSD's lists, which state no rule"
 
 EXPECTED_FULL_COCO: dict[tuple[str, str], Figure] = {
-    ("48_17", "train_base"): Figure(107_761, _OVR_CNN, is_certain=True),
-    ("48_17", "val_base"): Figure(4_533, _OVR_CNN, is_certain=True),
-    ("48_17", "val_novel"): Figure(2_064, _OVR_CNN, is_certain=True),
-    ("48_17", "val_all"): Figure(4_836, _OVR_CNN, is_certain=True),
+    ("48_17", "train_base"): Figure(107_761, _OVR_CNN),
+    ("48_17", "val_base"): Figure(4_533, _OVR_CNN),
+    ("48_17", "val_novel"): Figure(2_064, _OVR_CNN),
+    ("48_17", "val_all"): Figure(4_836, _OVR_CNN),
     ("65_15_2014", "val_novel"): Figure(10_098, _PL_ZSD),
     ("65_15_2014", "val_all"): Figure(10_098, _PL_ZSD),
 }
@@ -379,8 +374,7 @@ def prepare_coco(
             list. A folder that is not there at all is only logged.
 
     Returns:
-        What the files hold, in order. One whose image count is not the published one (see
-        :data:`EXPECTED_FULL_COCO`) is also logged as a warning.
+        What the files hold, in order.
 
     Raises:
         FileNotFoundError: Inputs do not exist; says which ones and where they come from.
@@ -400,47 +394,53 @@ def prepare_coco(
             f"{missing[0]} does not exist{f', nor do {others}' if others else ''}. "
             f"{_where_from(missing[0])}"
         )
-    with tqdm(total=len(paths) + 4 * len(splits), unit="file") as progress:
-        instances, captions = _read_inputs(paths, variant, progress)
-        if check_pictures:
-            for folder, content in instances.items():
-                _check_pictures(Path(root) / "coco" / folder, content)
-        parts = {
-            split.name: _build_parts(split, variant, instances, captions, paths) for split in splits
-        }
-        summaries = []
-        for split in splits:
-            full_name = f"{split.name}{variant.suffix}"
-            for name, part in parts[split.name].items():
-                path = output / f"ovd_{full_name}" / f"{name}.json"
-                progress.set_description(f"writing {path.name}")
-                changed = write_json_atomically(path, part)
-                progress.update()
-                folder = variant.train if name == "train_base" else variant.val
-                is_full = len(instances[folder]["images"]) == variant.num_images[folder]
-                summaries.append(_summarise(full_name, name, path, part, is_full, changed))
+    halves, captions = _read_inputs(paths)
+    if check_pictures:
+        for folder, content in halves.items():
+            _check_pictures(Path(root) / "coco" / folder, content)
+    parts = [
+        (f"{split.name}{variant.suffix}", name, part)
+        for split in splits
+        for name, part in _build_parts(split, variant, halves, captions, paths).items()
+    ]
+    summaries = []
+    for split_name, name, part in tqdm(parts, desc="writing", unit="file"):
+        path = output / f"ovd_{split_name}" / f"{name}.json"
+        folder = variant.train if name == "train_base" else variant.val
+        is_full = len(halves[folder]["images"]) == variant.num_images[folder]
+        summaries.append(
+            PartSummary(
+                split=split_name,
+                part=name,
+                path=path,
+                num_images=len(part["images"]),
+                num_boxes=len(part["annotations"]),
+                num_captions=sum(len(image.get("captions", [])) for image in part["images"]),
+                expected_images=EXPECTED_FULL_COCO.get((split_name, name)) if is_full else None,
+                expected_boxes=EXPECTED_BOXES.get((split_name, name)) if is_full else None,
+                changed=write_json_atomically(path, part),
+            )
+        )
     return summaries
 
 
-def _read_inputs(
-    paths: Sequence[Path], variant: CocoVariant, progress: tqdm
-) -> tuple[dict[str, JsonObject], dict[int, list[str]]]:
+def _read_inputs(paths: Sequence[Path]) -> tuple[dict[str, JsonObject], dict[int, list[str]]]:
     """Read the instances by image folder, and the training captions by image id."""
-    instances = {}
-    for folder, path in zip((variant.train, variant.val), paths[:2], strict=True):
-        progress.set_description(f"reading {path.name}")
-        instances[folder] = _read_instances(path, folder)
-        progress.update()
-    in_both = set.intersection(*({i["id"] for i in half["images"]} for half in instances.values()))
-    if in_both:
+    halves: dict[str, JsonObject] = {}
+    captions: dict[int, list[str]] = {}
+    for path in tqdm(paths, desc="reading", unit="file"):
+        kind, folder = path.stem.split("_")
+        if kind == "captions":
+            captions = _read_captions(path, folder)
+        else:
+            halves[folder] = _read_instances(path, folder)
+    train, val = ({image["id"] for image in half["images"]} for half in halves.values())
+    if in_both := train & val:
         raise ValueError(
             f"{paths[0]} and {paths[1].name} must have no image in common, found {len(in_both):,}, "
             f"among them image {min(in_both)}."
         )
-    progress.set_description(f"reading {paths[2].name}")
-    captions = _read_captions(paths[2], variant.train)
-    progress.update()
-    return instances, captions
+    return halves, captions
 
 
 def _check_pictures(folder: Path, instances: JsonObject) -> None:
@@ -461,12 +461,12 @@ def _check_pictures(folder: Path, instances: JsonObject) -> None:
 def _build_parts(
     split: Split,
     variant: CocoVariant,
-    instances: Mapping[str, JsonObject],
+    halves: Mapping[str, JsonObject],
     captions: Mapping[int, list[str]],
     paths: Sequence[Path],
 ) -> dict[str, JsonObject]:
     """Return the content of each of the four files of ``split``."""
-    train, val = instances[variant.train], instances[variant.val]
+    train, val = halves[variant.train], halves[variant.val]
     without = split.novel if variant.zero_shot else ()
     showing = split.novel if variant.zero_shot else None
     train_base = build_part(train, split.base, paths[0], without=without)
@@ -476,22 +476,3 @@ def _build_parts(
         "val_novel": build_part(val, split.novel, paths[1]),
         "val_all": build_part(val, split.all, paths[1], showing=showing),
     }
-
-
-def _summarise(
-    split: str, name: str, path: Path, part: JsonObject, is_full: bool, changed: bool
-) -> PartSummary:
-    """Count what ``part`` holds; warn if the input is all of COCO and the count is not right."""
-    images, boxes = len(part["images"]), len(part["annotations"])
-    captions = sum(len(image.get("captions", [])) for image in part["images"])
-    expected = EXPECTED_FULL_COCO.get((split, name)) if is_full else None
-    expected_boxes = EXPECTED_BOXES.get((split, name)) if is_full else None
-    if expected is not None and expected.is_certain and expected.value != images:
-        _LOGGER.warning(
-            "%s holds %d images, but the official annotations give %d: the input differs from "
-            "COCO as published.",
-            path, images, expected.value,
-        )  # fmt: skip
-    return PartSummary(
-        split, name, path, images, boxes, captions, expected, expected_boxes, changed
-    )
