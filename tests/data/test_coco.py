@@ -107,6 +107,14 @@ def test_boxes_are_clipped_or_dropped(load, content, box, expected):
     assert boxes == [each for each in (expected, [0.5, 0.5, 10.25, 3]) if each is not None]
 
 
+def test_an_inner_detour_and_a_link_of_the_owner_are_no_escape(load, content, tmp_path):
+    (tmp_path / "out.png").touch()
+    (tmp_path / "images" / "link.png").symlink_to(tmp_path / "out.png")
+    content["images"][0]["file_name"] = "sub/../a.jpg"
+    content["images"][1]["file_name"] = "link.png"
+    assert len(load(content)) == 2
+
+
 def test_counts_are_logged_in_one_line_which_warns_of_lost_boxes(load, content, caplog, tmp_path):
     caplog.set_level(logging.INFO, logger="hierkd.data.coco")
     load(content)
