@@ -13,37 +13,34 @@ import argparse
 import logging
 import shlex
 import sys
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tqdm.contrib.logging import logging_redirect_tqdm
-
-from hierkd.data.coco import datasets_root
-from hierkd.data.official_coco import Archive, describe_inputs
-from hierkd.data.prepare import Figure, PartSummary, prepare_coco
-from hierkd.data.splits import COCO_2014, COCO_2017, SPLITS, CocoVariant
-
-VARIANTS = {"2017": COCO_2017, "2014": COCO_2014}
+if TYPE_CHECKING:
+    from hierkd.data.prepare import Figure, PartSummary
+    from hierkd.data.splits import CocoVariant
 
 
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Return the command line's options."""
+def get_parser() -> argparse.ArgumentParser:
+    """Build the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--split", choices=[*SPLITS, "both"], help="default: 48_17; with --coco-year 2014 65_15"
+        "--split",
+        choices=["48_17", "65_15", "both"],
+        help="default: 48_17; with --coco-year 2014 65_15",
     )
     parser.add_argument(
         "--coco-year",
-        choices=VARIANTS,
+        choices=["2017", "2014"],
         default="2017",
         help="2014: the 65/15 split of PL-ZSD and ZSI, without training images of novel objects",
     )
     parser.add_argument(
         "--root",
         type=Path,
-        default=Path(datasets_root()),
         help="folder that holds coco/ (default: $DETECTRON2_DATASETS, else ./datasets)",
     )
     parser.add_argument(
@@ -59,33 +56,30 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="make the annotations although pictures that they list are not there",
     )
-    return parser.parse_args(arguments)
+    return parser
 
 
-def dry_run(root: Path, variant: CocoVariant, output: Path, names: list[str]) -> int:
-    """Say what is there, what is missing, and what would be written; 1 if something is missing."""
+def dry_run(root: Path, variant: CocoVariant, output: Path, names: Sequence[str]) -> None:
+    """Say what is there, what is missing and how to get it, and what would be written."""
+    from hierkd.data.prepare import describe_inputs
+    from hierkd.data.splits import SPLITS
+
     inputs = describe_inputs(root, variant)
     for each in inputs:
         print(f"{each.state:7}  {each.path} ({each.detail})")
-    archives = [each.archive for each in inputs if each.state != "found"]
+    archives = dict.fromkeys(each.archive for each in inputs if each.state != "found")
     if archives:
-        print_downloads(root / "coco", archives)
+        folder = shlex.quote(str(root / "coco"))
+        print(f"\nTo get what is missing:\n  mkdir -p {folder} && cd {folder}")
+    for archive in archives:
+        name = archive.url.rsplit("/", 1)[1]
+        print(f"  curl -L -C - -O {archive.url} && unzip -o {name}  # {archive.size}")
     print()
     for name in names:
-        for part in ("train_base", "val_base", "val_novel", "val_all"):
+        for part in SPLITS[name].parts:
             path = output / f"ovd_{name}{variant.suffix}" / f"{part}.json"
             state = "is there, and would be compared:" if path.is_file() else "would be written:"
             print(f"{state} {path}")
-    return 1 if archives else 0
-
-
-def print_downloads(coco: Path, archives: Iterable[Archive]) -> None:
-    """Print the commands that bring ``archives``, each one once, into the folder ``coco``."""
-    folder = shlex.quote(str(coco))
-    print(f"\nTo get what is missing:\n  mkdir -p {folder} && cd {folder}")
-    for archive in dict.fromkeys(archives):
-        name = archive.url.rsplit("/", 1)[1]
-        print(f"  curl -L -C - -O {archive.url} && unzip -o {name}  # {archive.size}")
 
 
 def compare(count: int, expected: Figure | None) -> str:
@@ -97,7 +91,7 @@ def compare(count: int, expected: Figure | None) -> str:
     return f" (NOT the {expected.value:,} of {expected.source})"
 
 
-def print_summaries(summaries: list[PartSummary]) -> None:
+def print_summaries(summaries: Sequence[PartSummary]) -> None:
     """Print a line per file with its counts."""
     for each in summaries:
         images = compare(each.num_images, each.expected_images)
@@ -109,22 +103,29 @@ def print_summaries(summaries: list[PartSummary]) -> None:
         )
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit status."""
-    args = parse_arguments(arguments)
+    args = get_parser().parse_args(argv)
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
+    from hierkd.data import prepare, splits
+    from hierkd.data.coco import datasets_root
+
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    variant = VARIANTS[args.coco_year]
-    split = args.split or ("48_17" if variant is COCO_2017 else "65_15")
-    names = list(SPLITS) if split == "both" else [split]
+    variant = splits.COCO_2017 if args.coco_year == "2017" else splits.COCO_2014
+    split = args.split or ("48_17" if args.coco_year == "2017" else "65_15")
+    names = list(splits.SPLITS) if split == "both" else [split]
+    root = args.root or Path(datasets_root())
+    output = args.output or root / "coco" / "annotations"
     if args.dry_run:
-        output = args.output or args.root / "coco" / "annotations"
-        return dry_run(args.root, variant, output, names)
+        dry_run(root, variant, output, names)
+        return 0
     try:
         with logging_redirect_tqdm():
-            summaries = prepare_coco(
-                args.root,
-                [SPLITS[name] for name in names],
-                output=args.output,
+            summaries = prepare.prepare_coco(
+                root,
+                [splits.SPLITS[name] for name in names],
+                output=output,
                 variant=variant,
                 check_pictures=not args.allow_missing_pictures,
             )

@@ -1,9 +1,7 @@
 """A dataset of one's own, from plain COCO files to detections of novel names, by the commands."""
 
-import importlib.util
 import json
 import os
-from pathlib import Path
 
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -12,24 +10,15 @@ from PIL import Image
 import tiny_training
 from open_clip_files import TINY, write_folder
 from tiny_training import BASE, NOVEL, PICTURES, call_main, own_log_handlers
+from tools import check_dataset
 
-ROOT = Path(__file__).resolve().parents[1]
 NAMES = (*BASE, *NOVEL)
-
-
-def load_tool(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def check(*arguments):
     """``tools/check_dataset.py``; leaves no log handler behind."""
     with own_log_handlers():
-        return load_tool("check_dataset").main([str(each) for each in arguments])
+        return check_dataset.main([str(each) for each in arguments])
 
 
 def plain_coco():

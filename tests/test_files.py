@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import json
 import os
 import pickle
 import warnings
@@ -25,6 +26,7 @@ from hierkd.files import (
     read_pickled_arrays,
     read_torch_file,
     read_torchscript_state_dict,
+    write_json_atomically,
 )
 
 
@@ -355,3 +357,33 @@ def test_published_names_carry_digits(tmp_path):
         (tmp_path / name).write_bytes(b"w")
         with pytest.raises(ValueError, match=name):
             check_hash_in_name(tmp_path / name)
+
+
+# --- JSON -----------------------------------------------------------------------------------------
+
+
+def test_json_is_written_whole_and_only_when_it_says_something_new(tmp_path):
+    path = tmp_path / "new" / "a.json"
+    assert write_json_atomically(path, {"a": "\u00e9"})
+    os.utime(path, ns=(5, 5))
+    assert not write_json_atomically(path, {"a": "\u00e9"})
+    assert path.stat().st_mtime_ns == 5
+    path.write_bytes(b"\xff\xfe\x00")  # not even text
+    assert write_json_atomically(path, {"a": [1, 2]})
+    assert json.loads(path.read_text()) == {"a": [1, 2]}
+    assert os.listdir(path.parent) == ["a.json"]
+
+
+def test_an_interrupted_write_of_json_keeps_the_old_file(tmp_path, monkeypatch):
+    def fail(source, target):
+        raise KeyboardInterrupt
+
+    path = tmp_path / "a.json"
+    path.write_text("old")
+    with pytest.raises(TypeError):
+        write_json_atomically(path, {"a": object()})
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(KeyboardInterrupt):
+        write_json_atomically(path, {"a": 1})
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["a.json"]

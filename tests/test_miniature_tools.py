@@ -44,9 +44,9 @@ def trainings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         Path(path).write_bytes(b"weights")
         return {"seconds": 1.0, "accuracy": 0.5}
 
-    monkeypatch.setattr(prepare_miniature, "train_tiny_clip", train)
+    monkeypatch.setattr("hierkd.miniature.clip.train_tiny_clip", train)
     monkeypatch.setattr(
-        prepare_miniature, "train_warm_start", lambda _, path, *args, **kwargs: train(path)
+        "hierkd.miniature.warm_start.train_warm_start", lambda _, path, *args, **kwargs: train(path)
     )
     return done
 
@@ -96,7 +96,7 @@ def test_after_an_interrupted_training_the_old_stamp_does_not_vouch_for_the_file
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(prepare_miniature, "write_json_atomically", interrupted)
+        patch.setattr("hierkd.files.write_json_atomically", interrupted)
         with pytest.raises(KeyboardInterrupt):
             prepare_miniature.make_teacher(path, new, MiniatureSpec())
     prepare_miniature.make_teacher(path, old, MiniatureSpec())
@@ -113,7 +113,7 @@ def test_prepare_makes_the_world_first_and_times_each_stage(
         trainings.append("world")
         root.mkdir()
 
-    monkeypatch.setattr(prepare_miniature, "ensure_miniature", render)
+    monkeypatch.setattr("hierkd.miniature.world.ensure_miniature", render)
     seconds = prepare_miniature.prepare(MiniatureSpec(seed=5))
     assert trainings == ["world", "teacher.pt", "backbone.pth"]
     assert list(seconds) == ["world", "teacher", "warm start"]

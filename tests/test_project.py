@@ -46,8 +46,6 @@ ALLOWED = {
 }
 
 TO_MEND = {
-    "data.custom",
-    "data.name_checks",
     "reports.report",
     "reports.run_record",
 }

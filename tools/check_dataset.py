@@ -13,30 +13,11 @@ explains the YAML. Ends with status 0, or 2 if the dataset cannot be used as it 
 
 from __future__ import annotations
 
-import hierkd  # noqa: F401  (first: it quiets two deprecation warnings inside libraries)
-
-# isort: split
 import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.utils.logger import setup_logger
-from PIL import Image
-
-from hierkd.data.check import class_table, warnings_of
-from hierkd.data.custom import prepare_half, register_definitions
-from hierkd.data.definitions import Definition, read_definition
-from hierkd.data.mapper import read_picture
-from hierkd.data.name_checks import check_embeddings, check_spelling, check_tokens
-from hierkd.files import replacing
-from hierkd.load_config import load_config
-from hierkd.reports.drawing import SheetRow, class_color, draw_boxes, draw_sheet, fit
-from hierkd.teachers.clip import build_teacher, find_token_counter
-from hierkd.teachers.openai_clip import OPENAI_TOKENS
 
 COLUMNS, PANEL_PX = 3, 480
 
@@ -70,18 +51,22 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check_names(definition: Definition, names: Sequence[str], args: Any) -> list[str]:
+def check_names(names: Sequence[str], args: Any) -> list[str]:
     """Findings about the class names; those in brackets say what was left out."""
+    from hierkd.data.check import check_embeddings, check_tokens
+    from hierkd.load_config import load_config
+    from hierkd.teachers.clip import build_teacher, find_token_counter
+    from hierkd.teachers.openai_clip import OPENAI_TOKENS
+
     cfg = load_config(args.config_file, args.opts)
     text, root = cfg.MODEL.TEXT_CLASSIFIER, cfg.MODEL.TEACHER.DOWNLOAD_ROOT or None
     templates = tuple(text.TEMPLATES) or (text.TEMPLATE,)
-    found = check_spelling(names)
     try:
         tokens, left_out = find_token_counter(cfg.MODEL.TEACHER.WEIGHTS, root), []
     except (OSError, ValueError) as error:
         tokens = OPENAI_TOKENS
         left_out = [f"(tokens are those of OpenAI's CLIP, not of the teacher: {error})"]
-    found += check_tokens(names, templates, tokens) + left_out
+    found = check_tokens(names, templates, tokens.count, tokens.context_length) + left_out
     if not args.config_file:
         return [*found, "(not asked whether CLIP tells them apart: no --config-file)"]
     try:
@@ -92,6 +77,14 @@ def check_names(definition: Definition, names: Sequence[str], args: Any) -> list
 
 def draw_samples(dataset: str, number: int, path: Path) -> None:
     """Draw ``number`` images of a dataset, evenly spread, with boxes and the first caption."""
+    import numpy as np
+    from detectron2.data import DatasetCatalog, MetadataCatalog
+    from PIL import Image
+
+    from hierkd.data.mapper import read_picture
+    from hierkd.files import replacing
+    from hierkd.reports.drawing import SheetRow, class_color, draw_boxes, draw_sheet, fit
+
     records = DatasetCatalog.get(dataset)
     vocabulary = MetadataCatalog.get(dataset).thing_classes
     chosen = np.unique(np.linspace(0, len(records) - 1, min(number, len(records))).astype(int))
@@ -118,44 +111,39 @@ def draw_samples(dataset: str, number: int, path: Path) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print everything; an error means that the dataset cannot be used."""
+    from detectron2.data import DatasetCatalog, MetadataCatalog
+
+    from hierkd.data.check import class_table, warnings_of
+    from hierkd.data.custom import register_definitions
+    from hierkd.data.definitions import read_definition
+
     definition = read_definition(args.dataset)
-    halves = {"train": definition.train, "val": definition.val}
-    reports = {
-        kind: prepare_half(definition, kind, half).report for kind, half in halves.items() if half
-    }
     register_definitions([args.dataset])
-    start = f"{definition.name}_"
-    # The registered names of this YAML; loading them checks every picture's existence.
-    names = [n for n in DatasetCatalog.list() if n.startswith(start) and _is_of(n, args.dataset)]
-    numbers = {
-        name: (len(records), sum(len(each["annotations"]) for each in records))
-        for name in names
-        for records in [DatasetCatalog.get(name)]
-    }
+    halves = ("train_base", "val_base", "val_novel", "val_all")
+    parts = [f"{definition.name}_{half}" for half in halves]
+    vocabularies, counts, reports = {}, {}, {}
+    for name in [part for part in parts if part in DatasetCatalog.list()]:
+        records, metadata = DatasetCatalog.get(name), MetadataCatalog.get(name)
+        vocabularies[name] = metadata.thing_classes
+        counts[name] = (len(records), sum(len(each["annotations"]) for each in records))
+        reports[name.rsplit("_", 2)[1]] = metadata.report
     print(class_table(reports))
     print()
-    for name, (images, boxes) in numbers.items():
-        count = len(MetadataCatalog.get(name).thing_classes)
-        print(f"{name}: {images:,} images, {boxes:,} boxes of {count} classes")
-    train = f"{definition.name}_train_base"
-    if train in numbers:
+    for name, (images, boxes) in counts.items():
+        print(f"{name}: {images:,} images, {boxes:,} boxes of {len(vocabularies[name])} classes")
+    largest = max(vocabularies, key=lambda name: len(vocabularies[name]))
+    shown = parts[0] if parts[0] in counts else largest
+    if shown == parts[0]:
         with_captions = reports["train"]["images_with_captions"]
-        print(f"Captions: {with_captions:,} of {numbers[train][0]:,} training images have one")
-    largest = max(names, key=lambda name: len(MetadataCatalog.get(name).thing_classes))
-    vocabulary = MetadataCatalog.get(largest).thing_classes
-    findings = [text for kind, report in reports.items() for text in warnings_of(kind, report)]
-    findings += [f"names: {text}" for text in check_names(definition, vocabulary, args)]
+        print(f"Captions: {with_captions:,} of {counts[shown][0]:,} training images have one")
+    findings = [text for half, report in reports.items() for text in warnings_of(half, report)]
+    findings += [f"names: {text}" for text in check_names(vocabularies[largest], args)]
     print("\nLook at:" if findings else "\nNothing odd was found.")
     for text in findings:
         print(f"- {text}")
-    shown = train if train in numbers else largest
     path = args.output / f"{shown}.png"
     draw_samples(shown, args.pictures, path)
-    print(f"\n{path}: {min(args.pictures, numbers[shown][0])} pictures of {shown}")
-
-
-def _is_of(name: str, path: str) -> bool:
-    return bool(MetadataCatalog.get(name).get("definition") == str(Path(path).expanduser()))
+    print(f"\n{path}: {min(args.pictures, counts[shown][0])} pictures of {shown}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -164,6 +152,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.pictures < 1:
         parser.error(f"--pictures must be at least 1, got {args.pictures}")
+    from detectron2.utils.logger import setup_logger
+
+    import hierkd  # noqa: F401  (it quiets two deprecation warnings inside libraries)
+
     setup_logger(name="hierkd", abbrev_name="hierkd")
     try:
         run(args)

@@ -8,27 +8,17 @@ Everything goes to ``$DETECTRON2_DATASETS/miniature``; what is there and up to d
 
 from __future__ import annotations
 
-import hierkd  # noqa: F401  (first: it quiets two deprecation warnings inside libraries)
-
-# isort: split
 import argparse
 import json
 import logging
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from detectron2.layers import ShapeSpec
-from detectron2.modeling.backbone import build_backbone
-from detectron2.utils.logger import setup_logger
-
-from hierkd.files import write_json_atomically
-from hierkd.load_config import load_config
-from hierkd.miniature.clip import TinyCLIPSpec, train_tiny_clip
-from hierkd.miniature.warm_start import train_warm_start
-from hierkd.miniature.world import MiniatureSpec, ensure_miniature, miniature_root
+if TYPE_CHECKING:
+    from hierkd.miniature.clip import TinyCLIPSpec
+    from hierkd.miniature.world import MiniatureSpec
 
 logger = logging.getLogger("hierkd.prepare_miniature")
 
@@ -47,6 +37,9 @@ def make_teacher(path: Path, spec: TinyCLIPSpec, world: MiniatureSpec) -> None:
     if is_current(path, recipe):
         logger.info("The tiny CLIP %s is up to date", path)
         return
+    from hierkd.files import write_json_atomically
+    from hierkd.miniature.clip import train_tiny_clip
+
     path.with_suffix(".json").unlink(missing_ok=True)  # it speaks of the old file
     figures = train_tiny_clip(path, spec, world)
     write_json_atomically(path.with_suffix(".json"), {"recipe": recipe, "figures": figures})
@@ -54,6 +47,14 @@ def make_teacher(path: Path, spec: TinyCLIPSpec, world: MiniatureSpec) -> None:
 
 def make_warm_start(path: Path, world: MiniatureSpec, config_file: str) -> None:
     """Train the backbone's warm start unless it is there."""
+    import torch
+    from detectron2.layers import ShapeSpec
+    from detectron2.modeling.backbone import build_backbone
+
+    from hierkd.files import write_json_atomically
+    from hierkd.load_config import load_config
+    from hierkd.miniature.warm_start import train_warm_start
+
     cfg = load_config(config_file)
     keys = (cfg.MODEL.BACKBONE, cfg.MODEL.SLIM_RESNET, cfg.MODEL.RESNETS.NORM, cfg.MODEL.FPN)
     pixels = (cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD)
@@ -77,6 +78,9 @@ def prepare(
     world: MiniatureSpec, config_file: str = CONFIG, world_only: bool = False
 ) -> dict[str, float]:
     """Make whatever is missing; return the seconds of each stage."""
+    from hierkd.miniature.clip import TinyCLIPSpec
+    from hierkd.miniature.world import ensure_miniature, miniature_root
+
     root = miniature_root()
     seconds = {}
     stages = {
@@ -103,18 +107,21 @@ def main() -> None:
     parser.add_argument(
         "--named-probability",
         type=float,
-        default=MiniatureSpec.named_probability,
         help="that a caption of the pictures names a class they hold; the pictures stay the same",
     )
     parser.add_argument(
         "--world-only", action="store_true", help="make no teacher and no warm start"
     )
     args = parser.parse_args()
-    if not 0 <= args.named_probability <= 1:
+    named = {} if args.named_probability is None else {"named_probability": args.named_probability}
+    if not all(0 <= value <= 1 for value in named.values()):
         parser.error(f"--named-probability must be in [0, 1], got {args.named_probability}")
+    from detectron2.utils.logger import setup_logger
+
+    from hierkd.miniature.world import MiniatureSpec, miniature_root
+
     setup_logger(name="hierkd", abbrev_name="hierkd")
-    world = MiniatureSpec(seed=args.seed, named_probability=args.named_probability)
-    seconds = prepare(world, args.config_file, args.world_only)
+    seconds = prepare(MiniatureSpec(seed=args.seed, **named), args.config_file, args.world_only)
     print(f"{miniature_root()} is ready; seconds: {seconds}")
 
 

@@ -1,114 +1,139 @@
-"""Reading and writing of JSON files."""
+"""Reading annotation files: each way in which one can be wrong, and the word that must be named."""
 
+import copy
 import json
-import os
 
 import pytest
 
-from hierkd.data.coco_json import get_entries, index_by_id, read_coco_json
-from hierkd.files import write_json_atomically
+from hierkd.data.coco_json import read_annotations, read_coco_json, shown, some
+
+GOOD = {
+    "images": [
+        {"id": 9, "file_name": "b.jpg", "height": 100, "width": 200, "captions": ["a tv"]},
+        {"id": 4, "file_name": "sub/a.jpg", "height": 50, "width": 60},
+    ],
+    "annotations": [
+        {"id": 1, "image_id": 9, "category_id": 72, "bbox": [10, 20, 30, 40], "iscrowd": 1},
+        {"id": 2, "image_id": 4, "category_id": 1, "bbox": [0.5, 0.5, 10.25, 3], "area": None},
+    ],
+    "categories": [{"id": 72, "name": "tv"}, {"id": 1, "name": "person"}],
+}
+GONE = object()
 
 
-def test_reads_an_object_and_applies_the_hook(tmp_path):
-    path = tmp_path / "a.json"
-    path.write_text('{"images": [{"id": 1, "junk": 2}]}')
+@pytest.fixture
+def read(tmp_path):
+    """Read the good file, or one with the value at a path (keys) replaced or gone."""
 
-    def drop_junk(entry):
-        entry.pop("junk", None)
-        return entry
+    def write_and_read(*path, value=None, encoding="utf-8"):
+        content = copy.deepcopy(GOOD)
+        at = content
+        for key in path[:-1]:
+            at = at[key]
+        if value is GONE:
+            del at[path[-1]]
+        elif path:
+            at[path[-1]] = value
+        (tmp_path / "set.json").write_text(json.dumps(content), encoding=encoding)
+        return read_annotations(tmp_path / "set.json", encoding=encoding)
 
-    assert read_coco_json(path) == {"images": [{"id": 1, "junk": 2}]}
-    assert read_coco_json(path, object_hook=drop_junk) == {"images": [{"id": 1}]}
+    return write_and_read
 
 
-def test_missing_file_says_what_to_do(tmp_path):
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_a_good_file_stays_as_it_is(read, encoding):
+    assert read(encoding=encoding) == GOOD
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "word"),
+    [
+        (("images",), GONE, r"'images' is missing; found \['annotations'"),
+        (("annotations",), GONE, "'annotations' is missing"),
+        (("categories",), {}, "'categories' must be a list, found a dict"),
+        (("images",), [], "'images' is empty"),
+        (("categories", 1), 3, r"categories\[1\] must be an object, found 3"),
+        (("images", 1, "file_name"), GONE, r"images\[1\] has no 'file_name'"),
+        (("images", 1, "file_name"), "../a.jpg", "'file_name' of image 4"),
+        (("images", 1, "file_name"), "/a.jpg", "'file_name' of image 4"),
+        (("images", 1, "file_name"), "s/../../a.jpg", "'file_name' of image 4"),
+        (("images", 1, "file_name"), "..\\a.jpg", "'file_name' of image 4"),
+        (("images", 1, "file_name"), "a\0.jpg", "'file_name' of image 4"),
+        (("images", 1, "file_name"), "", "'file_name' of image 4"),
+        (("images", 1, "width"), 0, "image 4 must be positive, found 0 x 50"),
+        (("images", 1, "height"), -3, "image 4 must be positive"),
+        (("images", 1, "width"), "60", r"images\[1\]\['width'\] .* type int, found '60'"),
+        (("images", 1, "width"), True, "type int, found True"),
+        (("images", 1, "width"), 60.5, "type int, found 60.5"),
+        (("images", 1, "id"), 9, "id 9 occurs more than once in 'images'"),
+        (("images", 1, "id"), "4", "all be numbers or all be strings, found 9, '4'"),
+        (("images", 1, "id"), None, r"images\[1\]\['id'\] must be of type int or str"),
+        (("images", 0, "captions"), "a tv", "'captions' of image 9"),
+        (("annotations", 1, "id"), 1, "id 1 occurs more than once in 'annotations'"),
+        (("annotations", 1, "id"), 2**63, r"annotations\[1\]\['id'\] .* 64 bits"),
+        (("annotations", 1, "image_id"), 77, "annotation 2 has image_id 77, which"),
+        (("annotations", 1, "image_id"), "4", "image_id '4', .* contains 4, .* of another type"),
+        (("annotations", 1, "category_id"), 0, "annotation 2 has category_id 0, which"),
+        (("annotations", 1, "bbox"), GONE, r"annotations\[1\] has no 'bbox'"),
+        (("annotations", 1, "bbox"), [1, 2, 3], r"annotation 2 must be four .* \[1, 2, 3\]"),
+        (("annotations", 1, "bbox"), [1, 2, 3, "4"], "annotation 2 must be four numbers"),
+        (("annotations", 1, "iscrowd"), 2, "annotation 2: 'iscrowd' must be 0 or 1, found 2"),
+        (("annotations", 1, "area"), float("nan"), "annotation 2: 'area' must be a finite"),
+        (("categories", 1, "id"), 72, "id 72 occurs more than once in 'categories'"),
+        (("categories", 1, "name"), 5, r"categories\[1\]\['name'\] must be of type str, found 5"),
+    ],
+)
+def test_what_is_wrong_is_named(read, path, value, word):
+    with pytest.raises(ValueError, match=word) as caught:
+        read(*path, value=value)
+    assert "set.json: " in str(caught.value)
+
+
+def test_whole_numbers_may_be_written_with_a_point(read):
+    for path in (("images", 1, "width"), ("annotations", 0, "category_id"), ("images", 1, "id")):
+        at = GOOD
+        for key in path:
+            at = at[key]
+        assert json.dumps(read(*path, value=float(at))) == json.dumps(GOOD)
+    assert read("annotations", 0, "iscrowd", value=1.0) == GOOD
+
+
+def test_lvis_names_pictures_by_their_address(tmp_path):
+    content = copy.deepcopy(GOOD)
+    del content["images"][0]["file_name"]
+    content["images"][0]["coco_url"] = "http://images.cocodataset.org/val2017/000000000139.jpg"
+    (tmp_path / "lvis.json").write_text(json.dumps(content))
+    images = read_annotations(tmp_path / "lvis.json")["images"]
+    assert [image["file_name"] for image in images] == ["val2017/000000000139.jpg", "sub/a.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("data", "word"),
+    [
+        (b'{"images": [],\n "annotations"', r"not valid JSON: .*line 2 column 15"),
+        (b"", "not valid JSON"),
+        (b"\xff\xfe{}", "not a UTF-8 text file"),
+        (b"[1, 2]", "found a list at the top level"),
+        (b"[" * 100_000, "not a usable JSON file"),
+        (b"9" * 5000, "not a usable JSON file"),
+    ],
+)
+def test_no_json_object(tmp_path, data, word):
+    (tmp_path / "odd.json").write_bytes(data)
+    with pytest.raises(ValueError, match=word) as caught:
+        read_coco_json(tmp_path / "odd.json")
+    assert "odd.json" in str(caught.value)
+
+
+def test_no_file_says_what_to_do(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none\.json does not exist\. Run make\."):
         read_coco_json(tmp_path / "none.json", missing_hint="Run make.")
     with pytest.raises(FileNotFoundError, match="is a folder"):
         read_coco_json(tmp_path)
 
 
-def test_truncated_file_names_the_position(tmp_path):
-    whole = '{"images": [],\n "annotations": [{"id": 1}]}'
-    path = tmp_path / "cut.json"
-    path.write_text(whole[:30])
-    with pytest.raises(
-        ValueError, match=r"cut\.json is not valid JSON: .* line 2, column 16"
-    ) as info:
-        read_coco_json(path)
-    assert "(character 30 of 30)" in str(info.value)
-
-
-@pytest.mark.parametrize("text", [b"", b"\xff\xfe{}", b"[1, 2]"])
-def test_not_an_object(tmp_path, text):
-    path = tmp_path / "odd.json"
-    path.write_bytes(text)
-    with pytest.raises(ValueError, match=r"odd\.json"):
-        read_coco_json(path)
-
-
-def test_entries_are_checked():
-    fields = {"id": (int, str), "name": str}
-    good = {"categories": [{"id": 1, "name": "cat"}]}
-    assert get_entries(good, "categories", fields, "f.json") == [{"id": 1, "name": "cat"}]
-    for bad, message in [
-        ({}, r"f\.json: key 'categories' is missing; found \[\]"),
-        ({"categories": {}}, "must be a list, found a dict"),
-        ({"categories": [3]}, r"categories\[0\] must be an object, found a int"),
-        ({"categories": [{"id": 1}]}, r"categories\[0\] has no 'name'; found \['id'\]"),
-        (
-            {"categories": [{"id": 1.5, "name": "a"}]},
-            r"\['id'\] must be of type int or str, found 1.5",
-        ),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            get_entries(bad, "categories", fields, "f.json")
-
-
-def test_index_by_id_refuses_duplicates():
-    assert index_by_id([{"id": 2}, {"id": "2"}], "images", "f.json") == {
-        2: {"id": 2},
-        "2": {"id": "2"},
-    }
-    with pytest.raises(ValueError, match=r"f\.json: id 7 occurs more than once in 'images'"):
-        index_by_id([{"id": 7}, {"id": 7}], "images", "f.json")
-
-
-def test_write_makes_folders_and_leaves_no_other_file(tmp_path):
-    path = tmp_path / "new" / "a.json"
-    write_json_atomically(path, {"a": [1, 2]})
-    assert json.loads(path.read_text()) == {"a": [1, 2]}
-    assert os.listdir(path.parent) == ["a.json"]
-
-
-def test_interrupted_write_keeps_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "a.json"
-    path.write_text("old")
-
-    def fail(source, target):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(KeyboardInterrupt):
-        write_json_atomically(path, {"a": 1})
-    with pytest.raises(TypeError):
-        write_json_atomically(path, {"a": object()})
-    assert path.read_text() == "old"
-    assert os.listdir(tmp_path) == ["a.json"]
-
-
-def test_unchanged_file_is_left_alone(tmp_path):
-    path = tmp_path / "a.json"
-    assert write_json_atomically(path, {"a": "\u00e9"})
-    os.utime(path, ns=(5, 5))
-    assert not write_json_atomically(path, {"a": "\u00e9"})
-    assert path.stat().st_mtime_ns == 5
-    assert write_json_atomically(path, {"a": "e"})
-    assert json.loads(path.read_text()) == {"a": "e"}
-
-
-def test_broken_file_is_replaced(tmp_path):
-    path = tmp_path / "a.json"
-    path.write_bytes(b"\xff\xfe\x00")  # not even text
-    assert write_json_atomically(path, {"a": 1})
-    assert json.loads(path.read_text()) == {"a": 1}
+def test_messages_stay_short():
+    assert some([1, "b", *range(8)]) == "1, 'b', 0, 1, 2 and 5 more"
+    assert some([1]) == "1"
+    assert len(shown("x" * 9999)) < 300
+    assert "too long to show" in shown(10**5000)

@@ -11,78 +11,92 @@ val: {json: v.json, images: /pictures/val}
 base: [apple, pear]
 novel: [kiwi]
 rename: {pear: nashi pear}
+clean_names:
 """
 
 
 @pytest.fixture
-def write(tmp_path):
-    def write_yaml(text):
-        path = tmp_path / "fruit.yaml"
-        path.write_text(text)
-        return path
+def read(tmp_path):
+    def write_and_read(text):
+        (tmp_path / "fruit.yaml").write_text(text, encoding="utf-8-sig")
+        return read_definition(tmp_path / "fruit.yaml")
 
-    return write_yaml
+    return write_and_read
 
 
-def test_what_it_says(write, tmp_path):
-    fruit = read_definition(write(GOOD))
-    assert fruit.train is not None
-    assert fruit.val is not None
-    assert (fruit.train.json, fruit.train.captions) == (tmp_path / "t.json", tmp_path / "c.json")
+def test_what_it_says(read, tmp_path):
+    fruit = read(GOOD)
+    assert fruit.path == tmp_path / "fruit.yaml"
+    assert fruit.train.json_file == tmp_path / "t.json"
+    assert fruit.train.captions_file == tmp_path / "c.json"
+    assert not fruit.train.make_captions
     assert str(fruit.val.images) == "/pictures/val"
-    assert list(fruit.groups) == ["base", "novel", "all"]
+    assert fruit.groups == {"base": ["apple", "pear"], "novel": ["kiwi"]} | {
+        "all": ["apple", "pear", "kiwi"]
+    }
     assert fruit.spoken("pear") == "nashi pear"
     assert fruit.spoken("red_apple") == "red_apple"
     assert fruit.detections_per_image is None
     assert not fruit.lvis
+    made = read(GOOD.replace("c.json", "from_class_names")).train
+    assert made.make_captions
+    assert made.captions_file is None
 
 
-def test_lvis_reads_underscores_as_spaces_and_takes_300_detections(write):
-    lvis = read_definition(write("name: l\nformat: lvis\nval: {json: v.json, images: .}\n"))
+def test_lvis_reads_underscores_as_spaces_and_takes_300_detections(read):
+    lvis = read("name: l\nformat: lvis\nval: {json: v.json, images: .}\n")
     assert lvis.spoken("bow_(weapon)") == "bow (weapon)"
     assert lvis.detections_per_image == 300
-    assert list(lvis.groups) == ["all"]
+    assert lvis.groups == {"all": []}
     assert not lvis.has_split
+    own = read(
+        "name: l\nformat: lvis\nval: {json: v.json, images: .}\nclean_names: false\n"
+        "detections_per_image: 7\n"
+    )
+    assert (own.spoken("a_b"), own.detections_per_image) == ("a_b", 7)
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("old", "new", "words"),
     [
-        (("name: fruit", "name: a/b"), "'name'"),
-        (("novel:", "novle:"), "did you mean 'novel'"),
-        (("novel: [kiwi]", "novel: [kiwi, no]"), "found False"),
-        (("novel: [kiwi]", "novel: [7]"), "in quotes"),
-        (("novel: [kiwi]", "novel: [kiwi, apple]"), "both base and novel: \\['apple'\\]"),
-        (("novel: [kiwi]", "novel: kiwi"), "must be a list"),
-        (("base: [apple, pear]", "base: [apple, apple]"), "repeats \\['apple'\\]"),
-        (("base: [apple, pear]", ""), "'train' needs 'base'"),
-        (("json: v.json, ", ""), "'val' has no 'json'"),
-        (("captions: c.json", "captions: [1]"), "train.captions must be a path"),
-        (("name: fruit", "name: fruit\nformat: voc"), "'format' must be one of"),
-        (("name: fruit", "name: fruit\nformat: lvis"), "leave 'train' out"),
-        (("name: fruit", "name: fruit\ndetections_per_image: -1"), "'detections_per_image'"),
-        (("name: fruit", "name: fruit\ncaption_template: hello"), "must have one {}"),
-        (("{pear: nashi pear}", "{pear: 3}"), "'rename' must map"),
-        (("[kiwi]", "[kiwi"), "is not YAML"),
+        ("name: fruit", "name: a/b", "name: .* found 'a/b'"),
+        ("name: fruit", "", "name: "),
+        ("novel:", "novle:", "novle: is no key here; known are name, .* novel,.*found"),
+        ("json: v.json", "json: v.json, captions: c", "val.captions: is no key here"),
+        ("novel: [kiwi]", "novel: [kiwi, no]", r"novel.1: .*in quotes.*, found False"),
+        ("novel: [kiwi]", "novel: [7]", "in quotes.* found 7"),
+        ("novel: [kiwi]", "novel: [kiwi, apple]", r"both base and novel: \['apple'\]"),
+        ("novel: [kiwi]", "novel: kiwi", "novel: .* list, found 'kiwi'"),
+        ("[apple, pear]", "[apple, apple]", r"repeats \['apple'\]"),
+        ("base: [apple, pear]", "", "'train' needs 'base'"),
+        ("json: v.json, ", "", "val.json: Field required"),
+        ("captions: c.json", "captions: [1]", r"train.captions: must be a path, found \[1\]"),
+        ("val: {json: v.json, images: /pictures/val}", "val: v.json", "val: .* found 'v.json'"),
+        ("name: fruit", "name: fruit\nformat: voc", "format: .*'coco' or 'lvis', found 'voc'"),
+        ("name: fruit", "name: fruit\nformat: lvis", "leave 'train' out"),
+        ("clean_names:", "clean_names: 1", "clean_names: .* boolean, found 1"),
+        ("clean_names:", "detections_per_image: -1", "detections_per_image: .* found -1"),
+        ("clean_names:", "caption_template: hello", "must have one {}, found 'hello'"),
+        ("{pear: nashi pear}", "{pear: 3}", "rename.pear: .* found 3"),
+        ("{pear: nashi pear}", "{pear: ' '}", "rename.pear: .* found ' '"),
+        ("[kiwi]", "[kiwi", "is not YAML"),
+        (GOOD, "- fruit", r"expected keys such as 'name', found \['fruit'\]"),
+        (GOOD, "name: fruit", "neither 'train' nor 'val'"),
     ],
 )
-def test_mistakes_are_named(write, change, words):
-    assert change[0] in GOOD
-    path = write(GOOD.replace(*change))
+def test_mistakes_are_named(read, old, new, words):
+    assert old in GOOD
     with pytest.raises(ValueError, match=words) as caught:
-        read_definition(path)
+        read(GOOD.replace(old, new))
     assert "fruit.yaml" in str(caught.value)
+    if "YAML" not in words:
+        assert "\n" not in str(caught.value)
 
 
-def test_yaml_cannot_run_code(write, tmp_path):
-    mark = tmp_path / "ran"
-    path = write(f"name: !!python/object/apply:os.system ['touch {mark}']\n")
+def test_yaml_cannot_run_code(read, tmp_path):
     with pytest.raises(ValueError, match="is not YAML"):
-        read_definition(path)
-    assert not mark.exists()
-
-
-def test_a_missing_file_is_named(tmp_path):
+        read(f"name: !!python/object/apply:os.mkdir ['{tmp_path / 'made'}']\n")
+    assert not (tmp_path / "made").exists()
     with pytest.raises(FileNotFoundError, match="nothing"):
         read_definition(tmp_path / "nothing.yaml")
 

@@ -1,7 +1,6 @@
 """The tiny CLIP: its loss, its samples, its file, and that it learns."""
 
 import copy
-import itertools
 import math
 import warnings
 from dataclasses import replace
@@ -59,13 +58,6 @@ def test_loss_against_a_slow_reference() -> None:
     assert float(tiny_clip._multi_positive_loss(logits.T, same)) == pytest.approx(float(value))
 
 
-def test_loss_without_shared_captions_is_clips_own() -> None:
-    logits = torch.randn(4, 4, generator=torch.Generator().manual_seed(1))
-    target = torch.arange(4)
-    expected = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-    torch.testing.assert_close(tiny_clip._multi_positive_loss(logits, torch.eye(4)), expected)
-
-
 def test_pairs_of_one_class_do_not_push_each_other_away() -> None:
     same = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
     perfect = 50 * same
@@ -104,20 +96,12 @@ def test_crops_are_normalised_letterboxed_and_named_after_their_object() -> None
     assert 1 < float(crops.max()) < 2.6
     padded = (crops == 0).all(dim=1).flatten(1).float().mean(1)
     assert (padded > 0.02).float().mean() > 0.5
+    share = float((samples.draw(1 / 3)[0] != 0).flatten(1).all(1).float().mean())
+    assert share == pytest.approx(1 / 3, abs=0.15), "of whole pictures, which have no padding"
     whole, texts, classes = samples.draw(1.0)
     assert not (whole == 0).all(dim=1).flatten(1).all(1).any()
     assert (classes.sum(1) >= 1).all()
     assert classes.sum(1).max() > 1, "captions of whole pictures name several classes"
-
-
-def test_the_share_of_whole_pictures_is_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = itertools.count()
-    make_captions = tiny_clip.make_captions
-    monkeypatch.setattr(
-        tiny_clip, "make_captions", lambda *given: (next(whole), make_captions(*given))[1]
-    )
-    tiny_clip._Samples(replace(SMALL, batch_size=300), MiniatureSpec()).draw(1 / 3)
-    assert next(whole) / 300 == pytest.approx(1 / 3, abs=0.1)
 
 
 # ------------------------------------------------------------------------------ the file
@@ -146,15 +130,6 @@ def test_a_saved_model_is_the_loaded_one_to_the_bit(tmp_path: Path) -> None:
             ours = F.normalize(getattr(before, encode)(inputs), dim=1)
             theirs = F.normalize(getattr(loaded, encode)(inputs), dim=1)
             torch.testing.assert_close(theirs, ours, atol=5e-3, rtol=0)
-
-
-def test_the_default_model_is_small_on_disk(tmp_path: Path) -> None:
-    model = build_tiny_clip(TinyCLIPSpec())
-    save_clip(model, tmp_path / "clip.pt")
-    assert (tmp_path / "clip.pt").stat().st_size < 10e6
-    assert [p.name for p in tmp_path.iterdir()] == ["clip.pt"]
-    stored = torch.load(tmp_path / "clip.pt")
-    assert stored["token_embedding.weight"].dtype == torch.float16
 
 
 def test_an_interrupted_save_leaves_the_old_file(
@@ -206,24 +181,6 @@ def test_one_seed_gives_one_model_and_leaves_the_global_state(
     assert figures.keys() == {"seconds", "accuracy", "logit_scale"}
 
 
-def test_texts_are_encoded_once_and_come_back_in_order() -> None:
-    model = build_tiny_clip(SMALL).eval()
-    texts = ["a cat", "a dog", "a cat", "a cow"]
-    counts = itertools.count()
-    encode = model.encode_text
-
-    def counting(tokens: torch.Tensor) -> torch.Tensor:
-        for _ in tokens:
-            next(counts)
-        return encode(tokens)
-
-    model.encode_text = counting
-    together = tiny_clip._encode_texts(model, texts)
-    assert next(counts) == 3
-    for row, text in zip(together, texts, strict=True):
-        torch.testing.assert_close(row[None], tiny_clip._encode_texts(model, [text]))
-
-
 class Colours:
     """Samples that are easy: each class has a colour."""
 
@@ -255,12 +212,12 @@ def test_it_learns_to_name_what_it_sees(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(tiny_clip, "_Samples", Colours)
     monkeypatch.setattr(tiny_clip, "_multi_positive_loss", spy)
-    spec = replace(SMALL, resolution=32, steps=40, batch_size=24)
+    spec = replace(SMALL, resolution=32, steps=24, batch_size=24)
     figures = train_tiny_clip(tmp_path / "clip.pt", spec)
-    assert len(losses) == 40
+    assert len(losses) == 24
     assert min(losses) > -1e-4
     assert np.mean(losses[-5:]) < 0.25 * np.mean(losses[:3])
-    assert figures["accuracy"] > 0.9, "over the last 4 steps"
+    assert figures["accuracy"] > 0.9, "over the last 2 steps"
     model = load(tmp_path / "clip.pt")
     chosen = np.arange(30) % 3
     with torch.no_grad():

@@ -86,36 +86,25 @@ def words(text: str) -> set[str]:
 
 
 def test_there_are_24_base_and_8_novel_classes_and_their_ids_alternate() -> None:
-    assert len(MINIATURE_BASE) == 24
-    assert len(MINIATURE_NOVEL) == 8
-    assert set(MINIATURE_BASE) | set(MINIATURE_NOVEL) == set(MINIATURE_CLASSES)
-    assert not set(MINIATURE_BASE) & set(MINIATURE_NOVEL)
-    assert list(MINIATURE_CLASSES) == sorted(MINIATURE_CLASSES)
-    novel_ids = [MINIATURE_CLASSES.index(name) for name in MINIATURE_NOVEL]
-    assert min(novel_ids) < 24, "novel classes must not all come last"
-    assert max(np.diff(sorted(novel_ids))) > 1
+    assert (len(MINIATURE_BASE), len(MINIATURE_NOVEL)) == (24, 8)
+    assert tuple(sorted({*MINIATURE_BASE, *MINIATURE_NOVEL})) == MINIATURE_CLASSES
+    novel_ids = sorted(MINIATURE_CLASSES.index(name) for name in MINIATURE_NOVEL)
+    assert novel_ids[0] < 24, "novel classes must not all come last"
+    assert max(np.diff(novel_ids)) > 1
 
 
-def test_no_two_designs_look_the_same() -> None:
-    designs = [design for glyphs in miniature._GLYPHS.values() for design in glyphs]
-    masks = np.stack([cv2.resize(miniature._glyph(d), (32, 32)) > 0.5 for d in designs])
-    flat = masks.reshape(len(designs), -1)
-    intersection = (flat[:, None] & flat[None]).sum(2)
-    iou = intersection / (flat[:, None] | flat[None]).sum(2)
+def test_every_design_has_ink_and_no_two_classes_look_the_same() -> None:
     owners = [name for name, glyphs in miniature._GLYPHS.items() for _ in glyphs]
-    other_class = np.array([[a != b for b in owners] for a in owners])
-    assert (iou * other_class).max() < 0.9
-
-
-def test_every_design_has_ink_and_belongs_to_one_class() -> None:
     designs = [design for glyphs in miniature._GLYPHS.values() for design in glyphs]
-    assert len(set(designs)) == len(designs)
-    assert all(miniature._GLYPHS[name] for name in MINIATURE_CLASSES)
-    for design in designs:
-        mask = miniature._glyph(design)
+    masks = [miniature._glyph(design) for design in designs]
+    for design, mask in zip(designs, masks, strict=True):
         assert mask.max() == 1
         assert 0.05 < mask.mean() < 0.95, design
         assert max(mask.shape) > miniature._GLYPH_PX / 2, "large enough to be scaled down"
+    flat = np.stack([cv2.resize(mask, (32, 32)) > 0.5 for mask in masks]).reshape(len(masks), -1)
+    iou = (flat[:, None] & flat[None]).sum(2) / (flat[:, None] | flat[None]).sum(2)
+    other_class = np.array([[a != b for b in owners] for a in owners])
+    assert (iou * other_class).max() < 0.9
 
 
 # ------------------------------------------------------------------------------ the pictures
@@ -135,7 +124,7 @@ def render_without(index: int, names: list[str], seed: int) -> tuple[Scene, Scen
         return whole, render_scene(names, SPEC, np.random.default_rng(seed))
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(4))
 def test_a_box_is_tight_around_the_pixels_that_its_object_changes(seed: int) -> None:
     rng = np.random.default_rng(seed)
     names = [str(name) for name in rng.choice(MINIATURE_CLASSES, 3)]
@@ -229,11 +218,6 @@ def test_evaluation_files_partition_the_boxes(world: World, split: str) -> None:
         assert annotation["area"] == annotation["bbox"][2] * annotation["bbox"][3]
 
 
-def test_the_splits_show_different_pictures(world: World) -> None:
-    pictures = [scene.picture.tobytes() for split in world.scenes.values() for scene in split]
-    assert len(set(pictures)) == len(pictures)
-
-
 def test_novel_probability_at_its_limits() -> None:
     for probability, expected in ((0.0, set(MINIATURE_BASE)), (1.0, set(MINIATURE_NOVEL))):
         spec = replace(SPEC, novel_probability=probability)
@@ -259,17 +243,6 @@ def test_captions_name_each_class_with_the_given_probability() -> None:
     assert first == pytest.approx(0.5, abs=0.06), "in any order"
 
 
-def test_captions_at_the_limits_and_with_repeated_objects() -> None:
-    rng = np.random.default_rng(0)
-    for caption in make_captions(["cat", "dog", "apple", "cat"], 50, 1.0, rng):
-        assert {"cat", "dog", "apple"} <= words(caption)
-        assert caption.split().count("cat") + caption.split().count("cat,") <= 1
-        assert "an apple" in caption
-        assert "a cat" in caption
-    for caption in make_captions(["cat", "dog", "apple"], 50, 0.0, rng):
-        assert len(words(caption) & {"cat", "dog", "apple"}) == 1
-
-
 def test_captions_are_grammatical_for_every_class() -> None:
     rng = np.random.default_rng(0)
     vowels = {"airplane", "apple", "elephant", "umbrella"}
@@ -278,29 +251,26 @@ def test_captions_are_grammatical_for_every_class() -> None:
         for caption in make_captions([name], 6, 1.0, rng):
             assert re.search(rf"\b{article} {name}\b", caption), caption
             assert not re.search(r"\ba [aeiou]|\ban [^aeiou]", caption), caption
-    for caption in make_captions(["dog", "cat", "apple"], 10, 1.0, rng):
+    for caption in make_captions(["dog", "cat", "apple", "cat"], 10, 1.0, rng):
         assert re.search(r"an? \w+, an? \w+ and an? \w+\b", caption), caption
+        assert len(words(caption) & {"dog", "cat", "apple"}) == 3
+    for caption in make_captions(["cat", "dog", "apple"], 20, 0.0, rng):
+        assert len(words(caption) & {"cat", "dog", "apple"}) == 1, "at least one"
 
 
 # ------------------------------------------------------------------------------ making and keeping
 
 
-def test_one_seed_gives_the_same_bytes_and_another_seed_does_not(
+def test_a_picture_depends_on_the_seed_and_not_on_how_many_there_are(
     world: World, tmp_path: Path
 ) -> None:
-    ensure_miniature(tmp_path / "again", SPEC)
-    assert files_of(tmp_path / "again") == files_of(world.root)
-    ensure_miniature(tmp_path / "other", replace(SPEC, seed=4))
-    ours, other = files_of(world.root), files_of(tmp_path / "other")
-    assert ours["annotations/train_base.json"] != other["annotations/train_base.json"]
-
-
-def test_a_picture_does_not_depend_on_how_many_there_are(world: World, tmp_path: Path) -> None:
-    ensure_miniature(tmp_path, replace(SPEC, train_images=3, val_images=2, test_images=2))
-    small, large = files_of(tmp_path), files_of(world.root)
-    pictures = [name for name in small if name.endswith(".jpg")]
-    assert len(pictures) == 7
-    assert all(small[name] == large[name] for name in pictures)
+    small = replace(SPEC, train_images=3, val_images=2, test_images=2)
+    ensure_miniature(tmp_path / "small", small)
+    ensure_miniature(tmp_path / "other", replace(small, seed=4))
+    ours, other, large = map(files_of, (tmp_path / "small", tmp_path / "other", world.root))
+    pictures = [name for name in ours if name.endswith(".jpg")]
+    assert len(pictures) == len({ours[name] for name in pictures}) == 7
+    assert all(ours[name] == large[name] != other[name] for name in pictures)
 
 
 def small_world(root: Path, seed: int = 0) -> MiniatureSpec:
@@ -373,11 +343,7 @@ def test_without_the_fonts_the_error_says_what_to_install(
     with pytest.raises(ModuleNotFoundError, match=r"pip install -e '.\[miniature\]'"):
         ensure_miniature(tmp_path, SPEC)
     assert not files_of(tmp_path)
-
-
-def test_qt_is_not_imported() -> None:
-    render_scene(["cow"], SPEC, np.random.default_rng(0))
-    assert not {"qtawesome", "qtpy"} & set(sys.modules)
+    assert not {"qtawesome", "qtpy"} & set(sys.modules), "its code is not needed"
 
 
 # ------------------------------------------------------------------------------ registration
@@ -412,28 +378,11 @@ def test_registered_datasets_load_with_their_vocabulary(world: World) -> None:
         register_miniature()
 
 
-def test_how_much_captions_name_changes_no_picture_and_no_box(tmp_path):
-    worlds = {}
-    for probability in (0.0, 1.0):
-        spec = replace(SPEC, named_probability=probability, val_images=1, test_images=1)
-        worlds[probability] = ensure_miniature(tmp_path / str(probability), spec)
-    pictures = [
-        {p.name: p.read_bytes() for p in (root / "train").iterdir()} for root in worlds.values()
-    ]
-    assert pictures[0] == pictures[1]
-    contents = {
-        probability: json.loads((root / "annotations" / "train_base.json").read_text())
-        for probability, root in worlds.items()
-    }
-    assert contents[0.0]["annotations"] == contents[1.0]["annotations"]
-    named = {
-        probability: [
-            len(words(caption) & set(MINIATURE_CLASSES))
-            for image in content["images"]
-            for caption in image["captions"]
-        ]
-        for probability, content in contents.items()
-    }
-    assert set(named[0.0]) == {1}  # every caption names at least one
-    assert max(named[1.0]) > 1
-    assert all(most >= least for least, most in zip(named[0.0], named[1.0], strict=True))
+def test_how_much_captions_name_changes_no_picture_and_no_box(world: World, tmp_path: Path) -> None:
+    ensure_miniature(tmp_path, replace(SPEC, named_probability=0.0, val_images=1, test_images=1))
+    ours, silent = files_of(world.root), files_of(tmp_path)
+    assert all(silent[name] == ours[name] for name in silent if name.startswith("train/"))
+    content = json.loads(silent["annotations/train_base.json"])
+    assert content["annotations"] == world.read("train_base")["annotations"]
+    captions = [caption for image in content["images"] for caption in image["captions"]]
+    assert {len(words(caption) & set(MINIATURE_CLASSES)) for caption in captions} == {1}

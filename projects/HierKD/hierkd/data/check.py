@@ -1,14 +1,25 @@
-"""What is in a COCO file, counted before training: classes, boxes, captions, oddities."""
+"""What to look at before training: classes, boxes, captions, oddities, names that mislead CLIP."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tabulate import tabulate  # type: ignore[import-untyped]
+from torch import Tensor
 
-__all__ = ["class_table", "count_contents", "short_line", "warnings_of"]
+from hierkd.data.coco_json import get_box
+
+__all__ = [
+    "check_embeddings",
+    "check_tokens",
+    "class_table",
+    "count_contents",
+    "short_line",
+    "warnings_of",
+]
 
 Report = dict[str, Any]
 
@@ -17,20 +28,32 @@ Report = dict[str, Any]
 _TINY_PX = 4.0
 _FEW_BOXES = 10  # of a base class: less can hardly be learned. [ours]
 _MAX_NAMED = 8
+# Two names whose text embeddings have at least this cosine are one class to CLIP. [ours: with
+# ViT-B/32 no two of the 1,203 names of LVIS come closer than 0.965 ("book", "hardback book"), while
+# two spellings of one name, "wine glass" and "wineglass", have 0.982]
+_SAME_COSINE = 0.98
+_ODDITIES = {  # key of a report -> what it counts
+    "images_without_boxes": "images without any box",
+    "without_area": "boxes without area (dropped)",
+    "non_finite": "boxes that are no finite numbers (dropped)",
+    "outside": "boxes reaching out of their image (clipped, or dropped)",
+    "tiny": f"boxes with a side below {_TINY_PX:g} px",
+    "crowd": "crowd regions",
+}
 
 
 def count_contents(content: Mapping[str, Any], kind_of: Mapping[int, str]) -> Report:
     """Count what a file in COCO's layout holds.
 
     Args:
-        content: With ``images``, ``annotations`` and ``categories``.
+        content: As :func:`hierkd.data.coco_json.read_annotations` returns it.
         kind_of: Category id -> "base", "novel", "all" (no split) or "ignored".
 
     Returns:
         JSON-able: ``images``, ``images_without_boxes``, ``boxes``, ``crowd``, ``tiny`` (a side
         below 4 px), ``outside`` (reaching out of the image by more than a pixel), ``without_area``,
-        ``images_with_captions`` and ``classes``: a list of ``{"name", "kind", "boxes", "images"}``
-        in id order.
+        ``non_finite``, ``images_with_captions`` and ``classes``: a list of ``{"name", "kind",
+        "boxes", "images"}`` in id order.
     """
     sizes = {image["id"]: (image["width"], image["height"]) for image in content["images"]}
     boxes: Counter[int] = Counter()
@@ -39,14 +62,13 @@ def count_contents(content: Mapping[str, Any], kind_of: Mapping[int, str]) -> Re
     for annotation in content["annotations"]:
         boxes[annotation["category_id"]] += 1
         pictures[annotation["category_id"]].add(annotation["image_id"])
-        counts["crowd"] += bool(annotation.get("iscrowd", 0))
-        counts.update(_oddities(annotation["bbox"], sizes.get(annotation["image_id"])))
-    with_boxes = set().union(*pictures.values()) if pictures else set()
+        counts["crowd"] += annotation.get("iscrowd", 0)
+        counts.update(_oddities(get_box(annotation, ""), *sizes[annotation["image_id"]]))
+    counts["images_without_boxes"] = len(sizes.keys() - set().union(*pictures.values()))
     return {
         "images": len(sizes),
-        "images_without_boxes": len(sizes.keys() - with_boxes),
         "boxes": boxes.total(),
-        **{key: counts[key] for key in ("crowd", "tiny", "outside", "without_area")},
+        **{key: counts[key] for key in _ODDITIES},
         "images_with_captions": sum(bool(image.get("captions")) for image in content["images"]),
         "classes": [
             {
@@ -60,15 +82,15 @@ def count_contents(content: Mapping[str, Any], kind_of: Mapping[int, str]) -> Re
     }
 
 
-def _oddities(box: Any, size: tuple[int, int] | None) -> list[str]:
-    """Which of "tiny", "outside" and "without_area" an XYWH box (px) is."""
-    if size is None or len(box) != 4 or not all(isinstance(v, int | float) for v in box):
-        return []  # the loader refuses these with their place
+def _oddities(box: Sequence[float], image_width: int, image_height: int) -> list[str]:
+    """What is odd about an XYWH box (px)."""
     x, y, width, height = box
+    if not all(map(math.isfinite, box)):
+        return ["non_finite"]
     if width <= 0 or height <= 0:
         return ["without_area"]
     odd = ["tiny"] if min(width, height) < _TINY_PX else []
-    if min(x, y) < -1 or x + width > size[0] + 1 or y + height > size[1] + 1:
+    if min(x, y) < -1 or x + width > image_width + 1 or y + height > image_height + 1:
         odd.append("outside")
     return odd
 
@@ -89,37 +111,35 @@ def short_line(name: str, half: str, report: Report) -> str:
 
 def warnings_of(half: str, report: Report) -> list[str]:
     """What a user should look at before training, each a sentence."""
-    found = []
-
-    def note(classes: Sequence[str], text: str) -> None:
-        if classes:
-            more = f" and {len(classes) - _MAX_NAMED} more" if len(classes) > _MAX_NAMED else ""
-            found.append(f"{half}: {text}: {', '.join(classes[:_MAX_NAMED])}{more}")
-
     classes = report["classes"]
     wanted = [each for each in classes if each["kind"] != "ignored"]
+    few = []
     if half == "train":
         wanted = [each for each in wanted if each["kind"] == "base"]
-    note([each["name"] for each in wanted if not each["boxes"]], "classes without a box")
-    if half == "train":
         few = [f"{c['name']} ({c['boxes']})" for c in wanted if 0 < c["boxes"] < _FEW_BOXES]
-        note(few, f"base classes with fewer than {_FEW_BOXES} boxes")
-    ignored = [f"{c['name']} ({c['boxes']:,})" for c in classes if c["kind"] == "ignored"]
-    note(ignored, "categories in neither list, left out with their boxes")
-    names = [each["name"].lower() for each in classes]
-    note(
-        [each["name"] for each in classes if names.count(each["name"].lower()) > 1],
-        "categories that differ in capitals alone",
-    )
-    texts = {
-        "images_without_boxes": "images without any box",
-        "without_area": "boxes without area (dropped)",
-        "outside": "boxes reaching out of their image (clipped, or dropped)",
-        "tiny": f"boxes with a side below {_TINY_PX:g} px",
-        "crowd": "crowd regions",
+    lower = Counter(each["name"].lower() for each in classes)
+    findings = {
+        "classes without a box": [each["name"] for each in wanted if not each["boxes"]],
+        f"base classes with fewer than {_FEW_BOXES} boxes": few,
+        "categories in neither list, left out with their boxes": [
+            f"{c['name']} ({c['boxes']:,})" for c in classes if c["kind"] == "ignored"
+        ],
+        "categories that differ in capitals alone": [
+            each["name"] for each in classes if lower[each["name"].lower()] > 1
+        ],
     }
-    found += [f"{half}: {report[key]:,} {text}" for key, text in texts.items() if report[key]]
-    return found
+    counted = [f"{report[key]:,} {text}" for key, text in _ODDITIES.items() if report[key]]
+    return [f"{half}: {text}" for text in _listed(findings) + counted]
+
+
+def _listed(findings: Mapping[str, Sequence[str]]) -> list[str]:
+    """A sentence per finding that has names, with the first few of them."""
+    sentences = []
+    for text, names in findings.items():
+        if names:
+            more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
+            sentences.append(f"{text}: {', '.join(names[:_MAX_NAMED])}{more}")
+    return sentences
 
 
 def class_table(reports: Mapping[str, Report]) -> str:
@@ -144,3 +164,46 @@ def class_table(reports: Mapping[str, Report]) -> str:
     return str(
         tabulate(rows, headers, tablefmt="github", disable_numparse=True, colalign=alignment)
     )
+
+
+def check_tokens(
+    names: Sequence[str],
+    templates: Sequence[str],
+    count: Callable[[Sequence[str]], Sequence[int]],
+    context_length: int,
+) -> list[str]:
+    """Names whose prompt is longer than CLIP reads, or that hold nothing it reads.
+
+    Args:
+        names: K class names.
+        templates: Prompts with one "{}".
+        count: The teacher's tokeniser: C texts -> the number of tokens of each.
+        context_length: Tokens that the teacher reads.
+    """
+    longest = max(templates, key=len)
+    prompts = count([longest.replace("{}", name) for name in names])
+    nothing, *alone = count(["", *names])
+    return _listed(
+        {
+            f"prompts longer than the {context_length} tokens that CLIP reads": [
+                name for name, number in zip(names, prompts, strict=True) if number > context_length
+            ],
+            "names without anything that CLIP reads": [
+                name for name, number in zip(names, alone, strict=True) if number <= nothing
+            ],
+        }
+    )
+
+
+def check_embeddings(names: Sequence[str], embeddings: Tensor) -> list[str]:
+    """Pairs of names that are nearly the same to CLIP.
+
+    Args:
+        names: K class names.
+        embeddings: (K, D) L2-normalised.
+    """
+    cosines = (embeddings @ embeddings.T).triu(diagonal=1)
+    pairs = (cosines >= _SAME_COSINE).nonzero().tolist()
+    pairs.sort(key=lambda pair: -float(cosines[pair[0], pair[1]]))
+    found = [f"{names[i]} = {names[j]} ({cosines[i, j]:.3f})" for i, j in pairs]
+    return _listed({"names that are nearly the same to CLIP (cosine of their embeddings)": found})

@@ -5,7 +5,8 @@ categories of the file, in id order; the class index used everywhere else is the
 and the *base* and *novel* names of its split. The vocabulary of the training file is the base
 names; the validation files hold the base, the novel, or all images and categories.
 
-Bad files are refused here, before a run starts, with the file and the entry in the message.
+detectron2's ``load_coco_json`` is not called: it reads the file a second time, leaves out boxes
+whose mask has fewer than three points, and fails on fields that no box needs.
 """
 
 from __future__ import annotations
@@ -22,16 +23,7 @@ from typing import Any
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 
-from hierkd.data.coco_json import (
-    FieldTypes,
-    check_annotation,
-    check_file_name,
-    get_box,
-    get_entries,
-    index_by_id,
-    read_coco_json,
-    shown,
-)
+from hierkd.data.coco_json import get_box, read_annotations, shown, some
 from hierkd.data.splits import COCO_2014, COCO_2017, Category, CocoVariant, Split
 
 __all__ = [
@@ -49,17 +41,9 @@ DatasetDict = dict[str, Any]
 
 _LOGGER = logging.getLogger(__name__)
 
-_MAX_NAMED = 5  # how many offenders a message names before it only counts them [ours]
-
 # COCO rounds coordinates to 0.01 px, so x + w may pass the image's edge by that much. Such boxes
 # are clipped like any other but not counted as reaching outside [ours].
 _ROUNDING_PX = 0.02
-
-_IMAGE_FIELDS: FieldTypes = {"id": (int, str), "file_name": str, "height": int, "width": int}
-_ANNOTATION_FIELDS: FieldTypes = {
-    "id": (int, str), "image_id": (int, str), "category_id": int, "bbox": list,
-}  # fmt: skip
-_CATEGORY_FIELDS: FieldTypes = {"id": int, "name": str}
 
 
 def datasets_root() -> str:
@@ -99,9 +83,23 @@ def register_ovd_dataset(
         ValueError: ``name`` is taken; the vocabulary is empty, has duplicates or names outside
             base and novel; base and novel overlap; ids and names do not pair up.
     """
-    _check_names(name, vocabulary, base_classes, novel_classes, category_ids)
+    base, novel = set(base_classes), set(novel_classes)
+    problems = {
+        "the vocabulary repeats": [n for n, count in Counter(vocabulary).items() if count > 1],
+        "both base and novel:": sorted(base & novel),
+        "neither base nor novel:": [each for each in vocabulary if each not in base | novel],
+    }
     if name in DatasetCatalog.list():
         raise ValueError(f"Dataset {name!r} is already registered.")
+    for problem, names in problems.items():
+        if names:
+            raise ValueError(f"Dataset {name!r}: {problem} {some(names)}.")
+    ids = list(range(len(vocabulary)) if category_ids is None else category_ids)
+    if not ids or ids != sorted(set(ids)) or len(ids) != len(vocabulary):
+        raise ValueError(
+            f"Dataset {name!r}: expected a vocabulary, and as many ascending category ids, found "
+            f"{len(vocabulary)} names, ids {shown(ids)}."
+        )
     loader = partial(
         load_ovd_json,
         json_file,
@@ -121,37 +119,7 @@ def register_ovd_dataset(
         novel_classes=list(novel_classes),
     )
     if category_ids is not None:
-        metadata.thing_dataset_id_to_contiguous_id = {
-            category_id: index for index, category_id in enumerate(category_ids)
-        }
-
-
-def _check_names(
-    name: str,
-    vocabulary: Sequence[str],
-    base_classes: Sequence[str],
-    novel_classes: Sequence[str],
-    category_ids: Sequence[int] | None,
-) -> None:
-    """Raise ValueError if the name lists of dataset ``name`` contradict each other."""
-    if not vocabulary:
-        raise ValueError(f"Dataset {name!r}: the vocabulary is empty.")
-    repeated = [each for each, count in Counter(vocabulary).items() if count > 1]
-    if repeated:
-        raise ValueError(f"Dataset {name!r}: the vocabulary repeats {_some(repeated)}.")
-    both = sorted(set(base_classes) & set(novel_classes))
-    if both:
-        raise ValueError(f"Dataset {name!r}: both base and novel: {_some(both)}.")
-    neither = [each for each in vocabulary if each not in {*base_classes, *novel_classes}]
-    if neither:
-        raise ValueError(f"Dataset {name!r}: neither base nor novel: {_some(neither)}.")
-    if category_ids is not None and (
-        len(category_ids) != len(vocabulary) or sorted(set(category_ids)) != list(category_ids)
-    ):
-        raise ValueError(
-            f"Dataset {name!r}: expected {len(vocabulary)} ascending category ids, one for each "
-            f"name of the vocabulary, found {list(category_ids)}."
-        )
+        metadata.thing_dataset_id_to_contiguous_id = {k: index for index, k in enumerate(ids)}
 
 
 def load_ovd_json(
@@ -186,35 +154,55 @@ def load_ovd_json(
 
     Raises:
         FileNotFoundError: The JSON file, the image folder or images in it do not exist.
-        ValueError: The file is broken, lacks a key, repeats an id, mixes numbers and strings as
-            image ids, refers to an image or category that it does not hold or to a file outside
-            ``image_root``, or its categories are not ``vocabulary``.
+        ValueError: The file is wrong (:func:`hierkd.data.coco_json.check_annotations`), or its
+            categories are not ``vocabulary``.
     """
-    content = read_coco_json(json_file, missing_hint=missing_hint)
-    images = get_entries(content, "images", _IMAGE_FIELDS, json_file)
-    annotations = get_entries(content, "annotations", _ANNOTATION_FIELDS, json_file)
-    categories = get_entries(content, "categories", _CATEGORY_FIELDS, json_file)
-    class_index = _match_categories(categories, vocabulary, category_ids, json_file)
-    records = _make_records(images, image_root, json_file)
-    _check_images_exist([image["file_name"] for image in images], image_root, missing_hint)
-    counts = _add_annotations(records, annotations, class_index, json_file)
-    _log_counts(counts, len(records), json_file)
+    content = read_annotations(json_file, missing_hint=missing_hint)
+    class_index = _match_categories(content["categories"], vocabulary, category_ids, json_file)
+    _check_images_exist(
+        [image["file_name"] for image in content["images"]], image_root, missing_hint
+    )
+    records: dict[int | str, DatasetDict] = {
+        image["id"]: {
+            "file_name": os.path.join(image_root, image["file_name"]),
+            "height": image["height"],
+            "width": image["width"],
+            "image_id": image["id"],
+            "annotations": [],
+            **({"captions": image["captions"]} if "captions" in image else {}),
+        }
+        for image in sorted(content["images"], key=lambda image: image["id"])
+    }
+    counts: Counter[str] = Counter()
+    for annotation in content["annotations"]:
+        record = records[annotation["image_id"]]
+        box = get_box(annotation, json_file)
+        clipped, verdict = _clip_box(box, record["width"], record["height"])
+        counts[verdict] += 1
+        if clipped is not None:
+            record["annotations"].append(
+                {
+                    "id": annotation["id"],
+                    "bbox": clipped,
+                    "bbox_mode": BoxMode.XYWH_ABS,
+                    "category_id": class_index[annotation["category_id"]],
+                    "iscrowd": int(annotation.get("iscrowd", 0)),
+                }
+            )
+    dropped = {verdict: counts[verdict] for verdict in ("without area", "outside", "non-finite")}
+    _LOGGER.log(
+        logging.WARNING if any(dropped.values()) else logging.INFO,
+        "Loaded %d images with %d boxes from %s; clipped %d boxes to their image, dropped %d (%s).",
+        len(records),
+        counts["kept"] + counts["clipped"],
+        json_file,
+        counts["clipped"],
+        sum(dropped.values()),
+        ", ".join(f"{count} {verdict}" for verdict, count in dropped.items()),
+    )
     if dataset_name is not None:
         MetadataCatalog.get(dataset_name).thing_dataset_id_to_contiguous_id = class_index
-    return [records[image_id] for image_id in sorted(records, key=_id_order)]
-
-
-def _id_order(image_id: int | str) -> tuple[bool, int | str]:
-    """Sort key of an image id: numbers before strings."""
-    return isinstance(image_id, str), image_id
-
-
-def _some(values: Iterable[object]) -> str:
-    """Return the first few of ``values`` for a message, and how many more there are."""
-    listed = list(values)
-    text = ", ".join(shown(value) for value in listed[:_MAX_NAMED])
-    more = len(listed) - _MAX_NAMED
-    return f"{text} and {more:,} more" if more > 0 else text
+    return list(records.values())
 
 
 def _match_categories(
@@ -224,73 +212,22 @@ def _match_categories(
     json_file: str,
 ) -> dict[int, int]:
     """Return category id -> index into ``vocabulary``; ValueError unless the two agree."""
-    index_by_id(categories, "categories", json_file)
     found = sorted(Category(category["id"], category["name"]) for category in categories)
-    names = [category.name for category in found]
-    missing = [name for name in vocabulary if name not in set(names)]
-    if missing:
-        raise ValueError(
-            f"{json_file}: the dataset's vocabulary has {_some(missing)}, but 'categories' does "
-            f"not; expected {len(vocabulary)} names, found {len(names)}: {shown(names)}."
-        )
-    unexpected = [name for name in names if name not in set(vocabulary)]
-    if unexpected:
-        raise ValueError(
-            f"{json_file}: 'categories' has {_some(unexpected)}, but the dataset's vocabulary "
-            f"does not; expected {len(vocabulary)} names, found {len(names)}."
-        )
+    names, ids = [category.name for category in found], [category.id for category in found]
     if names != list(vocabulary):
+        missing = [name for name in vocabulary if name not in names]
+        unexpected = [name for name in names if name not in vocabulary]
         raise ValueError(
-            f"{json_file}: 'categories' in id order must be the vocabulary, expected "
-            f"{shown(list(vocabulary))}, found {shown(names)}."
+            f"{json_file}: 'categories' in id order must be the dataset's vocabulary, expected "
+            f"{shown(list(vocabulary))}, found {shown(names)}; missing: {some(missing) or 'none'}; "
+            f"unexpected: {some(unexpected) or 'none'}."
         )
-    if category_ids is not None:
-        for category, expected in zip(found, category_ids, strict=True):
-            if category.id != expected:
-                raise ValueError(
-                    f"{json_file}: category {category.name!r} must have id {expected}, "
-                    f"found {category.id}."
-                )
-    return {category.id: index for index, category in enumerate(found)}
-
-
-def _make_records(
-    images: Sequence[dict[str, Any]], image_root: str, json_file: str
-) -> dict[int | str, DatasetDict]:
-    """Return one dataset dict without annotations per image, by image id."""
-    if not images:
-        raise ValueError(f"{json_file}: 'images' is empty.")
-    records: dict[int | str, DatasetDict] = {}
-    kinds = {type(image["id"]): image["id"] for image in images}
-    if len(kinds) > 1:
+    if category_ids is not None and ids != list(category_ids):
         raise ValueError(
-            f"{json_file}: the ids of 'images' must all be numbers or all be strings, found "
-            f"{_some(kinds.values())}."
+            f"{json_file}: the categories {shown(names)} must have the ids {list(category_ids)}, "
+            f"found {ids}."
         )
-    for image_id, image in index_by_id(images, "images", json_file).items():
-        check_file_name(image["file_name"], image_id, json_file)
-        if image["width"] <= 0 or image["height"] <= 0:
-            raise ValueError(
-                f"{json_file}: image {shown(image_id)} must have a positive width and height, "
-                f"found {image['width']} x {image['height']}."
-            )
-        record: DatasetDict = {
-            "file_name": os.path.join(image_root, image["file_name"]),
-            "height": image["height"],
-            "width": image["width"],
-            "image_id": image_id,
-            "annotations": [],
-        }
-        if "captions" in image:
-            captions = image["captions"]
-            if not isinstance(captions, list) or not all(isinstance(c, str) for c in captions):
-                raise ValueError(
-                    f"{json_file}: 'captions' of image {shown(image_id)} must be a list of "
-                    f"strings, found {shown(captions)}."
-                )
-            record["captions"] = captions
-        records[image_id] = record
-    return records
+    return {category_id: index for index, category_id in enumerate(ids)}
 
 
 def _check_images_exist(file_names: Iterable[str], image_root: str, missing_hint: str) -> None:
@@ -304,76 +241,30 @@ def _check_images_exist(file_names: Iterable[str], image_root: str, missing_hint
         folder, base_name = os.path.split(file_name)
         wanted[folder].add(base_name)
     missing: list[str] = []
-    for folder, base_names in wanted.items():
+    for folder, base_names in wanted.items():  # a list of a folder is one request to its server
         path = os.path.join(image_root, folder)
-        if os.path.isdir(path):
-            with os.scandir(path) as entries:
-                present = {entry.name for entry in entries}
-            base_names = base_names - present
-        missing += [os.path.join(folder, base_name) for base_name in base_names]
+        present = set(os.listdir(path)) if os.path.isdir(path) else set()
+        missing += [os.path.join(folder, base_name) for base_name in base_names - present]
     if missing:
         total = sum(len(base_names) for base_names in wanted.values())
         raise FileNotFoundError(
             f"{len(missing):,} of {total:,} images do not exist in {image_root}: "
-            f"{_some(sorted(missing))}. {missing_hint}".rstrip()
+            f"{some(sorted(missing))}. {missing_hint}".rstrip()
         )
 
 
-def _add_annotations(
-    records: Mapping[int | str, DatasetDict],
-    annotations: Sequence[dict[str, Any]],
-    class_index: Mapping[int, int],
-    json_file: str,
-) -> Counter[str]:
-    """Append each annotation to its image's record; return how many were kept, clipped, dropped."""
-    index_by_id(annotations, "annotations", json_file)
-    for annotation in annotations:
-        check_annotation(annotation, json_file)
-    counts: Counter[str] = Counter()
-    for annotation in annotations:
-        record = records.get(annotation["image_id"])
-        if record is None:
-            raise ValueError(
-                f"{json_file}: annotation {shown(annotation['id'])} refers to image "
-                f"{shown(annotation['image_id'])}, which is not in 'images'."
-            )
-        category = class_index.get(annotation["category_id"])
-        if category is None:
-            raise ValueError(
-                f"{json_file}: annotation {shown(annotation['id'])} refers to category "
-                f"{annotation['category_id']!r}, which is not in 'categories'."
-            )
-        box, verdict = _clip_box(annotation, record["width"], record["height"], json_file)
-        counts[verdict] += 1
-        if box is not None:
-            record["annotations"].append(
-                {
-                    "id": annotation["id"],
-                    "bbox": box,
-                    "bbox_mode": BoxMode.XYWH_ABS,
-                    "category_id": category,
-                    "iscrowd": annotation.get("iscrowd", 0),
-                }
-            )
-    return counts
-
-
 def _clip_box(
-    annotation: Mapping[str, Any], width: int, height: int, json_file: str
+    box: tuple[float, float, float, float], width: int, height: int
 ) -> tuple[list[float] | None, str]:
-    """Clip an annotation's XYWH box (absolute px) to its ``width`` x ``height`` image.
+    """Clip an XYWH box (absolute px) to its ``width`` x ``height`` image.
 
     Returns:
         The clipped XYWH box, or ``None`` if it is to be dropped, and what was done:
         ``"kept"``, ``"clipped"``, ``"non-finite"``, ``"without area"`` or ``"outside"``.
-
-    Raises:
-        ValueError: ``bbox`` is not four numbers.
     """
-    box = get_box(annotation, json_file)
-    if not all(math.isfinite(value) for value in box):
-        return None, "non-finite"
     x, y, box_width, box_height = box
+    if not all(map(math.isfinite, box)):
+        return None, "non-finite"
     if box_width <= 0 or box_height <= 0:
         return None, "without area"
     x0, y0 = max(x, 0.0), max(y, 0.0)
@@ -384,23 +275,6 @@ def _clip_box(
     if overshoot <= 0:
         return list(box), "kept"
     return [x0, y0, x1 - x0, y1 - y0], "clipped" if overshoot > _ROUNDING_PX else "kept"
-
-
-def _log_counts(counts: Mapping[str, int], num_images: int, json_file: str) -> None:
-    """Log in one line what was loaded; a warning if boxes were dropped."""
-    dropped = {
-        verdict: counts.get(verdict, 0) for verdict in ("without area", "outside", "non-finite")
-    }
-    _LOGGER.log(
-        logging.WARNING if any(dropped.values()) else logging.INFO,
-        "Loaded %d images with %d boxes from %s; clipped %d boxes to their image, dropped %d (%s).",
-        num_images,
-        counts.get("kept", 0) + counts.get("clipped", 0),
-        json_file,
-        counts.get("clipped", 0),
-        sum(dropped.values()),
-        ", ".join(f"{count} {verdict}" for verdict, count in dropped.items()),
-    )
 
 
 def check_captions(dataset_dicts: Iterable[Mapping[str, Any]], json_file: str) -> None:
@@ -421,7 +295,7 @@ def check_captions(dataset_dicts: Iterable[Mapping[str, Any]], json_file: str) -
     if without:
         raise ValueError(
             f"{json_file}: {len(without):,} images have no caption or an empty one, but global "
-            f"distillation needs one for each: {_some(without)}. Add 'captions' (a list of "
+            f"distillation needs one for each: {some(without)}. Add 'captions' (a list of "
             "strings) to these images, or switch it off with MODEL.GKD.LOSS_WEIGHT 0.0."
         )
 
@@ -453,10 +327,10 @@ def check_registered(names: Iterable[str]) -> None:
     for name in names:
         if name not in registered:
             close = closest_dataset(name)
-            ours = sorted(each for each in registered if "_ovd_" in each)
+            ours = [n for n in registered if MetadataCatalog.get(n).get("base_classes") is not None]
             raise ValueError(
                 f"Unknown dataset {name!r}{f' (did you mean {close!r}?)' if close else ''}; "
-                f"this project registers {ours}."
+                f"expected one of {sorted(ours)}."
             )
 
 
@@ -480,42 +354,31 @@ def register_coco_ovd(root: str | None = None) -> None:
     Args:
         root: The folder that holds ``coco``; :func:`datasets_root` unless given.
     """
-    coco = os.path.join(datasets_root() if root is None else root, "coco")
+    root = datasets_root() if root is None else root
     for variant in (COCO_2017, COCO_2014):
         for split in variant.splits():
-            vocabularies = {
-                "train_base": split.base,
-                "val_base": split.base,
-                "val_novel": split.novel,
-                "val_all": split.all,
-            }
-            for part, vocabulary in vocabularies.items():
-                _register_coco_part(coco, variant, split, part, vocabulary)
+            for part, vocabulary in split.parts.items():
+                if f"coco_ovd_{split.name}{variant.suffix}_{part}" not in DatasetCatalog.list():
+                    _register_coco_part(root, variant, split, part, vocabulary)
 
 
 def _register_coco_part(
-    coco: str, variant: CocoVariant, split: Split, part: str, vocabulary: Sequence[Category]
+    root: str, variant: CocoVariant, split: Split, part: str, vocabulary: Sequence[Category]
 ) -> None:
     """Register one COCO dataset; ``part`` is the stem of its file and starts train_ or val_."""
-    full_name = f"{split.name}{variant.suffix}"
-    name = f"coco_ovd_{full_name}_{part}"
-    if name in DatasetCatalog.list():
-        return
-    command = f"python datasets/prepare_coco.py --split {split.name}"
-    if variant is not COCO_2017:
-        command += f" --coco-year {variant.year}"
+    folder, year = f"{split.name}{variant.suffix}", str(variant.year)
+    command = f"python datasets/prepare_coco.py --split {split.name} --coco-year {year}"
     register_ovd_dataset(
-        name,
-        json_file=os.path.join(coco, "annotations", f"ovd_{full_name}", f"{part}.json"),
-        image_root=os.path.join(coco, variant.train if part == "train_base" else variant.val),
+        f"coco_ovd_{folder}_{part}",
+        json_file=os.path.join(root, "coco", "annotations", f"ovd_{folder}", f"{part}.json"),
+        image_root=os.path.join(root, "coco", part.split("_")[0] + year),
         vocabulary=[category.name for category in vocabulary],
         base_classes=[category.name for category in split.base],
         novel_classes=[category.name for category in split.novel],
         category_ids=[category.id for category in vocabulary],
         missing_hint=(
-            f"Make the annotations with `{command}` after downloading COCO {variant.year} (its "
-            "--dry-run says what is missing). The environment variable DETECTRON2_DATASETS names "
-            f"the folder that holds coco/; it was {os.path.dirname(coco) or '.'!r} when hierkd was "
-            "imported."
+            f"Make the annotations with `{command}` after downloading COCO {year} (its --dry-run "
+            "says what is missing). The environment variable DETECTRON2_DATASETS names the folder "
+            f"that holds coco/; it was {root!r} when hierkd was imported."
         ),
     )

@@ -1,4 +1,8 @@
-"""Reading files in COCO's JSON layout, with errors that say where a file is wrong."""
+"""Annotation files in COCO's layout, read and checked, with errors that say where one is wrong.
+
+:func:`read_annotations` is the one place where boxes come in: from a user's file, from COCO's own,
+and from the files that this project makes of them. No label is lost here without a word.
+"""
 
 from __future__ import annotations
 
@@ -6,33 +10,52 @@ import json
 import math
 import os
 import posixpath
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 __all__ = [
     "FieldTypes",
     "check_annotation",
-    "check_file_name",
+    "check_annotations",
     "get_box",
     "get_entries",
     "index_by_id",
+    "read_annotations",
     "read_coco_json",
     "shown",
+    "some",
 ]
 
 JsonObject = dict[str, Any]
 FieldTypes = Mapping[str, type | tuple[type, ...]]
 """Field name -> the type or types that its value must have."""
 
+_MAX_NAMED = 5  # how many offenders a message names before it only counts them [ours]
 _SHOWN_CHARACTERS = 200  # of a value in a message [ours]
 _INT64 = range(-(2**63), 2**63)  # what the arrays of ids and sizes hold
+
+_SIZE_FIELDS: FieldTypes = {"id": (int, str), "height": int, "width": int}
+_IMAGE_FIELDS: FieldTypes = {"file_name": str}
+_CATEGORY_FIELDS: FieldTypes = {"id": int, "name": str}
+_ANNOTATION_FIELDS: FieldTypes = {
+    "id": (int, str), "image_id": (int, str), "category_id": int, "bbox": list,
+}  # fmt: skip
+
+
+def read_annotations(path: str | os.PathLike[str], **options: Any) -> JsonObject:
+    """Read an annotation file as :func:`read_coco_json` does, and :func:`check_annotations`."""
+    content = read_coco_json(path, **options)
+    check_annotations(content, path)
+    return content
 
 
 def read_coco_json(
     path: str | os.PathLike[str],
     *,
     missing_hint: str = "",
+    encoding: str = "utf-8",
     object_hook: Callable[[JsonObject], JsonObject] | None = None,
 ) -> JsonObject:
     """Read a JSON file whose top level is an object.
@@ -40,11 +63,9 @@ def read_coco_json(
     Args:
         path: The file.
         missing_hint: What to do when the file does not exist; appended to the error.
+        encoding: "utf-8-sig" passes over a byte order mark, which COCO's own code cannot read.
         object_hook: Passed to :func:`json.loads`; sees every object as soon as it is parsed, so
             that fields nobody needs can be dropped before they fill the memory.
-
-    Returns:
-        The parsed object.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -56,15 +77,12 @@ def read_coco_json(
         found = "is a folder, not a file" if path.is_dir() else "does not exist"
         raise FileNotFoundError(f"Annotation file {path} {found}. {missing_hint}".rstrip())
     try:
-        text = path.read_text(encoding="utf-8")
+        content = json.loads(path.read_text(encoding), object_hook=object_hook)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not a UTF-8 text file: {error}.") from error
-    try:
-        content = json.loads(text, object_hook=object_hook)
     except json.JSONDecodeError as error:
         raise ValueError(
-            f"{path} is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno} "
-            f"(character {error.pos:,} of {len(text):,}). Was it downloaded or written completely?"
+            f"{path} is not valid JSON: {error}. Was it downloaded or written completely?"
         ) from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits; [[[[[[...
         raise ValueError(f"{path} is not a usable JSON file: {error}.") from error
@@ -74,6 +92,51 @@ def read_coco_json(
             f"found a {type(content).__name__} at the top level."
         )
     return content
+
+
+def check_annotations(content: JsonObject, path: str | os.PathLike[str]) -> None:
+    """Check all that training and evaluation rely on in a parsed annotation file.
+
+    Whole numbers that are written as 128.0 become integers. LVIS v1 names a picture by its address
+    on COCO's server alone: it gets the ``file_name`` that this ends with.
+
+    Args:
+        content: ``images`` (``id``, ``file_name``, ``height``, ``width``, perhaps ``captions``),
+            ``annotations`` (``id``, ``image_id``, ``category_id``, ``bbox``, perhaps ``iscrowd``
+            and ``area``) and ``categories`` (``id``, ``name``).
+        path: Where it is from, for messages.
+
+    Raises:
+        ValueError: A list or field is missing or of another type, an id is repeated, images have
+            ids of two types, an annotation refers to an image or category that is not there, or a
+            value makes no sense: the list, the entry, and what was found are named.
+    """
+    for image in get_entries(content, "images", _SIZE_FIELDS, path):
+        if "file_name" not in image and isinstance(image.get("coco_url"), str):
+            image["file_name"] = "/".join(image["coco_url"].split("/")[-2:])  # val2017/0...139.jpg
+    images = index_by_id(get_entries(content, "images", _IMAGE_FIELDS, path), "images", path)
+    if not images:
+        raise ValueError(f"{path}: 'images' is empty.")
+    if len(kinds := {type(image_id): image_id for image_id in images}) > 1:
+        raise ValueError(
+            f"{path}: the ids of 'images' must all be numbers or all be strings, found "
+            f"{some(kinds.values())}."
+        )
+    for image in content["images"]:
+        _check_image(image, path)
+    categories = index_by_id(
+        get_entries(content, "categories", _CATEGORY_FIELDS, path), "categories", path
+    )
+    names = Counter(category["name"] for category in content["categories"])
+    if repeated := [name for name, count in names.items() if count > 1]:
+        raise ValueError(f"{path}: several 'categories' are called {some(repeated)}.")
+    annotations = get_entries(content, "annotations", _ANNOTATION_FIELDS, path)
+    index_by_id(annotations, "annotations", path)
+    for annotation in annotations:
+        _check_reference(annotation, "image_id", images, path)
+        _check_reference(annotation, "category_id", categories, path)
+        check_annotation(annotation, path)
+        get_box(annotation, path)
 
 
 def get_entries(
@@ -87,8 +150,8 @@ def get_entries(
     Args:
         content: A parsed COCO file.
         key: ``"images"``, ``"annotations"`` or ``"categories"``.
-        required: Field name to the type or types that its value must have. True and false are
-            no numbers, and an integer has at most 64 bits.
+        required: Field name to the type or types that its value must have. True and false are no
+            numbers, an integer has at most 64 bits, and 128.0 becomes the integer 128.
         path: The file, for messages.
 
     Raises:
@@ -101,45 +164,28 @@ def get_entries(
     if not isinstance(entries, list):
         raise ValueError(f"{path}: {key!r} must be a list, found a {type(entries).__name__}.")
     for index, entry in enumerate(entries):
-        if not isinstance(entry, dict):
-            raise ValueError(
-                f"{path}: {key}[{index}] must be an object, found a {type(entry).__name__}."
-            )
-        for field, types in required.items():
-            if field not in entry:
-                raise ValueError(
-                    f"{path}: {key}[{index}] has no {field!r}; found {shown(sorted(entry))}."
-                )
-            value = entry[field]
-            if not isinstance(value, types) or isinstance(value, bool):
-                names = types.__name__ if isinstance(types, type) else _join(types)
-                raise ValueError(
-                    f"{path}: {key}[{index}][{field!r}] must be of type {names}, "
-                    f"found {shown(value)}."
-                )
-            if isinstance(value, int) and value not in _INT64:
-                raise ValueError(
-                    f"{path}: {key}[{index}][{field!r}] must be an integer of at most 64 bits, "
-                    f"found {shown(value)}."
-                )
+        if problem := _problem(entry, required):
+            raise ValueError(f"{path}: {key}[{index}]{problem}.")
     return entries
 
 
-def shown(value: object) -> str:
-    """Return ``repr(value)`` for a message, its middle left out where it is long."""
-    try:
-        text = repr(value)
-    except ValueError:  # Python refuses to write out integers of thousands of digits
-        text = f"a {type(value).__name__} that is too long to show"
-    if len(text) <= _SHOWN_CHARACTERS:
-        return text
-    half = _SHOWN_CHARACTERS // 2
-    return f"{text[:half]}...{text[-half:]} ({len(text):,} characters)"
-
-
-def _join(types: Iterable[type]) -> str:
-    """Return the names of ``types`` for a message."""
-    return " or ".join(each.__name__ for each in types)
+def _problem(entry: Any, required: FieldTypes) -> str:
+    """What is wrong with an entry; empty if nothing is."""
+    if not isinstance(entry, dict):
+        return f" must be an object, found {shown(entry)}"
+    for field, types in required.items():
+        if field not in entry:
+            return f" has no {field!r}; found {shown(sorted(entry))}"
+        value = entry[field]
+        if isinstance(value, float) and value.is_integer():
+            value = entry[field] = int(value)
+        if not isinstance(value, types) or isinstance(value, bool):
+            kinds = types if isinstance(types, tuple) else (types,)
+            names = " or ".join(each.__name__ for each in kinds)
+            return f"[{field!r}] must be of type {names}, found {shown(value)}"
+        if isinstance(value, int) and value not in _INT64:
+            return f"[{field!r}] must be an integer of at most 64 bits, found {shown(value)}"
+    return ""
 
 
 def index_by_id(
@@ -158,24 +204,46 @@ def index_by_id(
     return indexed
 
 
-def check_file_name(file_name: str, image_id: object, path: str | os.PathLike[str]) -> None:
-    """Raise ValueError unless an image's ``file_name`` stays inside the folder of the images.
-
-    It must be relative, and no ``..`` may lead out of the folder. Links that lie inside the folder
-    are followed: they were put there by its owner, and not by the JSON.
-
-    Args:
-        file_name: As in the JSON.
-        image_id: Of the image, for the message.
-        path: The JSON, for the message.
-    """
-    as_posix = file_name.replace("\\", "/")  # also a separator, on some systems
-    steps = posixpath.normpath(as_posix).split("/")
-    drive = os.path.splitdrive(file_name)[0]
-    if not file_name or "\0" in file_name or as_posix[:1] == "/" or drive or steps[0] == "..":
+def _check_reference(
+    annotation: Mapping[str, Any],
+    key: str,
+    known: Collection[int | str],
+    path: str | os.PathLike[str],
+) -> None:
+    """Check that an annotation's ``image_id`` or ``category_id`` is one that the file contains."""
+    if (value := annotation[key]) not in known:
+        twins = [each for each in known if str(each) == str(value)]  # "1" beside 1
+        hint = f"; it contains {twins[0]!r}, which is of another type" if twins else ""
         raise ValueError(
-            f"{path}: 'file_name' of image {shown(image_id)} must be a path inside the folder of "
-            f"the images, found {shown(file_name)}."
+            f"{path}: annotation {shown(annotation['id'])} has {key} {shown(value)}, which the "
+            f"file does not contain{hint}."
+        )
+
+
+def _check_image(image: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Check the values of an image: size, captions, and a ``file_name`` inside its folder.
+
+    The name must be relative, and no ``..`` may lead out of the folder. Links that lie inside the
+    folder are followed: they were put there by its owner, and not by the JSON.
+    """
+    name, where = image["file_name"], f"of image {shown(image['id'])}"
+    as_posix = name.replace("\\", "/")  # also a separator, on some systems
+    leads_out = posixpath.normpath(as_posix).split("/")[0] == ".."
+    is_absolute = as_posix[:1] == "/" or os.path.splitdrive(name)[0] != ""
+    if not name or "\0" in name or is_absolute or leads_out:
+        raise ValueError(
+            f"{path}: 'file_name' {where} must be a path inside the folder of the images, found "
+            f"{shown(name)}."
+        )
+    if image["width"] <= 0 or image["height"] <= 0:
+        raise ValueError(
+            f"{path}: width and height {where} must be positive, found {image['width']} x "
+            f"{image['height']}."
+        )
+    captions = image.get("captions", [])
+    if not isinstance(captions, list) or not all(isinstance(each, str) for each in captions):
+        raise ValueError(
+            f"{path}: 'captions' {where} must be a list of strings, found {shown(captions)}."
         )
 
 
@@ -193,7 +261,7 @@ def get_box(
             f"{path}: 'bbox' of annotation {shown(annotation['id'])} must be four numbers "
             f"[x, y, width, height], found {shown(box)}."
         )
-    x, y, width, height = (_as_float(value) for value in box)
+    x, y, width, height = map(_as_float, box)
     return x, y, width, height
 
 
@@ -205,16 +273,13 @@ def check_annotation(annotation: Mapping[str, Any], path: str | os.PathLike[str]
             missing for ``area``.
     """
     crowd, area = annotation.get("iscrowd", 0), annotation.get("area")
-    if not isinstance(crowd, int) or crowd not in (0, 1):
-        raise ValueError(
-            f"{path}: 'iscrowd' of annotation {shown(annotation['id'])} must be 0 or 1, "
-            f"found {shown(crowd)}."
-        )
-    if area is not None and not (_is_number(area) and math.isfinite(_as_float(area))):
-        raise ValueError(
-            f"{path}: 'area' of annotation {shown(annotation['id'])} must be a finite number, "
-            f"found {shown(area)}."
-        )
+    if crowd not in (0, 1):
+        expected = f"'iscrowd' must be 0 or 1, found {shown(crowd)}"
+    elif area is not None and not (_is_number(area) and math.isfinite(_as_float(area))):
+        expected = f"'area' must be a finite number, found {shown(area)}"
+    else:
+        return
+    raise ValueError(f"{path}: annotation {shown(annotation['id'])}: {expected}.")
 
 
 def _is_number(value: object) -> bool:
@@ -226,3 +291,22 @@ def _as_float(value: float) -> float:
         return float(value)
     except OverflowError:
         return math.inf if value > 0 else -math.inf
+
+
+def shown(value: object) -> str:
+    """Return ``repr(value)`` for a message, its middle left out where it is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python refuses to write out integers of thousands of digits
+        text = f"a {type(value).__name__} that is too long to show"
+    if len(text) <= _SHOWN_CHARACTERS:
+        return text
+    half = _SHOWN_CHARACTERS // 2
+    return f"{text[:half]}...{text[-half:]} ({len(text):,} characters)"
+
+
+def some(values: Iterable[object], most: int = _MAX_NAMED) -> str:
+    """Return the first ``most`` of ``values`` for a message, and how many more there are."""
+    listed = list(values)
+    text = ", ".join(map(shown, listed[:most]))
+    return f"{text} and {len(listed) - most:,} more" if len(listed) > most else text

@@ -2,21 +2,19 @@
 
 The split is applied once, into a cache folder named after everything that decides the result (the
 YAML's content, and path, size and time of each file), so that the loader, the evaluator and every
-process read the same files, and an old result is never taken for a new one. A folder is made beside
-its place and then moved there, so it is whole or not there at all.
+process read the same files, and an old result is never taken for a new one. The stamp is written
+last: a folder without one is not finished.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import hashlib
 import json
 import logging
-import shutil
-import tempfile
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +23,11 @@ from iopath.common.file_io import file_lock
 
 from hierkd.data.check import Report, count_contents, short_line, warnings_of
 from hierkd.data.coco import register_ovd_dataset
-from hierkd.data.coco_json import FieldTypes, get_entries, index_by_id, read_coco_json
-from hierkd.data.definitions import Definition, Half, caption_of, read_definition
+from hierkd.data.coco_json import FieldTypes, get_entries, read_annotations, read_coco_json, some
+from hierkd.data.definitions import Definition, Half, TrainHalf, caption_of, read_definition
 from hierkd.data.prepare import build_part, join_captions
 from hierkd.data.splits import Category
-from hierkd.files import cache_root
-from hierkd.teachers.texts import as_clip_reads
+from hierkd.files import cache_root, write_json_atomically
 
 __all__ = [
     "PreparedHalf",
@@ -44,18 +41,12 @@ logger = logging.getLogger(__name__)
 
 JsonObject = dict[str, Any]
 
-_VERSION = 2  # of what the cache holds: raised when the same input gives other files
+_VERSION = 3  # of what the cache holds: raised when the same input gives other files
 _STAMP = "stamp.json"
-_MAX_NAMED = 5
-
-_IMAGES: FieldTypes = {"id": (int, str), "height": int, "width": int}
-_ANNOTATIONS: FieldTypes = {"image_id": (int, str), "category_id": int, "bbox": list}
-_CATEGORIES: FieldTypes = {"id": int, "name": str}
-_CAPTIONS: FieldTypes = {"image_id": (int, str), "caption": str}
 _LVIS_FIELDS = ("neg_category_ids", "not_exhaustive_category_ids")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class PreparedHalf:
     """A half of a dataset after the split.
 
@@ -69,15 +60,6 @@ class PreparedHalf:
     folder: Path
     vocabularies: Mapping[str, Sequence[Category]]
     report: Report
-
-    def json_file(self, part: str) -> Path:
-        """The annotations of a part."""
-        return self.folder / f"{part}.json"
-
-
-def cache_folder() -> Path:
-    """Where prepared datasets lie: ``$HIERKD_CACHE/datasets``; ~/.cache/hierkd by default."""
-    return cache_root() / "datasets"
 
 
 # ------------------------------------------------------------------------------ registration
@@ -120,18 +102,18 @@ def register_definitions(paths: Iterable[str]) -> list[Definition]:
 
 def _register_half(definition: Definition, kind: str, half: Half) -> None:
     """Register the parts of one half."""
-    if not half.json.is_file():
-        logger.warning("%s: %s.json: no file %s", definition.path, kind, half.json)
+    if not half.json_file.is_file():
+        logger.warning("%s: %s.json: no file %s", definition.path, kind, half.json_file)
         groups = {"base": definition.base} if kind == "train" else definition.groups
         for group, names in groups.items():
             if names:
                 spoken = [definition.spoken(name) for name in names]
-                _register(definition, f"{kind}_{group}", half, half.json, "", spoken)
+                _register(definition, f"{kind}_{group}", half, half.json_file, "", spoken)
         return
     prepared = prepare_half(definition, kind, half)
     for part, vocabulary in prepared.vocabularies.items():
         metadata = _register(
-            *(definition, part, half, prepared.json_file(part), prepared.folder.name),
+            *(definition, part, half, prepared.folder / f"{part}.json", prepared.folder.name),
             [category.name for category in vocabulary],
             [category.id for category in vocabulary],
         )
@@ -161,25 +143,24 @@ def _register(
             return known
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
-    base, novel = (
-        [definition.spoken(each) for each in names] for names in (definition.base, definition.novel)
-    )
+    novel = [definition.spoken(each) for each in definition.novel]
     register_ovd_dataset(
         name,
         json_file=str(json_file),
         image_root=str(half.images),
         vocabulary=vocabulary,
-        base_classes=base,
+        base_classes=[definition.spoken(each) for each in definition.base],
         novel_classes=novel if definition.has_split else vocabulary,
         category_ids=category_ids,
         missing_hint=f"{definition.path} names it.",
     )
-    metadata = MetadataCatalog.get(name)
-    metadata.definition, metadata.fingerprint = str(definition.path), fingerprint
-    metadata.declares_split = definition.has_split
-    metadata.detections_per_image = definition.detections_per_image
-    metadata.federated = definition.lvis
-    return metadata
+    return MetadataCatalog.get(name).set(
+        definition=str(definition.path),
+        fingerprint=fingerprint,
+        declares_split=definition.has_split,
+        detections_per_image=definition.detections_per_image,
+        federated=definition.lvis,
+    )
 
 
 def describe_datasets(names: Iterable[str]) -> list[str]:
@@ -187,21 +168,14 @@ def describe_datasets(names: Iterable[str]) -> list[str]:
 
     Returns:
         Lines for a log: one per half of a dataset, and one per finding.
-
-    Raises:
-        ValueError: A name is not registered.
     """
     lines = []
     for name in names:
-        if name not in DatasetCatalog.list():
-            ours = [n for n in DatasetCatalog.list() if MetadataCatalog.get(n).get("definition")]
-            raise ValueError(f"Unknown dataset {name!r}; DATASETS.DEFINITIONS has {sorted(ours)}.")
-        metadata = MetadataCatalog.get(name)
-        if metadata.get("report") is None:
-            continue
-        half = "train" if metadata.get("num_captions") is not None else "val"
-        lines.append(short_line(metadata.definition, half, metadata.report))
-        lines += [f"  check {text}" for text in warnings_of(half, metadata.report)]
+        if name in DatasetCatalog.list() and (report := MetadataCatalog.get(name).get("report")):
+            metadata = MetadataCatalog.get(name)
+            half = "train" if metadata.get("num_captions") is not None else "val"
+            lines.append(short_line(metadata.definition, half, report))
+            lines += [f"  check {text}" for text in warnings_of(half, report)]
     return list(dict.fromkeys(lines))
 
 
@@ -220,6 +194,8 @@ def has_no_captions(names: Iterable[str]) -> bool:
 def prepare_half(definition: Definition, kind: str, half: Half) -> PreparedHalf:
     """Apply the split to one half, unless the cache holds the result.
 
+    The cache is ``$HIERKD_CACHE/datasets``, by default in ``~/.cache/hierkd``.
+
     Args:
         definition: The dataset.
         kind: "train" or "val".
@@ -229,19 +205,21 @@ def prepare_half(definition: Definition, kind: str, half: Half) -> PreparedHalf:
         FileNotFoundError: A file does not exist.
         ValueError: A file is wrong or lacks a category; or the cache cannot be written.
     """
-    folder = cache_folder() / f"{definition.name}-{kind}-{_fingerprint(definition, kind, half)}"
+    cache = cache_root() / "datasets"
+    folder = cache / f"{definition.name}-{kind}-{_fingerprint(definition, kind, half)}"
     try:
         if not (folder / _STAMP).is_file():
-            folder.parent.mkdir(parents=True, exist_ok=True)
+            cache.mkdir(parents=True, exist_ok=True)
             with file_lock(str(folder)):  # the other processes wait for the first
                 if not (folder / _STAMP).is_file():
-                    _write_half(folder, _build_half(definition, kind, half))
+                    for name, content in _build_half(definition, kind, half).items():
+                        write_json_atomically(folder / name, content)
         stamp = json.loads((folder / _STAMP).read_text(encoding="utf-8"))
     except OSError as error:
-        if isinstance(error, FileNotFoundError) and str(folder.parent) not in str(error):
+        if isinstance(error, FileNotFoundError) and str(cache) not in str(error):
             raise
         raise ValueError(
-            f"{definition.path}: cannot keep the prepared dataset in {folder.parent}: {error}. The "
+            f"{definition.path}: cannot keep the prepared dataset in {cache}: {error}. The "
             "environment variable HIERKD_CACHE names another folder."
         ) from error
     vocabularies = {
@@ -253,62 +231,48 @@ def prepare_half(definition: Definition, kind: str, half: Half) -> PreparedHalf:
 def _fingerprint(definition: Definition, kind: str, half: Half) -> str:
     """Hash of everything that decides what a half becomes."""
     files = []
-    for path in (half.json, half.captions):
+    for path in (half.json_file, half.captions_file if isinstance(half, TrainHalf) else None):
         if path is not None and path.is_file():
             status = path.stat()
             files.append([str(path.resolve()), status.st_size, status.st_mtime_ns])
-    said = dataclasses.asdict(dataclasses.replace(definition, train=None, val=None, path=Path()))
-    recipe = [_VERSION, kind, dataclasses.astuple(half), said, files]
+    said = definition.model_dump(exclude={"train", "val"})
+    recipe = [_VERSION, kind, half.model_dump(), said, files]
     return hashlib.sha256(json.dumps(recipe, default=str).encode()).hexdigest()[:24]
 
 
-def _write_half(folder: Path, files: Mapping[str, JsonObject]) -> None:
-    """Write the files of a half into a folder that appears at once."""
-    making = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        for name, content in files.items():
-            (making / name).write_text(json.dumps(content, separators=(",", ":")), "utf-8")
-        making.chmod(0o755)  # mkdtemp's is for its owner alone
-        if folder.exists():  # without a stamp: not from here, but in the way
-            shutil.rmtree(folder)
-        making.rename(folder)
-    finally:
-        shutil.rmtree(making, ignore_errors=True)
-
-
 def _build_half(definition: Definition, kind: str, half: Half) -> dict[str, JsonObject]:
-    """File name -> content of all parts of a half, and of the stamp."""
-    logger.info("%s: preparing %s", definition.path, half.json)
-    content = _read(half.json, lvis=definition.lvis)
-    category_of = _categories_by_name(content["categories"], half.json)
-    named = {*category_of, *definition.base, *definition.novel}
-    if unknown := [name for name in definition.rename if name not in named]:
-        raise _unknown_names(unknown, category_of, definition, half.json, "renames")
+    """File name -> content of all parts of a half, and of the stamp, which is the last."""
+    path = half.json_file
+    logger.info("%s: preparing %s", definition.path, path)
+    content = read_annotations(path, encoding="utf-8-sig")
+    if definition.lvis:
+        _check_federated(content, path)
+    found = sorted(Category(each["id"], each["name"]) for each in content["categories"])
+    category_of = {category.name: category for category in found}
+    known = {*category_of, *definition.base, *definition.novel}
+    _check_known(definition.rename, known, definition, path)
     groups = {"base": definition.base} if kind == "train" else definition.groups
-    captions = _read_captions(half, content) if kind == "train" else {}
     vocabularies, files = {}, {}
     for group, names in groups.items():
-        wanted = _find(names or tuple(category_of), category_of, definition, half.json)
-        part = build_part(content, wanted, half.json)
+        wanted = _find(names or list(category_of), category_of, definition, path)
+        part = build_part(content, wanted, path)
         if not definition.has_split:  # images without an object count as well
-            part = {**part, "images": content["images"]}
+            part["images"] = content["images"]
         elif definition.lvis:
-            part = {**part, "images": _annotated_images(content, wanted)}
-        if kind == "train":
-            part = _add_captions(part, captions, definition, half)
-        part = _rename(part, definition, content)
-        vocabularies[f"{kind}_{group}"] = [
-            [category["id"], category["name"]] for category in part["categories"]
+            part["images"] = _annotated_images(content, wanted)
+        part["categories"] = [
+            {**each, "name": definition.spoken(each["name"])} for each in part["categories"]
         ]
+        if isinstance(half, TrainHalf):
+            part = _add_captions(part, definition.caption_template, half, content)
+        vocabularies[f"{kind}_{group}"] = [(c["id"], c["name"]) for c in part["categories"]]
         files[f"{kind}_{group}.json"] = part
-    kind_of = {category.id: _kind(name, definition) for name, category in category_of.items()}
-    report = count_contents(content, kind_of)
+    report = count_contents(content, {c.id: _kind(n, definition) for n, c in category_of.items()})
     if kind == "train":
         images = files["train_base.json"]["images"]
-        report["images_used"] = len(images)
         report["images_with_captions"] = sum(bool(each.get("captions")) for each in images)
         report["num_captions"] = sum(len(each.get("captions", [])) for each in images)
-    stamp = {"vocabularies": vocabularies, "report": report, "source": str(half.json)}
+    stamp = {"vocabularies": vocabularies, "report": report, "source": str(path)}
     return {**files, _STAMP: stamp}
 
 
@@ -320,55 +284,33 @@ def _kind(category: str, definition: Definition) -> str:
     return "novel" if category in definition.novel else "ignored"
 
 
-def _read(path: Path, *, lvis: bool) -> JsonObject:
-    """Read annotations and check what the split relies on; the loader checks the rest."""
-    content = read_coco_json(path)
-    images = get_entries(content, "images", _IMAGES, path)
-    get_entries(content, "annotations", _ANNOTATIONS, path)
-    index_by_id(get_entries(content, "categories", _CATEGORIES, path), "categories", path)
-    for image in images:
-        if "file_name" not in image and isinstance(image.get("coco_url"), str):
-            # LVIS v1 names a picture by its address on COCO's server: .../val2017/000000000139.jpg
-            image["file_name"] = "/".join(image["coco_url"].split("/")[-2:])
-        for field in _LVIS_FIELDS if lvis else ():
-            if not isinstance(image.get(field), list):
-                raise ValueError(
-                    f"{path}: image {image['id']!r} has no list {field!r}, but the YAML says "
-                    "format: lvis"
-                )
-    for category in content["categories"] if lvis else ():
-        if category.get("frequency") not in ("r", "c", "f"):
-            raise ValueError(
-                f"{path}: 'frequency' of category {category['name']!r} must be r, c or f, found "
-                f"{category.get('frequency')!r}"
-            )
-    return content
-
-
-def _categories_by_name(categories: Sequence[JsonObject], path: Path) -> dict[str, Category]:
-    """The categories in id order, by name; ValueError if two share one."""
-    ids = defaultdict(list)
-    for category in categories:
-        ids[category["name"]].append(category["id"])
-    for name, found in ids.items():
-        if len(found) > 1:
-            raise ValueError(f"{path}: categories {sorted(found)} are all called {name!r}")
-    found = sorted(Category(category["id"], category["name"]) for category in categories)
-    return {category.name: category for category in found}
+def _check_federated(content: JsonObject, path: Path) -> None:
+    """Check the fields by which LVIS says what is annotated where."""
+    lacking = [
+        f"image {image['id']!r} has no list {field!r}"
+        for image in content["images"]
+        for field in _LVIS_FIELDS
+        if not isinstance(image.get(field), list)
+    ] + [
+        f"category {category['name']!r} has no 'frequency' r, c or f"
+        for category in content["categories"]
+        if category.get("frequency") not in ("r", "c", "f")
+    ]
+    if lacking:
+        raise ValueError(f"{path}: {lacking[0]}, but the YAML says format: lvis")
 
 
 def _find(
     names: Sequence[str], category_of: Mapping[str, Category], definition: Definition, path: Path
 ) -> list[Category]:
-    """The categories called ``names``, in id order."""
-    missing = [name for name in names if name not in category_of]
-    if missing:
-        raise _unknown_names(missing, category_of, definition, path, "names")
+    """The categories called ``names``, in id order; no two may be one name to CLIP."""
+    _check_known(names, category_of, definition, path)
     wanted = sorted(category_of[name] for name in names)
-    spoken: dict[str, str] = {}
+    first: dict[str, str] = {}
     for category in wanted:
-        read = as_clip_reads(definition.spoken(category.name))
-        other = spoken.setdefault(read, category.name)
+        spoken = unicodedata.normalize("NFC", definition.spoken(category.name)).lower()
+        read = " ".join(spoken.split())  # CLIP sees no capitals and no number of blanks
+        other = first.setdefault(read, category.name)
         if other != category.name:
             raise ValueError(
                 f"{definition.path}: categories {other!r} and {category.name!r} of {path} are both "
@@ -377,20 +319,16 @@ def _find(
     return wanted
 
 
-def _unknown_names(
-    names: Sequence[str],
-    category_of: Mapping[str, Category],
-    definition: Definition,
-    path: Path,
-    verb: str,
-) -> ValueError:
-    """The error for names in a YAML that its annotations do not have."""
-    close = difflib.get_close_matches(names[0], category_of, 1)
-    hint = f"; did you mean {close[0]!r}?" if close else "."
-    return ValueError(
-        f"{path}: {definition.path} {verb} {list(names[:_MAX_NAMED])}, which 'categories' does not "
-        f"have{hint} It has {len(category_of)}: {list(category_of)[:20]}"
-    )
+def _check_known(
+    names: Iterable[str], known: Iterable[str], definition: Definition, path: Path
+) -> None:
+    """Raise ValueError if the YAML has names that its annotations do not have."""
+    known = list(known)
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(
+            f"{path}: 'categories' does not have {some(unknown)}, which {definition.path} names; "
+            f"it has {some(known, 20)}"
+        )
 
 
 def _annotated_images(content: JsonObject, categories: Sequence[Category]) -> list[JsonObject]:
@@ -407,56 +345,33 @@ def _annotated_images(content: JsonObject, categories: Sequence[Category]) -> li
     ]
 
 
-def _rename(part: JsonObject, definition: Definition, content: JsonObject) -> JsonObject:
-    """Call categories as CLIP is asked for them; keep what federated evaluation needs."""
-    categories = [
-        {**each, "name": definition.spoken(each["name"])}
-        for each in sorted(part["categories"], key=lambda each: int(each["id"]))
-    ]
-    if not definition.lvis:
-        return {**part, "categories": categories}
-    known = {image["id"]: image for image in content["images"]}
-    images = [
-        {**image, **{field: known[image["id"]][field] for field in (*_LVIS_FIELDS, "file_name")}}
-        for image in part["images"]
-    ]
-    return {**part, "categories": categories, "images": images}
+def _add_captions(
+    part: JsonObject, template: str, half: TrainHalf, content: JsonObject
+) -> JsonObject:
+    """Give training images their captions, or captions made of their base classes' names."""
+    if half.captions_file is not None:
+        captions = _read_captions(half.captions_file, content)
+        return join_captions(part, captions, half.captions_file)
+    own = {each["id"]: each["captions"] for each in content["images"] if each.get("captions")}
+    if not own and not half.make_captions:
+        return part
+    name_of = {each["id"]: each["name"] for each in part["categories"]}
+    shown: dict[Any, dict[str, None]] = defaultdict(dict)  # in the order of the boxes
+    for annotation in part["annotations"] if half.make_captions else ():
+        shown[annotation["image_id"]][name_of[annotation["category_id"]]] = None
+    made = {image_id: [caption_of(list(names), template)] for image_id, names in shown.items()}
+    captions = {**made, **own}
+    images = [{**each, "captions": captions.get(each["id"], [])} for each in part["images"]]
+    return {**part, "images": images}
 
 
-def _read_captions(half: Half, content: JsonObject) -> dict[Any, list[str]]:
-    """Image id -> captions, from the captions file or else from the images themselves."""
-    if half.captions is None:
-        return {each["id"]: each["captions"] for each in content["images"] if "captions" in each}
+def _read_captions(path: Path, content: JsonObject) -> dict[Any, list[str]]:
+    """Image id -> captions, whose ids must be of the type that the ids of the images have."""
     captions: dict[Any, list[str]] = defaultdict(list)
-    entries = get_entries(read_coco_json(half.captions), "annotations", _CAPTIONS, half.captions)
-    for entry in entries:
+    fields: FieldTypes = {"image_id": type(content["images"][0]["id"]), "caption": str}
+    for entry in get_entries(
+        read_coco_json(path, encoding="utf-8-sig"), "annotations", fields, path
+    ):
         if entry["caption"].strip():
             captions[entry["image_id"]].append(entry["caption"].strip())
     return captions
-
-
-def _add_captions(
-    part: JsonObject, captions: dict[Any, list[str]], definition: Definition, half: Half
-) -> JsonObject:
-    """Give training images their captions, or captions made of their base classes' names."""
-    if half.captions is not None:
-        part = join_captions(part, captions, half.captions)
-    elif captions or half.make_captions:
-        images = [{**each, "captions": captions.get(each["id"], [])} for each in part["images"]]
-        part = {**part, "images": images}
-    if not half.make_captions:
-        return part
-    name_of = {each["id"]: definition.spoken(each["name"]) for each in part["categories"]}
-    shown: dict[Any, dict[str, None]] = defaultdict(dict)  # in the order of the boxes
-    for annotation in part["annotations"]:
-        shown[annotation["image_id"]][name_of[annotation["category_id"]]] = None
-    images = [
-        image
-        if image["captions"]
-        else {
-            **image,
-            "captions": [caption_of(list(shown[image["id"]]), definition.caption_template)],
-        }
-        for image in part["images"]
-    ]
-    return {**part, "images": images}

@@ -35,8 +35,7 @@ _Mapper = Callable[[dict[str, Any]], dict[str, Any] | None]
 # How many other images stand in for one that the mapper refuses before giving up. [ours]
 _MAX_STAND_INS = 100
 
-_GRACE = 60.0  # [ours] seconds; twice what SLURM and torchrun give by default
-_LEAVING = (signal.ITIMER_REAL, _GRACE)
+_LEAVING = (signal.ITIMER_REAL, 60.0)  # [ours] seconds; twice what SLURM and torchrun give
 
 
 @contextmanager
@@ -62,19 +61,17 @@ def seeded_rng(*seed: int) -> Iterator[None]:
 class TrainingBatchSampler(Sampler[list[_SampleKey]]):
     """Endless batches of one process, each of landscape or of portrait images only.
 
+    Args:
+        is_landscape: per image, whether it is wider than high.
+        batch_size: images per batch of this process.
+        seed: the same on every process.
+
     Attributes:
         start_iter: number of batches to leave out at the start of the stream; set it before the
             first batch is drawn. Leaving out costs no image.
     """
 
     def __init__(self, is_landscape: Sequence[bool], batch_size: int, seed: int) -> None:
-        """Describe the stream.
-
-        Args:
-            is_landscape: per image, whether it is wider than high.
-            batch_size: images per batch of this process.
-            seed: the same on every process.
-        """
         self._is_landscape = is_landscape
         self._batch_size = batch_size
         self._indices = TrainingSampler(len(is_landscape), shuffle=True, seed=seed)
@@ -103,24 +100,23 @@ class _SeededSamples(Dataset[dict[str, Any]]):
     """
 
     def __init__(self, records: Sequence[dict[str, Any]], mapper: _Mapper, seed: int) -> None:
-        self._records = records
-        self._mapper = mapper
-        self._seed = seed
+        self._records, self._mapper, self._seed = records, mapper, seed
 
     def __getitem__(self, key: _SampleKey) -> dict[str, Any]:
         position, index = key
         total = len(self._records)
+        most = min(total, _MAX_STAND_INS)
         with seeded_rng(self._seed, position):
             sample = self._mapper(self._records[index])
             if sample is not None:
                 return sample
-            for stand_in in random.sample(range(total), min(total, _MAX_STAND_INS)):
+            for stand_in in random.sample(range(total), most):
                 sample = self._mapper(self._records[stand_in])
                 if sample is not None:
                     return sample
         raise ValueError(
-            f"DATASETS.TRAIN: image {index} of {total} cannot be used, nor can "
-            f"{min(total, _MAX_STAND_INS)} others drawn in its place"
+            f"DATASETS.TRAIN: image {index} of {total} cannot be used, nor can {most} others drawn "
+            "in its place"
         )
 
 
@@ -128,11 +124,8 @@ def await_main_process(worker_id: int) -> None:
     """Let a loader process outlive the signals that end a training; its main process ends it.
 
     The main process finishes its step and saves first, and may still need samples for that. A
-    loader process that is not gone ``_GRACE`` seconds after a SIGTERM goes by itself; one whose
-    main process was killed notices that within seconds (torch).
-
-    Args:
-        worker_id: as torch passes it.
+    loader process that is not gone 60 seconds after a SIGTERM goes by itself; one whose main
+    process was killed notices that within seconds (torch).
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)

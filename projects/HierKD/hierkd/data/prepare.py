@@ -6,25 +6,31 @@ for showing novel objects; in training these stay, without boxes. ``categories``
 categories of the file in id order, also those without a box. COCO 2014 takes the rule of zero-shot
 detection instead (:class:`hierkd.data.splits.CocoVariant`). Ours: training images carry their
 captions, and fields that detection does not use are dropped, above all ``segmentation``.
+
+COCO published its 123,287 annotated pictures twice, divided into a training and a validation half
+in one way in 2014 and in another in 2017. Files of the two years, of the two halves, and of boxes
+and captions are easily mixed up: every reader says which it wants, and refuses the others.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import re
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from tqdm import tqdm
 
-from hierkd.data.coco_json import shown
-from hierkd.data.official_coco import (
-    annotation_files,
-    read_captions,
-    read_instances,
-    where_from,
+from hierkd.data.coco_json import (
+    check_annotations,
+    get_entries,
+    index_by_id,
+    read_coco_json,
+    shown,
+    some,
 )
 from hierkd.data.splits import COCO_2017, Category, CocoVariant, Split
 from hierkd.files import write_json_atomically
@@ -32,9 +38,12 @@ from hierkd.files import write_json_atomically
 __all__ = [
     "EXPECTED_BOXES",
     "EXPECTED_FULL_COCO",
+    "Archive",
     "Figure",
+    "InputState",
     "PartSummary",
     "build_part",
+    "describe_inputs",
     "join_captions",
     "prepare_coco",
 ]
@@ -43,21 +52,17 @@ JsonObject = dict[str, Any]
 
 _LOGGER = logging.getLogger(__name__)
 
+_ANNOTATIONS_URL = "http://images.cocodataset.org/annotations/annotations_trainval{year}.zip"
+_IMAGES_URL = "http://images.cocodataset.org/zips/{folder}.zip"
+_SIZES = {"train2014": "13 GB", "val2014": "6 GB", "train2017": "18 GB", "val2017": "1 GB"}
+_TAIL_BYTES = 64  # how much of a JSON's end is searched for its last brace [ours]
 
-@dataclass(frozen=True)
-class Figure:
-    """A count that somebody else stated.
 
-    Attributes:
-        value: The count.
-        source: Whose it is.
-        is_certain: Whether another count shows that the input is not COCO as published. Otherwise
-            the two are set side by side, and no more.
-    """
+class Figure(NamedTuple):
+    """A count that somebody else stated, and whose it is."""
 
     value: int
     source: str
-    is_certain: bool = False
 
 
 # OVR-CNN's images: val, alirezazareian/ovr-cnn issue 17; train, the 6,736 iterations of 16 images
@@ -68,10 +73,10 @@ _OVR_CNN, _QUOTED = "OVR-CNN's files", "a quoted, unverified figure"
 _PL_ZSD = "PL-ZSD's lists, which state no rule"
 
 EXPECTED_FULL_COCO: dict[tuple[str, str], Figure] = {
-    ("48_17", "train_base"): Figure(107_761, _OVR_CNN, is_certain=True),
-    ("48_17", "val_base"): Figure(4_533, _OVR_CNN, is_certain=True),
-    ("48_17", "val_novel"): Figure(2_064, _OVR_CNN, is_certain=True),
-    ("48_17", "val_all"): Figure(4_836, _OVR_CNN, is_certain=True),
+    ("48_17", "train_base"): Figure(107_761, _OVR_CNN),
+    ("48_17", "val_base"): Figure(4_533, _OVR_CNN),
+    ("48_17", "val_novel"): Figure(2_064, _OVR_CNN),
+    ("48_17", "val_all"): Figure(4_836, _OVR_CNN),
     ("65_15_2014", "val_novel"): Figure(10_098, _PL_ZSD),
     ("65_15_2014", "val_all"): Figure(10_098, _PL_ZSD),
 }
@@ -91,24 +96,13 @@ _KEPT_IMAGE_FIELDS = ("id", "file_name", "height", "width", "license", "flickr_u
 _KEPT_BOX_FIELDS = ("id", "image_id", "category_id", "bbox", "area", "iscrowd")
 
 
-@dataclass(frozen=True)
-class PartSummary:
-    """What one written file holds.
+class PartSummary(NamedTuple):
+    """What one written file holds, crowd regions included, beside what others count.
 
-    Attributes:
-        split: Name of the split, with the year unless it is 2017.
-        part: ``train_base``, ``val_base``, ``val_novel`` or ``val_all``.
-        path: The file.
-        num_images: Images in it.
-        num_boxes: Annotations in it, crowd regions included.
-        num_captions: Captions in it; 0 for validation files.
-        expected_images: What others count; ``None`` when the input is not the whole of COCO or
-            nobody stated a figure for the split.
-        expected_boxes: Likewise; see :data:`EXPECTED_BOXES`.
-        changed: Whether the file is new or differs from the one that was there.
+    They count nothing where the input is not the whole of COCO or nobody stated a figure.
     """
 
-    split: str
+    split: str  # with the year unless it is 2017
     part: str
     path: Path
     num_images: int
@@ -116,7 +110,156 @@ class PartSummary:
     num_captions: int
     expected_images: Figure | None
     expected_boxes: Figure | None
-    changed: bool
+    changed: bool  # the file is new or differs from the one that was there
+
+
+# ------------------------------------------------------------------------------ the official files
+
+
+class Archive(NamedTuple):
+    """A file to download, and to unpack in the folder ``coco``; its size is for people."""
+
+    url: str
+    size: str
+
+
+class InputState(NamedTuple):
+    """What is at the place of a file or folder that COCO needs, and the archive that has it.
+
+    ``"PARTIAL"`` is a JSON that is cut off, or a folder with fewer pictures than COCO has; which
+    pictures is only known to the annotations.
+    """
+
+    path: Path
+    state: Literal["found", "PARTIAL", "MISSING"]
+    detail: str
+    archive: Archive
+
+
+def describe_inputs(
+    root: str | os.PathLike[str], variant: CocoVariant = COCO_2017
+) -> list[InputState]:
+    """Look at every file and folder that COCO needs below ``root``: no file is read as a whole."""
+    coco = Path(root) / "coco"
+    files = [_state_of_json(coco / "annotations" / name) for name in _annotation_files(variant)]
+    folders = [_state_of_folder(coco / name, full) for name, full in variant.num_images.items()]
+    return files + folders
+
+
+def _state_of_json(path: Path) -> InputState:
+    """Whether there is a JSON object at ``path``, judged by its first and last bytes."""
+    archive = _archive_of(path)
+    if not path.is_file():
+        return InputState(path, "MISSING", "does not exist", archive)
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        first = file.read(1)
+        file.seek(max(0, size - _TAIL_BYTES))
+        last = file.read().rstrip()[-1:]
+    if first != b"{":
+        return InputState(path, "PARTIAL", f"{size:,} bytes, and no JSON object", archive)
+    if last != b"}":
+        return InputState(path, "PARTIAL", f"cut off after {size:,} bytes", archive)
+    return InputState(path, "found", f"{size:,} bytes", archive)
+
+
+def _state_of_folder(path: Path, full: int) -> InputState:
+    """Whether the folder ``path`` has as many pictures as COCO has, which is ``full``."""
+    if not path.is_dir():
+        return InputState(path, "MISSING", "does not exist", _archive_of(path))
+    number = sum(name.endswith(".jpg") for name in os.listdir(path))
+    detail = f"{number:,} of the {full:,} pictures of the whole COCO"
+    state: Literal["found", "PARTIAL"] = "found" if number >= full else "PARTIAL"
+    return InputState(path, state, detail, _archive_of(path))
+
+
+def _annotation_files(variant: CocoVariant) -> tuple[str, ...]:
+    """Names of the official files that are read."""
+    kinds = (("instances", variant.train), ("instances", variant.val), ("captions", variant.train))
+    return tuple(f"{kind}_{folder}.json" for kind, folder in kinds)
+
+
+def _archive_of(path: Path) -> Archive:
+    """Return the archive that has the COCO file or image folder at ``path``."""
+    if path.suffix == ".json":
+        return Archive(_ANNOTATIONS_URL.format(year=path.stem[-4:]), "241 MB")
+    return Archive(_IMAGES_URL.format(folder=path.name), _SIZES[path.name])
+
+
+def _where_from(path: Path) -> str:
+    """Return how to obtain the COCO file or image folder at ``path``."""
+    return f"Download {_archive_of(path).url} and unpack it so that {path} exists."
+
+
+def _read_official(path: Path, *, wanted: str, other: str) -> JsonObject:
+    """Read an official file whose annotations have the field ``wanted``, not ``other``."""
+
+    def drop_masks(entry: JsonObject) -> JsonObject:  # most of the file, never used
+        entry.pop("segmentation", None)
+        return entry
+
+    content = read_coco_json(path, missing_hint=_where_from(path), object_hook=drop_masks)
+    annotations = content.get("annotations")
+    first = annotations[0] if isinstance(annotations, list) and annotations else {}
+    if isinstance(first, dict) and wanted not in first and other in first:
+        kinds = {"bbox": "boxes (instances_*.json)", "caption": "captions (captions_*.json)"}
+        raise ValueError(
+            f"{path}: expected {kinds[wanted]}, found {kinds[other]}. Are the instances and the "
+            "captions file swapped?"
+        )
+    return content
+
+
+def _read_instances(path: Path, folder: str) -> JsonObject:
+    """Read and check ``instances_{train,val}<year>.json``, which must be about ``folder``."""
+    content = _read_official(path, wanted="bbox", other="caption")
+    check_annotations(content, path)
+    _check_year_and_half(content, path, folder)
+    return content
+
+
+def _read_captions(path: Path, folder: str) -> dict[int, list[str]]:
+    """Read and check captions: image id -> its captions, in the order of their ids, none empty."""
+    content = _read_official(path, wanted="caption", other="bbox")
+    images = get_entries(content, "images", {"id": int, "file_name": str}, path)
+    known = index_by_id(images, "images", path)
+    _check_year_and_half(content, path, folder)
+    fields = {"id": int, "image_id": int, "caption": str}
+    entries = get_entries(content, "annotations", fields, path)
+    index_by_id(entries, "annotations", path)
+    captions: dict[int, list[str]] = defaultdict(list)
+    for entry in sorted(entries, key=lambda each: each["id"]):
+        if entry["image_id"] not in known:
+            raise ValueError(
+                f"{path}: caption {entry['id']} is of image {entry['image_id']}, which the file "
+                "does not contain."
+            )
+        if text := " ".join(entry["caption"].split()):
+            captions[entry["image_id"]].append(text)
+    return dict(captions)
+
+
+def _check_year_and_half(content: JsonObject, path: Path, folder: str) -> None:
+    """Raise ValueError if the images are not those of ``folder``, as far as the file says."""
+    wanted = int(folder[-4:])
+    year = content["info"].get("year") if isinstance(content.get("info"), dict) else None
+    if year not in (None, wanted):
+        raise ValueError(f"{path}: expected COCO {wanted}, found info.year {shown(year)}.")
+    prefix = f"COCO_{folder}_" if wanted == 2014 else ""
+    for image in content["images"]:
+        name = image["file_name"]
+        if not name.startswith(prefix) or (not prefix and name.startswith("COCO_")):
+            raise ValueError(
+                f"{path}: expected file names of COCO {wanted} such as {prefix}000000000139.jpg, "
+                f"found {shown(name)}. Use the annotations of {wanted}."
+            )
+        # The files of 2014 were published with two kinds of URL; the older names no folder.
+        url = str(image.get("coco_url", ""))
+        if any(found != folder for found in re.findall(r"/((?:train|val|test)\d{4})/", url)):
+            raise ValueError(f"{path}: expected images of {folder}, found {shown(url)}.")
+
+
+# ------------------------------------------------------------------------------ the recipe
 
 
 def build_part(
@@ -164,7 +307,8 @@ def build_part(
         if image["id"] in used
     ]
     if not images:
-        raise ValueError(f"{path}: no image has a box of any of the {len(wanted)} categories.")
+        names = some(category.name for category in categories)
+        raise ValueError(f"{path}: no image has a box of any of the categories {names}.")
     return {
         "info": instances.get("info", {}),
         "licenses": instances.get("licenses", []),
@@ -187,7 +331,7 @@ def join_captions(
 
     Args:
         part: Result of :func:`build_part`; not changed.
-        captions: Image id -> captions, see :func:`read_captions`.
+        captions: Image id -> captions.
         path: Where ``captions`` came from, for messages.
 
     Raises:
@@ -230,13 +374,12 @@ def prepare_coco(
             list. A folder that is not there at all is only logged.
 
     Returns:
-        What the files hold, in order. One whose image count is not the published one (see
-        :data:`EXPECTED_FULL_COCO`) is also logged as a warning.
+        What the files hold, in order.
 
     Raises:
         FileNotFoundError: Inputs do not exist; says which ones and where they come from.
-        ValueError: An input is wrong, see :func:`hierkd.data.official_coco.read_instances` and
-            ``read_captions``; pictures are missing; an image is in both halves; or ``variant``
+        ValueError: An input is broken, of another year, of the other half of COCO, or boxes in
+            place of captions; pictures are missing; an image is in both halves; or ``variant``
             does not define a split.
     """
     for split in splits:
@@ -244,64 +387,60 @@ def prepare_coco(
             raise ValueError(f"COCO {variant.year} is prepared for 65_15 alone, not {split.name}.")
     annotations = Path(root) / "coco" / "annotations"
     output = annotations if output is None else Path(output)
-    files = annotation_files(variant)
-    _check_files_exist([annotations / name for name in files])
-    with tqdm(total=len(files) + 4 * len(splits), unit="file") as progress:
-        instances, captions = _read_inputs(annotations, variant, progress)
-        if check_pictures:
-            for folder, content in instances.items():
-                _check_pictures(Path(root) / "coco" / folder, content)
-        parts = [
-            (split, name, folder, content)
-            for split in splits
-            for name, folder, content in _build_parts(
-                split, variant, instances, captions, annotations
-            )
-        ]
-        summaries = []
-        for split, name, folder, content in parts:
-            full_name = f"{split.name}{variant.suffix}"
-            path = output / f"ovd_{full_name}" / f"{name}.json"
-            progress.set_description(f"writing {path.name}")
-            changed = write_json_atomically(path, content)
-            progress.update()
-            is_full = len(instances[folder]["images"]) == variant.num_images[folder]
-            summaries.append(_summarise(full_name, name, path, content, is_full, changed))
-    return summaries
-
-
-def _check_files_exist(paths: Sequence[Path]) -> None:
-    """Raise FileNotFoundError for all that are missing, before a minute of parsing."""
-    missing = [path for path in paths if not path.is_file()]
-    if missing:
+    paths = [annotations / name for name in _annotation_files(variant)]
+    if missing := [path for path in paths if not path.is_file()]:  # before a minute of parsing
         others = ", ".join(path.name for path in missing[1:])
         raise FileNotFoundError(
             f"{missing[0]} does not exist{f', nor do {others}' if others else ''}. "
-            f"{where_from(missing[0])}"
+            f"{_where_from(missing[0])}"
         )
+    halves, captions = _read_inputs(paths)
+    if check_pictures:
+        for folder, content in halves.items():
+            _check_pictures(Path(root) / "coco" / folder, content)
+    parts = [
+        (f"{split.name}{variant.suffix}", name, part)
+        for split in splits
+        for name, part in _build_parts(split, variant, halves, captions, paths).items()
+    ]
+    summaries = []
+    for split_name, name, part in tqdm(parts, desc="writing", unit="file"):
+        path = output / f"ovd_{split_name}" / f"{name}.json"
+        folder = variant.train if name == "train_base" else variant.val
+        is_full = len(halves[folder]["images"]) == variant.num_images[folder]
+        summaries.append(
+            PartSummary(
+                split=split_name,
+                part=name,
+                path=path,
+                num_images=len(part["images"]),
+                num_boxes=len(part["annotations"]),
+                num_captions=sum(len(image.get("captions", [])) for image in part["images"]),
+                expected_images=EXPECTED_FULL_COCO.get((split_name, name)) if is_full else None,
+                expected_boxes=EXPECTED_BOXES.get((split_name, name)) if is_full else None,
+                changed=write_json_atomically(path, part),
+            )
+        )
+    return summaries
 
 
-def _read_inputs(
-    annotations: Path, variant: CocoVariant, progress: tqdm
-) -> tuple[dict[str, JsonObject], dict[int, list[str]]]:
+def _read_inputs(paths: Sequence[Path]) -> tuple[dict[str, JsonObject], dict[int, list[str]]]:
     """Read the instances by image folder, and the training captions by image id."""
-    instances = {}
-    for folder in (variant.train, variant.val):
-        name = f"instances_{folder}.json"
-        progress.set_description(f"reading {name}")
-        instances[folder] = read_instances(annotations / name, folder)
-        progress.update()
-    in_both = set.intersection(*({i["id"] for i in half["images"]} for half in instances.values()))
-    if in_both:
+    halves: dict[str, JsonObject] = {}
+    captions: dict[int, list[str]] = {}
+    for path in tqdm(paths, desc="reading", unit="file"):
+        kind, folder = path.stem.split("_")
+        if kind == "captions":
+            captions = _read_captions(path, folder)
+        else:
+            halves[folder] = _read_instances(path, folder)
+    train, val = ({image["id"] for image in half["images"]} for half in halves.values())
+    if in_both := train & val:
         raise ValueError(
-            f"{annotations}: instances_{variant.train}.json and instances_{variant.val}.json must "
-            f"have no image in common, found {len(in_both):,}, among them image {min(in_both)}."
+            f"{paths[0]} and {paths[1].name} must have no image in common, found {len(in_both):,}, "
+            f"among them image {min(in_both)}."
         )
-    name = f"captions_{variant.train}.json"
-    progress.set_description(f"reading {name}")
-    captions = read_captions(annotations / name, variant.train)
-    progress.update()
-    return instances, captions
+    return halves, captions
 
 
 def _check_pictures(folder: Path, instances: JsonObject) -> None:
@@ -315,58 +454,25 @@ def _check_pictures(folder: Path, instances: JsonObject) -> None:
     if missing:
         raise ValueError(
             f"{folder} lacks {len(missing):,} of the {len(names):,} pictures that its annotations "
-            f"list, first {missing[0]}: a partial download? {where_from(folder)}"
+            f"list, first {missing[0]}: a partial download? {_where_from(folder)}"
         )
 
 
 def _build_parts(
     split: Split,
     variant: CocoVariant,
-    instances: Mapping[str, JsonObject],
+    halves: Mapping[str, JsonObject],
     captions: Mapping[int, list[str]],
-    annotations: Path,
-) -> list[tuple[str, str, JsonObject]]:
-    """Return the name, image folder and content of each of the four files of ``split``."""
-    train = annotations / f"instances_{variant.train}.json"
-    val = annotations / f"instances_{variant.val}.json"
-    train_base = build_part(
-        instances[variant.train],
-        split.base,
-        train,
-        without=split.novel if variant.zero_shot else (),
-    )
-    train_base = join_captions(train_base, captions, annotations / f"captions_{variant.train}.json")
-    val_all = build_part(
-        instances[variant.val], split.all, val, showing=split.novel if variant.zero_shot else None
-    )
-    return [
-        ("train_base", variant.train, train_base),
-        ("val_base", variant.val, build_part(instances[variant.val], split.base, val)),
-        ("val_novel", variant.val, build_part(instances[variant.val], split.novel, val)),
-        ("val_all", variant.val, val_all),
-    ]
-
-
-def _summarise(
-    split: str, name: str, path: Path, part: JsonObject, is_full: bool, changed: bool
-) -> PartSummary:
-    """Count what ``part`` holds; warn if the input is all of COCO and the count is not right."""
-    summary = PartSummary(
-        split=split,
-        part=name,
-        path=path,
-        num_images=len(part["images"]),
-        num_boxes=len(part["annotations"]),
-        num_captions=sum(len(image.get("captions", [])) for image in part["images"]),
-        expected_images=EXPECTED_FULL_COCO.get((split, name)) if is_full else None,
-        expected_boxes=EXPECTED_BOXES.get((split, name)) if is_full else None,
-        changed=changed,
-    )
-    expected = summary.expected_images
-    if expected is not None and expected.is_certain and expected.value != summary.num_images:
-        _LOGGER.warning(
-            "%s holds %d images, but the official annotations give %d: the input differs from "
-            "COCO as published.",
-            path, summary.num_images, expected.value,
-        )  # fmt: skip
-    return summary
+    paths: Sequence[Path],
+) -> dict[str, JsonObject]:
+    """Return the content of each of the four files of ``split``."""
+    train, val = halves[variant.train], halves[variant.val]
+    without = split.novel if variant.zero_shot else ()
+    showing = split.novel if variant.zero_shot else None
+    train_base = build_part(train, split.base, paths[0], without=without)
+    return {
+        "train_base": join_captions(train_base, captions, paths[2]),
+        "val_base": build_part(val, split.base, paths[1]),
+        "val_novel": build_part(val, split.novel, paths[1]),
+        "val_all": build_part(val, split.all, paths[1], showing=showing),
+    }

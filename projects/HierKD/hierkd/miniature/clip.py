@@ -7,10 +7,9 @@ seed than the detector's.
 
 from __future__ import annotations
 
-import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,8 +31,6 @@ from hierkd.teachers.crops import crop_regions
 from hierkd.teachers.openai_clip import CLIP_MEAN, CLIP_STD, import_clip
 
 __all__ = ["TinyCLIPSpec", "build_tiny_clip", "save_clip", "train_tiny_clip"]
-
-logger = logging.getLogger(__name__)
 
 _PROMPTS = ("a photo of a {}.", "a photo of a {}.", "a picture of a {}.", "a {}.")
 
@@ -192,7 +189,8 @@ def train_tiny_clip(
         optimizer, max_lr=spec.lr, total_steps=spec.steps, pct_start=0.1
     )
     accuracies: list[float] = []
-    for step in _progress(spec.steps, accuracies):
+    progress = tqdm(range(spec.steps), desc="training the tiny CLIP", unit="step")
+    for step in progress:
         windows = 1 / 3 if step >= spec.windows_from * spec.steps else 0.0
         crops, texts, classes = samples.draw(windows)
         image = model.encode_image(crops.contiguous(memory_format=torch.channels_last))
@@ -202,20 +200,16 @@ def train_tiny_clip(
         logits = model.logit_scale.exp() * image @ text.T
         loss = _multi_positive_loss(logits, same)
         for embedding in (image, text):
-            loss = (
-                loss
-                + F.binary_cross_entropy_with_logits(
-                    10 * classifier(embedding) - 3, classes, reduction="none"
-                )
-                .sum(dim=1)
-                .mean()
-            )
+            named = 10 * classifier(embedding) - 3
+            entropy = F.binary_cross_entropy_with_logits(named, classes, reduction="none")
+            loss = loss + entropy.sum(dim=1).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
         hits = same.gather(1, logits.argmax(dim=1, keepdim=True))
         accuracies.append(float(hits.mean()))
+        progress.set_postfix(accuracy=f"{np.mean(accuracies[-20:]):.2f}", refresh=False)
     save_clip(model, path)
     last = accuracies[-max(1, spec.steps // 10) :]
     return {
@@ -223,14 +217,6 @@ def train_tiny_clip(
         "accuracy": sum(last) / len(last),
         "logit_scale": float(model.logit_scale.detach().exp()),
     }
-
-
-def _progress(steps: int, accuracies: Sequence[float]) -> Iterator[int]:
-    with tqdm(range(steps), desc="training the tiny CLIP", unit="step") as bar:
-        for step in bar:
-            yield step
-            recent = accuracies[-20:]
-            bar.set_postfix(accuracy=f"{sum(recent) / len(recent):.2f}", refresh=False)
 
 
 def save_clip(model: Any, path: str | os.PathLike[str]) -> None:

@@ -5,7 +5,6 @@ The backbone learns to name crops of the detector's own training boxes, so of ba
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 from collections.abc import Sequence
@@ -25,8 +24,6 @@ from hierkd.files import replacing
 from hierkd.teachers.crops import crop_regions
 
 __all__ = ["train_warm_start"]
-
-logger = logging.getLogger(__name__)
 
 
 def train_warm_start(
@@ -48,13 +45,9 @@ def train_warm_start(
         bottom_up: a detectron2 backbone without FPN; trained in place.
         path: checkpoint to write; ``MODEL.WEIGHTS`` reads it.
         dataset_name: a registered training dataset; its images are held in memory.
-        pixel_mean: RGB, in 0..255, as the detector will normalise.
-        pixel_std: likewise.
-        steps: of AdamW with a one-cycle schedule.
-        batch_size: crops per step.
+        pixel_mean: RGB, in 0..255, as the detector will normalise; `pixel_std` likewise.
+        steps: of AdamW with a one-cycle schedule up to `lr`, each of `batch_size` crops.
         size: px, side of the letterboxed crops.
-        lr: highest learning rate.
-        seed: of everything random.
 
     Returns:
         ``seconds`` and ``accuracy`` over the last tenth of the steps.

@@ -30,6 +30,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from hierkd.data.coco import datasets_root, register_ovd_dataset
+from hierkd.data.definitions import caption_of
 from hierkd.files import write_json_atomically
 
 __all__ = [
@@ -101,7 +102,7 @@ MINIATURE_NOVEL: tuple[str, ...] = (
 MINIATURE_BASE: tuple[str, ...] = tuple(c for c in MINIATURE_CLASSES if c not in MINIATURE_NOVEL)
 
 _SPLITS = ("train", "val", "test")
-_PARTS = ("base", "novel", "all")
+_VOCABULARIES = {"base": MINIATURE_BASE, "novel": MINIATURE_NOVEL, "all": MINIATURE_CLASSES}
 _GLYPH_PX = 160  # glyphs are rendered once at this size, then resized
 
 _CAPTIONS = (
@@ -148,17 +149,12 @@ class Scene(NamedTuple):
 def _font(key: str) -> tuple[ImageFont.FreeTypeFont, dict[str, str]]:
     """The font file and its glyph name -> hexadecimal code point table."""
     spec = importlib.util.find_spec("qtawesome")
-    if spec is None or spec.origin is None:
-        raise ModuleNotFoundError(
-            "the miniature world is drawn with the icon fonts of the package qtawesome, which is "
-            "not installed: pip install -e '.[miniature]'"
-        )
-    folder = Path(spec.origin).parent / "fonts"
+    folder = Path(spec.origin or "").parent / "fonts" if spec else Path()
     tables = sorted(folder.glob(f"{_FONTS[key]}-charmap-*.json"))
     if not tables:
-        raise FileNotFoundError(
-            f"no file {_FONTS[key]}-charmap-*.json in {folder}: the miniature needs the fonts of "
-            "qtawesome 1.4"
+        raise ModuleNotFoundError(
+            f"the miniature world is drawn with the icon fonts of the package qtawesome; no "
+            f"{_FONTS[key]}-charmap-*.json in {folder}: pip install -e '.[miniature]'"
         )
     version = tables[-1].stem.rsplit("-", 1)[1]
     font = ImageFont.truetype(str(folder / f"{_FONTS[key]}-{version}.ttf"), _GLYPH_PX)
@@ -229,15 +225,9 @@ def _paint(picture: npt.NDArray[np.float32], mask: _Mask, x: int, y: int, rng: A
 
 
 def render_scene(names: Sequence[str], spec: MiniatureSpec, rng: np.random.Generator) -> Scene:
-    """Draw a picture with one object per name; an object that finds no free place is left out.
+    """Draw a picture with one object per name of :data:`MINIATURE_CLASSES`, which may repeat.
 
-    Args:
-        names: classes, each one of :data:`MINIATURE_CLASSES`; may repeat.
-        spec: size of picture and objects.
-        rng: random state.
-
-    Returns:
-        The scene; the first object is always in it.
+    An object that finds no free place is left out; the first one always finds one.
     """
     picture = _background(spec.size, rng)
     drawn: list[str] = []
@@ -266,23 +256,14 @@ def _apart(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> bool:
 def make_captions(
     names: Sequence[str], number: int, named_probability: float, rng: np.random.Generator
 ) -> list[str]:
-    """Captions from templates, each naming every class with the given probability, at least one.
-
-    Args:
-        names: classes of the picture, may repeat.
-        number: of captions.
-        named_probability: that a caption names a class.
-        rng: random state.
-    """
+    """Captions from templates, each naming every class with the given probability, at least one."""
     classes = list(dict.fromkeys(names))
     captions = []
     for _ in range(number):
         named = [name for name in classes if rng.random() < named_probability]
         named = named or [classes[rng.integers(len(classes))]]
         rng.shuffle(named)
-        things = [f"{'an' if name[0] in 'aeiou' else 'a'} {name}" for name in named]
-        listed = ", ".join(things[:-1]) + (" and " if len(things) > 1 else "") + things[-1]
-        captions.append(_CAPTIONS[rng.integers(len(_CAPTIONS))].format(listed))
+        captions.append(caption_of(named, _CAPTIONS[rng.integers(len(_CAPTIONS))]))
     return captions
 
 
@@ -311,11 +292,8 @@ def ensure_miniature(
     none. Other files in ``root`` (the teacher, the warm start) stay.
 
     Args:
-        root: folder of the world; :func:`miniature_root` by default.
+        root: folder of the world; :func:`miniature_root` by default. It is returned.
         spec: what to render.
-
-    Returns:
-        ``root``.
     """
     root = miniature_root() if root is None else Path(root)
     spec = MiniatureSpec() if spec is None else spec
@@ -378,9 +356,14 @@ def _write_split(folder: Path, split: str, spec: MiniatureSpec, progress: Any) -
                 }
             )
         progress.update()
-    for part in ("base",) if split == "train" else _PARTS:
-        content = _restrict(images, annotations, _vocabulary(part))
+    for part in _parts(split):
+        content = _restrict(images, annotations, _VOCABULARIES[part])
         write_json_atomically(folder / "annotations" / f"{split}_{part}.json", content)
+
+
+def _parts(split: str) -> tuple[str, ...]:
+    """Whose boxes there are files of: in training of the base classes alone."""
+    return ("base",) if split == "train" else tuple(_VOCABULARIES)
 
 
 def _restrict(
@@ -400,10 +383,6 @@ def _restrict(
     }
 
 
-def _vocabulary(part: str) -> tuple[str, ...]:
-    return {"base": MINIATURE_BASE, "novel": MINIATURE_NOVEL, "all": MINIATURE_CLASSES}[part]
-
-
 def register_miniature(root: str | None = None) -> None:
     """Register ``miniature_ovd_train_base`` and ``miniature_ovd_{val,test}_{base,novel,all}``.
 
@@ -412,16 +391,13 @@ def register_miniature(root: str | None = None) -> None:
             are registered already are left alone.
     """
     folder = os.path.join(datasets_root() if root is None else root, "miniature")
-    parts = ["train_base", *(f"{split}_{part}" for split in ("val", "test") for part in _PARTS)]
-    for part in parts:
-        name = f"miniature_ovd_{part}"
+    for split, part in [(each, part) for each in _SPLITS for part in _parts(each)]:
+        name, vocabulary = f"miniature_ovd_{split}_{part}", _VOCABULARIES[part]
         if name in DatasetCatalog.list():
             continue
-        split, group = part.split("_")
-        vocabulary = _vocabulary(group)
         register_ovd_dataset(
             name,
-            json_file=os.path.join(folder, "annotations", f"{part}.json"),
+            json_file=os.path.join(folder, "annotations", f"{split}_{part}.json"),
             image_root=os.path.join(folder, split),
             vocabulary=vocabulary,
             base_classes=MINIATURE_BASE,
