@@ -49,8 +49,6 @@ TO_MEND = {
     "data.custom",
     "data.name_checks",
     "modeling.detector",
-    "reports.report",
-    "reports.run_record",
 }
 
 # The only ones that know a CLIP's package; everything else sees the Teacher protocol.

@@ -194,16 +194,15 @@ def test_a_signal_ends_a_drawing_and_leaves_the_training_as_it_was(detector, dat
 def test_pictures_show_novel_classes_and_what_was_found(detector, dataset, monkeypatch):
     drawn = []
 
-    def recorded(sample, caption, **kwargs):
-        drawn.append((sample, caption, kwargs["judged"]))
+    def recorded(columns, captions):
+        drawn.extend(zip(columns["detected"], captions, strict=True))
         return np.zeros((10, 20, 3), np.uint8)
 
-    monkeypatch.setattr("hierkd.training.monitoring.draw_truth_and_detections", recorded)
+    monkeypatch.setattr("hierkd.training.monitoring.draw_comparison", recorded)
     run([pictures(detector, dataset)], [2])
     # bee and dog in turn: pictures 2 and 3 of the toy world
-    assert [caption for _, caption, _ in drawn] == ["2.png, iteration 3", "3.png, iteration 3"]
-    for sample, _, judged in drawn:
-        assert judged == "novel"
+    assert [caption for _, caption in drawn] == ["2.png, iteration 3", "3.png, iteration 3"]
+    for sample, _ in drawn:
         assert sample.image.shape == (128, 128, 3)
         found = [box.class_name in NOVEL for box in sample.detections]
         there = [box.class_name in NOVEL for box in sample.truth]

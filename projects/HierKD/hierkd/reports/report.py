@@ -550,8 +550,8 @@ def write_demo_report(
     run = read_run(run_dir)
     vocabulary = list(MetadataCatalog.get(dataset_name).thing_classes)
     novel = judged_classes(dataset_name)
-    detect = _saved_detections(run.path, dataset_name)
     records = DatasetCatalog.get(dataset_name)
+    detect = _saved_detections(run.path, dataset_name)
     samples = keep_best(build_samples(records, detect, vocabulary, novel))
     chosen = [records.index(r) for r in choose_in_turn(records, vocabulary, novel, num_pictures)]
     shown = [samples[index] for index in chosen]
