@@ -63,7 +63,7 @@ def test_a_run_is_described(folder):
     assert page.heading == "first"
     assert list(found) == [
         *("", "Figures", "Losses", "Average precision over time"),
-        *("What is learned beside the network", "Speed", "Other scalars", "AP50 of each class"),
+        *("What is learned beside the network", "Speed", "AP50 of each class"),
         *("Where it ran", "Config"),
     ]
     assert found[""].facts == {
@@ -101,8 +101,8 @@ def test_curves_come_by_subject_and_classes_by_kind(folder):
         *("all_val", "new_val")
     ]
     assert len(found["Speed"].figures) == 2  # one process: the slowest one's time says no more
-    (other,) = found["Other scalars"].folded
-    assert [f.caption for f in other.figures] == ["mine"]
+    learned = found["What is learned beside the network"].figures
+    assert [f.caption for f in learned] == ["τ_c, factor of the class cosines (Eq. 1)", "mine"]
     classes = found["AP50 of each class"].table
     assert classes.headers == ["Class", "Kind", "new_val", "all_val"]
     ((*bee, first, second), (*dog, alone, missing)) = classes.rows
@@ -289,7 +289,7 @@ def test_the_report_of_the_demo(evaluated, tmp_path, monkeypatch):
     assert f"boxes of {len(VOCABULARY) - len(NOVEL)} classes" in page.lead
     assert [figure.title for figure in best.figures] == ["bee"]
     assert best.caption.endswith("Not found at all: dog.")
-    assert [card.value for card in figures.cards] == ["10.0", "20.0", "21.0", "30.0"]
+    assert [card.value for card in figures.cards] == ["21.0", "12.0", "34.0"]
     assert figures.table.rows[:2] == [
         ["ZSD", "novel", "10.0", "10.5", "30.0"], ["GZSD", "novel", "20.0", "–", "40.0"]
     ]  # fmt: skip

@@ -22,7 +22,7 @@ from hierkd.evaluation.heat_maps import score_heat_maps
 from hierkd.inference.predictor import OpenVocabularyPredictor, find_checkpoint
 from hierkd.load_config import load_config
 from hierkd.reports.charts import MIN_HEAT_RANGE, draw_comparison, draw_curves, overlay_heat_maps
-from hierkd.reports.drawing import Image, fit, save_picture
+from hierkd.reports.drawing import Color, Image, fit, save_picture
 from hierkd.reports.gallery import (
     COLORS,
     CORRECT,
@@ -94,6 +94,10 @@ _METRICS = ("AP50", "AR50", "AP", "AP75", "APs", "APm", "APl")
 _GROUPS = ("novel", "base", "all")
 # What a dataset tests, told from the groups of its vocabulary; in the order of the tables.
 _PROTOCOLS = {("novel",): "ZSD", ("base",): "base alone", _GROUPS: "GZSD"}
+_FIGURES_CAPTION = (
+    "Percent. AP50: average precision at an overlap (IoU) of 0.5. AR50: share of the objects found "
+    "at that overlap. ZSD: only the novel names are asked for. GZSD: all names compete."
+)
 _PER_CLASS = "AP50-"
 _CLASSES_SHOWN = 100  # in a table that is not folded away
 
@@ -154,27 +158,29 @@ def _summary_section(run: RunFolder, notes: Sequence[str]) -> Section:
     facts: dict[str, Any] = {"State": _state(run)}
     if run.starts:
         facts["Begun"] = run.starts[0].get("date")
-        if len(run.starts) > 1:
-            facts["Starts"] = f"{len(run.starts)}, the last one {run.starts[-1].get('date')}"
+        facts["Starts"] = f"{len(run.starts)}, the last one {run.starts[-1].get('date')}"
         commits = dict.fromkeys(str(each.get("commit") or "unknown") for each in run.starts)
         facts["Commit"] = " → ".join(commits)
     if (seconds := _training_seconds(run)) is not None:
         facts["Training time"] = f"{timedelta(seconds=round(seconds))}, without evaluations"
-    for title, key in (
-        ("Trained on", "DATASETS.TRAIN"),
-        ("Tested on", "DATASETS.TEST"),
-        ("Images per step", "SOLVER.IMS_PER_BATCH"),
-        ("Seed", "SEED"),
+    keys = ("DATASETS.TRAIN", "DATASETS.TEST", "SOLVER.IMS_PER_BATCH", "SEED")
+    for title, key in zip(
+        ("Trained on", "Tested on", "Images per step", "Seed"), keys, strict=True
     ):
         if (value := _look_up(run.config, key)) is not None:
             facts[title] = _shown(value)
+    return Section(cards=_cards(run), facts=facts, notes=notes)
+
+
+def _cards(run: RunFolder) -> list[Card]:
+    """At most four: AP50 of novel and of base classes in each test."""
     cards = [
         Card(f"{group} AP50, {protocol}", number(figures[f"{group}/AP50"]), dataset)
         for protocol, dataset, figures in _by_protocol(run.figures)
         for group in _groups(figures)
         if f"{group}/AP50" in figures and (protocol != "GZSD" or group != "all")
     ]
-    return Section(cards=cards[:4], facts=facts, notes=notes)
+    return cards[:4]
 
 
 def _state(run: RunFolder) -> str:
@@ -239,10 +245,8 @@ def _figures_section(run: RunFolder) -> Section:
         "Figures",
         text=first.title,
         table=_figures_table(first),
-        caption="Percent. AP50: average precision at an overlap (IoU) of 0.5. AR50: share of the "
-        "objects found at that overlap. AP: mean over overlaps from 0.5 to 0.95; APs, APm, APl: of "
-        "small, medium and large objects. ZSD: only the novel names are asked for. GZSD: all names "
-        "compete. A dash: there are no such objects.",
+        caption=f"{_FIGURES_CAPTION} AP: mean over overlaps from 0.5 to 0.95; APs, APm, APl: of "
+        "small, medium and large objects. A dash: there are no such objects.",
         folded=[Section(each.title, table=_figures_table(each)) for each in others],
     )
 
@@ -285,38 +289,37 @@ def _comparison_section(runs: Mapping[str, RunFolder]) -> Section:
 
 def _classes_section(run: RunFolder) -> Section:
     """AP50 of each class, in each dataset of the last evaluation; novel classes first."""
-    of_classes: dict[str, dict[str, float]] = {}
+    columns: dict[str, dict[str, float]] = {}
     kinds: dict[str, str] = {}
     for _, dataset, figures in _by_protocol(run.figures):
-        for name, value in figures.items():
-            if name.startswith(_PER_CLASS):
-                class_name = name.removeprefix(_PER_CLASS)
-                of_classes.setdefault(class_name, {})[dataset] = value
-                if _groups(figures) in (["base"], ["novel"]):
-                    kinds[class_name] = _groups(figures)[0]
-    if not of_classes:
-        return Section()
-    datasets = list(dict.fromkeys(name for values in of_classes.values() for name in values))
-    order = {"novel": 0, "base": 1}
-    rows = [
-        [
-            name,
-            kinds.get(name, "–"),
-            *(_bar(of_classes[name].get(d), kinds.get(name) == "novel") for d in datasets),
-        ]
-        for name in sorted(of_classes, key=lambda n: (order.get(kinds.get(n, ""), 2), n))
-    ]
-    table = Table(["Class", "Kind", *datasets], rows)
-    if len(rows) <= _CLASSES_SHOWN:
-        return Section("AP50 of each class", table=table)
-    return Section("AP50 of each class", folded=[Section(f"{len(rows)} classes", table=table)])
+        column = {
+            name.removeprefix(_PER_CLASS): value
+            for name, value in figures.items()
+            if name.startswith(_PER_CLASS)
+        }
+        if column:
+            columns[dataset] = column
+        if _groups(figures) in (["base"], ["novel"]):
+            kinds |= dict.fromkeys(column, _groups(figures)[0])
+    names = sorted({name for column in columns.values() for name in column})
+    names.sort(key=lambda name: ("novel", "base", "–").index(kinds.get(name, "–")))
+    rows = []
+    for name in names:
+        color = COLORS[CORRECT if kinds.get(name) == "novel" else UNCOUNTED]
+        bars = [_bar(column.get(name), color) for column in columns.values()]
+        rows.append([name, kinds.get(name, "–"), *bars])
+    table = Table(["Class", "Kind", *columns], rows)
+    if len(rows) > _CLASSES_SHOWN:
+        folded = [Section(f"{len(rows)} classes", table=table)]
+        return Section("AP50 of each class", folded=folded)
+    return Section("AP50 of each class", table=table) if rows else Section()
 
 
-def _bar(percent: float | None, novel: bool) -> str | Bar:
+def _bar(percent: float | None, color: Color) -> str | Bar:
     text = number(percent)
     if percent is None or text == "–":
         return text
-    return Bar(min(max(percent, 0.0), 100.0), text, COLORS[CORRECT if novel else UNCOUNTED])
+    return Bar(min(max(percent, 0.0), 100.0), text, color)
 
 
 # ------------------------------------------------------------------------------------------ curves
@@ -324,13 +327,15 @@ def _bar(percent: float | None, novel: bool) -> str | Bar:
 
 def _curve_sections(runs: Mapping[str, Mapping[str, Curve]]) -> list[Section]:
     """Curves by subject: a figure per scalar, in each a line per run."""
-    scalars = dict.fromkeys(name for curves in runs.values() for name in curves)
+    scalars = {name for curves in runs.values() for name in curves if name.count("/") < 2}
     if all(curves.get("rank_data_time") == curves.get("data_time") for curves in runs.values()):
-        scalars.pop("rank_data_time", None)  # there was one process
-    scalars.pop("eta_seconds", None)
+        scalars.discard("rank_data_time")  # there was one process
+    unknown = sorted(scalars - {*_LOSSES, *_LEARNED, *_SPEED, "eta_seconds"})
+    losses = [name for name in unknown if name.startswith("loss_")]
+    others = [name for name in unknown if name not in losses]
 
-    def figures(wanted: Sequence[str]) -> list[Figure]:
-        return [
+    def section(title: str, wanted: Sequence[str], caption: str) -> Section:
+        figures = [
             _curves(
                 _TITLES.get(name, name),
                 {run: curves[name] for run, curves in runs.items() if name in curves},
@@ -340,36 +345,26 @@ def _curve_sections(runs: Mapping[str, Mapping[str, Curve]]) -> list[Section]:
             for name in wanted
             if name in scalars
         ]
+        return Section(title, figures=figures, columns=3, caption=caption)
 
-    losses = [*_LOSSES, *sorted(s for s in scalars if s.startswith("loss_") and s not in _LOSSES)]
     medians = "medians over up to 20 iterations."
     sections = [
-        Section(
-            "Losses",
-            figures=figures(losses),
-            columns=3,
-            caption=f"Weighted as in Eq. 6, against the iteration; {medians}",
-        ),
+        section("Losses", [*_LOSSES, *losses], f"Weighted as in Eq. 6; {medians}"),
         Section(
             "Average precision over time",
             figures=_precision_curves(runs),
             columns=3,
             caption="AP50 in percent, of every evaluation in training.",
         ),
-        Section(
+        section(
             "What is learned beside the network",
-            figures=figures(list(_LEARNED)),
-            columns=3,
-            caption="The factors τ_c and τ_m, the background's embedding, and how many points are "
-            "positive and distilled. What is healthy: docs/monitoring.md.",
+            [*_LEARNED, *others],
+            "The factors τ_c and τ_m, the background's embedding, how many points are positive and "
+            "distilled, and other scalars. What is healthy: docs/monitoring.md.",
         ),
-        Section("Speed", figures=figures(list(_SPEED)), columns=3, caption=medians.capitalize()),
+        section("Speed", list(_SPEED), medians.capitalize()),
     ]
-    rest = [s for s in scalars if s not in {*losses, *_TITLES} and s.count("/") < 2]
-    other = Section("Show them", figures=figures(rest), columns=3)
-    if rest:
-        sections.append(Section("Other scalars", folded=[other]))
-    return [section for section in sections if section.figures or section.folded]
+    return [each for each in sections if each.figures]
 
 
 def _precision_curves(runs: Mapping[str, Mapping[str, Curve]]) -> list[Figure]:
@@ -557,11 +552,24 @@ def write_demo_report(
     shown = [samples[index] for index in chosen]
     with predictor.model.vocabulary(vocabulary):
         heat_maps = [_heat_map_figures(predictor, sample, novel) for sample in shown[:3]]
+    rows = [[test, group, *map(number, values)] for test, group, *values in figures]
     page = Page(
         "HierKD: the miniature",
         [
             _best_section(best_sample_per_class(samples, novel), novel),
-            *_bounded_figures_sections(figures),
+            Section(
+                "The figures",
+                cards=_cards(run),
+                table=Table(["Test", "Classes", "AP50", "AR50", "Upper bound AP50"], rows),
+                caption=f"{_FIGURES_CAPTION} On the untouched test split. Upper bound: the true "
+                "boxes, named by the CLIP that taught the detector.",
+            ),
+            Section(
+                text="This is a miniature: rendered icons on small pictures, a tiny CLIP trained "
+                "on the same world (novel classes included, as for the real CLIP) and a short "
+                "training on a CPU. It shows the method at work; its figures say nothing about "
+                "COCO. Runs that differ in nothing but the seed differ by a few points."
+            ),
             _pictures_section(shown, dataset_name),
             _heat_map_section([figure for each in heat_maps for figure in each]),
             _classes_section(run),
@@ -581,61 +589,19 @@ def write_demo_report(
 
 
 def _best_section(best: Mapping[str, Sample], novel: Sequence[str]) -> Section:
-    missed = [name for name in novel if name not in best]
+    figures = []
+    for name, sample in best.items():
+        picture = draw_sample(sample, [d for d in sample.detections if d.class_name == name])
+        figures.append(Figure([Picture(jpeg_uri(picture), name)], title=name))
+    missed = ", ".join(name for name in novel if name not in best)
     return Section(
-        figures=[
-            Figure(
-                [
-                    Picture(
-                        jpeg_uri(draw_sample(s, [d for d in s.detections if d.class_name == name])),
-                        name,
-                    )
-                ],
-                title=name,
-            )
-            for name, s in best.items()
-        ],
+        figures=figures,
         columns=4,
         caption="For each novel class, the test picture with its most confident correct detection, "
         "and the detections of this class alone: blue is correct, orange wrong. These are the best "
         "ones; the pictures further down are chosen without looking at the detections."
-        + (f" Not found at all: {', '.join(missed)}." if missed else ""),
+        + (f" Not found at all: {missed}." if missed else ""),
     )
-
-
-def _bounded_figures_sections(
-    figures: Sequence[tuple[str, str, float | None, float | None, float | None]],
-) -> list[Section]:
-    ap50 = {(protocol, group): (ap, bound) for protocol, group, ap, _, bound in figures}
-    cards = [
-        Card("Novel classes, AP50", number(ap50["ZSD", "novel"][0]), "novel names only (ZSD)"),
-        Card("Novel classes, AP50", number(ap50["GZSD", "novel"][0]), "all names compete (GZSD)"),
-        Card("Base classes, AP50", number(ap50["GZSD", "base"][0]), "all names compete (GZSD)"),
-        Card(
-            "Upper bound, novel AP50",
-            number(ap50["ZSD", "novel"][1]),
-            "CLIP names the true boxes",
-        ),
-    ]
-    rows = [[test, group, *map(number, values)] for test, group, *values in figures]
-    return [
-        Section(
-            "The figures",
-            cards=cards,
-            table=Table(["Test", "Classes", "AP50", "AR50", "Upper bound AP50"], rows),
-            caption="Percent, on the untouched test split. AP50: average precision at an overlap "
-            "(IoU) of 0.5. AR50: share of the objects found at that overlap by at most 100 "
-            "detections a picture. ZSD: only the novel names are asked for, on pictures with novel "
-            "objects. GZSD: all names are asked for at once. Upper bound: the true boxes, named by "
-            "the CLIP that taught the detector.",
-        ),
-        Section(
-            text="This is a miniature: rendered icons on small pictures, a tiny CLIP trained on "
-            "the same world (novel classes included, as for the real CLIP) and a short training on "
-            "a CPU. It shows the method at work; its figures say nothing about COCO. It is one run "
-            "with one seed: runs that differ in nothing but the seed differ by a few points."
-        ),
-    ]
 
 
 def _heat_map_figures(
