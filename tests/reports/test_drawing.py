@@ -86,40 +86,26 @@ def test_labels_do_not_cover_each_other():
     assert all(0 <= x <= 200 and 0 <= y <= 64 - 25 for x, y in crowd)
 
 
-def found(classes: list[int]) -> Instances:
-    """Two detections of nearly one box, the better one first."""
-    return Instances(
+@pytest.mark.parametrize("classes", [[1, 0], [0, 5000]])
+def test_the_best_detection_is_labelled_by_the_vocabulary_and_on_top(monkeypatch, classes):
+    labels = []
+
+    def record(image, boxes, texts, colors, **_):
+        labels.extend(texts)
+        return draw_boxes(image, boxes, texts, colors)
+
+    monkeypatch.setattr(drawing, "draw_boxes", record)
+    found = Instances(
         (640, 640),
-        pred_boxes=Boxes(torch.tensor([[200.0, 200, 400, 400], [200, 200, 400, 401]])),
+        pred_boxes=Boxes(torch.tensor([[200.0, 200, 400, 400]] * 2)),
         scores=torch.tensor([0.956, 0.5]),
         pred_classes=torch.tensor(classes),
     )
-
-
-@pytest.mark.parametrize("classes", [[1, 0], [0, 1]])
-def test_the_best_detection_is_labelled_by_the_vocabulary_and_on_top(monkeypatch, classes):
-    seen = {}
-
-    def record(image, boxes, labels, colors, **_):
-        seen.update(boxes=boxes, labels=labels, colors=colors)
-        return draw_boxes(image, boxes, labels, colors)
-
-    monkeypatch.setattr(drawing, "draw_boxes", record)
-    names = ["cat", "traffic cone"]
-    drawn = draw_instances(np.zeros((640, 640, 3), np.uint8), found(classes), names)
-    assert seen["labels"] == [f"{names[classes[1]]} 50%", f"{names[classes[0]]} 96%"]
-    assert seen["colors"] == [class_color(classes[1]), class_color(classes[0])]
-    assert seen["boxes"][0].tolist() == [200, 200, 400, 401]
+    names = {0: "cat", 1: "traffic cone", 5000: "dog"}
+    drawn = draw_instances(np.zeros((640, 640, 3), np.uint8), found, names)
+    assert labels == [f"{names[classes[1]]} 50%", f"{names[classes[0]]} 96%"]
     assert np.abs(drawn[300, 200] - 255 * np.array(class_color(classes[0]))).max() < 40
-
-
-def test_class_colours_never_run_out():
-    assert class_color(0) != class_color(1)
-    assert all(0 <= channel <= 1 for channel in class_color(5000))
-
-
-def colored(color: tuple[int, int, int], height: int, width: int) -> np.ndarray:
-    return np.full((height, width, 3), color, dtype=np.uint8)
+    assert class_color(classes[0]) != class_color(classes[1])
 
 
 def place_of(sheet: np.ndarray, color: tuple[int, int, int]) -> tuple[int, int, int, int]:
@@ -128,25 +114,21 @@ def place_of(sheet: np.ndarray, color: tuple[int, int, int]) -> tuple[int, int, 
 
 
 def test_panels_of_a_sheet_line_up_and_nothing_covers_them():
-    red, green, blue, grey = (255, 0, 0), (0, 255, 0), (0, 0, 255), (90, 91, 92)
+    sizes = {(255, 0, 0): (100, 60), (0, 255, 0): (100, 80), (0, 0, 255): (40, 50)}
+    sizes[90, 91, 92] = (30, 20)
+    panels = [np.full((h, w, 3), color, np.uint8) for color, (w, h) in sizes.items()]
     long = "an exceedingly long name of a class that nobody would ever write · P3, stride 8"
-    rows = [
-        SheetRow([colored(red, 60, 100), colored(green, 80, 100)], [long, ""], "a caption"),
-        SheetRow([colored(blue, 50, 40)], [""]),
-    ]
-    sheet = draw_sheet(rows, panel_px=100, legend=[(colored(grey, 20, 30), "grey")])
-    sizes = {red: (100, 60), green: (100, 80), blue: (40, 50), grey: (30, 20)}
-    places = {color: place_of(sheet, color) for color in sizes}
-    for color, (width, height) in sizes.items():
-        x0, y0, x1, y1 = places[color]
-        assert (x1 - x0, y1 - y0) == (width, height)
-        assert (sheet[y0:y1, x0:x1] == color).all()
-    assert places[red][0] == places[blue][0]
-    assert places[red][1] == places[green][1]
-    assert places[blue][1] >= places[green][3]
-    assert places[grey][1] >= places[blue][3]
-    title = (sheet[: places[red][1] - 36] < 200).any(axis=(0, 2)).nonzero()[0]
-    assert 50 < len(title) <= title.max() < places[green][0]  # over its own panel
+    rows = [SheetRow(panels[:2], [long, ""], "a caption"), SheetRow([panels[2]], [""])]
+    sheet = draw_sheet(rows, panel_px=100, legend=[(panels[3], "grey")])
+    red, green, blue, grey = (place_of(sheet, color) for color in sizes)
+    for (x0, y0, x1, y1), size in zip((red, green, blue, grey), sizes.values(), strict=True):
+        assert (x1 - x0, y1 - y0) == size
+        assert len(np.unique(sheet[y0:y1, x0:x1].reshape(-1, 3), axis=0)) == 1
+    assert (red[0], red[1]) == (blue[0], green[1])
+    assert blue[1] >= green[3]
+    assert grey[1] >= blue[3]
+    title = (sheet[: red[1] - 36] < 200).any(axis=(0, 2)).nonzero()[0]
+    assert 50 < len(title) <= title.max() < green[0]  # over its own panel
 
 
 @pytest.mark.parametrize(("name", "kind"), [("a.png", "PNG"), ("a.JPG", "JPEG")])

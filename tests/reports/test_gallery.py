@@ -7,22 +7,7 @@ from detectron2.data import DatasetCatalog
 from detectron2.structures import Boxes, BoxMode, Instances
 
 from hierkd.reports import gallery
-from hierkd.reports.gallery import (
-    COLORS,
-    CORRECT,
-    UNCOUNTED,
-    WRONG,
-    Box,
-    Sample,
-    best_sample_per_class,
-    build_samples,
-    choose_in_turn,
-    choose_test_dataset,
-    draw_sample,
-    judge_detections,
-    judged_classes,
-    keep_best,
-)
+from hierkd.reports.gallery import COLORS, CORRECT, UNCOUNTED, WRONG, Box, Sample
 from toy_world import NOVEL, PICTURES, VOCABULARY, register_toy_world
 
 PLACE = (0.0, 0.0, 9.0, 9.0)
@@ -47,11 +32,7 @@ BEE, ANT = Box((0, 0, 10, 10), "bee", CORRECT), Box((50, 50, 60, 60), "ant", UNC
     [
         # an object is found once, by the best score
         (
-            [
-                ("bee", [0, 0, 10, 9], 0.6),
-                ("bee", [0, 0, 10, 10], 0.5),
-                ("bee", [0, 0, 10, 8], 0.9),
-            ],
+            [("bee", [0, 0, 10, y], score) for y, score in ((9, 0.6), (10, 0.5), (8, 0.9))],
             [BEE],
             [(0.9, CORRECT), (0.6, WRONG), (0.5, WRONG)],
         ),
@@ -67,7 +48,7 @@ BEE, ANT = Box((0, 0, 10, 10), "bee", CORRECT), Box((50, 50, 60, 60), "ant", UNC
     ],
 )
 def test_detections_are_judged_as_ap50_does(found, objects, verdicts):
-    judged = judge_detections(instances(*found), objects, VOCABULARY, set(NOVEL))
+    judged = gallery.judge_detections(instances(*found), objects, VOCABULARY, set(NOVEL))
     assert [(round(box.score, 2), box.verdict) for box in judged] == verdicts
 
 
@@ -81,7 +62,7 @@ def test_samples_of_a_dataset(tmp_path):
         asked.append((record["image_id"], image.shape))
         return found
 
-    samples = build_samples(records, detect, VOCABULARY, NOVEL)
+    samples = gallery.build_samples(records, detect, VOCABULARY, NOVEL)
     assert asked == [(i, (128, 128, 3)) for i in range(1, 7)]
     assert [[t.class_name for t in s.truth] for s in samples] == [
         [name for name, _ in objects] for objects in PICTURES
@@ -119,7 +100,7 @@ DETECTIONS = [
 )
 def test_a_picture_keeps_its_best_detections_of_each_kind(truth, threshold, scores):
     given = sample(*truth, detections=DETECTIONS)
-    (kept,) = keep_best([given], threshold)
+    (kept,) = gallery.keep_best([given], threshold)
     assert [box.score for box in kept.detections] == scores
     assert kept.truth == given.truth
 
@@ -141,7 +122,7 @@ def records(*pictures):
 )
 def test_pictures_show_the_classes_in_turn(count, chosen):
     given = records(["bee"], ["bee", "ant"], ["ant"], ["dog"], ["dog", "bee"])
-    found = choose_in_turn(given, VOCABULARY, ["bee", "dog"], count)
+    found = gallery.choose_in_turn(given, VOCABULARY, ["bee", "dog"], count)
     assert [record["file_name"] for record in found] == chosen
 
 
@@ -151,17 +132,17 @@ def test_the_largest_vocabulary_is_tested_and_its_novel_classes_judged(tmp_path,
     for constant, value in {"VOCABULARY": names, "BASE": names, "NOVEL": ()}.items():
         monkeypatch.setattr(f"toy_world.{constant}", value)
     larger = register_toy_world(tmp_path / "larger")
-    assert choose_test_dataset([whole, larger]) == larger
-    assert choose_test_dataset([]) is None
-    assert judged_classes(whole) == list(NOVEL)
-    assert judged_classes(larger) == list(names)
+    assert gallery.choose_test_dataset([whole, larger]) == larger
+    assert gallery.choose_test_dataset([]) is None
+    assert gallery.judged_classes(whole) == list(NOVEL)
+    assert gallery.judged_classes(larger) == list(names)
 
 
 def test_best_sample_is_the_most_confident_correct_one():
     low = sample("bee", detections=[("bee", CORRECT, 0.4)])
     high = sample("bee", detections=[("bee", CORRECT, 0.7)])
     wrong = sample("bee", detections=[("bee", WRONG, 0.9)])
-    assert best_sample_per_class([low, high, wrong], ["dog", "bee"]) == {"bee": high}
+    assert gallery.best_sample_per_class([low, high, wrong], ["dog", "bee"]) == {"bee": high}
 
 
 def test_boxes_are_drawn_at_the_pictures_scale_in_the_colours_of_their_verdicts(monkeypatch):
@@ -175,7 +156,7 @@ def test_boxes_are_drawn_at_the_pictures_scale_in_the_colours_of_their_verdicts(
     boxes = [Box(PLACE, "bee", WRONG, 0.4), Box(PLACE, "bee", CORRECT, 0.9)]
     picture = sample()
     picture.image[:] = (10, 20, 30)  # BGR
-    draw_sample(picture, [*boxes, Box(PLACE, "ant", UNCOUNTED, 0.95)], side=40)
+    gallery.draw_sample(picture, [*boxes, Box(PLACE, "ant", UNCOUNTED, 0.95)], side=40)
     ((image, places, labels, colors),) = drawn
     assert image.shape == (32, 40, 3)
     assert image[5, 5].tolist() == [30, 20, 10]
