@@ -22,7 +22,7 @@ from hierkd.evaluation.heat_maps import score_heat_maps
 from hierkd.inference.predictor import OpenVocabularyPredictor, find_checkpoint
 from hierkd.load_config import load_config
 from hierkd.reports.charts import MIN_HEAT_RANGE, draw_comparison, draw_curves, overlay_heat_maps
-from hierkd.reports.drawing import Color, Image, fit, save_picture
+from hierkd.reports.drawing import Image, fit, save_picture
 from hierkd.reports.gallery import (
     COLORS,
     CORRECT,
@@ -41,6 +41,7 @@ from hierkd.reports.metrics import Curve
 from hierkd.reports.page import (
     Bar,
     Card,
+    Cell,
     Figure,
     Page,
     Picture,
@@ -48,7 +49,6 @@ from hierkd.reports.page import (
     Table,
     data_uri,
     jpeg_uri,
-    number,
     write_page,
 )
 from hierkd.reports.run_record import Evaluation, RunFolder, read_run
@@ -99,7 +99,6 @@ _FIGURES_CAPTION = (
     "at that overlap. ZSD: only the novel names are asked for. GZSD: all names compete."
 )
 _PER_CLASS = "AP50-"
-_CLASSES_SHOWN = 100  # in a table that is not folded away
 
 
 # ------------------------------------------------------------------------------------- any run
@@ -163,19 +162,17 @@ def _summary_section(run: RunFolder, notes: Sequence[str]) -> Section:
         facts["Commit"] = " → ".join(commits)
     if (seconds := _training_seconds(run)) is not None:
         facts["Training time"] = f"{timedelta(seconds=round(seconds))}, without evaluations"
-    keys = ("DATASETS.TRAIN", "DATASETS.TEST", "SOLVER.IMS_PER_BATCH", "SEED")
-    for title, key in zip(
-        ("Trained on", "Tested on", "Images per step", "Seed"), keys, strict=True
-    ):
-        if (value := _look_up(run.config, key)) is not None:
-            facts[title] = _shown(value)
+    keys = {"Trained on": "DATASETS.TRAIN", "Tested on": "DATASETS.TEST", "Seed": "SEED"}
+    keys["Images per step"] = "SOLVER.IMS_PER_BATCH"
+    config = _flat(run.config)
+    facts |= {title: _shown(config[key]) for title, key in keys.items() if key in config}
     return Section(cards=_cards(run), facts=facts, notes=notes)
 
 
 def _cards(run: RunFolder) -> list[Card]:
     """At most four: AP50 of novel and of base classes in each test."""
     cards = [
-        Card(f"{group} AP50, {protocol}", number(figures[f"{group}/AP50"]), dataset)
+        Card(f"{group} AP50, {protocol}", figures[f"{group}/AP50"], dataset)
         for protocol, dataset, figures in _by_protocol(run.figures)
         for group in _groups(figures)
         if f"{group}/AP50" in figures and (protocol != "GZSD" or group != "all")
@@ -187,7 +184,7 @@ def _state(run: RunFolder) -> str:
     done = run.num_iterations
     if done is None:
         return "evaluated only" if run.evaluations else "no step was recorded"
-    total = _look_up(run.config, "SOLVER.MAX_ITER")
+    total = _flat(run.config).get("SOLVER.MAX_ITER")
     if done == total or (run.path / "model_final.pth").is_file():
         return f"finished, {done} iterations"
     of = f" of {total}" if total is not None else ""
@@ -201,12 +198,6 @@ def _training_seconds(run: RunFolder) -> float | None:
     iterations, medians = run.metrics.curves.get("time", ([], []))
     steps = np.diff([-1, *iterations])
     return float(np.nansum(steps * medians)) if iterations else None
-
-
-def _look_up(config: Any, key: str) -> Any:
-    for part in key.split("."):
-        config = config.get(part) if isinstance(config, Mapping) else None
-    return config
 
 
 def _shown(value: Any) -> str:
@@ -262,7 +253,7 @@ def _figures_table(evaluation: Evaluation) -> Table:
                 rows.setdefault((protocol, group, dataset), {})[metric] = value
     found = {metric for of_row in rows.values() for metric in of_row}
     metrics = [*(m for m in _METRICS if m in found), *sorted(found - set(_METRICS))]
-    cells = [[*row, *(number(values.get(m)) for m in metrics)] for row, values in rows.items()]
+    cells = [[*row, *(values.get(m) for m in metrics)] for row, values in rows.items()]
     return Table(["Test", "Classes", "Dataset", *metrics], cells, num_texts=3)
 
 
@@ -275,8 +266,8 @@ def _comparison_section(runs: Mapping[str, RunFolder]) -> Section:
         for group in _groups(figures)
         for metric in ("AP50", "AR50")
     )
-    rows = [
-        [dataset, name, *(number(r.figures.get(dataset, {}).get(name)) for r in runs.values())]
+    rows: list[list[Cell]] = [
+        [dataset, name, *(run.figures.get(dataset, {}).get(name) for run in runs.values())]
         for dataset, name in names
     ]
     rows.append(["", "iterations", *(str(r.num_iterations or "–") for r in runs.values())])
@@ -303,23 +294,13 @@ def _classes_section(run: RunFolder) -> Section:
             kinds |= dict.fromkeys(column, _groups(figures)[0])
     names = sorted({name for column in columns.values() for name in column})
     names.sort(key=lambda name: ("novel", "base", "–").index(kinds.get(name, "–")))
-    rows = []
+    rows: list[list[Cell]] = []
     for name in names:
         color = COLORS[CORRECT if kinds.get(name) == "novel" else UNCOUNTED]
-        bars = [_bar(column.get(name), color) for column in columns.values()]
+        bars = [Bar(column.get(name), color) for column in columns.values()]
         rows.append([name, kinds.get(name, "–"), *bars])
     table = Table(["Class", "Kind", *columns], rows)
-    if len(rows) > _CLASSES_SHOWN:
-        folded = [Section(f"{len(rows)} classes", table=table)]
-        return Section("AP50 of each class", folded=folded)
     return Section("AP50 of each class", table=table) if rows else Section()
-
-
-def _bar(percent: float | None, color: Color) -> str | Bar:
-    text = number(percent)
-    if percent is None or text == "–":
-        return text
-    return Bar(min(max(percent, 0.0), 100.0), text, color)
 
 
 # ------------------------------------------------------------------------------------------ curves
@@ -552,7 +533,6 @@ def write_demo_report(
     shown = [samples[index] for index in chosen]
     with predictor.model.vocabulary(vocabulary):
         heat_maps = [_heat_map_figures(predictor, sample, novel) for sample in shown[:3]]
-    rows = [[test, group, *map(number, values)] for test, group, *values in figures]
     page = Page(
         "HierKD: the miniature",
         [
@@ -560,7 +540,7 @@ def write_demo_report(
             Section(
                 "The figures",
                 cards=_cards(run),
-                table=Table(["Test", "Classes", "AP50", "AR50", "Upper bound AP50"], rows),
+                table=Table(["Test", "Classes", "AP50", "AR50", "Upper bound AP50"], figures),
                 caption=f"{_FIGURES_CAPTION} On the untouched test split. Upper bound: the true "
                 "boxes, named by the CLIP that taught the detector.",
             ),
