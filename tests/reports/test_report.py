@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from hierkd.inference.predictor import OpenVocabularyPredictor
 from hierkd.load_config import load_config
 from hierkd.reports import report
 from hierkd.reports.gallery import COLORS
-from hierkd.reports.page import Bar, Card, Page, write_page
+from hierkd.reports.page import Bar, Card, Page
 from hierkd.reports.report import describe_run, write_demo_report
 from hierkd.reports.run_record import read_run
 from toy_world import NOVEL, VOCABULARY, register_toy_world
@@ -146,7 +145,7 @@ def test_runs_side_by_side(folder, tmp_path):
     runs = [read_run(each) for each in (folder, other)]
     found = sections(describe_run(runs[0], runs[1:], num_pictures=0))
     table = found["Runs side by side"].table
-    assert table.headers == ["Dataset", "Figure", "first", "more/first"]
+    assert table.headers == ["Dataset", "Figure", str(folder), str(other)]
     assert table.rows[:4] == [
         ["new_val", "novel/AP50", 21.0, None],
         ["new_val", "novel/AR50", None, None],
@@ -159,33 +158,13 @@ def test_runs_side_by_side(folder, tmp_path):
 
 # --------------------------------------------------------------------------------- strange folders
 
-HOSTILE = "</pre><script>alert(1)</script><img src=x onerror=alert(2)>\"'$_{"
-
-
-def test_names_from_a_folder_are_only_written(tmp_path):
-    figures = {f"{HOSTILE}/b/novel/AP50": 1.0, f"{HOSTILE}/b/AP50-{HOSTILE}": 2.0, "d/b/a/AP": 1.0}
-    start = dict.fromkeys(("date", "command", "iteration", "commit", "versions"), HOSTILE)
-    run = write_run(
-        tmp_path / "<svg onload=alert(3)>",
-        figures=figures,
-        starts=[{**start, "hardware": {HOSTILE: [HOSTILE]}}] * 2,
-        config=json.dumps({HOSTILE: HOSTILE, "SEED": HOSTILE, "DATASETS": 3, "SOLVER": []}),
-    )
-    (run / "last_checkpoint").write_text(HOSTILE)
-    other = shutil.copytree(run, tmp_path / HOSTILE.replace("/", "|"))
-    write_page(tmp_path / "page.html", describe_run(read_run(run), [read_run(other)]))
-    html = (tmp_path / "page.html").read_text()
-    assert html.count("&lt;script&gt;alert(1)") > 15
-    for piece in ("<script", "<svg onload", "<img src=x", "onerror=alert(2)>\"'"):
-        assert piece not in html
-
 
 @pytest.mark.parametrize(
     "starts",
     [[{}], [{"hardware": 3, "versions": [1]}], [{"hardware": {"gpus": [[1], {}]}, "date": {}}], {}],
 )
 def test_records_of_other_shapes_are_no_obstacle(tmp_path, starts):
-    run = write_run(tmp_path / "x", starts=starts, config="DATASETS: 3\nSOLVER: []\n")
+    run = write_run(tmp_path / "x", starts=starts, config="DATASETS: 3\nSOLVER: []\n3: {x: y}\n")
     (run / "evaluations.json").write_text('[{"figures": [1]}, {"figures": {"a/b/c": "?"}}]')
     page = describe_run(read_run(run))
     assert any("There are no pictures" in note for note in page.sections[0].notes)

@@ -144,12 +144,12 @@ def describe_run(
 
 
 def _named(runs: Sequence[RunFolder]) -> dict[str, RunFolder]:
-    """Runs by as much of their paths as tells them apart."""
+    """Runs by the names of their folders or, where two are alike, by their paths."""
     if len(runs) == 1:
         return {"": runs[0]}
-    paths = [run.path.resolve() for run in runs]
-    common = Path(os.path.commonpath(paths))
-    names = [p.name if p == common else str(p.relative_to(common)) for p in paths]
+    names = [run.name for run in runs]
+    if len(set(names)) < len(names):
+        names = [str(run.path) for run in runs]
     return dict(zip(names, runs, strict=True))
 
 
@@ -157,7 +157,8 @@ def _summary_section(run: RunFolder, notes: Sequence[str]) -> Section:
     facts: dict[str, Any] = {"State": _state(run)}
     if run.starts:
         facts["Begun"] = run.starts[0].get("date")
-        facts["Starts"] = f"{len(run.starts)}, the last one {run.starts[-1].get('date')}"
+        if len(run.starts) > 1:
+            facts["Starts"] = f"{len(run.starts)}, the last one {run.starts[-1].get('date')}"
         commits = dict.fromkeys(str(each.get("commit") or "unknown") for each in run.starts)
         facts["Commit"] = " → ".join(commits)
     if (seconds := _training_seconds(run)) is not None:
