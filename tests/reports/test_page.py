@@ -2,7 +2,9 @@
 
 import dataclasses
 import re
+import tomllib
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -118,3 +120,11 @@ def test_a_page_that_fails_leaves_the_old_one(write, tmp_path):
         write(Page("new", [None]))
     (left,) = (tmp_path / "new").iterdir()
     assert "old" in left.read_text()
+
+
+def test_templates_are_installed_with_the_package():
+    root = Path(__file__).resolve().parents[2]
+    settings = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]
+    package = root / settings["packages"]["find"]["where"][0] / "hierkd"
+    installed = {p for glob in settings["package-data"]["hierkd"] for p in package.glob(glob)}
+    assert len(installed & set((package / "reports" / "templates").iterdir())) == 2
