@@ -52,6 +52,7 @@ def test_curves_of_a_run_that_went_back(path):
         path,
         {"iteration": 19, "total_loss": 5.0, "lr": 0.1},
         {"iteration": 39, "total_loss": 4.0, "lr": 0.2},
+        {"iteration": 39, "val/bbox/AP50": 11.0},
         {"iteration": 59, "total_loss": 3.0, "lr": 0.3},
         {"iteration": 59, "val/bbox/AP50": 12.0},
         {"iteration": 39, "total_loss": 3.5, "lr": 0.25},  # resumed from the step before 39
