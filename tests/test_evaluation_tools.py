@@ -15,6 +15,7 @@ from hierkd.evaluation.direct_inference import DETECTOR
 from hierkd.evaluation.split_coco_evaluation import METRICS
 from hierkd.experiments.runs import find_figure
 from hierkd.load_config import load_config
+from hierkd.reports import charts
 from tools import (
     clip_direct_inference,
     clip_upper_bound,
@@ -22,9 +23,9 @@ from tools import (
     plot_heat_maps,
     reproduce,
 )
-from toy_world import VOCABULARY, register_toy_world
+from toy_world import register_toy_world
 
-TOOLS = (clip_direct_inference, clip_upper_bound, plot_heat_maps, compare_detections)
+TOOLS = (clip_direct_inference, clip_upper_bound)
 
 
 @pytest.fixture(autouse=True)
@@ -32,6 +33,7 @@ def _without_log_handlers(monkeypatch):
     """detectron2 would keep the stream that the first test captures."""
     for tool in TOOLS:
         monkeypatch.setattr(tool, "setup_logger", lambda **options: None)
+    monkeypatch.setattr("detectron2.utils.logger.setup_logger", lambda **options: None)
 
 
 @pytest.fixture
@@ -237,14 +239,6 @@ def test_heat_maps_of_any_class(config, opts, picture, tmp_path):
         assert square.height - wide.height == 2 * (120 - 40)  # two rows
 
 
-def test_classes_compete_within_the_vocabulary():
-    choose = plot_heat_maps.choose_vocabulary
-    assert choose(["bee", "ice cream"], None, VOCABULARY) == [*VOCABULARY, "ice cream"]
-    assert choose(["bee"], "bee, wasp", VOCABULARY) == ["bee", "wasp"]
-    with pytest.raises(ValueError, match=r"\['cow'\] are not in --vocabulary"):
-        choose(["cow"], "bee, wasp", VOCABULARY)
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -287,13 +281,13 @@ def compare(world, config, tmp_path):
 def columns(monkeypatch):
     """What reaches ``draw_comparison``."""
     seen = []
-    draw = compare_detections.draw_comparison
+    draw = charts.draw_comparison
 
     def record(runs, captions, **options):
         seen.append((runs, captions))
         return draw(runs, captions, **options)
 
-    monkeypatch.setattr(compare_detections, "draw_comparison", record)
+    monkeypatch.setattr(charts, "draw_comparison", record)
     return seen
 
 
@@ -364,7 +358,7 @@ def test_wrong_options_of_the_comparison(compare, capsys, arguments, message):
 
 def test_two_runs_of_one_name(compare, capsys):
     message = refused(compare_detections, capsys, *compare, *compare[2:4], "--novel", "1")
-    assert "--run: several are called ['IKD']" in message
+    assert "--run: several are called 'IKD'" in message
 
 
 def test_a_broken_picture_of_the_comparison_is_named(compare, capsys, tmp_path):

@@ -51,38 +51,27 @@ def trainings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return done
 
 
-def test_the_teacher_is_trained_once_per_clip_and_world(
-    tmp_path: Path, trainings: list[str]
-) -> None:
-    path, clip, world = tmp_path / "teacher.pt", TinyCLIPSpec(), MiniatureSpec()
-    for spec, pictures, expected in (
-        (clip, world, 1),
-        (clip, world, 1),  # specs hold tuples, the stamp lists: still the same
-        (replace(clip, steps=clip.steps + 1), world, 2),
-        (clip, replace(world, size=96), 3),
-    ):
-        prepare_miniature.make_teacher(path, spec, pictures)
-        assert len(trainings) == expected
+def test_files_are_made_once_per_recipe(tmp_path: Path, trainings: list[str]) -> None:
+    clip, world, config = TinyCLIPSpec(), MiniatureSpec(), prepare_miniature.CONFIG
+    slim = tmp_path / "slim.yaml"
+    slim.write_text(
+        f"_BASE_: {Path(config).resolve()}\nMODEL: {{SLIM_RESNET: {{WIDTHS: [8, 12, 16, 24]}}}}"
+    )
+    # specs hold tuples, the stamps lists: still the same
+    for count, spec in ((1, clip), (1, clip), (2, replace(clip, steps=clip.steps + 1))):
+        prepare_miniature.make_teacher(tmp_path / "teacher.pt", spec, world)
+        assert len(trainings) == count
+    prepare_miniature.make_teacher(tmp_path / "teacher.pt", spec, replace(world, size=96))
+    assert len(trainings) == 3
     stamp = json.loads((tmp_path / "teacher.json").read_text())
     assert stamp["recipe"]["world"] == asdict(replace(world, size=96))
     assert stamp["figures"] == {"seconds": 1.0, "accuracy": 0.5}
-
-
-def test_the_warm_start_follows_the_world_and_the_backbone(
-    tmp_path: Path, trainings: list[str]
-) -> None:
-    path = tmp_path / "backbone.pth"
-    slim = tmp_path / "slim.yaml"
-    base = Path(prepare_miniature.CONFIG).resolve()
-    slim.write_text(f"_BASE_: {base}\nMODEL:\n  SLIM_RESNET:\n    WIDTHS: [8, 12, 16, 24]\n")
-    for world, config, expected in (
-        (MiniatureSpec(), prepare_miniature.CONFIG, 1),
-        (MiniatureSpec(), prepare_miniature.CONFIG, 1),
-        (MiniatureSpec(seed=1), prepare_miniature.CONFIG, 2),
-        (MiniatureSpec(seed=1), str(slim), 3),
+    changed = replace(world, seed=1)
+    for count, pictures, file in (
+        *((4, world, config), (4, world, config), (5, changed, config), (6, changed, str(slim))),
     ):
-        prepare_miniature.make_warm_start(path, world, config)
-        assert len(trainings) == expected
+        prepare_miniature.make_warm_start(tmp_path / "backbone.pth", pictures, file)
+        assert len(trainings) == count
 
 
 def test_after_an_interrupted_training_the_old_stamp_does_not_vouch_for_the_file(
@@ -117,10 +106,6 @@ def test_prepare_makes_the_world_first_and_times_each_stage(
     seconds = prepare_miniature.prepare(MiniatureSpec(seed=5))
     assert trainings == ["world", "teacher.pt", "backbone.pth"]
     assert list(seconds) == ["world", "teacher", "warm start"]
-    assert all(value >= 0 for value in seconds.values())
-    assert sorted(p.name for p in (tmp_path / "miniature").iterdir()) == [
-        *("backbone.json", "backbone.pth", "teacher.json", "teacher.pt")
-    ]
 
 
 # ------------------------------------------------------------------------------ study
@@ -135,27 +120,20 @@ def complete(run: Run, start: float) -> None:
     (run.folder / "run.json").write_text(json.dumps({**run.identity(), "metrics": metrics}))
 
 
-@pytest.mark.parametrize("split", ["val", "test"])
-def test_a_run_is_a_config_with_a_seed_on_a_split(tmp_path: Path, split: str) -> None:
+def test_a_run_is_a_config_with_a_seed_on_a_split(tmp_path: Path) -> None:
     opts = ["MODEL.GKD.LOSS_WEIGHT", "0.3"]
-    run = miniature_study.build_run("gkd", 3, tmp_path, split, opts)
-    assert (miniature_study.ROOT / run.config).is_file()
-    assert run.seed == 3
-    assert list(run.opts[-2:]) == opts
+    run = miniature_study.build_run("gkd", 3, tmp_path, "val", opts)
+    assert (run.seed, list(run.opts[-2:])) == (3, opts)
     cfg = load_config(str(miniature_study.ROOT / run.config), run.opts)
     assert cfg.MODEL.GKD.LOSS_WEIGHT == 0.3
-    assert [name.split("_")[2:] for name in cfg.DATASETS.TEST] == [
-        *([split, "novel"], [split, "base"], [split, "all"])
-    ]
+    assert tuple(f"miniature_ovd_val_{x}" for x in ("novel", "base", "all")) == cfg.DATASETS.TEST
 
 
 def cells(line: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
-def test_the_table_has_mean_and_range_of_the_complete_runs(
-    tmp_path: Path,
-) -> None:
+def test_the_table_has_mean_and_range_of_the_complete_runs(tmp_path: Path) -> None:
     runs = [
         miniature_study.build_run(config, seed, tmp_path, "test", [])
         for config in ("ikd", "gkd")
@@ -163,23 +141,14 @@ def test_the_table_has_mean_and_range_of_the_complete_runs(
     ]
     for run, start in zip(runs[:2] + runs[3:4], (1.0, 2.0, 6.0), strict=True):
         complete(run, start)
-    header, rule, ikd, gkd = miniature_study.format_table(runs).split("\n")
-    names = cells(header)
-    assert names[:3] == ["config", "seeds", "ZSD novel AP50"]
-    assert len({len(cells(line)) for line in (header, rule, ikd, gkd)}) == 1
-    by_name = dict(zip(names, cells(ikd), strict=True))
-    assert by_name["config"] == "ikd"
-    assert by_name["seeds"] == "3"  # seed 2 is missing
+    header, _, ikd, gkd = map(cells, miniature_study.format_table(runs).split("\n"))
+    assert header[:3] == ["config", "seeds", "ZSD novel AP50"]
+    by_name = dict(zip(header, ikd, strict=True))
+    assert (by_name["config"], by_name["seeds"]) == ("ikd", "3")  # seed 2 is missing
     # Datasets are novel, base, all; metrics are in the order of METRICS, ten apart.
-    place = METRICS.index("novel/AP50")
-    assert (
-        by_name["ZSD novel AP50"] == f"{10 * place + 3}.0 ({10 * place + 1}.0-{10 * place + 6}.0)"
-    )
-    place = 2 * len(METRICS) + METRICS.index("base/AP50")
-    assert (
-        by_name["GZSD base AP50"] == f"{10 * place + 3}.0 ({10 * place + 1}.0-{10 * place + 6}.0)"
-    )
-    assert cells(gkd) == ["gkd", "0"] + ["not run"] * len(miniature_study.COLUMNS)
+    assert by_name["ZSD novel AP50"] == "13.0 (11.0-16.0)"
+    assert by_name["GZSD base AP50"] == "83.0 (81.0-86.0)"
+    assert gkd == ["gkd", "0"] + ["not run"] * len(miniature_study.COLUMNS)
 
 
 def test_the_command_runs_every_config_with_every_seed(
@@ -206,14 +175,3 @@ def test_the_command_runs_every_config_with_every_seed(
     table = (output / "table.md").read_text()
     assert table == miniature_study.format_table(trained) + "\n"
     assert table in capsys.readouterr().out
-
-
-def test_the_examples_of_the_usage_put_the_options_of_the_training_last() -> None:
-    """Everything after --opts goes to the training."""
-    assert miniature_study.__doc__ is not None
-    commands = miniature_study.__doc__.replace("\\\n", " ").split("python ")[1:]
-    assert len(commands) == 2
-    for command in commands:
-        words = command.split("\n")[0].split()
-        after = words[words.index("--opts") + 1 :] if "--opts" in words else []
-        assert not [word for word in after if word.startswith("-")]

@@ -33,10 +33,9 @@ import toy_world
 import train_net
 from fake_teacher import FakeTeacher
 from hierkd.checkpoint import HierKDCheckpointer
-from hierkd.experiments.results import collect_results
 from hierkd.inference.predictor import OpenVocabularyPredictor
 from hierkd.load_config import load_config
-from hierkd.reports.report import write_report
+from hierkd.reports.report import write_demo_report
 from hierkd.teachers.clip import CLIPTeacher
 from hierkd.teachers.region_cache import (
     CacheContents,
@@ -504,19 +503,16 @@ def predictor(monkeypatch):
 
 def test_names_from_data_are_no_html(tmp_path, hostile_world, predictor):
     run = tmp_path / "run"
-    run.mkdir()
-    (run / "metrics.json").write_text(
-        json.dumps({"iteration": 19, "total_loss": 5.0, f"loss_{HOSTILE}": 1.0})
-    )
-    figures = {f"{g}/{m}": 1.0 for g in ("novel", "base", "all") for m in ("AP50", "AR50")}
-    results = collect_results(
-        zsd=figures, gzsd=figures, upper_bound_zsd=figures, upper_bound_gzsd=figures,
-        config=HOSTILE, seed=0, commit=HOSTILE, seconds={HOSTILE: 1.0},
-    )  # fmt: skip
+    saved = run / "inference" / hostile_world / "coco_instances_results.json"
+    saved.parent.mkdir(parents=True)
+    saved.write_text("[]")
+    line = {"iteration": 19, "total_loss": 5.0, f"loss_{HOSTILE}": 1.0}
+    (run / "metrics.json").write_text(json.dumps(line) + "\n")
+    figures = [(p, g, 1.0, 1.0, 1.0) for p in ("ZSD", "GZSD") for g in ("novel", "base", "all")]
     path = tmp_path / "out" / "report.html"
-    write_report(
-        path, results, run_dir=run, predictor=predictor, dataset_name=hostile_world,
-        num_examples=6,
+    write_demo_report(
+        path, figures, {HOSTILE: HOSTILE},
+        run_dir=run, predictor=predictor, dataset_name=hostile_world, num_pictures=6,
     )  # fmt: skip
     page = path.read_text(encoding="utf-8")
     assert "&lt;script&gt;" in page  # the names are shown

@@ -19,6 +19,7 @@ import hierkd  # noqa: F401  (first: it quiets two deprecation warnings inside l
 import argparse
 import logging
 import random
+from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -126,13 +127,17 @@ def choose_records(
 
 
 def describe(record: dict[str, Any], vocabulary: Sequence[str], novel: Collection[str]) -> str:
-    """The line above a picture: its file and what is in it, novel classes first."""
-    names = [vocabulary[a["category_id"]] for a in record["annotations"] if not a.get("iscrowd", 0)]
-    listed = []
-    for name in sorted(dict.fromkeys(names), key=lambda name: name not in novel):
-        count = f"{names.count(name)} " * (names.count(name) > 1)
-        listed.append(f"{count}{name}{' (novel)' * (name in novel)}")
-    objects = ", ".join(listed) or "no objects"
+    """The line above a picture: its file and what is in it."""
+    counts = Counter(
+        vocabulary[a["category_id"]] for a in record["annotations"] if not a.get("iscrowd", 0)
+    )
+
+    def listed(wanted: bool) -> str:
+        names = {name: n for name, n in counts.items() if (name in novel) == wanted}
+        return ", ".join(f"{n} {name}" if n > 1 else name for name, n in names.items())
+
+    parts = {"novel: ": listed(True), "base: " if novel else "": listed(False)}
+    objects = "; ".join(kind + names for kind, names in parts.items() if names) or "no objects"
     return f"{Path(record['file_name']).name} (id {record['image_id']}) · {objects}"
 
 
@@ -185,8 +190,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"--threshold must be 0 to 1, got {args.threshold}")
     if args.panel_px < 64:
         parser.error(f"--panel-px must be at least 64, got {args.panel_px}")
-    if min(args.random or 1, args.novel or 1) < 1 or 0 in (args.random, args.novel):
-        parser.error("--random and --novel must be at least 1")
+    for count in (args.random, args.novel):
+        if count is not None and count < 1:
+            parser.error(f"--random and --novel must be at least 1, got {count}")
     from detectron2.utils.logger import setup_logger
 
     setup_logger(name="hierkd", abbrev_name="hierkd")

@@ -1,54 +1,76 @@
-"""Records of a measurement: what JSON can hold, and the table."""
+"""Figures as results.json, as records of a measurement, and as tables."""
 
 import json
+import math
 
 from hierkd.experiments.results import (
     collect_record,
+    collect_results,
     figures_table,
+    summary_rows,
     write_results,
 )
 
 ROWS = {
     "val_novel": {
-        "crop 1": {"novel/AP50": 68.04321, "novel/APl": float("nan"), "AP50-cat": 70.0},
+        "crop 1": {"novel/AP50": 68.04321, "novel/APl": math.nan, "AP50-cat": 70.0},
         "crop 1.5": {"novel/AP50": 7.0, "novel/APl": 100.0, "AP50-cat": 70.0},
     }
 }
 
 
-def test_a_record_goes_through_json(tmp_path):
-    record = collect_record(
-        command="python tools/x.py",
-        config="a.yaml",
-        weights="model.pth",
-        dataset=("val_novel",),
-        options={"crop_scales": [1.0, 1.5]},
-        rows=ROWS,
-        main_row="crop 1.5",
-        commit="abc",
-    )
-    path = tmp_path / "new" / "figures.json"
-    write_results(path, record)
-    assert json.loads(path.read_text()) == record
-    assert list(record) == [
-        *("command", "config", "weights", "dataset", "options"),
-        *("figures", "main_row", "rows", "commit"),
-    ]
-    assert record["dataset"] == ["val_novel"]
-    assert record["rows"]["val_novel"]["crop 1"] == {
-        "novel/AP50": 68.04,
-        "novel/APl": None,
-        "AP50-cat": 70.0,
+def metrics(start):
+    """Distinct figures: novel AP50 is ``start``, AR50 ``start + .5``, the next group one more."""
+    values = {"novel/AP": 99.0, "AP50-ant": 98.0}
+    for k, group in enumerate(("novel", "base", "all")):
+        values |= {f"{group}/AP50": start + k, f"{group}/AR50": start + k + 0.5}
+    return values
+
+
+def test_results_have_the_promised_layout(tmp_path):
+    figures = {"zsd": metrics(10.123), "gzsd": metrics(20)}
+    bounds = {"gzsd": {**metrics(40), "all/AR50": math.nan}, "zsd": metrics(30)}
+    results = collect_results(figures, bounds, config="x.yaml", seconds={"train": 12.3})
+    write_results(tmp_path / "new" / "results.json", results)
+    assert json.loads((tmp_path / "new" / "results.json").read_text()) == {
+        "zsd": {"novel": {"AP50": 10.12, "AR50": 10.62}},
+        "gzsd": {
+            group: {"AP50": 20 + k, "AR50": 20.5 + k}
+            for k, group in enumerate(("novel", "base", "all"))
+        },
+        "upper_bound": {
+            "zsd": {"novel": {"AP50": 30, "AR50": 30.5}},
+            "gzsd": {
+                "novel": {"AP50": 40, "AR50": 40.5},
+                "base": {"AP50": 41, "AR50": 41.5},
+                "all": {"AP50": 42, "AR50": None},
+            },
+        },
+        "config": "x.yaml",
+        "seconds": {"train": 12.3},
     }
+    assert summary_rows(results) == [
+        ("ZSD", "novel", 10.12, 10.62, 30),
+        ("GZSD", "novel", 20, 20.5, 40),
+        ("GZSD", "base", 21, 21.5, 41),
+        ("GZSD", "all", 22, 22.5, 42),
+    ]
+
+
+def test_a_record_goes_through_json(tmp_path):
+    record = collect_record(rows=ROWS, main_row="crop 1.5", command="x.py", dataset=["val_novel"])
+    write_results(tmp_path / "figures.json", record)
+    assert json.loads((tmp_path / "figures.json").read_text()) == record
+    rounded = {"novel/AP50": 68.04, "novel/APl": None, "AP50-cat": 70.0}
+    assert record["rows"]["val_novel"]["crop 1"] == rounded
     assert record["figures"] == {"val_novel": ROWS["val_novel"]["crop 1.5"]}
-    assert [p.name for p in path.parent.iterdir()] == ["figures.json"]
+    assert (record["command"], record["main_row"]) == ("x.py", "crop 1.5")
 
 
 def test_the_table_has_a_line_per_row_and_group():
     lines = figures_table(ROWS, ["AP50", "APl"]).split("\n")
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    assert cells[0] == ["dataset", "row", "classes", "AP50", "APl"]
-    assert cells[2:] == [
-        ["val_novel", "crop 1", "novel", "68.0", "–"],
-        ["val_novel", "crop 1.5", "novel", "7.0", "100.0"],
+    assert [line.replace(" ", "") for line in (lines[0], *lines[2:])] == [
+        "|dataset|row|classes|AP50|APl|",
+        "|val_novel|crop1|novel|68.0|–|",
+        "|val_novel|crop1.5|novel|7.0|100.0|",
     ]

@@ -1,18 +1,21 @@
 """Drawing: small pictures grow, boxes land where they should, labels stay inside."""
 
 import numpy as np
+import pytest
 import torch
 from detectron2.structures import Boxes, Instances
+from PIL import Image
 
+from hierkd.reports import drawing
 from hierkd.reports.drawing import (
     SheetRow,
-    _place_labels,
     class_color,
     draw_boxes,
     draw_instances,
     draw_sheet,
     enlarge,
     fit,
+    save_picture,
 )
 
 GREY = np.full((64, 128, 3), 128, dtype=np.uint8)
@@ -23,18 +26,13 @@ def changed(drawn: np.ndarray) -> np.ndarray:
     return (drawn.astype(int) != 128).any(axis=2)
 
 
-def test_small_pictures_grow_and_large_ones_stay():
-    grown, factor = enlarge(GREY, 512)
-    assert grown.shape == (256, 512, 3)
-    assert factor == 4.0
-    same, factor = enlarge(GREY, 100)
-    assert same is GREY
-    assert factor == 1.0
-
-
-def test_reversed_channels_can_be_enlarged():
-    grown, _ = enlarge(GREY[:, :, ::-1], 256)
-    assert grown.shape == (128, 256, 3)
+def test_pictures_are_brought_to_a_size():
+    assert [enlarge(GREY, 512)[0].shape, enlarge(GREY, 512)[1]] == [(256, 512, 3), 4.0]
+    assert enlarge(GREY, 100)[0] is GREY  # a larger one stays
+    shrunk, factor = fit(GREY[:, :, ::-1], 64)
+    assert (shrunk.shape, factor) == ((32, 64, 3), 0.5)
+    assert not changed(shrunk).any()
+    assert fit(GREY.transpose(1, 0, 2), 256)[0].shape == (256, 128, 3)
 
 
 def test_box_is_drawn_at_its_scaled_place():
@@ -44,12 +42,7 @@ def test_box_is_drawn_at_its_scaled_place():
     np.testing.assert_allclose(edges, np.array([32, 16, 96, 48]) * 4, atol=5)
     assert drawn[64, 256].tolist()[0] > 200  # upper edge, red
     assert not changed(drawn)[128, 256]  # inside stays as it was
-
-
-def test_nothing_to_draw():
-    drawn = draw_boxes(GREY, np.zeros((0, 4)), [], [], min_long_side=256)
-    assert drawn.shape == (128, 256, 3)
-    assert not changed(drawn).any()
+    assert not changed(draw_boxes(GREY, np.zeros((0, 4)), [], [], min_long_side=256)).any()
 
 
 def test_a_label_is_no_formula():
@@ -76,45 +69,10 @@ def test_labels_at_the_edges_stay_inside():
         assert label_area(corner) > 0.85 * in_the_middle
 
 
-def test_instances_are_labelled_by_the_vocabulary(monkeypatch):
-    seen = {}
-
-    def record(image, boxes, labels, colors, **_):
-        seen.update(boxes=boxes, labels=labels, colors=colors)
-        return image
-
-    monkeypatch.setattr("hierkd.reports.drawing.draw_boxes", record)
-    instances = Instances(
-        (64, 128),
-        pred_boxes=Boxes(torch.tensor([[1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0]])),
-        scores=torch.tensor([0.956, 0.5]),
-        pred_classes=torch.tensor([1, 0]),
-    )
-    draw_instances(GREY, instances, ["cat", "traffic cone"])
-    assert seen["labels"] == ["cat 50%", "traffic cone 96%"]  # the best last, on top
-    assert seen["colors"] == [class_color(0), class_color(1)]
-    assert seen["boxes"][0].tolist() == [5, 6, 7, 8]
-
-
-def test_class_colours_never_run_out():
-    assert class_color(0) != class_color(1)
-    assert all(0 <= channel <= 1 for channel in class_color(5000))
-
-
-def test_fit_shrinks_and_enlarges_to_the_longer_side():
-    shrunk, factor = fit(GREY, 64)
-    assert shrunk.shape == (32, 64, 3)
-    assert factor == 0.5
-    grown, factor = fit(np.ascontiguousarray(GREY.transpose(1, 0, 2)), 256)
-    assert grown.shape == (256, 128, 3)
-    assert factor == 2.0
-    assert not changed(shrunk).any()
-
-
-def test_labels_of_boxes_that_coincide_do_not_cover_each_other():
+def test_labels_do_not_cover_each_other():
     boxes = np.array([[100.0, 100, 300, 250]] * 4 + [[102.0, 98, 290, 240], [2, 2, 60, 40]])
     labels = ["umbrella 95%", "cat 3%", "traffic cone 40%", "dog 7%", "bus 1%", "cup 2%"]
-    places = _place_labels(boxes, labels, 18, 25, (480, 640))
+    places = drawing._place_labels(boxes, labels, 18, 25, (480, 640))
     assert places[-2] == (102, 98 - 25)  # the last ones choose first: above the box
     rectangles = [(x, y, x + 9 * len(t), y + 25) for (x, y), t in zip(places, labels, strict=True)]
     for i, (x0, y0, x1, y1) in enumerate(rectangles):
@@ -123,16 +81,31 @@ def test_labels_of_boxes_that_coincide_do_not_cover_each_other():
         assert y1 <= 480
         for u0, v0, u1, v1 in rectangles[:i]:
             assert x1 <= u0 or u1 <= x0 or y1 <= v0 or v1 <= y0
+    crowd = drawing._place_labels(np.array([[10.0, 10, 60, 40]] * 40), ["umbrella"] * 40, 18, 25,
+                                  (64, 200))  # fmt: skip
+    assert all(0 <= x <= 200 and 0 <= y <= 64 - 25 for x, y in crowd)
 
 
-def test_more_labels_than_room_are_still_placed_inside():
-    boxes = np.array([[10.0, 10, 60, 40]] * 40)
-    places = _place_labels(boxes, ["umbrella 95%"] * 40, 18, 25, (64, 200))
-    assert all(0 <= x <= 200 and 0 <= y <= 64 - 25 for x, y in places)
+@pytest.mark.parametrize("classes", [[1, 0], [0, 5000]])
+def test_the_best_detection_is_labelled_by_the_vocabulary_and_on_top(monkeypatch, classes):
+    labels = []
 
+    def record(image, boxes, texts, colors, **_):
+        labels.extend(texts)
+        return draw_boxes(image, boxes, texts, colors)
 
-def colored(color: tuple[int, int, int], height: int, width: int) -> np.ndarray:
-    return np.full((height, width, 3), color, dtype=np.uint8)
+    monkeypatch.setattr(drawing, "draw_boxes", record)
+    found = Instances(
+        (640, 640),
+        pred_boxes=Boxes(torch.tensor([[200.0, 200, 400, 400]] * 2)),
+        scores=torch.tensor([0.956, 0.5]),
+        pred_classes=torch.tensor(classes),
+    )
+    names = {0: "cat", 1: "traffic cone", 5000: "dog"}
+    drawn = draw_instances(np.zeros((640, 640, 3), np.uint8), found, names)
+    assert labels == [f"{names[classes[1]]} 50%", f"{names[classes[0]]} 96%"]
+    assert np.abs(drawn[300, 200] - 255 * np.array(class_color(classes[0]))).max() < 40
+    assert class_color(classes[0]) != class_color(classes[1])
 
 
 def place_of(sheet: np.ndarray, color: tuple[int, int, int]) -> tuple[int, int, int, int]:
@@ -141,46 +114,25 @@ def place_of(sheet: np.ndarray, color: tuple[int, int, int]) -> tuple[int, int, 
 
 
 def test_panels_of_a_sheet_line_up_and_nothing_covers_them():
-    red, green, blue, grey = (255, 0, 0), (0, 255, 0), (0, 0, 255), (90, 91, 92)
-    rows = [
-        SheetRow([colored(red, 60, 100), colored(green, 80, 100)], ["one", "two"], "a caption"),
-        SheetRow([colored(blue, 50, 40)], [""]),
-    ]
-    sheet = draw_sheet(rows, panel_px=100, legend=[(colored(grey, 20, 30), "grey")])
-    sizes = {red: (100, 60), green: (100, 80), blue: (40, 50), grey: (30, 20)}
-    places = {color: place_of(sheet, color) for color in sizes}
-    for color, (width, height) in sizes.items():
-        x0, y0, x1, y1 = places[color]
-        assert (x1 - x0, y1 - y0) == (width, height)
-        assert (sheet[y0:y1, x0:x1] == color).all()
-    assert places[red][0] == places[blue][0]
-    assert places[red][1] == places[green][1]
-    assert places[blue][1] >= places[green][3]
-    assert places[grey][1] >= places[blue][3]
-    above = sheet[: places[red][1]]
-    assert (above < 128).any(), "titles and caption are written above the panels"
-
-
-def test_titles_of_any_length_stay_over_their_panel():
+    sizes = {(255, 0, 0): (100, 60), (0, 255, 0): (100, 80), (0, 0, 255): (40, 50)}
+    sizes[90, 91, 92] = (30, 20)
+    panels = [np.full((h, w, 3), color, np.uint8) for color, (w, h) in sizes.items()]
     long = "an exceedingly long name of a class that nobody would ever write · P3, stride 8"
-    panels = [colored((255, 0, 0), 40, 120), colored((0, 255, 0), 40, 120)]
-    with_text = draw_sheet([SheetRow(panels, [long, ""])], panel_px=120)
-    top = place_of(with_text, (255, 0, 0))[1]
-    second = place_of(with_text, (0, 255, 0))[0]
-    written = (with_text[:top] < 200).any(axis=(0, 2)).nonzero()[0]
-    assert len(written) > 50
-    assert written.max() < second
+    rows = [SheetRow(panels[:2], [long, ""], "a caption"), SheetRow([panels[2]], [""])]
+    sheet = draw_sheet(rows, panel_px=100, legend=[(panels[3], "grey")])
+    red, green, blue, grey = (place_of(sheet, color) for color in sizes)
+    for (x0, y0, x1, y1), size in zip((red, green, blue, grey), sizes.values(), strict=True):
+        assert (x1 - x0, y1 - y0) == size
+        assert len(np.unique(sheet[y0:y1, x0:x1].reshape(-1, 3), axis=0)) == 1
+    assert (red[0], red[1]) == (blue[0], green[1])
+    assert blue[1] >= green[3]
+    assert grey[1] >= blue[3]
+    title = (sheet[: red[1] - 36] < 200).any(axis=(0, 2)).nonzero()[0]
+    assert 50 < len(title) <= title.max() < green[0]  # over its own panel
 
 
-def test_the_best_detection_is_drawn_on_top():
-    boxes = torch.tensor([[200.0, 200, 400, 400]] * 2)
-    for classes in ([0, 1], [1, 0]):
-        instances = Instances(
-            (640, 640),
-            pred_boxes=Boxes(boxes),
-            scores=torch.tensor([0.9, 0.4]),
-            pred_classes=torch.tensor(classes),
-        )
-        drawn = draw_instances(np.zeros((640, 640, 3), np.uint8), instances, ["a", "b"])
-        best = 255 * np.array(class_color(classes[0]))
-        assert np.abs(drawn[300, 200] - best).max() < 40  # the left edge
+@pytest.mark.parametrize(("name", "kind"), [("a.png", "PNG"), ("a.JPG", "JPEG")])
+def test_the_suffix_decides_the_format(tmp_path, name, kind):
+    save_picture(tmp_path / "new" / name, GREY)
+    with Image.open(tmp_path / "new" / name) as saved:
+        assert (saved.format, saved.size) == (kind, (128, 64))

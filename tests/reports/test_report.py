@@ -1,9 +1,7 @@
-"""The report and results.json: complete, self-contained, escaped."""
+"""What the report of a run shows, of folders in every state; and that of the demo."""
 
 import json
 import math
-import re
-from html.parser import HTMLParser
 
 import pytest
 import torch
@@ -11,112 +9,231 @@ from detectron2.modeling import build_model
 
 import hierkd.modeling.detector as meta_arch
 from fake_teacher import FakeTeacher
-from hierkd.experiments.results import collect_results, summary_rows, write_results
 from hierkd.inference.predictor import OpenVocabularyPredictor
 from hierkd.load_config import load_config
-from hierkd.reports.report import write_report
+from hierkd.reports import report
+from hierkd.reports.gallery import COLORS
+from hierkd.reports.page import Bar, Card, Page
+from hierkd.reports.report import describe_run, write_demo_report
+from hierkd.reports.run_record import read_run
 from toy_world import NOVEL, VOCABULARY, register_toy_world
 
-GROUPS = ("novel", "base", "all")
+FIGURES = {
+    "all_val/bbox/novel/AP50": 12.0, "all_val/bbox/novel/AR50": 13.0,
+    "all_val/bbox/base/AP50": 34.0, "all_val/bbox/base/APl": math.nan,
+    "all_val/bbox/all/AP50": 31.0, "all_val/bbox/AP50-bee": 11.0,
+    "new_val/bbox/novel/AP50": 21.0, "new_val/bbox/AP50-bee": 33.3, "new_val/bbox/AP50-dog": 8.7,
+}  # fmt: skip
+MACHINE = {"processor": "A", "cores": 2, "gpus": []}
+STARTS = [
+    {"date": "1998", "iteration": 0, "commit": "abc", "hardware": MACHINE},
+    {"date": "1999", "iteration": 20, "commit": "abd", "hardware": {**MACHINE, "gpus": ["B", "B"]}},
+]
 
 
-def metrics(start, groups=GROUPS):
-    """Distinct figures: novel AP50 is ``start``, AR50 ``start + .5``, the next group one more."""
-    values = {}
-    for k, group in enumerate(groups):
-        values |= {f"{group}/AP50": start + k, f"{group}/AR50": start + k + 0.5}
-    return {**values, "novel/AP": 99.0, "AP50-ant": 98.0}
+def write_run(folder, *, figures=FIGURES, starts=STARTS, config="SEED: 7\nSOLVER: {MAX_ITER: 80}"):
+    folder.mkdir(parents=True)
+    lines = [
+        {"iteration": 19, "total_loss": 5.0, "loss_x": 1.0, "loss_cls": 3.0, "time": 0.5},
+        {"iteration": 39, "total_loss": 4.0, "loss_x": 1.0, "loss_cls": 2.0, "time": 2.0},
+        {"iteration": 39, "rank_data_time": 0.1, "data_time": 0.1, "eta_seconds": 3, "tau_c": 9.0},
+        {"iteration": 40, "mine": 1.0},
+        {"iteration": 20, **{name: value / 2 for name, value in figures.items()}},
+        {"iteration": 40, **figures},
+    ]
+    (folder / "metrics.json").write_text("".join(json.dumps(each) + "\n" for each in lines))
+    (folder / "config.yaml").write_text(config)
+    (folder / "environment.json").write_text(json.dumps(starts))
+    (folder / "last_checkpoint").write_text("model_0000019.pth")
+    return folder
 
 
 @pytest.fixture
-def results():
-    return collect_results(
-        zsd=metrics(10, ("novel",)),
-        gzsd=metrics(20),
-        upper_bound_zsd=metrics(30, ("novel",)),
-        upper_bound_gzsd=metrics(40),
-        config="configs/<miniature>.yaml",
-        seed=7,
-        commit="0123abc",
-        seconds={"train": 12.345},
-    )
+def folder(tmp_path):
+    return write_run(tmp_path / "runs" / "first")
 
 
-def test_results_have_the_promised_layout(results, tmp_path):
-    write_results(tmp_path / "new" / "results.json", results)
-    assert json.loads((tmp_path / "new" / "results.json").read_text()) == {
-        "zsd": {"novel": {"AP50": 10, "AR50": 10.5}},
-        "gzsd": {
-            "novel": {"AP50": 20, "AR50": 20.5},
-            "base": {"AP50": 21, "AR50": 21.5},
-            "all": {"AP50": 22, "AR50": 22.5},
-        },
-        "upper_bound": {
-            "zsd": {"novel": {"AP50": 30, "AR50": 30.5}},
-            "gzsd": {
-                "novel": {"AP50": 40, "AR50": 40.5},
-                "base": {"AP50": 41, "AR50": 41.5},
-                "all": {"AP50": 42, "AR50": 42.5},
-            },
-        },
-        "config": "configs/<miniature>.yaml",
-        "seed": 7,
-        "commit": "0123abc",
-        "seconds": {"train": 12.3},
+def sections(page: Page) -> dict:
+    return {section.title: section for section in page.sections}
+
+
+def test_a_run_is_described(folder):
+    page = describe_run(read_run(folder), num_pictures=0)
+    found = sections(page)
+    assert page.heading == "first"
+    assert list(found) == [
+        *("", "Figures", "Losses", "Average precision over time"),
+        *("What is learned beside the network", "Speed", "AP50 of each class"),
+        *("Where it ran", "Config"),
+    ]
+    assert found[""].facts == {
+        "State": "unfinished, at least 40 of 80 iterations; last checkpoint model_0000019.pth",
+        "Begun": "1998",
+        "Starts": "2, the last one 1999",
+        "Commit": "abc → abd",
+        "Training time": "0:00:50, without evaluations",  # 20 steps of 0.5 s, 20 of 2 s
+        "Seed": "7",
     }
+    assert found[""].cards == [
+        Card("novel AP50, ZSD", 21.0, "new_val"),
+        Card("novel AP50, GZSD", 12.0, "all_val"),
+        Card("base AP50, GZSD", 34.0, "all_val"),
+    ]
+    table = found["Figures"].table
+    assert table.headers == ["Test", "Classes", "Dataset", "AP50", "AR50", "APl"]
+    assert str(table.rows) == str(  # NaN is unlike itself
+        [
+            ["ZSD", "novel", "new_val", 21.0, None, None],
+            ["GZSD", "novel", "all_val", 12.0, 13.0, None],
+            ["GZSD", "base", "all_val", 34.0, None, math.nan],
+            ["GZSD", "all", "all_val", 31.0, None, None],
+        ]
+    )
+    (before,) = found["Figures"].folded
+    assert before.title == "in training, iteration 20"
+    assert before.table.rows[0] == ["ZSD", "novel", "new_val", 10.5, None, None]
 
 
-def test_what_cannot_be_computed_is_null(tmp_path):
-    empty = dict.fromkeys(metrics(0), math.nan)
-    results = collect_results(
-        zsd=empty, gzsd=empty, upper_bound_zsd=empty, upper_bound_gzsd=empty,
-        config="", seed=0, commit="", seconds={},
-    )  # fmt: skip
-    write_results(tmp_path / "results.json", results)
-    assert json.loads((tmp_path / "results.json").read_text())["zsd"]["novel"]["AP50"] is None
+def test_curves_come_by_subject_and_classes_by_kind(folder):
+    found = sections(describe_run(read_run(folder), num_pictures=0))
+    assert [f.pictures[0].alternative for f in found["Losses"].figures] == [
+        *("all losses together", "classification (Eq. 1)", "loss_x")
+    ]
+    assert [f.caption for f in found["Average precision over time"].figures] == [
+        *("all_val", "new_val")
+    ]
+    assert len(found["Speed"].figures) == 2  # one process: the slowest one's time says no more
+    learned = found["What is learned beside the network"].figures
+    assert [f.caption for f in learned] == ["τ_c, factor of the class cosines (Eq. 1)", "mine"]
+    classes = found["AP50 of each class"].table
+    assert classes.headers == ["Class", "Kind", "new_val", "all_val"]
+    blue = COLORS["correct"]
+    assert classes.rows == [
+        ["bee", "novel", Bar(33.3, blue), Bar(11.0, blue)],
+        ["dog", "novel", Bar(8.7, blue), Bar(None, blue)],
+    ]
 
 
-def test_summary_lists_every_figure_once(results):
-    rows = summary_rows(results)
-    assert rows[0] == ("ZSD", "novel", 10, 10.5, 30)
-    assert [row[1:] for row in rows[1:]] == [
-        ("novel", 20, 20.5, 40), ("base", 21, 21.5, 41), ("all", 22, 22.5, 42)
-    ]  # fmt: skip
+def test_where_it_ran_and_which_keys_differ(folder):
+    found = sections(describe_run(read_run(folder), num_pictures=0))
+    ran = found["Where it ran"]
+    assert ran.facts["Hardware"] == "processor A, cores 2, gpus B, B"
+    assert [each.title for each in ran.folded] == ["Start 1 of 2"]
+    assert ran.folded[0].facts["Hardware"] == "processor A, cores 2, gpus none"
+    assert found["Config"].table.rows == [["SEED", "7", "-1"], ["SOLVER.MAX_ITER", "80", "40000"]]
+    assert found["Config"].folded[0].code == "SEED: 7\nSOLVER: {MAX_ITER: 80}"
 
 
-def write_metrics(folder, *entries):
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "metrics.json").write_text("".join(json.dumps(e) + "\n" for e in entries))
+@pytest.mark.parametrize(
+    ("change", "state"),
+    [
+        (lambda f: (f / "model_final.pth").touch(), "finished, 40 iterations"),
+        (lambda f: (f / "config.yaml").write_text("SOLVER: {MAX_ITER: 40}"), "finished, 40"),
+        (lambda f: (f / "config.yaml").unlink(), "unfinished, at least 40 iterations"),
+        (lambda f: (f / "metrics.json").unlink(), "no step was recorded"),
+    ],
+)
+def test_the_state_of_a_run(folder, change, state):
+    change(folder)
+    page = describe_run(read_run(folder), num_pictures=0)
+    assert page.sections[0].facts["State"].startswith(state)
 
 
-class Page(HTMLParser):
-    """Collects what a page would fetch, and checks that its tags pair up."""
+def test_runs_side_by_side(folder, tmp_path):
+    figures = {"all_val/bbox/novel/AP50": 1.0, "lvis/bbox/AP": 2.0}
+    other = write_run(tmp_path / "runs" / "more" / "first", figures=figures)
+    runs = [read_run(each) for each in (folder, other)]
+    found = sections(describe_run(runs[0], runs[1:], num_pictures=0))
+    table = found["Runs side by side"].table
+    assert table.headers == ["Dataset", "Figure", str(folder), str(other)]
+    assert table.rows[:4] == [
+        ["new_val", "novel/AP50", 21.0, None],
+        ["new_val", "novel/AR50", None, None],
+        ["all_val", "novel/AP50", 12.0, 1.0],
+        ["all_val", "novel/AR50", 13.0, None],
+    ]
+    assert table.rows[8:] == [["", "iterations", "40", "40"]]
+    assert found["Figures"].table.rows[0][2] == "new_val"
 
-    VOID = frozenset({"meta", "img", "br"})
 
-    def __init__(self, text):
-        super().__init__()
-        self.sources, self.open, self.texts = [], [], []
-        self.feed(text)
-        assert not self.open
+# --------------------------------------------------------------------------------- strange folders
 
-    def handle_starttag(self, tag, attrs):
-        assert tag not in {"script", "link", "iframe"}
-        self.sources += [value for key, value in attrs if key in {"src", "href"}]
-        if tag not in self.VOID:
-            self.open.append(tag)
 
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
+@pytest.mark.parametrize(
+    "starts",
+    [[{}], [{"hardware": 3, "versions": [1]}], [{"hardware": {"gpus": [[1], {}]}, "date": {}}], {}],
+)
+def test_records_of_other_shapes_are_no_obstacle(tmp_path, starts):
+    run = write_run(tmp_path / "x", starts=starts, config="DATASETS: 3\nSOLVER: []\n3: {x: y}\n")
+    (run / "evaluations.json").write_text('[{"figures": [1]}, {"figures": {"a/b/c": "?"}}]')
+    page = describe_run(read_run(run))
+    assert any("There are no pictures" in note for note in page.sections[0].notes)
 
-    def handle_data(self, data):
-        self.texts.append(data)
+
+# ---------------------------------------------------------------------------------------- pictures
 
 
 @pytest.fixture
-def report(results, tmp_path, monkeypatch):
-    """Report of an untrained detector on the toy world."""
+def evaluated(tmp_path):
+    """A run on the toy world, whose evaluation found the bee of picture 2, and a wrong dog."""
     dataset = register_toy_world(tmp_path / "world")
+    run = write_run(tmp_path / "run", config=f"DATASETS: {{TEST: [{dataset}]}}\n")
+    results = [
+        {
+            "image_id": 2,
+            "category_id": 10 * (VOCABULARY.index(name) + 1),
+            "bbox": box,
+            "score": score,
+        }
+        for name, box, score in (("bee", [60, 20, 50, 70], 0.9), ("dog", [0, 0, 9, 9], 0.8))
+    ]
+    saved = run / "inference" / dataset / "coco_instances_results.json"
+    saved.parent.mkdir(parents=True)
+    saved.write_text(json.dumps(results))
+    return run, dataset
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Boxes that are drawn on each picture."""
+    seen, draw = [], report.draw_sample
+
+    def record(sample, boxes, **options):
+        seen.append((sample.file_name[-5:], [(box.label, box.verdict) for box in boxes]))
+        return draw(sample, boxes, **options)
+
+    monkeypatch.setattr(report, "draw_sample", record)
+    return seen
+
+
+def test_pictures_are_those_of_the_last_evaluation(evaluated, drawn):
+    run, dataset = evaluated
+    page = describe_run(read_run(run), num_pictures=2)
+    pictures = sections(page)["Ground truth beside detections"]
+    assert page.sections[0].notes == []
+    assert pictures.caption.startswith(f"{dataset}; detections of its last evaluation. ")
+    assert [figure.caption for figure in pictures.figures] == ["2.png: bee", "3.png: dog"]
+    assert [picture.label for picture in pictures.figures[0].pictures] == [
+        *("ground truth", "detected")
+    ]
+    assert drawn == [
+        ("2.png", [("bee", "correct"), ("ant", "uncounted")]),
+        ("2.png", [("bee 90%", "correct")]),  # one novel object: the dog has no place
+        ("3.png", [("dog", "correct")]),
+        ("3.png", []),
+    ]
+
+
+def test_without_its_dataset_all_else_is_told(folder):
+    (folder / "config.yaml").write_text("DATASETS: {TEST: [nowhere]}\n")
+    page = describe_run(read_run(folder))
+    (note,) = [note for note in page.sections[0].notes if "pictures" in note]
+    assert "none of the datasets in DATASETS.TEST is registered" in note
+    assert "Ground truth beside detections" not in sections(page)
+
+
+def test_the_report_of_the_demo(evaluated, tmp_path, monkeypatch):
+    run, dataset = evaluated
     cfg = load_config(
         "configs/miniature/hierkd.yaml", ["MODEL.DEVICE", "cpu", "DATASETS.TRAIN", "()"]
     )
@@ -126,52 +243,34 @@ def report(results, tmp_path, monkeypatch):
     model = build_model(cfg)
     model.set_vocabulary(["something else"])
     predictor = OpenVocabularyPredictor(model=model, min_size=128, max_size=128, image_format="RGB")
-    write_metrics(
-        tmp_path / "run",
-        {"iteration": 19, "loss_cls": 3.0, "total_loss": 5.0},
-        {"iteration": 39, "loss_cls": 2.0, "total_loss": 4.0},
-    )
-    path = tmp_path / "out" / "report.html"
-    write_report(
-        path,
-        results,
-        run_dir=tmp_path / "run",
-        predictor=predictor,
-        dataset_name=dataset,
-        num_examples=3,
-    )
+    pages = []
+    monkeypatch.setattr(report, "write_page", lambda path, page: pages.append(page))
+    rows = [("ZSD", "novel", 10, 10.5, 30), ("GZSD", "novel", 20, None, 40)]
+    rows += [("GZSD", "base", 21.0, 21.5, 41.0), ("GZSD", "all", 22.0, 22.5, 42.0)]
+    facts = {"commit": "0123abc", "seconds": {"train": 12.3, "total": 20}}
+    write_demo_report(
+        tmp_path / "report.html", rows, facts,
+        run_dir=run, predictor=predictor, dataset_name=dataset, num_pictures=3,
+    )  # fmt: skip
     assert predictor.vocabulary == ("something else",)
-    return path.read_text(encoding="utf-8")
-
-
-def test_report_is_one_file_that_fetches_nothing(report):
-    page = Page(report)
-    assert page.sources
-    assert all(
-        s.startswith(("data:image/jpeg;base64,", "data:image/svg+xml;base64,"))
-        for s in page.sources
-    )
-    assert not re.search(r"url\(|@import|https?:", report)
-
-
-def test_report_shows_the_figures_and_where_they_come_from(report, results):
-    text = " ".join(Page(report).texts)
-    for _, _, *values in summary_rows(results):
-        assert all(f"{value:.1f}" in text for value in values)
-    for part in ("0123abc", "12.3", "miniature", "never had a box", "one run with one"):
-        assert part in re.sub(r"\s+", " ", text)
-    assert f"boxes of {len(VOCABULARY) - len(NOVEL)} classes" in text
-
-
-def test_report_escapes_what_it_is_given(report):
-    assert "<miniature>" not in report
-    assert "configs/&lt;miniature&gt;.yaml" in report
-
-
-def test_report_has_the_pictures(report):
-    pairs = report.count('class="pair"')
-    assert pairs == 3
-    assert report.count('alt="ground truth"') == report.count('alt="detections"') == pairs
-    # Pictures 2, 3 and 4 are chosen: bee; dog; bee and dog. A row for each class of each.
-    assert report.count('class="grid four heat"') == 4
-    assert report.count("data:image/svg+xml") == 2  # two losses
+    (page,) = pages
+    best, figures, _, *_ = page.sections
+    found = sections(page)
+    assert f"boxes of {len(VOCABULARY) - len(NOVEL)} classes" in page.lead
+    assert [figure.title for figure in best.figures] == ["bee"]
+    assert best.caption.endswith("Not found at all: dog.")
+    assert [card.value for card in figures.cards] == [21.0, 12.0, 34.0]
+    assert figures.table.rows == rows
+    captions = [figure.caption for figure in found["Ground truth beside detections"].figures]
+    assert captions == ["2.png: bee", "3.png: dog", "4.png: bee, dog"]
+    # a row for each class of each: the picture and three levels
+    heat_maps = found["Where each level sees a class"].figures
+    assert [figure.title for figure in heat_maps[::4]] == ["bee", "dog", "bee", "dog"]
+    assert [figure.caption[:13] for figure in heat_maps[1:4]] == [
+        *("P3, stride 8:", "P4, stride 16", "P5, stride 32")
+    ]
+    assert found["How it was made"].facts == {
+        "Commit": "0123abc",
+        "Seconds": "train 12.3, total 20",
+    }
+    assert (tmp_path / "overview.jpg").is_file()

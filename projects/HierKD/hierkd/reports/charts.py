@@ -72,7 +72,7 @@ def draw_curves(
     if values and 0 < min(values) < max(values) / _LOG_FACTOR:
         axes.set_yscale("log")
     elif from_zero and values and min(values) >= 0:
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.08 * max(values) or 1)
     axes.margins(x=0.03 if any(len(xs) < _FEW_POINTS for xs, _ in lines.values()) else 0)
     axes.grid(axis="y", color="#e3e6ea", linewidth=0.8)
     axes.spines[["top", "right", "left"]].set_visible(False)

@@ -169,7 +169,7 @@ def build_samples(
     """
     judged = set(judged)
     samples = []
-    for record in tqdm(records, unit="picture", disable=None if len(records) > 1 else True):
+    for record in tqdm(records, unit="picture", disable=len(records) < 2 or None):
         image = read_picture(record["file_name"])
         truth = _read_truth(record, vocabulary, judged)
         detections = judge_detections(detect(record, image), truth, vocabulary, judged)

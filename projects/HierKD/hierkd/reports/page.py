@@ -24,6 +24,7 @@ from hierkd.reports.drawing import Color, Image
 __all__ = [
     "Bar",
     "Card",
+    "Cell",
     "Figure",
     "Page",
     "Picture",
@@ -31,7 +32,6 @@ __all__ = [
     "Table",
     "data_uri",
     "jpeg_uri",
-    "number",
     "write_page",
 ]
 
@@ -69,31 +69,27 @@ class Card:
     """A figure that catches the eye."""
 
     name: str
-    value: str
+    value: float | None
     note: str = ""
 
 
 @dataclass(frozen=True)
 class Bar:
-    """A cell of a table: percent of the cell's width in a colour, and the same as text."""
+    """A cell of a table that shows percent, as a strip of a colour, too."""
 
-    percent: float
-    text: str
+    percent: float | None
     color: Color
+
+
+Cell = str | float | None | Bar  # None or NaN: what cannot be computed, a dash
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of texts and bars.
-
-    Attributes:
-        headers: One per column.
-        rows: From top to bottom.
-        num_texts: The first columns, which hold words; the others are set flush right.
-    """
+    """Rows under headers; the first ``num_texts`` columns hold words, the others figures."""
 
     headers: Sequence[str]
-    rows: Sequence[Sequence[str | Bar]]
+    rows: Sequence[Sequence[Cell]]
     num_texts: int = 2
 
 
@@ -166,9 +162,8 @@ def jpeg_uri(image: Image) -> str:
     return data_uri("image/jpeg", buffer.getvalue())
 
 
-def number(value: float | None, digits: int = 1) -> str:
-    """Write a figure; what cannot be computed is a dash."""
-    return "–" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
+def _number(value: float | None) -> str:
+    return "–" if value is None or not math.isfinite(value) else f"{value:.1f}"
 
 
 def _css(color: Color) -> str:
@@ -182,7 +177,7 @@ _ENVIRONMENT = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-_ENVIRONMENT.filters["css"] = _css
+_ENVIRONMENT.filters |= {"css": _css, "number": _number}
 
 
 # ------------------------------------------------- until hierkd.reports.demo_outputs writes a Page

@@ -41,6 +41,7 @@ from hierkd.reports.metrics import Curve
 from hierkd.reports.page import (
     Bar,
     Card,
+    Cell,
     Figure,
     Page,
     Picture,
@@ -48,7 +49,6 @@ from hierkd.reports.page import (
     Table,
     data_uri,
     jpeg_uri,
-    number,
     write_page,
 )
 from hierkd.reports.run_record import Evaluation, RunFolder, read_run
@@ -94,8 +94,11 @@ _METRICS = ("AP50", "AR50", "AP", "AP75", "APs", "APm", "APl")
 _GROUPS = ("novel", "base", "all")
 # What a dataset tests, told from the groups of its vocabulary; in the order of the tables.
 _PROTOCOLS = {("novel",): "ZSD", ("base",): "base alone", _GROUPS: "GZSD"}
+_FIGURES_CAPTION = (
+    "Percent. AP50: average precision at an overlap (IoU) of 0.5. AR50: share of the objects found "
+    "at that overlap. ZSD: only the novel names are asked for. GZSD: all names compete."
+)
 _PER_CLASS = "AP50-"
-_CLASSES_SHOWN = 100  # in a table that is not folded away
 
 
 # ------------------------------------------------------------------------------------- any run
@@ -141,12 +144,12 @@ def describe_run(
 
 
 def _named(runs: Sequence[RunFolder]) -> dict[str, RunFolder]:
-    """Runs by as much of their paths as tells them apart."""
+    """Runs by the names of their folders or, where two are alike, by their paths."""
     if len(runs) == 1:
         return {"": runs[0]}
-    paths = [run.path.resolve() for run in runs]
-    common = Path(os.path.commonpath(paths))
-    names = [p.name if p == common else str(p.relative_to(common)) for p in paths]
+    names = [run.name for run in runs]
+    if len(set(names)) < len(names):
+        names = [str(run.path) for run in runs]
     return dict(zip(names, runs, strict=True))
 
 
@@ -160,28 +163,29 @@ def _summary_section(run: RunFolder, notes: Sequence[str]) -> Section:
         facts["Commit"] = " → ".join(commits)
     if (seconds := _training_seconds(run)) is not None:
         facts["Training time"] = f"{timedelta(seconds=round(seconds))}, without evaluations"
-    for title, key in (
-        ("Trained on", "DATASETS.TRAIN"),
-        ("Tested on", "DATASETS.TEST"),
-        ("Images per step", "SOLVER.IMS_PER_BATCH"),
-        ("Seed", "SEED"),
-    ):
-        if (value := _look_up(run.config, key)) is not None:
-            facts[title] = _shown(value)
+    keys = {"Trained on": "DATASETS.TRAIN", "Tested on": "DATASETS.TEST", "Seed": "SEED"}
+    keys["Images per step"] = "SOLVER.IMS_PER_BATCH"
+    config = _flat(run.config)
+    facts |= {title: _shown(config[key]) for title, key in keys.items() if key in config}
+    return Section(cards=_cards(run), facts=facts, notes=notes)
+
+
+def _cards(run: RunFolder) -> list[Card]:
+    """At most four: AP50 of novel and of base classes in each test."""
     cards = [
-        Card(f"{group} AP50, {protocol}", number(figures[f"{group}/AP50"]), dataset)
+        Card(f"{group} AP50, {protocol}", figures[f"{group}/AP50"], dataset)
         for protocol, dataset, figures in _by_protocol(run.figures)
         for group in _groups(figures)
         if f"{group}/AP50" in figures and (protocol != "GZSD" or group != "all")
     ]
-    return Section(cards=cards[:4], facts=facts, notes=notes)
+    return cards[:4]
 
 
 def _state(run: RunFolder) -> str:
     done = run.num_iterations
     if done is None:
         return "evaluated only" if run.evaluations else "no step was recorded"
-    total = _look_up(run.config, "SOLVER.MAX_ITER")
+    total = _flat(run.config).get("SOLVER.MAX_ITER")
     if done == total or (run.path / "model_final.pth").is_file():
         return f"finished, {done} iterations"
     of = f" of {total}" if total is not None else ""
@@ -195,12 +199,6 @@ def _training_seconds(run: RunFolder) -> float | None:
     iterations, medians = run.metrics.curves.get("time", ([], []))
     steps = np.diff([-1, *iterations])
     return float(np.nansum(steps * medians)) if iterations else None
-
-
-def _look_up(config: Any, key: str) -> Any:
-    for part in key.split("."):
-        config = config.get(part) if isinstance(config, Mapping) else None
-    return config
 
 
 def _shown(value: Any) -> str:
@@ -239,10 +237,8 @@ def _figures_section(run: RunFolder) -> Section:
         "Figures",
         text=first.title,
         table=_figures_table(first),
-        caption="Percent. AP50: average precision at an overlap (IoU) of 0.5. AR50: share of the "
-        "objects found at that overlap. AP: mean over overlaps from 0.5 to 0.95; APs, APm, APl: of "
-        "small, medium and large objects. ZSD: only the novel names are asked for. GZSD: all names "
-        "compete. A dash: there are no such objects.",
+        caption=f"{_FIGURES_CAPTION} AP: mean over overlaps from 0.5 to 0.95; APs, APm, APl: of "
+        "small, medium and large objects. A dash: there are no such objects.",
         folded=[Section(each.title, table=_figures_table(each)) for each in others],
     )
 
@@ -258,7 +254,7 @@ def _figures_table(evaluation: Evaluation) -> Table:
                 rows.setdefault((protocol, group, dataset), {})[metric] = value
     found = {metric for of_row in rows.values() for metric in of_row}
     metrics = [*(m for m in _METRICS if m in found), *sorted(found - set(_METRICS))]
-    cells = [[*row, *(number(values.get(m)) for m in metrics)] for row, values in rows.items()]
+    cells = [[*row, *(values.get(m) for m in metrics)] for row, values in rows.items()]
     return Table(["Test", "Classes", "Dataset", *metrics], cells, num_texts=3)
 
 
@@ -271,8 +267,8 @@ def _comparison_section(runs: Mapping[str, RunFolder]) -> Section:
         for group in _groups(figures)
         for metric in ("AP50", "AR50")
     )
-    rows = [
-        [dataset, name, *(number(r.figures.get(dataset, {}).get(name)) for r in runs.values())]
+    rows: list[list[Cell]] = [
+        [dataset, name, *(run.figures.get(dataset, {}).get(name) for run in runs.values())]
         for dataset, name in names
     ]
     rows.append(["", "iterations", *(str(r.num_iterations or "–") for r in runs.values())])
@@ -285,38 +281,27 @@ def _comparison_section(runs: Mapping[str, RunFolder]) -> Section:
 
 def _classes_section(run: RunFolder) -> Section:
     """AP50 of each class, in each dataset of the last evaluation; novel classes first."""
-    of_classes: dict[str, dict[str, float]] = {}
+    columns: dict[str, dict[str, float]] = {}
     kinds: dict[str, str] = {}
     for _, dataset, figures in _by_protocol(run.figures):
-        for name, value in figures.items():
-            if name.startswith(_PER_CLASS):
-                class_name = name.removeprefix(_PER_CLASS)
-                of_classes.setdefault(class_name, {})[dataset] = value
-                if _groups(figures) in (["base"], ["novel"]):
-                    kinds[class_name] = _groups(figures)[0]
-    if not of_classes:
-        return Section()
-    datasets = list(dict.fromkeys(name for values in of_classes.values() for name in values))
-    order = {"novel": 0, "base": 1}
-    rows = [
-        [
-            name,
-            kinds.get(name, "–"),
-            *(_bar(of_classes[name].get(d), kinds.get(name) == "novel") for d in datasets),
-        ]
-        for name in sorted(of_classes, key=lambda n: (order.get(kinds.get(n, ""), 2), n))
-    ]
-    table = Table(["Class", "Kind", *datasets], rows)
-    if len(rows) <= _CLASSES_SHOWN:
-        return Section("AP50 of each class", table=table)
-    return Section("AP50 of each class", folded=[Section(f"{len(rows)} classes", table=table)])
-
-
-def _bar(percent: float | None, novel: bool) -> str | Bar:
-    text = number(percent)
-    if percent is None or text == "–":
-        return text
-    return Bar(min(max(percent, 0.0), 100.0), text, COLORS[CORRECT if novel else UNCOUNTED])
+        column = {
+            name.removeprefix(_PER_CLASS): value
+            for name, value in figures.items()
+            if name.startswith(_PER_CLASS)
+        }
+        if column:
+            columns[dataset] = column
+        if _groups(figures) in (["base"], ["novel"]):
+            kinds |= dict.fromkeys(column, _groups(figures)[0])
+    names = sorted({name for column in columns.values() for name in column})
+    names.sort(key=lambda name: ("novel", "base", "–").index(kinds.get(name, "–")))
+    rows: list[list[Cell]] = []
+    for name in names:
+        color = COLORS[CORRECT if kinds.get(name) == "novel" else UNCOUNTED]
+        bars = [Bar(column.get(name), color) for column in columns.values()]
+        rows.append([name, kinds.get(name, "–"), *bars])
+    table = Table(["Class", "Kind", *columns], rows)
+    return Section("AP50 of each class", table=table) if rows else Section()
 
 
 # ------------------------------------------------------------------------------------------ curves
@@ -324,13 +309,15 @@ def _bar(percent: float | None, novel: bool) -> str | Bar:
 
 def _curve_sections(runs: Mapping[str, Mapping[str, Curve]]) -> list[Section]:
     """Curves by subject: a figure per scalar, in each a line per run."""
-    scalars = dict.fromkeys(name for curves in runs.values() for name in curves)
+    scalars = {name for curves in runs.values() for name in curves if name.count("/") < 2}
     if all(curves.get("rank_data_time") == curves.get("data_time") for curves in runs.values()):
-        scalars.pop("rank_data_time", None)  # there was one process
-    scalars.pop("eta_seconds", None)
+        scalars.discard("rank_data_time")  # there was one process
+    unknown = sorted(scalars - {*_LOSSES, *_LEARNED, *_SPEED, "eta_seconds"})
+    losses = [name for name in unknown if name.startswith("loss_")]
+    others = [name for name in unknown if name not in losses]
 
-    def figures(wanted: Sequence[str]) -> list[Figure]:
-        return [
+    def section(title: str, wanted: Sequence[str], caption: str) -> Section:
+        figures = [
             _curves(
                 _TITLES.get(name, name),
                 {run: curves[name] for run, curves in runs.items() if name in curves},
@@ -340,36 +327,26 @@ def _curve_sections(runs: Mapping[str, Mapping[str, Curve]]) -> list[Section]:
             for name in wanted
             if name in scalars
         ]
+        return Section(title, figures=figures, columns=3, caption=caption)
 
-    losses = [*_LOSSES, *sorted(s for s in scalars if s.startswith("loss_") and s not in _LOSSES)]
     medians = "medians over up to 20 iterations."
     sections = [
-        Section(
-            "Losses",
-            figures=figures(losses),
-            columns=3,
-            caption=f"Weighted as in Eq. 6, against the iteration; {medians}",
-        ),
+        section("Losses", [*_LOSSES, *losses], f"Weighted as in Eq. 6; {medians}"),
         Section(
             "Average precision over time",
             figures=_precision_curves(runs),
             columns=3,
             caption="AP50 in percent, of every evaluation in training.",
         ),
-        Section(
+        section(
             "What is learned beside the network",
-            figures=figures(list(_LEARNED)),
-            columns=3,
-            caption="The factors τ_c and τ_m, the background's embedding, and how many points are "
-            "positive and distilled. What is healthy: docs/monitoring.md.",
+            [*_LEARNED, *others],
+            "The factors τ_c and τ_m, the background's embedding, how many points are positive and "
+            "distilled, and other scalars. What is healthy: docs/monitoring.md.",
         ),
-        Section("Speed", figures=figures(list(_SPEED)), columns=3, caption=medians.capitalize()),
+        section("Speed", list(_SPEED), medians.capitalize()),
     ]
-    rest = [s for s in scalars if s not in {*losses, *_TITLES} and s.count("/") < 2]
-    other = Section("Show them", figures=figures(rest), columns=3)
-    if rest:
-        sections.append(Section("Other scalars", folded=[other]))
-    return [section for section in sections if section.figures or section.folded]
+    return [each for each in sections if each.figures]
 
 
 def _precision_curves(runs: Mapping[str, Mapping[str, Curve]]) -> list[Figure]:
@@ -550,8 +527,8 @@ def write_demo_report(
     run = read_run(run_dir)
     vocabulary = list(MetadataCatalog.get(dataset_name).thing_classes)
     novel = judged_classes(dataset_name)
-    detect = _saved_detections(run.path, dataset_name)
     records = DatasetCatalog.get(dataset_name)
+    detect = _saved_detections(run.path, dataset_name)
     samples = keep_best(build_samples(records, detect, vocabulary, novel))
     chosen = [records.index(r) for r in choose_in_turn(records, vocabulary, novel, num_pictures)]
     shown = [samples[index] for index in chosen]
@@ -561,7 +538,19 @@ def write_demo_report(
         "HierKD: the miniature",
         [
             _best_section(best_sample_per_class(samples, novel), novel),
-            *_bounded_figures_sections(figures),
+            Section(
+                "The figures",
+                cards=_cards(run),
+                table=Table(["Test", "Classes", "AP50", "AR50", "Upper bound AP50"], figures),
+                caption=f"{_FIGURES_CAPTION} On the untouched test split. Upper bound: the true "
+                "boxes, named by the CLIP that taught the detector.",
+            ),
+            Section(
+                text="This is a miniature: rendered icons on small pictures, a tiny CLIP trained "
+                "on the same world (novel classes included, as for the real CLIP) and a short "
+                "training on a CPU. It shows the method at work; its figures say nothing about "
+                "COCO. Runs that differ in nothing but the seed differ by a few points."
+            ),
             _pictures_section(shown, dataset_name),
             _heat_map_section([figure for each in heat_maps for figure in each]),
             _classes_section(run),
@@ -581,61 +570,19 @@ def write_demo_report(
 
 
 def _best_section(best: Mapping[str, Sample], novel: Sequence[str]) -> Section:
-    missed = [name for name in novel if name not in best]
+    figures = []
+    for name, sample in best.items():
+        picture = draw_sample(sample, [d for d in sample.detections if d.class_name == name])
+        figures.append(Figure([Picture(jpeg_uri(picture), name)], title=name))
+    missed = ", ".join(name for name in novel if name not in best)
     return Section(
-        figures=[
-            Figure(
-                [
-                    Picture(
-                        jpeg_uri(draw_sample(s, [d for d in s.detections if d.class_name == name])),
-                        name,
-                    )
-                ],
-                title=name,
-            )
-            for name, s in best.items()
-        ],
+        figures=figures,
         columns=4,
         caption="For each novel class, the test picture with its most confident correct detection, "
         "and the detections of this class alone: blue is correct, orange wrong. These are the best "
         "ones; the pictures further down are chosen without looking at the detections."
-        + (f" Not found at all: {', '.join(missed)}." if missed else ""),
+        + (f" Not found at all: {missed}." if missed else ""),
     )
-
-
-def _bounded_figures_sections(
-    figures: Sequence[tuple[str, str, float | None, float | None, float | None]],
-) -> list[Section]:
-    ap50 = {(protocol, group): (ap, bound) for protocol, group, ap, _, bound in figures}
-    cards = [
-        Card("Novel classes, AP50", number(ap50["ZSD", "novel"][0]), "novel names only (ZSD)"),
-        Card("Novel classes, AP50", number(ap50["GZSD", "novel"][0]), "all names compete (GZSD)"),
-        Card("Base classes, AP50", number(ap50["GZSD", "base"][0]), "all names compete (GZSD)"),
-        Card(
-            "Upper bound, novel AP50",
-            number(ap50["ZSD", "novel"][1]),
-            "CLIP names the true boxes",
-        ),
-    ]
-    rows = [[test, group, *map(number, values)] for test, group, *values in figures]
-    return [
-        Section(
-            "The figures",
-            cards=cards,
-            table=Table(["Test", "Classes", "AP50", "AR50", "Upper bound AP50"], rows),
-            caption="Percent, on the untouched test split. AP50: average precision at an overlap "
-            "(IoU) of 0.5. AR50: share of the objects found at that overlap by at most 100 "
-            "detections a picture. ZSD: only the novel names are asked for, on pictures with novel "
-            "objects. GZSD: all names are asked for at once. Upper bound: the true boxes, named by "
-            "the CLIP that taught the detector.",
-        ),
-        Section(
-            text="This is a miniature: rendered icons on small pictures, a tiny CLIP trained on "
-            "the same world (novel classes included, as for the real CLIP) and a short training on "
-            "a CPU. It shows the method at work; its figures say nothing about COCO. It is one run "
-            "with one seed: runs that differ in nothing but the seed differ by a few points."
-        ),
-    ]
 
 
 def _heat_map_figures(

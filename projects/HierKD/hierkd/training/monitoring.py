@@ -82,9 +82,7 @@ class DetectionPictures(HookBase):  # type: ignore[misc]  # detectron2 is untype
         *,
         period: int,
         num_pictures: int,
-        min_size: int,
-        max_size: int,
-        image_format: str,
+        **predictor_settings: Any,
     ) -> None:
         """Choose the pictures.
 
@@ -93,17 +91,11 @@ class DetectionPictures(HookBase):  # type: ignore[misc]  # detectron2 is untype
             dataset_name: A registered dataset.
             period: In iterations.
             num_pictures: How many; fewer if fewer show such classes.
-            min_size: As for :class:`OpenVocabularyPredictor`.
-            max_size: Likewise.
-            image_format: Likewise.
+            predictor_settings: Sizes and format of :class:`OpenVocabularyPredictor`.
         """
         self._detector: Any = detector
         self._period = period
-        self._predictor_args = {
-            "min_size": min_size,
-            "max_size": max_size,
-            "image_format": image_format,
-        }
+        self._predictor_settings = predictor_settings
         self._vocabulary = list(MetadataCatalog.get(dataset_name).thing_classes)
         self._judged = judged_classes(dataset_name)
         records = DatasetCatalog.get(dataset_name)
@@ -122,7 +114,7 @@ class DetectionPictures(HookBase):  # type: ignore[misc]  # detectron2 is untype
 
     def _draw(self, record: dict[str, Any]) -> Any:
         """(3, H, W) RGB: the ground truth beside the detections."""
-        predictor = OpenVocabularyPredictor(model=self._detector, **self._predictor_args)
+        predictor = OpenVocabularyPredictor(model=self._detector, **self._predictor_settings)
         samples = build_samples(
             [record],
             lambda _, image: predictor.predict(image, vocabulary=self._vocabulary),
@@ -143,8 +135,10 @@ def build_monitoring_hooks(cfg: Any, detector: Any) -> list[HookBase]:
     Raises:
         ValueError: ``VIS_PERIOD`` or ``TEST.VIS_PICTURES`` is negative.
     """
-    given = {"VIS_PERIOD": cfg.VIS_PERIOD, "TEST.VIS_PICTURES": cfg.TEST.VIS_PICTURES}
-    for key, value in given.items():
+    for key, value in (
+        ("VIS_PERIOD", cfg.VIS_PERIOD),
+        ("TEST.VIS_PICTURES", cfg.TEST.VIS_PICTURES),
+    ):
         if value < 0:
             raise ValueError(f"{key} must be 0 (none) or more, got {value}")
     if not hasattr(detector, "text_classifier"):
