@@ -26,7 +26,6 @@ from detectron2.modeling import build_model
 from detectron2.modeling.backbone.resnet import build_resnet_backbone
 
 import clip_files
-import demo
 import hierkd.modeling.detector as meta_arch
 import open_clip_files
 import toy_world
@@ -34,8 +33,10 @@ import train_net
 from fake_teacher import FakeTeacher
 from hierkd.checkpoint import HierKDCheckpointer
 from hierkd.experiments.results import collect_results
+from hierkd.inference.detectors import load_detectors
 from hierkd.inference.predictor import OpenVocabularyPredictor
 from hierkd.load_config import load_config
+from hierkd.reports.annotated import name_outputs
 from hierkd.reports.report import write_report
 from hierkd.teachers.region_cache import (
     CacheContents,
@@ -349,7 +350,7 @@ def test_code_in_a_runs_config_ends_the_command(tmp_path, ran, command):
     config.write_text(f"MODEL: {{WEIGHTS: {TAGS['apply'].format(ran=ran)}}}\n")
     arguments = default_argument_parser().parse_args(["--config-file", str(config)])
     commands = {
-        "demo": lambda: demo.load_detector(None, str(config), [], None),
+        "demo": lambda: load_detectors(None, str(config)),
         "train_net": lambda: train_net.main(arguments),
     }
     with pytest.raises(ValueError, match=r"config\.yaml.*python/object/apply"):
@@ -528,7 +529,7 @@ def test_names_from_data_are_no_html(tmp_path, hostile_world, predictor):
 def test_outputs_stay_in_their_folder(tmp_path):
     pictures = [Path("../../x.jpg"), Path("/etc/passwd"), Path("a/../..jpg"), Path("...png")]
     folder = tmp_path / "out"
-    outputs = [folder / name for name in demo.name_outputs(pictures, [".png"] * len(pictures))]
+    outputs = name_outputs(pictures, folder, [".png"] * len(pictures))
     assert len(set(outputs)) == len(pictures)
     for output in outputs:
         assert output.resolve().parent == folder.resolve()
