@@ -92,11 +92,9 @@ def offline(folder: Path) -> dict[str, str]:
     """Environment in which Gradio stays offline and writes into ``folder`` alone."""
     return {
         "GRADIO_TEMP_DIR": str(folder),
-        "GRADIO_EXAMPLES_CACHE": str(folder / "examples"),
         "GRADIO_ANALYTICS_ENABLED": "False",
         "GRADIO_SHARE": "False",
         "HF_HUB_OFFLINE": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
         # Gradio asks its own server whether it is up; a proxy has no way to it.
         "NO_PROXY": ",".join(filter(None, [os.getenv("NO_PROXY"), "localhost,127.0.0.1,::1"])),
     }
@@ -172,10 +170,7 @@ def launch(page: Any, host: str, port: int | None, limits: Limits) -> str:
             server_port=port,
             prevent_thread_lock=True,
             quiet=True,
-            share=False,
             ssr_mode=False,
-            pwa=False,
-            mcp_server=False,
             footer_links=[],
             show_error=False,
             max_file_size=limits.max_bytes,

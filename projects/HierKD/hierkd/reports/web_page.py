@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gradio as gr
 import numpy as np
@@ -81,8 +81,7 @@ class Found:
     instances: Mapping[str, Instances] = field(repr=False)
 
 
-@dataclass(frozen=True, eq=False)
-class Shown:
+class Shown(NamedTuple):
     """What the page shows of :class:`Found`.
 
     Attributes:
@@ -93,9 +92,9 @@ class Shown:
     """
 
     summary: str
-    panels: list[Image] = field(repr=False)
+    panels: list[Image]
     table: list[list[str]]
-    content: Mapping[str, Any]
+    content: dict[str, Any]
 
 
 def parse_names(text: str, max_names: int) -> tuple[str, ...]:
@@ -211,14 +210,9 @@ def show(found: Found, threshold: float, top_k: float, class_thresholds: str) ->
         for each in kept.values()
     ]
     table = [
-        [
-            title,
-            each["class"],
-            f"{each['score']:.1%}",
-            ", ".join(f"{v:.0f}" for v in each["box_xyxy"]),
-        ]
-        for title in records
-        for each in records[title]
+        [title, row["class"], f"{row['score']:.1%}", ", ".join(f"{v:.0f}" for v in row["box_xyxy"])]
+        for title, rows in records.items()
+        for row in rows
     ]
     return Shown(_summary(found, kept), panels, table, content)
 
@@ -271,19 +265,8 @@ def build_page(
     return page
 
 
-@dataclass(frozen=True)
-class _Inputs:
-    """What a visitor sets; the last three need no new detection."""
-
-    picture: gr.Image
-    names: gr.Textbox
-    button: gr.Button
-    threshold: gr.Slider
-    top_k: gr.Slider
-    class_thresholds: gr.Textbox
-
-
-def _lay_out_inputs(limits: Limits, names: str, examples: Sequence[Path]) -> _Inputs:
+def _lay_out_inputs(limits: Limits, names: str, examples: Sequence[Path]) -> list[Any]:
+    """The picture, the names, the button; then three settings that need no new detection."""
     picture = gr.Image(
         label="Picture",
         sources=["upload", "clipboard"],
@@ -306,7 +289,7 @@ def _lay_out_inputs(limits: Limits, names: str, examples: Sequence[Path]) -> _In
         )
     if examples:
         gr.Examples([[str(path)] for path in examples], [picture], label="Or choose one")
-    return _Inputs(picture, classes, button, threshold, top_k, own)
+    return [picture, classes, button, threshold, top_k, own]
 
 
 def _lay_out_outputs(titles: Sequence[str]) -> list[Any]:
@@ -376,8 +359,10 @@ class _Handlers:
         return [found, text, gr.update(visible=False), *nothing]
 
 
-def _connect(handlers: _Handlers, found: gr.State, inputs: _Inputs, outputs: list[Any]) -> None:
+def _connect(handlers: _Handlers, found: gr.State, inputs: list[Any], outputs: list[Any]) -> None:
     """Say which event calls what."""
+    picture, names, button, *settings = inputs
+    threshold, top_k, class_thresholds = settings
     # One after the other, in the order in which they came. The upload comes as Gradio stored it
     # (preprocess=False): Gradio would decode it without our limits.
     common: dict[str, Any] = {
@@ -388,20 +373,14 @@ def _connect(handlers: _Handlers, found: gr.State, inputs: _Inputs, outputs: lis
         "preprocess": False,
         "api_visibility": "private",
     }
-    settings = [inputs.threshold, inputs.top_k, inputs.class_thresholds]
     gr.on(
-        [inputs.picture.change, inputs.names.submit, inputs.button.click],
+        [picture.change, names.submit, button.click],
         handlers.detect,
-        [inputs.picture, inputs.names, *settings],
+        [picture, names, *settings],
         **common,
     )
     gr.on(
-        [
-            inputs.threshold.change,
-            inputs.top_k.change,
-            inputs.class_thresholds.submit,
-            inputs.class_thresholds.blur,
-        ],
+        [threshold.change, top_k.change, class_thresholds.submit, class_thresholds.blur],
         handlers.show,
         [found, *settings],
         show_progress="hidden",
