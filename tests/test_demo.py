@@ -218,6 +218,7 @@ def test_names_and_thresholds_from_files(call, world, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
+        (["--webcam"], "name a picture, or give one of --input and --webcam"),
         (["--every", "0"], "--every must be at least 1"),
         (["--top-k", "0"], "--top-k must be at least 1"),
         (["--max-frames", "-1"], "--max-frames must be at least 1"),
@@ -241,10 +242,11 @@ def test_wrong_options(call, world, arguments, named):
     assert "Traceback" not in text
 
 
-def test_the_command_line_answers_before_pytorch_is_there():
-    code = "import atexit, sys, demo; atexit.register(lambda: print('torch' in sys.modules))\n"
-    code += "demo.main(sys.argv[1:])"
-    for arguments, status in ((["--help"], 0), (["a.jpg", "--nonsense"], 2), ([], 2)):
+@pytest.mark.parametrize("module", ["demo", "tools.web_demo"])
+def test_the_command_line_answers_before_pytorch_is_there(module):
+    code = f"import atexit, sys; from {module} import main\n"
+    code += "atexit.register(lambda: print('torch' in sys.modules))\nmain(sys.argv[1:])"
+    for arguments, status in ((["--help"], 0), (["a.jpg", "--nonsense"], 2)):
         done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True)
         assert done.returncode == status, done.stderr.decode()
         assert done.stdout.endswith(b"False\n")
