@@ -36,14 +36,8 @@ def get_parser() -> argparse.ArgumentParser:
     add("picture", nargs="?", help="as --input")
     add("names", nargs="?", help="behind a picture, as --vocabulary")
     add("--input", nargs="+", metavar="PATH", help="pictures, videos, folders, or globs")
-    add(
-        "--webcam",
-        nargs="?",
-        type=int,
-        const=0,
-        metavar="NUMBER",
-        help="a camera, until Ctrl-C; the first one is 0, the default",
-    )
+    add("--webcam", nargs="?", type=int, const=0, metavar="NUMBER",
+        help="a camera, until Ctrl-C; default: the first one, 0")  # fmt: skip
     add = parser.add_argument_group("what to find").add_argument
     add(
         "--vocabulary",
@@ -51,19 +45,10 @@ def get_parser() -> argparse.ArgumentParser:
         help="class names separated by commas, a text file with one name a line, or a registered "
         "dataset's name; default: the largest vocabulary among the config's test datasets",
     )
-    add(
-        "--confidence-threshold",
-        type=float,
-        default=0.3,
-        metavar="SCORE",
-        help="detections below this score, 0 to 1, are left out; default: %(default)s",
-    )
-    add(
-        "--class-thresholds",
-        default="",
-        metavar="NAME=SCORE,...",
-        help="thresholds of single classes, or a text file with one NAME=SCORE a line",
-    )
+    add("--confidence-threshold", type=float, default=0.3, metavar="SCORE",
+        help="detections below this score, 0 to 1, are left out; default: %(default)s")  # fmt: skip
+    add("--class-thresholds", default="", metavar="NAME=SCORE,...",
+        help="of single classes, or a text file with one NAME=SCORE a line")  # fmt: skip
     add("--top-k", type=int, metavar="N", help="only the N best detections of each picture")
     _add_detector_options(parser)
     _add_output_options(parser)
@@ -78,13 +63,8 @@ def _add_detector_options(parser: argparse.ArgumentParser) -> None:
         help="a training's folder, or a checkpoint with its config.yaml beside it or with "
         "--config-file; default: the one of `make demo`",
     )
-    add(
-        "--compare",
-        nargs="+",
-        default=[],
-        metavar="[TITLE=]PATH",
-        help="more of them, side by side with the first, for the same class names",
-    )
+    add("--compare", nargs="+", default=[], metavar="[TITLE=]PATH",
+        help="more of them, side by side with the first, for the same class names")  # fmt: skip
     add("--config-file", metavar="YAML", help="config; default: the config.yaml of --run")
     add("--device", help="cpu, cuda, cuda:1, ...; default: the config's")
     parser.add_argument(
@@ -108,21 +88,12 @@ def _add_output_options(parser: argparse.ArgumentParser) -> None:
         help="write index.html, too; the pictures stay beside it (linked, the default) or go into "
         "it (one-file)",
     )
-    add(
-        "--heat-maps",
-        nargs="?",
-        const="",
-        metavar="NAMES",
-        help="draw the scores of these classes over each picture, too; default: of those detected",
-    )
+    add("--heat-maps", nargs="?", const=[], metavar="NAMES",
+        help="draw the scores of these classes, too; default: of those detected")  # fmt: skip
     add("--every", type=int, default=1, metavar="N", help="of videos, only every N-th frame")
     add("--max-frames", type=int, metavar="N", help="of videos and cameras, at most N frames")
-    add(
-        "--video-format",
-        choices=("mp4", "avi", "webm"),
-        default="mp4",
-        help="of annotated videos; browsers play webm; default: %(default)s",
-    )
+    add("--video-format", choices=("mp4", "avi", "webm"), default="mp4",
+        help="of annotated videos; browsers play webm; default: %(default)s")  # fmt: skip
 
 
 def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

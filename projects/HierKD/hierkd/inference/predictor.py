@@ -15,10 +15,11 @@ import difflib
 import logging
 import os
 import threading
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, TypedDict, Unpack, overload
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -52,17 +53,6 @@ _MINIATURE = "miniature_ovd_"  # what the names of the miniature's datasets begi
 _BATCH_SIZE = 8
 
 
-class _Options(TypedDict, total=False):
-    """What :meth:`OpenVocabularyPredictor.predict` takes beside pictures."""
-
-    vocabulary: Sequence[str] | None
-    score_threshold: float
-    top_k: int | None
-    class_thresholds: Mapping[str, float] | None
-    channels: str
-    batch_size: int
-
-
 class OpenVocabularyPredictor:
     """Pictures in, detections of the current vocabulary out.
 
@@ -70,9 +60,8 @@ class OpenVocabularyPredictor:
     as for testing), with a vocabulary that can be changed between calls, and other kinds of
     pictures, lists of them and thresholds in :meth:`predict`.
 
-    Threads may share a predictor: its methods take turns, so that a vocabulary never changes in the
-    middle of a call. Which one a call finds, with another thread changing it, is a matter of luck:
-    pass ``vocabulary`` to :meth:`predict` then. For speed use one predictor per process.
+    Threads may share a predictor: calls take turns. Where other threads change the vocabulary, pass
+    ``vocabulary`` to :meth:`predict`. For speed use one predictor per process.
     """
 
     @configurable
@@ -145,10 +134,6 @@ class OpenVocabularyPredictor:
 
         The vocabulary is the largest among those of the test datasets; without any, the training
         dataset's.
-
-        Raises:
-            ValueError: ``MODEL.WEIGHTS`` is empty, or holds no trained detector of this config.
-            FileNotFoundError: ``MODEL.WEIGHTS`` is a path without a file.
         """
         if not cfg.MODEL.WEIGHTS:  # the checkpointer takes it for random weights
             raise ValueError("MODEL.WEIGHTS is empty: detecting needs trained weights")
@@ -192,18 +177,16 @@ class OpenVocabularyPredictor:
     def set_vocabulary(self, names: Iterable[str]) -> None:
         """Detect these classes from now on.
 
-        Embeddings of names that were used before, by this process or another on this machine, are
-        looked up in memory or on disk; CLIP is loaded for the first name that is new. A detector
-        with a file of embeddings (``MODEL.TEXT_CLASSIFIER.EMBEDDINGS``) knows the names in it, and
-        never loads CLIP.
+        Embeddings of names that were used before on this machine are looked up in memory or on
+        disk; CLIP is loaded for the first name that is new, or, with a file of embeddings
+        (``MODEL.TEXT_CLASSIFIER.EMBEDDINGS``), never.
 
         Args:
             names: Class names, each once, in any language CLIP understands.
 
         Raises:
-            ValueError: ``names`` is empty, a single string, has blank or repeated names, or ones
-                that are no names (:func:`hierkd.teachers.texts.check_names`); or the file
-                of embeddings lacks one.
+            ValueError: Something is no list of names (:func:`hierkd.teachers.texts.check_names`);
+                or the file of embeddings lacks one.
             FileNotFoundError: CLIP is needed, and its weights are not there.
         """
         chosen = _as_names(names)
@@ -232,14 +215,12 @@ class OpenVocabularyPredictor:
         return self.predict(image)
 
     @overload
-    def predict(self, images: ImageInput, **options: Unpack[_Options]) -> Instances: ...
+    def predict(self, images: ImageInput, **options: Any) -> Instances: ...
 
     @overload
-    def predict(
-        self, images: Sequence[ImageInput], **options: Unpack[_Options]
-    ) -> list[Instances]: ...
+    def predict(self, images: Sequence[ImageInput], **options: Any) -> list[Instances]: ...
 
-    @torch.no_grad()
+    @torch.no_grad()  # type: ignore[misc]  # it names the options
     def predict(
         self,
         images: ImageInput | Sequence[ImageInput],
@@ -309,9 +290,9 @@ class OpenVocabularyPredictor:
 
 def _of_one_size(inputs: Mapping[int, dict[str, Any]]) -> Iterable[list[int]]:
     """Group the positions of inputs whose ``image`` has one shape."""
-    by_size: dict[torch.Size, list[int]] = {}
+    by_size = defaultdict(list)
     for index, each in inputs.items():
-        by_size.setdefault(each["image"].shape, []).append(index)
+        by_size[each["image"].shape].append(index)
     return by_size.values()
 
 
@@ -402,9 +383,8 @@ def resolve_vocabulary(text: str) -> list[str]:
         The class names, or the dataset's or the file's vocabulary.
 
     Raises:
-        ValueError: No names, a blank name between commas, a repeated name, or one that is no
-            name (:func:`hierkd.teachers.texts.check_names`); or it looks like something
-            else: a folder, a path, names between semicolons, a misspelt dataset.
+        ValueError: They are no names (:func:`hierkd.teachers.texts.check_names`), or look like
+            something else: a folder, a path, names between semicolons, a misspelt dataset.
         FileNotFoundError: A .txt or .json is named that does not exist.
     """
     if text in DatasetCatalog.list():
