@@ -180,9 +180,18 @@ def test_a_camera(call, world, monkeypatch):
     monkeypatch.setattr(
         cv2, "VideoCapture", lambda n: opened.append(n) or capture(str(world.root / "trip.mp4"))
     )
-    output, content = call("--webcam", "--max-frames", 3)
+    draw = hierkd.reports.annotated._draw
+
+    def interrupted(detectors, image, found):
+        if image.mean() > 50:  # the fourth frame
+            raise KeyboardInterrupt
+        return draw(detectors, image, found)
+
+    monkeypatch.setattr(hierkd.reports.annotated, "_draw", interrupted)
+    output, content = call("--webcam", "--top-k", 1)
     monkeypatch.undo()
     assert opened == [0]
+    assert content["videos"][0]["num_frames"] == 3
     assert content["videos"][0]["file_name"] == "camera 0"
     assert len((output / "webcam0.jsonl").read_text().splitlines()) == 3
     with Video(output / "webcam0.mp4") as video:

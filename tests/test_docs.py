@@ -364,7 +364,7 @@ def test_scripts_say_how_they_are_used():
 WRONG = {
     "pyhton train_net.py": "pyhton is a program that this test does not know",
     "python tools/exprot.py": "no script",
-    "python demo.py --inptu x.jpg": "required",
+    "python demo.py --inptu x.jpg": "unrecognized arguments",
     "python demo.py --input x.jpg --no-such-option": "unrecognized arguments",
     "python train_net.py --config-file configs/none.yaml": "no config",
     "python train_net.py --config-file configs/hierkd_R50.yaml MODEL.IKD.BOXS gt": "BOXS",

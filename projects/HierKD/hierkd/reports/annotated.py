@@ -38,7 +38,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-_FRAMES_PER_PASS = 8  # of a video file. [ours]
+_FRAMES_AT_ONCE = 8  # of a video file. [ours]
 _HEAT_MAPS = 4  # classes of a picture whose heat maps are drawn, if none are named. [ours]
 _CAMERA_FPS = 10.0  # of the video that a camera's pictures become. [ours]
 _LISTED_CLASSES = 60  # of the vocabulary, at the top of a page. [ours]
@@ -177,21 +177,27 @@ def annotate_video(
     with Video(source) as video:
         total = -(-video.num_frames // every) or None
         frames = itertools.islice(video.frames(every), max_frames)
+        at_once = 1 if video.live else _FRAMES_AT_ONCE
         with (
             replacing(lines) as making,
             making.open("w", encoding="utf-8") as file,
             VideoFile(output, _CAMERA_FPS if video.live else video.fps / every) as annotated,
             tqdm(total=max_frames or total, desc=video.name, unit="frame", disable=None) as bar,
         ):
-            for frame, found in _detect_in(detectors, frames, video.live):
-                drawn = _draw(detectors, frame.image, found)
-                annotated.write(drawn, frame.seconds if video.live else None)
-                records = detectors.records(found)
-                line = {"frame": frame.index, "seconds": round(frame.seconds, 3), **records}
-                file.write(json.dumps(line) + "\n")
-                size = frame.image.shape[:2]
-                count, detections = count + 1, detections + len(records["detections"])
-                bar.update()
+            try:
+                for frame, found in _detect_in(detectors, frames, at_once):
+                    drawn = _draw(detectors, frame.image, found)
+                    annotated.write(drawn, frame.seconds if video.live else None)
+                    records = detectors.records(found)
+                    line = {"frame": frame.index, "seconds": round(frame.seconds, 3), **records}
+                    file.write(json.dumps(line) + "\n")
+                    size = frame.image.shape[:2]
+                    count, detections = count + 1, detections + len(records["detections"])
+                    bar.update()
+            except KeyboardInterrupt:  # the regular end of a camera
+                if not video.live:
+                    raise
+                logger.info("stopped")
             if count == 0:
                 raise ValueError(f"{video.name}: stopped before the first frame")
     entry = {
@@ -210,16 +216,11 @@ def annotate_video(
 
 
 def _detect_in(
-    detectors: Detectors, frames: Iterator[Frame], live: bool
+    detectors: Detectors, frames: Iterator[Frame], at_once: int
 ) -> Iterator[tuple[Frame, dict[str, Instances]]]:
-    """Detect in frames, several of a file at a time; Ctrl-C is the regular end of a camera."""
-    try:
-        while part := list(itertools.islice(frames, 1 if live else _FRAMES_PER_PASS)):
-            yield from zip(part, detectors.detect([each.image for each in part]), strict=True)
-    except KeyboardInterrupt:
-        if not live:
-            raise
-        logger.info("stopped")
+    """Detect in frames, so many in a pass."""
+    while part := list(itertools.islice(frames, at_once)):
+        yield from zip(part, detectors.detect([each.image for each in part]), strict=True)
 
 
 def _draw(detectors: Detectors, image: NDArray[np.uint8], found: Mapping[str, Instances]) -> Image:
