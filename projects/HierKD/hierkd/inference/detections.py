@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +15,6 @@ from hierkd.teachers.texts import read_text_lines
 
 __all__ = [
     "DetectionFilter",
-    "as_coco_results",
     "as_records",
     "parse_class_thresholds",
     "read_class_thresholds",
@@ -43,13 +41,15 @@ class DetectionFilter:
     class_thresholds: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _check_threshold("the score threshold", self.score_threshold)
+        thresholds = {"the score threshold": self.score_threshold}
         for name, threshold in self.class_thresholds.items():
-            _check_threshold(f"the score threshold of class {name!r}", threshold)
+            thresholds[f"the score threshold of class {name!r}"] = threshold
+        for what, value in thresholds.items():
+            # Real: numpy's numbers are as good as Python's.
+            if not isinstance(value, numbers.Real) or not 0 <= value <= 1:
+                raise ValueError(f"{what} must be 0 to 1, got {value!r}")
         if self.top_k is not None and (
-            isinstance(self.top_k, bool)
-            or not isinstance(self.top_k, numbers.Integral)
-            or self.top_k < 1
+            not isinstance(self.top_k, numbers.Integral) or self.top_k < 1
         ):
             raise ValueError(f"top-k must be a whole number of at least 1, got {self.top_k!r}")
 
@@ -67,7 +67,7 @@ class DetectionFilter:
         """Filter the detections of one image.
 
         Args:
-            instances: Best first, with ``scores`` and ``pred_classes``.
+            instances: On the CPU, best first, with ``scores`` and ``pred_classes``.
             vocabulary: Names that ``pred_classes`` index.
 
         Returns:
@@ -77,25 +77,13 @@ class DetectionFilter:
             ValueError: As :meth:`check_vocabulary`.
         """
         self.check_vocabulary(vocabulary)
-        # In double precision: 0.3 is not to become 0.30000001.
-        scores = instances.scores.double()
-        if self.class_thresholds:
-            of_class = torch.tensor(
-                [self.class_thresholds.get(name, self.score_threshold) for name in vocabulary],
-                dtype=torch.float64,
-            )
-            keep = scores >= of_class.to(scores.device)[instances.pred_classes]
-        else:
-            keep = scores >= self.score_threshold
+        thresholds = torch.tensor(
+            [self.class_thresholds.get(name, self.score_threshold) for name in vocabulary],
+            dtype=torch.float64,  # 0.3 is not to become 0.30000001
+        )
+        keep = instances.scores.double() >= thresholds[instances.pred_classes]
         kept = instances[keep]
         return kept if self.top_k is None else kept[: self.top_k]
-
-
-def _check_threshold(what: str, value: float) -> None:
-    # Real: numpy's numbers are as good as Python's.
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or not 0 <= value <= 1:
-        raise ValueError(f"{what} must be 0 to 1, got {value!r}")
 
 
 def scale_boxes(instances: Instances, factor: float, size: tuple[int, int]) -> Instances:
@@ -141,58 +129,27 @@ def as_records(instances: Instances, vocabulary: Sequence[str]) -> list[dict[str
     ]
 
 
-def as_coco_results(
-    records: Sequence[Mapping[str, Any]], image_id: int | str, category_ids: Mapping[str, int]
-) -> list[dict[str, Any]]:
-    """Turn what :func:`as_records` gives into entries of a COCO results file.
-
-    Args:
-        records: Detections of one image.
-        image_id: Of the image.
-        category_ids: Class name to category id.
-
-    Returns:
-        Per detection ``image_id``, ``category_id``, ``bbox`` (XYWH, pixels) and ``score``.
-    """
-    results = []
-    for record in records:
-        x0, y0, x1, y1 = record["box_xyxy"]
-        results.append(
-            {
-                "image_id": image_id,
-                "category_id": category_ids[record["class"]],
-                "bbox": [x0, y0, round(x1 - x0, 2), round(y1 - y0, 2)],
-                "score": record["score"],
-            }
-        )
-    return results
-
-
 def parse_class_thresholds(text: str) -> dict[str, float]:
-    """Read thresholds of single classes as a user types them.
+    """Read thresholds of single classes as a user types them; a file of them may be named.
 
     Args:
-        text: ``NAME=SCORE`` separated by commas, or the path of a text file with one a line; ""
-            gives none.
-
-    Returns:
-        Class name to threshold, not yet checked for its range.
+        text: As for :func:`read_class_thresholds`, or the path of a text file with one
+            ``NAME=SCORE`` a line.
 
     Raises:
-        ValueError: An entry is no ``NAME=SCORE``, or a class is named twice.
+        ValueError: As :func:`read_class_thresholds`.
         FileNotFoundError: A .txt is named that does not exist.
     """
-    if not text.strip():
-        return {}
-    from_file = Path(text).is_file() or text.endswith(".txt")
-    return read_class_thresholds(read_text_lines(text) if from_file else text.split(","))
+    if text.endswith(".txt") or Path(text).is_file():
+        return read_class_thresholds(read_text_lines(text))
+    return read_class_thresholds(text.split(","))
 
 
 def read_class_thresholds(entries: Iterable[str]) -> dict[str, float]:
     """Read thresholds of single classes; opens no file, whatever the texts are.
 
     Args:
-        entries: ``NAME=SCORE`` each.
+        entries: ``NAME=SCORE`` each; blank ones are passed over.
 
     Returns:
         Class name to threshold, not yet checked for its range.
@@ -201,7 +158,7 @@ def read_class_thresholds(entries: Iterable[str]) -> dict[str, float]:
         ValueError: An entry is no ``NAME=SCORE``, or a class is named twice.
     """
     thresholds: dict[str, float] = {}
-    for entry in entries:
+    for entry in filter(str.strip, entries):
         name, _, score = (part.strip() for part in entry.rpartition("="))
         try:
             value = float(score)

@@ -1,29 +1,22 @@
-"""Pictures as callers have them - paths, bytes, Pillow images, arrays, tensors - in one form."""
+"""Pictures as callers have them - paths, Pillow images, arrays, tensors - in one form."""
 
 from __future__ import annotations
 
-import io
 import os
 from typing import TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from hierkd.data.mapper import problem_of_picture, read_picture
 
-__all__ = ["ImageInput", "as_bgr", "check_channels", "decode_picture"]
+__all__ = ["ImageInput", "as_bgr"]
 
 ImageInput: TypeAlias = "str | os.PathLike[str] | Image.Image | NDArray[np.uint8] | Tensor"
 """A picture: see :func:`as_bgr` for what each kind has to look like."""
-
-
-def check_channels(channels: str) -> None:
-    """Raise ValueError unless ``channels`` is "BGR" or "RGB"."""
-    if channels not in ("BGR", "RGB"):
-        raise ValueError(f"channels must be 'BGR' or 'RGB', got {channels!r}")
 
 
 def as_bgr(image: ImageInput, channels: str = "BGR") -> NDArray[np.uint8]:
@@ -48,7 +41,8 @@ def as_bgr(image: ImageInput, channels: str = "BGR") -> NDArray[np.uint8]:
             tensor has another shape or type, or there are no pixels.
         TypeError: It is nothing of the above.
     """
-    check_channels(channels)
+    if channels not in ("BGR", "RGB"):
+        raise ValueError(f"channels must be 'BGR' or 'RGB', got {channels!r}")
     if isinstance(image, str | os.PathLike):
         path = os.fspath(image)
         if not os.path.exists(path):
@@ -56,28 +50,25 @@ def as_bgr(image: ImageInput, channels: str = "BGR") -> NDArray[np.uint8]:
         return read_picture(path)
     if isinstance(image, Image.Image):
         return _from_pillow(image)
-    if isinstance(image, Tensor):
-        if image.dim() != 3 or image.shape[0] != 3 or image.dtype != torch.uint8:
-            raise ValueError(
-                f"a tensor must have shape (3, H, W) and type torch.uint8 with values 0 to 255, "
-                f"got shape {tuple(image.shape)} and type {image.dtype}"
-                + _advice(str(image.dtype), tuple(image.shape), channels_last=False)
-            )
-        array: NDArray[np.uint8] = image.detach().cpu().permute(1, 2, 0).numpy()
-    elif isinstance(image, np.ndarray):
-        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-            raise ValueError(
-                f"an array must have shape (H, W, 3) and type uint8 with values 0 to 255, "
-                f"got shape {image.shape} and type {image.dtype}"
-                + _advice(str(image.dtype), image.shape, channels_last=True)
-            )
-        array = image
-    else:
+    if not isinstance(image, Tensor | np.ndarray):
         raise TypeError(
             "an image must be a path, a Pillow image, an array (H, W, 3) or a tensor (3, H, W), "
             f"got {type(image).__name__}"
         )
-    if 0 in array.shape:
+    is_tensor = isinstance(image, Tensor)
+    channel_axis = 0 if is_tensor else 2
+    if (
+        image.ndim != 3
+        or image.shape[channel_axis] != 3
+        or image.dtype not in (torch.uint8, np.uint8)
+    ):
+        expected = "a tensor of shape (3, H, W)" if is_tensor else "an array of shape (H, W, 3)"
+        raise ValueError(
+            f"an image must be {expected} and type uint8 with values 0 to 255, got shape "
+            f"{tuple(image.shape)} and type {image.dtype}"
+        )
+    array = image.detach().cpu().permute(1, 2, 0).numpy() if isinstance(image, Tensor) else image
+    if not array.size:
         raise ValueError(f"the image has no pixels: {array.shape[1]} x {array.shape[0]}")
     return array if channels == "BGR" else array[:, :, ::-1]
 
@@ -95,39 +86,3 @@ def _from_pillow(image: Image.Image) -> NDArray[np.uint8]:
     raise ValueError(
         f"{f'Image {name!r}' if name else 'the picture'} cannot be decoded ({problem})."
     )
-
-
-def decode_picture(content: bytes) -> NDArray[np.uint8]:
-    """Decode the bytes of a picture file.
-
-    Returns:
-        (H, W, 3), BGR, 0..255, upright: what :func:`as_bgr` makes of the file's path.
-
-    Raises:
-        ValueError: They cannot be decoded, or have more than 8 bits a channel.
-    """
-    what = f"the picture of {len(content)} bytes cannot be decoded"
-    try:
-        with Image.open(io.BytesIO(content)) as opened:
-            problem = problem_of_picture(opened)
-            if not problem:
-                return as_bgr(ImageOps.exif_transpose(opened))
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{what} (no known format)") from error
-    except Exception as error:  # as above
-        raise ValueError(f"{what} ({error})") from error
-    raise ValueError(f"{what} ({problem})")
-
-
-def _advice(dtype: str, shape: tuple[int, ...], *, channels_last: bool) -> str:
-    if "float" in dtype:
-        return "; for values of 0 to 1, multiply by 255, round, and convert"
-    if channels_last and len(shape) == 3 and shape[0] == 3:
-        return "; put the channels last: array.transpose(1, 2, 0)"
-    if channels_last and len(shape) == 3 and shape[2] == 4:
-        return "; leave out the fourth channel: array[:, :, :3]"
-    if channels_last and (len(shape) == 2 or shape[2:] == (1,)):
-        return "; of a grey picture, repeat it: numpy.dstack([array] * 3)"
-    if not channels_last and len(shape) == 3 and shape[2] == 3:
-        return "; put the channels first: tensor.permute(2, 0, 1)"
-    return ""

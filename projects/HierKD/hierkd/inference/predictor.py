@@ -11,11 +11,13 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 import os
 import threading
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, overload
 
@@ -30,10 +32,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from hierkd.checkpoint import HierKDCheckpointer
-from hierkd.data.coco import closest_dataset
 from hierkd.data.resizing import ResizeShortestEdge
 from hierkd.inference.detections import DetectionFilter
-from hierkd.inference.images import ImageInput, as_bgr, check_channels
+from hierkd.inference.images import ImageInput, as_bgr
 from hierkd.load_config import load_config
 from hierkd.teachers.region_cache import MANIFEST
 from hierkd.teachers.texts import check_names, read_text_lines
@@ -46,8 +47,6 @@ CONFIG_NAME = "config.yaml"  # what a training leaves in its folder
 FINAL_WEIGHTS = "model_final.pth"  # what detectron2's trainer calls its last checkpoint
 LAST_CHECKPOINT = "last_checkpoint"  # and where it notes the name of the latest
 _MINIATURE = "miniature_ovd_"  # what the names of the miniature's datasets begin with
-# How alike (difflib's ratio) a text and a dataset's name are that was meant. [ours]
-_MISSPELT = 0.8
 
 # Images per forward pass of a list, where they have one size. [ours] Video frames and tiles gain on
 # a GPU; photographs of many sizes go one by one, as in detectron2's own predictor.
@@ -61,9 +60,8 @@ class OpenVocabularyPredictor:
     as for testing), with a vocabulary that can be changed between calls, and other kinds of
     pictures, lists of them and thresholds in :meth:`predict`.
 
-    Threads may share a predictor: its methods take turns, so that a vocabulary never changes in the
-    middle of a call. Which one a call finds, with another thread changing it, is a matter of luck:
-    pass ``vocabulary`` to :meth:`predict` then. For speed use one predictor per process.
+    Threads may share a predictor: calls take turns. Where other threads change the vocabulary, pass
+    ``vocabulary`` to :meth:`predict`. For speed use one predictor per process.
     """
 
     @configurable
@@ -113,7 +111,7 @@ class OpenVocabularyPredictor:
             config_file: Config of the checkpoint.
             device: "cpu", "cuda", "cuda:1", ...; None is the config's. Where there is no CUDA
                 device, the CPU is used, and a warning logged.
-            opts: Config overrides: KEY, VALUE, KEY, VALUE, ...
+            opts: Config overrides: KEY, VALUE, KEY, VALUE, ...; the last word on everything.
 
         Returns:
             The predictor, with the largest vocabulary among the config's datasets.
@@ -124,7 +122,7 @@ class OpenVocabularyPredictor:
                 of this config.
         """
         config, weights = find_checkpoint(path, config_file)
-        overrides = [*map(str, opts), "MODEL.WEIGHTS", weights]
+        overrides = ["MODEL.WEIGHTS", weights, *map(str, opts)]
         if device is not None:
             overrides += ["MODEL.DEVICE", str(device)]
         predictor: OpenVocabularyPredictor = cls(load_config(config, overrides))
@@ -136,17 +134,12 @@ class OpenVocabularyPredictor:
 
         The vocabulary is the largest among those of the test datasets; without any, the training
         dataset's.
-
-        Raises:
-            ValueError: ``MODEL.WEIGHTS`` is empty, or holds no trained detector of this config.
-            FileNotFoundError: ``MODEL.WEIGHTS`` is a path without a file.
         """
         if not cfg.MODEL.WEIGHTS:  # the checkpointer takes it for random weights
             raise ValueError("MODEL.WEIGHTS is empty: detecting needs trained weights")
         model: Any = build_model(_for_inference(cfg))
         HierKDCheckpointer(model).load_detector(cfg.MODEL.WEIGHTS)
-        unknown = [name for name in cfg.DATASETS.TEST if name not in DatasetCatalog.list()]
-        if unknown:
+        if unknown := [name for name in cfg.DATASETS.TEST if name not in DatasetCatalog.list()]:
             logger.warning(
                 "DATASETS.TEST names %s, which are not registered here (DATASETS.DEFINITIONS): "
                 "their class names are not known, choose a vocabulary",
@@ -184,87 +177,50 @@ class OpenVocabularyPredictor:
     def set_vocabulary(self, names: Iterable[str]) -> None:
         """Detect these classes from now on.
 
-        Embeddings of names that were used before, by this process or another on this machine, are
-        looked up in memory or on disk; CLIP is loaded for the first name that is new. A detector
-        with a file of embeddings (``MODEL.TEXT_CLASSIFIER.EMBEDDINGS``) knows the names in it, and
-        never loads CLIP.
+        Embeddings of names that were used before on this machine are looked up in memory or on
+        disk; CLIP is loaded for the first name that is new, or, with a file of embeddings
+        (``MODEL.TEXT_CLASSIFIER.EMBEDDINGS``), never.
 
         Args:
             names: Class names, each once, in any language CLIP understands.
 
         Raises:
-            ValueError: ``names`` is empty, a single string, has blank or repeated names, or ones
-                that are no names (:func:`hierkd.teachers.texts.check_names`); or the file
-                of embeddings lacks one.
+            ValueError: Something is no list of names (:func:`hierkd.teachers.texts.check_names`);
+                or the file of embeddings lacks one.
             FileNotFoundError: CLIP is needed, and its weights are not there.
         """
         chosen = _as_names(names)
         with self._lock:
             self.model.set_vocabulary(chosen)
 
-    def prepare(self, image: NDArray[np.uint8]) -> dict[str, Any]:
+    def prepare(self, image: ImageInput, channels: str = "BGR") -> dict[str, Any]:
         """Turn a picture into a dataset dict for the model's ``batched_inputs``.
 
         Args:
-            image: (H, W, 3), BGR, 0..255.
+            image: See :func:`hierkd.inference.images.as_bgr`, also for what it raises.
+            channels: Order of the channels of an array or tensor, "BGR" or "RGB".
 
         Returns:
             ``image`` (3, h, w) resized and in the model's channel order, ``height`` H, ``width`` W.
-
-        Raises:
-            ValueError: ``image`` is not such an array.
         """
-        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
-            raise ValueError(
-                "expected a picture of shape (H, W, 3) and type uint8, found one of shape "
-                f"{image.shape} and type {image.dtype}"
-            )
-        height, width = image.shape[:2]
-        ordered = image[:, :, ::-1] if self.image_format == "RGB" else image
+        array = as_bgr(image, channels)
+        height, width = array.shape[:2]
+        ordered = array[:, :, ::-1] if self.image_format == "RGB" else array
         resized = self.resize.get_transform(ordered).apply_image(ordered)
         tensor = torch.as_tensor(np.ascontiguousarray(resized.transpose(2, 0, 1)))
         return {"image": tensor, "height": height, "width": width}
 
     def __call__(self, image: NDArray[np.uint8]) -> Instances:
-        """Detect in one picture, as detectron2's predictor does.
-
-        Args:
-            image: (H, W, 3), BGR, 0..255.
-
-        Returns:
-            Instances on the CPU, best first, with ``pred_boxes`` (XYXY, pixels of ``image``),
-            ``scores`` and ``pred_classes`` (positions in :attr:`vocabulary`).
-        """
-        with self._lock:
-            (instances,) = self._detect([self.prepare(image)])
-        return instances
+        """Detect in one picture (H, W, 3), BGR, 0..255, as detectron2's predictor does."""
+        return self.predict(image)
 
     @overload
-    def predict(
-        self,
-        images: ImageInput,
-        *,
-        vocabulary: Sequence[str] | None = None,
-        score_threshold: float = 0.0,
-        top_k: int | None = None,
-        class_thresholds: Mapping[str, float] | None = None,
-        channels: str = "BGR",
-        batch_size: int = _BATCH_SIZE,
-    ) -> Instances: ...
+    def predict(self, images: ImageInput, **options: Any) -> Instances: ...
 
     @overload
-    def predict(
-        self,
-        images: Sequence[ImageInput],
-        *,
-        vocabulary: Sequence[str] | None = None,
-        score_threshold: float = 0.0,
-        top_k: int | None = None,
-        class_thresholds: Mapping[str, float] | None = None,
-        channels: str = "BGR",
-        batch_size: int = _BATCH_SIZE,
-    ) -> list[Instances]: ...
+    def predict(self, images: Sequence[ImageInput], **options: Any) -> list[Instances]: ...
 
+    @torch.no_grad()  # type: ignore[misc]  # it names the options
     def predict(
         self,
         images: ImageInput | Sequence[ImageInput],
@@ -290,8 +246,9 @@ class OpenVocabularyPredictor:
                 share a pass, so that no padding touches the scores.
 
         Returns:
-            Instances of the one picture, or a list of them: as from calling the predictor. At most
-            ``TEST.DETECTIONS_PER_IMAGE`` each.
+            Instances of the one picture, or a list of them, on the CPU, best first, with
+            ``pred_boxes`` (XYXY, pixels of the picture), ``scores`` and ``pred_classes`` (positions
+            in the vocabulary). At most ``TEST.DETECTIONS_PER_IMAGE`` each.
 
         Raises:
             FileNotFoundError: A path names no file.
@@ -300,54 +257,43 @@ class OpenVocabularyPredictor:
                 vocabulary is wrong.
             TypeError: Something is no picture.
         """
-        check_channels(channels)
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         keep = DetectionFilter(score_threshold, top_k, dict(class_thresholds or {}))
-        if not _is_several(images):
-            (instances,) = self._predict_all([images], vocabulary, keep, channels, 1)
-            return instances
-        return self._predict_all(images, vocabulary, keep, channels, batch_size)  # type: ignore[arg-type]
-
-    def _predict_all(
-        self,
-        images: Sequence[Any],
-        vocabulary: Sequence[str] | None,
-        keep: DetectionFilter,
-        channels: str,
-        batch_size: int,
-    ) -> list[Instances]:
-        other: AbstractContextManager[None] = (
+        several = _is_several(images)
+        pictures: Sequence[Any] = images if several else [images]  # type: ignore[assignment]
+        for_this_call = (
             nullcontext() if vocabulary is None else self.model.vocabulary(_as_names(vocabulary))
         )
-        with self._lock, other:
+        found: dict[int, Instances] = {}
+        with self._lock, for_this_call:
             names = self.vocabulary
             keep.check_vocabulary(names)
-            found: list[Instances] = []
-            for start in range(0, len(images), batch_size):
-                part = images[start : start + batch_size]
-                if len(images) == 1:
-                    prepared = [self.prepare(as_bgr(part[0], channels))]
-                else:
-                    prepared = [
-                        self.prepare(_nth_as_bgr(image, start + i, channels))
-                        for i, image in enumerate(part)
-                    ]
-                found += [keep(instances, names) for instances in self._detect(prepared)]
-        return found
+            for start in range(0, len(pictures), batch_size):
+                part = range(start, min(start + batch_size, len(pictures)))
+                inputs = {i: self._prepare_nth(pictures, i, channels, several) for i in part}
+                for indices in _of_one_size(inputs):
+                    outputs = self.model([inputs[index] for index in indices])
+                    for index, output in zip(indices, outputs, strict=True):
+                        found[index] = keep(output["instances"].to("cpu"), names)
+        return [found[index] for index in range(len(pictures))] if several else found[0]
 
-    @torch.no_grad()
-    def _detect(self, prepared: Sequence[dict[str, Any]]) -> list[Instances]:
-        """Run the model: one pass for the images of each size."""
-        by_size: dict[tuple[int, ...], list[int]] = {}
-        for index, each in enumerate(prepared):
-            by_size.setdefault(tuple(each["image"].shape), []).append(index)
-        found: dict[int, Instances] = {}
-        for indices in by_size.values():
-            outputs = self.model([prepared[index] for index in indices])
-            for index, output in zip(indices, outputs, strict=True):
-                found[index] = output["instances"].to("cpu")
-        return [found[index] for index in range(len(prepared))]
+    def _prepare_nth(
+        self, pictures: Sequence[Any], index: int, channels: str, several: bool
+    ) -> dict[str, Any]:
+        """:meth:`prepare`, with the picture's position in the errors, if there are several."""
+        try:
+            return self.prepare(pictures[index], channels)
+        except (FileNotFoundError, ValueError, TypeError) as error:
+            raise type(error)(f"image {index}: {error}" if several else str(error)) from error
+
+
+def _of_one_size(inputs: Mapping[int, dict[str, Any]]) -> Iterable[list[int]]:
+    """Group the positions of inputs whose ``image`` has one shape."""
+    by_size = defaultdict(list)
+    for index, each in inputs.items():
+        by_size[each["image"].shape].append(index)
+    return by_size.values()
 
 
 def _for_inference(cfg: Any) -> Any:
@@ -369,11 +315,7 @@ def _for_inference(cfg: Any) -> Any:
 def _as_names(names: Iterable[str]) -> list[str]:
     if isinstance(names, str):
         raise ValueError(f"a vocabulary is a list of class names, got the text {names!r}")
-    chosen = list(names)
-    wrong = [name for name in chosen if not isinstance(name, str)]
-    if wrong:
-        raise ValueError(f"class names must be texts, got {wrong[:5]}")
-    return chosen
+    return list(names)
 
 
 def _is_several(images: Any) -> bool:
@@ -382,14 +324,6 @@ def _is_several(images: Any) -> bool:
     if isinstance(images, np.ndarray | Tensor):
         return images.ndim == 4
     return isinstance(images, Sequence)
-
-
-def _nth_as_bgr(image: Any, index: int, channels: str) -> NDArray[np.uint8]:
-    """:func:`as_bgr`, with the picture's position in the errors."""
-    try:
-        return as_bgr(image, channels)
-    except (FileNotFoundError, ValueError, TypeError) as error:
-        raise type(error)(f"image {index}: {error}") from error
 
 
 def find_checkpoint(
@@ -407,54 +341,35 @@ def find_checkpoint(
 
     Raises:
         FileNotFoundError: One of them does not exist; says where it was looked for.
-        ValueError: ``path`` is a YAML file, or a URL without a config.
+        ValueError: ``path`` is a YAML file.
     """
     text = os.fspath(path)
-    if "://" in text:
-        if config_file is None:
-            raise ValueError(f"{text!r} needs a config: name it as config_file")
-        weights, folder = text, Path()
-    elif os.path.isdir(text):
-        folder = Path(text)
-        weights = str(_weights_in(folder))
-    elif os.path.isfile(text):
-        if Path(text).suffix.lower() in (".yaml", ".yml"):
-            raise ValueError(f"{text!r} is a config: give the checkpoint, and this as config_file")
-        weights, folder = text, Path(text).parent
-    else:
+    if text.lower().endswith((".yaml", ".yml")):
+        raise ValueError(f"{text!r} is a config: give the checkpoint, and this as config_file")
+    is_folder = os.path.isdir(text)
+    if not is_folder and not os.path.isfile(text) and "://" not in text:
         raise FileNotFoundError(
             f"no checkpoint and no training's folder {text!r} (looked from {os.getcwd()!r})"
         )
-    config = Path(config_file) if config_file is not None else folder / CONFIG_NAME
+    folder = Path(text) if is_folder else Path(text).parent
+    weights = str(_weights_in(folder)) if is_folder else text
+    config = folder / CONFIG_NAME if config_file is None else Path(config_file)
     if not config.is_file():
-        missing = "no config" if config_file is not None else f"no {CONFIG_NAME} belongs to {text}:"
         raise FileNotFoundError(
-            f"{missing} {str(config)!r}; give the config that the checkpoint was trained with"
+            f"no config {str(config)!r}: give the one that {text} was trained with as config_file"
         )
     return str(config), weights
 
 
 def _weights_in(folder: Path) -> Path:
-    final, last = folder / FINAL_WEIGHTS, folder / LAST_CHECKPOINT
-    if last.is_file():  # names model_final.pth, unless a training went on or began anew after it
-        noted = folder / last.read_text(encoding="utf-8", errors="replace").strip()
-        if noted.is_file():
-            return noted
-        if not final.is_file():
-            raise FileNotFoundError(f"{last} names {noted.name!r}, which is not in {folder}")
-    if not final.is_file():
-        raise FileNotFoundError(
-            f"{folder} is no training's folder: it has neither {FINAL_WEIGHTS} nor "
-            f"{LAST_CHECKPOINT}"
-        )
-    return final
-
-
-def _near_dataset(name: str) -> str | None:
-    """The registered dataset that a text is a misspelling of; None if it is of none."""
-    if "_" not in name or " " in name:  # as in the names of datasets, and not in those of classes
-        return None
-    return closest_dataset(name, _MISSPELT)
+    last = folder / LAST_CHECKPOINT
+    # It names model_final.pth, unless a training went on or began anew after it.
+    noted = last.read_text(encoding="utf-8", errors="replace").strip() if last.is_file() else ""
+    for name in filter(None, (noted, FINAL_WEIGHTS)):
+        if (folder / name).is_file():
+            return folder / name
+    found = f"{LAST_CHECKPOINT} names {noted!r}, but" if noted else "is it a training's folder?"
+    raise FileNotFoundError(f"{folder}: {found} there is no {noted or FINAL_WEIGHTS}")
 
 
 def resolve_vocabulary(text: str) -> list[str]:
@@ -468,31 +383,26 @@ def resolve_vocabulary(text: str) -> list[str]:
         The class names, or the dataset's or the file's vocabulary.
 
     Raises:
-        ValueError: No names, a blank name between commas, a repeated name, or one that is no
-            name (:func:`hierkd.teachers.texts.check_names`); or it looks like something
-            else: a folder, a path, names between semicolons, a misspelt dataset.
+        ValueError: They are no names (:func:`hierkd.teachers.texts.check_names`), or look like
+            something else: a folder, a path, names between semicolons, a misspelt dataset.
         FileNotFoundError: A .txt or .json is named that does not exist.
     """
     if text in DatasetCatalog.list():
         return list(MetadataCatalog.get(text).thing_classes)
-    is_path = os.path.exists(text) and not os.path.isdir(text)
-    if is_path or text.endswith((".txt", ".json")):
+    if os.path.isfile(text) or text.endswith((".txt", ".json")):
         return read_text_lines(text)
     names = [name.strip() for name in text.split(",")]
     if not any(names):
         raise ValueError("the vocabulary is empty: give class names separated by commas")
-    if text.strip() and os.path.isdir(text.strip()):
+    if os.path.isdir(text) or any(mark in text for mark in ";/"):
         raise ValueError(
-            f"the vocabulary {text!r} is a folder: give class names, or a file of them"
+            f"the vocabulary {text!r} is neither a file nor names between commas; names with ';' "
+            "or '/' go into a text file"
         )
-    if odd := [name for name in names if ";" in name or "/" in name]:
+    near = difflib.get_close_matches(text, DatasetCatalog.list(), 1, 0.8)
+    if len(names) == 1 and "_" in text and near:
         raise ValueError(
-            f"the vocabulary has {odd[0]!r}: names are separated by commas and hold neither ';' "
-            "nor '/', and no file of this name exists; names with these go into a text file"
-        )
-    if len(names) == 1 and (near := _near_dataset(names[0])):
-        raise ValueError(
-            f"the vocabulary {names[0]!r} is no registered dataset; did you mean {near!r}? A class "
+            f"the vocabulary {text!r} is no registered dataset; did you mean {near[0]!r}? A class "
             "of this name goes into a text file"
         )
     check_names(names, "the vocabulary")

@@ -1,26 +1,29 @@
-"""Where frames come from: pictures and videos that a command line names, and cameras."""
+"""Pictures and videos that a command line names, cameras, and videos being written."""
 
 from __future__ import annotations
 
 import glob
 import logging
 import math
+import os
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
+from typing import Any
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["PICTURE_SUFFIXES", "VIDEO_SUFFIXES", "Frame", "Video", "find_inputs", "is_video"]
+__all__ = ["VIDEO_CODECS", "Frame", "Video", "VideoFile", "find_inputs", "is_video"]
 
 logger = logging.getLogger(__name__)
 
 PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"}
 VIDEO_SUFFIXES = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg"}
+# What the OpenCV of PyPI can write without further libraries. Browsers play WebM only. [ours]
+VIDEO_CODECS = {".mp4": "mp4v", ".avi": "MJPG", ".webm": "VP80"}
 
 # Frames per second of videos that do not say. [ours]
 _DEFAULT_FPS = 25.0
@@ -48,19 +51,17 @@ def find_inputs(inputs: Iterable[str]) -> list[Path]:
     Raises:
         FileNotFoundError: One of them matches nothing; it is named.
     """
-    known = PICTURE_SUFFIXES | VIDEO_SUFFIXES
     found: dict[Path, None] = {}
     for text in inputs:
         path = Path(text)
-        if path.is_file():
-            matches = [path]
-        elif path.is_dir():
+        if path.is_dir():
+            known = PICTURE_SUFFIXES | VIDEO_SUFFIXES
             matches = [p for p in sorted(path.iterdir()) if p.suffix.lower() in known]
         else:
-            matches = [Path(p) for p in sorted(glob.glob(text, recursive=True))]
-            matches = [p for p in matches if p.is_file()]
+            names = [text] if path.is_file() else sorted(glob.glob(text, recursive=True))
+            matches = [Path(name) for name in names if os.path.isfile(name)]
         if not matches:
-            raise FileNotFoundError(f"--input: no picture or video matches {text!r}")
+            raise FileNotFoundError(f"no picture or video matches {text!r}")
         found.update(dict.fromkeys(matches))
     return list(found)
 
@@ -90,28 +91,18 @@ class Video:
         num_frames: How many the file announces; 0 if it does not, or for a camera.
     """
 
-    def __init__(self, source: str | Path | int) -> None:
-        """Open it.
-
-        Args:
-            source: Path of a file, or number of a camera.
+    def __init__(self, source: Path | int) -> None:
+        """Open a file, or the camera of a number.
 
         Raises:
             ValueError: OpenCV can open no such camera, or cannot read the file as a video.
         """
         self.live = isinstance(source, int)
         self.name = f"camera {source}" if self.live else str(source)
-        try:
-            self._capture = cv2.VideoCapture(source if isinstance(source, int) else str(source))
-            opened = self._capture.isOpened()
-        except cv2.error as error:
-            raise ValueError(f"{self.name}: cannot be opened as a video ({error.err})") from error
-        if not opened and self.live:
-            raise ValueError(
-                f"there is no {self.name}, or another program uses it, or its use is not allowed"
-            )
-        if not opened:
-            raise ValueError(f"{self.name}: cannot be read as a video: broken, or no known codec")
+        self._capture = cv2.VideoCapture(source if isinstance(source, int) else str(source))
+        if not self._capture.isOpened():
+            why = "there is none, or it is in use" if self.live else "broken, or no known codec"
+            raise ValueError(f"{self.name} cannot be read as a video: {why}")
         fps = self._capture.get(cv2.CAP_PROP_FPS)
         self.fps = fps if math.isfinite(fps) and 0 < fps <= _MAX_FPS else _DEFAULT_FPS
         announced = self._capture.get(cv2.CAP_PROP_FRAME_COUNT)
@@ -121,22 +112,15 @@ class Video:
     def __enter__(self) -> Video:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._capture.release()
 
     def frames(self, every: int = 1) -> Iterator[Frame]:
         """Yield every ``every``-th frame, the first one first.
 
         Raises:
-            ValueError: There is not a single frame, or ``every`` is not positive.
+            ValueError: There is not a single frame.
         """
-        if every < 1:
-            raise ValueError(f"every must be at least 1, got {every}")
         started, index = time.monotonic(), 0
         while self._capture.grab():
             if index % every == 0:
@@ -153,3 +137,61 @@ class Video:
                 "%s: it announces %d frames, but ends after %d: truncated or broken",
                 *(self.name, self.num_frames, index),
             )
+
+
+class VideoFile:
+    """A video being written; a context manager that leaves a whole file or, after an error, none.
+
+    The first frame decides the size.
+    """
+
+    def __init__(self, path: Path, fps: float) -> None:
+        """Prepare to write at ``fps`` frames per second; the suffix is one of ``VIDEO_CODECS``."""
+        self.path, self.fps = path, fps
+        # The suffix decides the container.
+        self._making = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+        self._writer: Any = None
+        self._size = (0, 0)
+        self._num_frames = 0
+
+    def __enter__(self) -> VideoFile:
+        return self
+
+    def write(self, image: NDArray[np.uint8], until: float | None = None) -> None:
+        """Add a frame.
+
+        Args:
+            image: (H, W, 3), RGB.
+            until: Repeat it until the video is that many seconds long, or leave it out if the video
+                is already: keeps what comes at irregular times in real time. None adds it once.
+
+        Raises:
+            ValueError: OpenCV cannot write such a video here.
+        """
+        if self._writer is None:
+            self._open(image)
+        bgr = cv2.resize(cv2.cvtColor(image, cv2.COLOR_RGB2BGR), self._size)
+        wanted = self._num_frames + 1 if until is None else int(until * self.fps) + 1
+        while self._num_frames < wanted:
+            self._writer.write(bgr)
+            self._num_frames += 1
+
+    def _open(self, image: NDArray[np.uint8]) -> None:
+        # Codecs that halve the colours' resolution want even sides.
+        self._size = (image.shape[1] // 2 * 2 or 2, image.shape[0] // 2 * 2 or 2)
+        codec = VIDEO_CODECS[self.path.suffix]
+        self._writer = cv2.VideoWriter(
+            str(self._making), cv2.VideoWriter.fourcc(*codec), self.fps, self._size
+        )
+        if not self._writer.isOpened():
+            raise ValueError(
+                f"{self.path}: this OpenCV cannot write {codec} video of {self._size[0]} x "
+                f"{self._size[1]} pixels, or the folder is not writable"
+            )
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._writer is not None:
+            self._writer.release()
+        if kind is None and self._making.is_file():
+            os.replace(self._making, self.path)
+        self._making.unlink(missing_ok=True)

@@ -1,25 +1,24 @@
-"""What ``tools/web_demo.py`` does behind its page: check what comes in, detect once, show often.
+"""The web page of ``tools/web_demo.py``: check what comes in, detect once, show often.
 
-Nothing here knows the library that the page is made with. What a visitor does wrong is a
-:class:`PageError`, whose text is meant for them: it names what was found and what is expected, and
-no path of the server. Texts of visitors are never taken for paths.
+What a visitor does wrong is a ValueError whose text is shown to them; it holds no path of the
+server. Texts of visitors are never taken for paths, and nothing here writes HTML.
 """
 
 from __future__ import annotations
 
+import json
 import logging
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import gradio as gr
 import numpy as np
 from detectron2.structures import Instances
 from numpy.typing import NDArray
 from PIL import Image as PILImage
-from PIL import UnidentifiedImageError
 
 from hierkd.data.mapper import read_picture
 from hierkd.inference.detections import (
@@ -28,81 +27,49 @@ from hierkd.inference.detections import (
     read_class_thresholds,
     scale_boxes,
 )
+from hierkd.inference.detectors import icons_only
 from hierkd.inference.predictor import OpenVocabularyPredictor
-from hierkd.reports.drawing import (
-    Image,
-    SheetRow,
-    class_color,
-    draw_instances,
-    draw_sheet,
-    enlarge,
-    fit,
-)
-from hierkd.reports.page import escape
-from hierkd.teachers.texts import check_names, repeated_names
+from hierkd.reports.drawing import Image, draw_instances, fit
+from hierkd.teachers.texts import check_names
 
-__all__ = [
-    "Found",
-    "Limits",
-    "PageError",
-    "Shown",
-    "detect",
-    "make_filter",
-    "parse_names",
-    "read_upload",
-    "safe_name",
-    "show",
-]
+__all__ = ["Found", "Limits", "build_page", "detect", "parse_names", "read_upload", "show"]
 
 logger = logging.getLogger(__name__)
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # as Pillow calls them; browsers show all of them
-# Longer side of the picture that boxes are drawn on: labels can be read, and drawing takes a
-# fraction of a second. [ours]
-_VIEW_PX = (640, 1280)
-_LABELS_PER_SIDE = 32  # heights of a label that make up the longer side. [ours]
-_MAX_SIDE = 20_000  # pixels; longer ones are no pictures. [ours]
+_LARGEST_VIEW = 1280  # px, the longer side of the picture that boxes are drawn on. [ours]
+# Of what visitors leave behind. [ours]
+_SECONDS_KEPT = 3600
+_WAITING = 50  # requests in the queue; further ones are turned away
 
-
-class PageError(ValueError):
-    """Something a visitor can put right; the text is for them."""
+_HELLO = "Drop a picture."
+_FAILED = "The server could not do this; its log says why."
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a visitor may send. All [ours].
+    """What a visitor may send. [ours]
 
     Attributes:
         max_bytes: Size of a picture file.
         max_pixels: Width times height of a picture; decoding takes some 3 bytes for each.
         max_names: Class names in a vocabulary.
-        max_name_length: Characters of a class name.
-
-    Raises:
-        ValueError: One is less than 1.
     """
 
     max_bytes: int = 20 * 1024**2
     max_pixels: int = 25_000_000
     max_names: int = 200
-    max_name_length: int = 80
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """All detections in one picture, of one detector or of several, before any is left out.
+    """All detections in one picture, of each detector, before any is left out.
 
     Attributes:
-        file_name: As the visitor called it, without folders.
+        file_name: As the visitor called it.
         size: Height and width, pixels.
         vocabulary: K names that ``pred_classes`` index.
         view: (h, w, 3), RGB: the picture in the size it is drawn in.
-        factor: By which the sides of ``view`` are larger than the picture's.
         instances: Title of the detector to its detections, best first, ``pred_boxes`` XYXY in
             pixels of the picture.
     """
@@ -111,298 +78,311 @@ class Found:
     size: tuple[int, int]
     vocabulary: tuple[str, ...]
     view: Image = field(repr=False)
-    factor: float
     instances: Mapping[str, Instances] = field(repr=False)
 
 
-@dataclass(frozen=True, eq=False)
-class Shown:
+class Shown(NamedTuple):
     """What the page shows of :class:`Found`.
 
     Attributes:
-        panels: Title of the detector to the annotated picture, (h, w, 3), RGB.
-        tables: Title of the detector to its detections as HTML.
-        summary: How many are shown, plain text.
-        content: The same as plain values, for JSON.
+        summary: How many detections are shown.
+        panels: Per detector, the annotated picture, (h, w, 3), RGB.
+        table: Per detection: detector, class, score and box, as text.
+        content: The same as plain values; the keys are those of ``demo.py``'s detections.json.
     """
 
-    panels: Mapping[str, Image] = field(repr=False)
-    tables: Mapping[str, str] = field(repr=False)
     summary: str
-    content: Mapping[str, Any] = field(repr=False)
-
-    def sheet(self) -> Image:
-        """Give the picture to be downloaded, RGB: the panel, or the panels side by side."""
-        if len(self.panels) == 1:
-            return next(iter(self.panels.values()))
-        panels = list(self.panels.values())
-        width = max(panel.shape[1] for panel in panels)
-        return draw_sheet([SheetRow(panels, list(self.panels))], panel_px=width)
+    panels: list[Image]
+    table: list[list[str]]
+    content: dict[str, Any]
 
 
-# --- What comes in --------------------------------------------------------------------------------
-
-
-def parse_names(text: str | None, limits: Limits) -> tuple[str, ...]:
+def parse_names(text: str, max_names: int) -> tuple[str, ...]:
     """Read class names as a visitor types them: between commas, semicolons or line breaks.
 
-    Args:
-        text: As typed. It is never taken for a path or for the name of a dataset.
-        limits: How many and how long they may be.
-
-    Returns:
-        The names; white space in them is one blank each, empty ones are left out.
-
     Raises:
-        PageError: None, too many, one that is too long, repeated (capitals do not make a
-            difference to CLIP), or holds characters that cannot be seen.
+        ValueError: None, too many, or one that is no name.
     """
     pieces = (" ".join(piece.split()) for piece in re.split(r"[,;\r\n]", text or ""))
     names = [piece for piece in pieces if piece]
     if not names:
-        raise PageError("Type the classes to look for, separated by commas: cat, traffic cone.")
-    if len(names) > limits.max_names:
-        raise PageError(f"{len(names)} classes are too many: at most {limits.max_names}.")
-    if long := [name for name in names if len(name) > limits.max_name_length]:
-        raise PageError(
-            f"A class name of {len(long[0])} characters is too long: at most "
-            f"{limits.max_name_length}. It begins “{long[0][:30]}…”; separate names by commas."
-        )
-    for _, name in repeated_names(names):
-        raise PageError(f"The class “{name}” is named twice: each one once, please.")
-    try:
-        check_names(names, "the classes")
-    except ValueError as error:
-        raise PageError(
-            f"A class name holds characters that cannot be seen or read ({error})."
-        ) from error
+        raise ValueError("Type the classes to look for, separated by commas: cat, traffic cone.")
+    if len(names) > max_names:
+        raise ValueError(f"{len(names)} classes are too many: at most {max_names}.")
+    check_names(names, "the classes")
     return tuple(names)
 
 
-def make_filter(
-    score_threshold: float | None,
-    top_k: float | None,
-    class_thresholds: str | None,
-    vocabulary: Sequence[str],
-) -> DetectionFilter:
-    """Read what a visitor sets about the detections to show.
-
-    Args:
-        score_threshold: 0..1.
-        top_k: Most detections of each detector.
-        class_thresholds: ``NAME=SCORE`` between commas or line breaks; never taken for a path.
-        vocabulary: Names that may have a threshold of their own.
-
-    Raises:
-        PageError: Something is not a number, out of range, or no class of the vocabulary.
-    """
-    entries = [each for each in re.split(r"[,;\r\n]", class_thresholds or "") if each.strip()]
-    try:
-        if score_threshold is None or top_k is None or int(top_k) != top_k:
-            raise ValueError(
-                f"expected numbers, got the threshold {score_threshold!r} and at most {top_k!r}"
-            )
-        keep = DetectionFilter(score_threshold, int(top_k), read_class_thresholds(entries))
-        keep.check_vocabulary(vocabulary)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise PageError(f"Cannot tell which detections to show: {error}.") from error
-    return keep
-
-
-def read_upload(path: str | os.PathLike[str], limits: Limits) -> NDArray[np.uint8]:
+def read_upload(path: str, max_pixels: int) -> NDArray[np.uint8]:
     """Read a picture that a visitor sent; its size is checked before it is decoded.
-
-    Args:
-        path: Of the file.
-        limits: How large it may be.
 
     Returns:
         (H, W, 3), BGR, upright.
 
     Raises:
-        PageError: It is too large, of another format or broken.
+        ValueError: It has too many pixels, is of another format or broken.
     """
-    size = Path(path).stat().st_size
-    if size == 0:
-        raise PageError("The file is empty.")
-    if size > limits.max_bytes:
-        raise PageError(
-            f"The file is too large: {_megabytes(size)}, at most {_megabytes(limits.max_bytes)}."
-        )
     try:
         with PILImage.open(path, formats=_FORMATS) as header:
             width, height = header.size
-    except UnidentifiedImageError as error:
-        raise PageError(
+    except PILImage.DecompressionBombError as error:
+        raise ValueError(f"The picture is too large: at most {max_pixels} pixels.") from error
+    except Exception as error:  # anything may come out of Pillow's decoders
+        raise ValueError(
             "The file is not a picture that can be read: expected JPEG, PNG, WebP, GIF or BMP."
         ) from error
-    except PILImage.DecompressionBombError as error:
-        raise PageError(
-            f"The picture is too large: at most {limits.max_pixels / 1e6:g} million pixels."
-        ) from error
-    except Exception as error:  # anything may come out of Pillow's decoders
-        raise _broken(error) from error
-    if width * height > limits.max_pixels or max(width, height) > _MAX_SIDE:
-        raise PageError(
-            f"The picture is too large: {width} × {height} pixels, at most "
-            f"{limits.max_pixels / 1e6:g} million, and {_MAX_SIDE} along a side."
+    if width * height > max_pixels:
+        raise ValueError(
+            f"The picture is too large: {width} × {height} pixels, at most {max_pixels} in all."
         )
     try:
-        return read_picture(os.fspath(path))
+        return read_picture(path)
     except ValueError as error:
-        raise _broken(error) from error
-
-
-def _broken(error: Exception) -> PageError:
-    logger.info("an upload cannot be decoded: %s", error)
-    return PageError("The picture is broken: it cannot be decoded. Try to save it anew.")
-
-
-def _megabytes(count: int) -> str:
-    return f"{count / 1024**2:.3g} MB"
-
-
-def safe_name(name: str | None, extension: str = "", limit: int = 60) -> str:
-    """Turn a visitor's file name into one that is harmless as a file's name and as text.
-
-    Args:
-        name: Of the upload; may hold folders.
-        extension: Takes the place of the name's own; "" keeps it.
-        limit: Most characters before the extension.
-
-    Returns:
-        Letters, digits, dots, dashes, underscores and blanks alone; it begins with none of the
-        dots. ``picture`` if nothing is left.
-    """
-    last = PureWindowsPath(PurePosixPath(name or "").name).name
-    stem, dot, own = last.rpartition(".")
-    if not dot or not re.fullmatch(r"\w{1,5}", own):
-        stem, own = last, ""
-    stem = re.sub(r"[^\w. -]", "_", stem).strip(". ")[:limit] or "picture"
-    return stem + (extension or (f".{own}" if own else ""))
-
-
-# --- Detecting and showing ------------------------------------------------------------------------
+        logger.info("an upload cannot be decoded: %s", error)
+        raise ValueError("The picture is broken: it cannot be decoded.") from error
 
 
 def detect(
     predictors: Mapping[str, OpenVocabularyPredictor],
-    path: str | os.PathLike[str],
-    names: str | None,
+    path: str,
+    names: str,
     limits: Limits,
-    *,
-    file_name: str | None = None,
+    file_name: str,
 ) -> Found:
     """Detect in an upload with each detector; no vocabulary outlasts the call.
 
     Args:
         predictors: By title; threads may share them.
         path: Of the picture.
-        names: Class names as typed; see :func:`parse_names`.
+        names: Class names as typed.
         limits: What is accepted.
         file_name: What the visitor calls the picture.
 
-    Returns:
-        All detections.
-
     Raises:
-        PageError: The picture or the names cannot be used.
+        ValueError: The picture or the names cannot be used.
     """
-    vocabulary = parse_names(names, limits)
-    image = read_upload(path, limits)
+    vocabulary = parse_names(names, limits.max_names)
+    image = read_upload(path, limits.max_pixels)
     instances = {
         title: predictor.predict(image, vocabulary=vocabulary)
         for title, predictor in predictors.items()
     }
-    rgb = image[:, :, ::-1]
-    least, most = _VIEW_PX
-    view, factor = fit(rgb, most) if max(rgb.shape[:2]) > most else enlarge(rgb, least)
-    return Found(
-        safe_name(file_name or os.fspath(path)),
-        (image.shape[0], image.shape[1]),
-        vocabulary,
-        np.ascontiguousarray(view),
-        factor,
-        instances,
-    )
+    view: Image = np.ascontiguousarray(image[:, :, ::-1])
+    if max(view.shape) > _LARGEST_VIEW:
+        view, _ = fit(view, _LARGEST_VIEW)
+    return Found(file_name, (image.shape[0], image.shape[1]), vocabulary, view, instances)
 
 
-def show(found: Found, keep: DetectionFilter) -> Shown:
+def show(found: Found, threshold: float, top_k: float, class_thresholds: str) -> Shown:
     """Choose and draw detections; no detector is asked.
 
     Args:
         found: All of them.
-        keep: Which ones to show.
+        threshold: Least score, 0..1.
+        top_k: Most detections of each detector.
+        class_thresholds: ``NAME=SCORE`` between commas, semicolons or line breaks.
 
-    Returns:
-        Pictures, tables, and the same as plain values: the keys are those of ``demo.py``'s
-        detections.json.
+    Raises:
+        ValueError: A number is out of range, or a class is not in the vocabulary.
     """
+    own = read_class_thresholds(re.split(r"[,;\r\n]", class_thresholds or ""))
+    keep = DetectionFilter(threshold, int(top_k), own)
     kept = {title: keep(each, found.vocabulary) for title, each in found.instances.items()}
     records = {title: as_records(each, found.vocabulary) for title, each in kept.items()}
-    height, width = found.view.shape[:2]
-    panels = {
-        title: draw_instances(
-            found.view,
-            scale_boxes(each, found.factor, (height, width)),
-            found.vocabulary,
-            min_long_side=1,
-            font_px=max(height, width) / _LABELS_PER_SIDE,
-        )
-        for title, each in kept.items()
-    }
     main, *others = records
+    compared = {"compared": {title: records[title] for title in others}} if others else {}
     content = {
         "file_name": found.file_name,
         "height": found.size[0],
         "width": found.size[1],
         "vocabulary": list(found.vocabulary),
         "detectors": list(records),
-        "confidence_threshold": keep.score_threshold,
-        "class_thresholds": dict(keep.class_thresholds),
-        "top_k": keep.top_k,
+        "confidence_threshold": threshold,
+        "class_thresholds": own,
+        "top_k": int(top_k),
         "detections": records[main],
+        **compared,
     }
-    if others:
-        content["compared"] = {title: records[title] for title in others}
-    tables = {
-        title: _table(records[title], found.vocabulary) or _nothing(found, title)
-        for title in records
-    }
-    counts = ", ".join(
-        (f"{title}: " if others else "") + f"{len(kept[title])} of {len(found.instances[title])}"
-        for title in kept
-    )
-    summary = (
+    size = (found.view.shape[0], found.view.shape[1])
+    factor = size[1] / found.size[1]
+    panels = [
+        draw_instances(found.view, scale_boxes(each, factor, size), found.vocabulary)
+        for each in kept.values()
+    ]
+    table = [
+        [title, row["class"], f"{row['score']:.1%}", ", ".join(f"{v:.0f}" for v in row["box_xyxy"])]
+        for title, rows in records.items()
+        for row in rows
+    ]
+    return Shown(_summary(found, kept), panels, table, content)
+
+
+def _summary(found: Found, kept: Mapping[str, Instances]) -> str:
+    lines = [
         f"{found.file_name}, {found.size[1]} × {found.size[0]} pixels, "
-        f"{len(found.vocabulary)} class{'es' * (len(found.vocabulary) > 1)}. "
-        f"Detections shown: {counts}."
-    )
-    return Shown(panels, tables, summary, content)
+        f"{len(found.vocabulary)} class{'es' * (len(found.vocabulary) > 1)}."
+    ]
+    for title, instances in found.instances.items():
+        line = f"{title}: {len(kept[title])} of {len(instances)} detections shown"
+        if len(instances) and not len(kept[title]):
+            best = as_records(instances[:1], found.vocabulary)[0]
+            line += f"; the best one is {best['class']}, {best['score']:.1%}"
+        lines.append(line)
+    return "\n".join(lines)
 
 
-def _table(records: Sequence[Mapping[str, Any]], vocabulary: Sequence[str]) -> str:
-    """Write detections as HTML, with the colours that their boxes have; "" if there are none."""
-    rows = []
-    for record in records:
-        red, green, blue = (round(255 * c) for c in class_color(vocabulary.index(record["class"])))
-        box = ", ".join(f"{value:.0f}" for value in record["box_xyxy"])
-        rows.append(
-            f'<tr><td><i style="background:rgb({red},{green},{blue})"></i>'
-            f"{escape(record['class'])}</td><td>{record['score']:.1%}</td><td>{box}</td></tr>"
+def build_page(
+    predictors: Mapping[str, OpenVocabularyPredictor],
+    limits: Limits,
+    names: str = "",
+    examples: Sequence[Path] = (),
+) -> gr.Blocks:
+    """Lay out the page and say which event calls what.
+
+    Args:
+        predictors: By title; the first one is the main one.
+        limits: What visitors may send.
+        names: Class names that are there to begin with.
+        examples: Pictures to choose from.
+    """
+    with gr.Blocks(
+        title="HierKD", analytics_enabled=False, fill_width=True, delete_cache=(600, _SECONDS_KEPT)
+    ) as page:
+        found = gr.State(None, time_to_live=_SECONDS_KEPT)
+        gr.Markdown(
+            "# Open-vocabulary detection\nDrop a picture and name what to look for. "
+            "Moving the threshold does not detect anew."
         )
-    if not rows:
-        return ""
-    head = '<th>Class</th><th>Score</th><th title="x0, y0, x1, y1 in pixels">Box</th>'
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+        if icons := icons_only(predictors):
+            gr.Textbox(icons, show_label=False, container=False, elem_id="icons_only")
+        with gr.Row():
+            with gr.Column(scale=2, min_width=320):
+                inputs = _lay_out_inputs(limits, names, examples)
+            with gr.Column(scale=5, min_width=420):
+                outputs = _lay_out_outputs(list(predictors))
+        _connect(_Handlers(predictors, limits), found, inputs, outputs)
+    page.queue(max_size=_WAITING)
+    return page
 
 
-def _nothing(found: Found, title: str) -> str:
-    instances = found.instances[title]
-    if not len(instances):
-        return "<p>Nothing found.</p>"
-    best = as_records(instances[:1], found.vocabulary)[0]
-    return (
-        f"<p>Nothing reaches the threshold. The best detection: {escape(best['class'])}, "
-        f"{best['score']:.1%}.</p>"
+def _lay_out_inputs(limits: Limits, names: str, examples: Sequence[Path]) -> list[Any]:
+    """The picture, the names, the button; then three settings that need no new detection."""
+    picture = gr.Image(
+        label="Picture",
+        sources=["upload", "clipboard"],
+        buttons=["fullscreen"],
+        height=300,
+        placeholder=f"Drop a picture here, or click\nup to {limits.max_bytes / 1024**2:g} MB",
+        elem_id="picture",
+    )
+    classes = gr.Textbox(
+        names, label="Classes, separated by commas", max_lines=6, elem_id="classes"
+    )
+    button = gr.Button("Detect", variant="primary", elem_id="detect")
+    threshold = gr.Slider(0, 1, 0.3, step=0.01, label="Score threshold", elem_id="threshold")
+    with gr.Accordion("More", open=False, elem_id="more"):
+        top_k = gr.Slider(1, 100, 100, step=1, label="At most, best first", elem_id="top_k")
+        own = gr.Textbox(
+            label="Thresholds of single classes",
+            placeholder="dog=0.6, cup=0.2",
+            elem_id="class_thresholds",
+        )
+    if examples:
+        gr.Examples([[str(path)] for path in examples], [picture], label="Or choose one")
+    return [picture, classes, button, threshold, top_k, own]
+
+
+def _lay_out_outputs(titles: Sequence[str]) -> list[Any]:
+    """The message; the results, with a panel per detector, the table and the JSON."""
+    message = gr.Textbox(_HELLO, show_label=False, container=False, elem_id="message")
+    with gr.Column(visible=False, elem_id="results") as results:
+        with gr.Row():
+            panels = [
+                gr.Image(
+                    label=title,
+                    format="png",
+                    interactive=False,
+                    buttons=["download", "fullscreen"],
+                    alt_text=f"Detections of {title}",
+                    elem_id=f"panel_{number}",
+                )
+                for number, title in enumerate(titles)
+            ]
+        table = gr.Dataframe(
+            headers=["Detector", "Class", "Score", "Box: x0, y0, x1, y1 in pixels"],
+            datatype="str",
+            interactive=False,
+            max_height=350,
+            wrap=True,
+            elem_id="table",
+        )
+        with gr.Accordion("JSON", open=False, elem_id="json"):
+            code = gr.Code(language="json", interactive=False, show_label=False, max_lines=20)
+    return [message, results, *panels, table, code]
+
+
+class _Handlers:
+    """What happens on events; returns the new state, and a value for each of the outputs."""
+
+    def __init__(self, predictors: Mapping[str, OpenVocabularyPredictor], limits: Limits) -> None:
+        self.predictors = dict(predictors)
+        self.limits = limits
+
+    def detect(self, upload: Mapping[str, Any] | None, names: str, *settings: Any) -> list[Any]:
+        """Answer a new picture, or new names."""
+        if upload is None:
+            return self._message(None, _HELLO)
+        try:
+            name = Path(upload.get("orig_name") or upload["path"]).name
+            found = detect(self.predictors, upload["path"], names, self.limits, name)
+        except ValueError as error:
+            return self._message(None, str(error))
+        except Exception:  # whatever it was, the old answer must not stay beside the new picture
+            logger.exception("detecting has failed")
+            return self._message(None, _FAILED)
+        return self.show(found, *settings)
+
+    def show(self, found: Found | None, *settings: Any) -> list[Any]:
+        """Answer a moved threshold."""
+        if found is None:
+            return [gr.skip()] * (len(self.predictors) + 5)
+        try:
+            shown = show(found, *settings)
+        except (ValueError, TypeError) as error:
+            return self._message(found, str(error))
+        content = json.dumps(shown.content, indent=1, ensure_ascii=False)
+        return [found, shown.summary, gr.update(visible=True), *shown.panels, shown.table, content]
+
+    def _message(self, found: Found | None, text: str) -> list[Any]:
+        """Say something; nothing of an earlier picture stays."""
+        nothing = [None] * (len(self.predictors) + 2)
+        return [found, text, gr.update(visible=False), *nothing]
+
+
+def _connect(handlers: _Handlers, found: gr.State, inputs: list[Any], outputs: list[Any]) -> None:
+    """Say which event calls what."""
+    picture, names, button, *settings = inputs
+    threshold, top_k, class_thresholds = settings
+    # One after the other, in the order in which they came. The upload comes as Gradio stored it
+    # (preprocess=False): Gradio would decode it without our limits.
+    common: dict[str, Any] = {
+        "outputs": [found, *outputs],
+        "trigger_mode": "always_last",
+        "concurrency_id": "detector",
+        "concurrency_limit": 1,
+        "preprocess": False,
+        "api_visibility": "private",
+    }
+    gr.on(
+        [picture.change, names.submit, button.click],
+        handlers.detect,
+        [picture, names, *settings],
+        **common,
+    )
+    gr.on(
+        [threshold.change, top_k.change, class_thresholds.submit, class_thresholds.blur],
+        handlers.show,
+        [found, *settings],
+        show_progress="hidden",
+        **common,
     )

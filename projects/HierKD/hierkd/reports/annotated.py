@@ -1,0 +1,299 @@
+"""What ``demo.py`` leaves: annotated pictures and videos, ``detections.json`` and a page."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import urllib.parse
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from detectron2.structures import Instances
+from numpy.typing import NDArray
+from PIL import Image as PILImage
+from tqdm import tqdm
+
+from hierkd.data.mapper import read_picture
+from hierkd.evaluation.heat_maps import score_heat_maps
+from hierkd.files import replacing
+from hierkd.inference.detectors import Detectors
+from hierkd.inference.video import Frame, Video, VideoFile
+from hierkd.reports.charts import draw_heat_map_sheet, draw_side_by_side
+from hierkd.reports.drawing import Image, draw_instances
+from hierkd.reports.page import Figure, Page, Picture, Section, data_uri, jpeg_uri, write_page
+
+__all__ = [
+    "Annotated",
+    "annotate_picture",
+    "annotate_video",
+    "name_outputs",
+    "write_annotated_page",
+    "write_detections",
+]
+
+logger = logging.getLogger(__name__)
+
+_FRAMES_AT_ONCE = 8  # of a video file. [ours]
+_HEAT_MAPS = 4  # classes of a picture whose heat maps are drawn, if none are named. [ours]
+_CAMERA_FPS = 10.0  # of the video that a camera's pictures become. [ours]
+_LISTED_CLASSES = 60  # of the vocabulary, at the top of a page. [ours]
+
+
+@dataclass(frozen=True)
+class Annotated:
+    """What became of a picture or a video.
+
+    Attributes:
+        files: The annotated copy, and after it the heat maps.
+        entry: Its entry in ``detections.json``.
+        num_detections: The main detector's.
+        caption: What was found, as text.
+        is_video: Whether it is a video.
+    """
+
+    files: tuple[Path, ...]
+    entry: Mapping[str, Any]
+    num_detections: int
+    caption: str
+    is_video: bool = False
+
+    @property
+    def title(self) -> str:
+        """Name of what was looked at, without its folder."""
+        return Path(self.entry["file_name"]).name
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether a page should give it a row for itself."""
+        return self.is_video or len(self.files) > 1 or "compared" in self.entry
+
+
+def name_outputs(sources: Sequence[Path], folder: Path, suffixes: Sequence[str]) -> list[Path]:
+    """Choose a file per source; sources of one name are numbered.
+
+    Args:
+        sources: Pictures and videos.
+        folder: Where the files go.
+        suffixes: The suffix of what becomes of each source.
+
+    Returns:
+        Paths, all different whatever their suffix, and whatever their case.
+
+    Raises:
+        ValueError: One, or a picture's heat maps, would replace a source; it is named.
+    """
+    taken: set[str] = set()
+    inputs = {source.resolve() for source in sources}
+    outputs = []
+    for source, suffix in zip(sources, suffixes, strict=True):
+        stem, number = source.stem, 1
+        while stem.casefold() in taken:
+            stem, number = f"{source.stem}_{number}", number + 1
+        taken.add(stem.casefold())
+        outputs.append(folder / f"{stem}{suffix}")
+        for path in (outputs[-1], _heat_maps_path(outputs[-1])):
+            if path.resolve() in inputs:
+                raise ValueError(f"{path} is an input: write into another folder")
+    return outputs
+
+
+def _heat_maps_path(annotated: Path) -> Path:
+    return annotated.with_name(f"{annotated.stem}_heat_maps.png")
+
+
+def annotate_picture(
+    detectors: Detectors, picture: Path, output: Path, heat_maps: Sequence[str] | None = None
+) -> Annotated:
+    """Detect in a picture and write its annotated copy.
+
+    Args:
+        detectors: Detect.
+        picture: A file.
+        output: PNG to write.
+        heat_maps: Classes whose heat maps are written, too, as OUTPUT_heat_maps.png; none in the
+            list are those detected. None is no heat maps.
+
+    Raises:
+        ValueError: The picture cannot be decoded; it is named.
+    """
+    image = read_picture(str(picture))
+    (found,) = detectors.detect([image])
+    _save_picture(output, _draw(detectors, image, found))
+    entry = {
+        "file_name": str(picture),
+        "annotated": output.name,
+        "height": image.shape[0],
+        "width": image.shape[1],
+        **detectors.records(found),
+    }
+    files = [output]
+    classes = [record["class"] for record in entry["detections"]]
+    drawn = list(heat_maps or ()) or list(dict.fromkeys(classes))[:_HEAT_MAPS]
+    if heat_maps is not None and drawn:
+        maps = score_heat_maps(detectors.main.model, detectors.main.prepare(image), drawn)
+        files.append(_heat_maps_path(output))
+        _save_picture(files[-1], draw_heat_map_sheet(image[:, :, ::-1], maps))
+        entry["heat_maps"] = files[-1].name
+    best: dict[str, float] = {}
+    for record in entry["detections"]:  # best first
+        best.setdefault(record["class"], record["score"])
+    counts = Counter(classes).most_common()
+    caption = ", ".join(f"{count} × {name} (up to {best[name]:.0%})" for name, count in counts)
+    caption = caption or "nothing above the threshold"
+    return Annotated(tuple(files), entry, len(classes), caption)
+
+
+def annotate_video(
+    detectors: Detectors,
+    source: Path | int,
+    output: Path,
+    *,
+    every: int = 1,
+    max_frames: int | None = None,
+) -> Annotated:
+    """Detect in the frames of a video file, or of a camera until Ctrl-C.
+
+    Writes the annotated frames as a video of the same speed, and beside it a .jsonl with a line per
+    frame: ``frame``, ``seconds`` and its detections.
+
+    Args:
+        detectors: Detect.
+        source: A file, or the number of a camera.
+        output: Video to write; its suffix is one of ``VIDEO_CODECS``.
+        every: Only every so many frames are looked at; the others are left out.
+        max_frames: Stop after so many frames; None is all of them.
+
+    Raises:
+        ValueError: It cannot be read, or the video cannot be written.
+    """
+    lines = output.with_suffix(".jsonl")
+    count = detections = 0
+    size = (0, 0)
+    with Video(source) as video:
+        total = -(-video.num_frames // every) or None
+        frames = itertools.islice(video.frames(every), max_frames)
+        at_once = 1 if video.live else _FRAMES_AT_ONCE
+        with (
+            replacing(lines) as making,
+            making.open("w", encoding="utf-8") as file,
+            VideoFile(output, _CAMERA_FPS if video.live else video.fps / every) as annotated,
+            tqdm(total=max_frames or total, desc=video.name, unit="frame", disable=None) as bar,
+        ):
+            try:
+                for frame, found in _detect_in(detectors, frames, at_once):
+                    drawn = _draw(detectors, frame.image, found)
+                    annotated.write(drawn, frame.seconds if video.live else None)
+                    records = detectors.records(found)
+                    line = {"frame": frame.index, "seconds": round(frame.seconds, 3), **records}
+                    file.write(json.dumps(line) + "\n")
+                    size = frame.image.shape[:2]
+                    count, detections = count + 1, detections + len(records["detections"])
+                    bar.update()
+            except KeyboardInterrupt:  # the regular end of a camera
+                if not video.live:
+                    raise
+                logger.info("stopped")
+            if count == 0:
+                raise ValueError(f"{video.name}: stopped before the first frame")
+    entry = {
+        "file_name": video.name,
+        "annotated": output.name,
+        "frames": lines.name,
+        "height": size[0],
+        "width": size[1],
+        "fps": round(video.fps, 3),
+        "every": every,
+        "num_frames": count,
+        "num_detections": detections,
+    }
+    caption = f"{count} frames, {detections / count:.1f} detections per frame"
+    return Annotated((output,), entry, detections, caption, is_video=True)
+
+
+def _detect_in(
+    detectors: Detectors, frames: Iterator[Frame], at_once: int
+) -> Iterator[tuple[Frame, dict[str, Instances]]]:
+    """Detect in frames, so many in a pass."""
+    while part := list(itertools.islice(frames, at_once)):
+        yield from zip(part, detectors.detect([each.image for each in part]), strict=True)
+
+
+def _draw(detectors: Detectors, image: NDArray[np.uint8], found: Mapping[str, Instances]) -> Image:
+    """Draw detections on a BGR picture -> RGB; several detectors side by side."""
+    rgb = image[:, :, ::-1]
+    if len(found) > 1:
+        return draw_side_by_side(rgb, found, detectors.vocabulary)
+    return draw_instances(rgb, next(iter(found.values())), detectors.vocabulary)
+
+
+def _save_picture(path: Path, image: Image) -> None:
+    with replacing(path) as making:
+        PILImage.fromarray(image).save(making, format="PNG")
+
+
+def write_detections(path: Path, detectors: Detectors, done: Sequence[Annotated]) -> None:
+    """Write all detections, and what they were made with, as JSON."""
+    keep = detectors.keep
+    content = {
+        "vocabulary": list(detectors.vocabulary),
+        "detectors": list(detectors.predictors),
+        "confidence_threshold": keep.score_threshold,
+        "class_thresholds": dict(keep.class_thresholds),
+        "top_k": keep.top_k,
+        "images": [each.entry for each in done if not each.is_video],
+        "videos": [each.entry for each in done if each.is_video],
+    }
+    with replacing(path) as making:
+        making.write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+def write_annotated_page(
+    path: Path, detectors: Detectors, done: Sequence[Annotated], *, embed: bool
+) -> None:
+    """Write an HTML page of what was detected.
+
+    Args:
+        path: Of the page, in the folder of the annotated files.
+        detectors: Have detected.
+        done: From top to bottom.
+        embed: Whether the pictures (as JPEG) and videos are put into the page, so that it is one
+            file, or stay beside it.
+    """
+    names = detectors.vocabulary
+    more = len(names) - _LISTED_CLASSES
+    facts = {
+        "Vocabulary": ", ".join(names[:_LISTED_CLASSES]) + (f", and {more} more" * (more > 0)),
+        "Detectors": ", ".join(detectors.predictors),
+        "Score threshold": str(detectors.keep.score_threshold),
+        **{f"Threshold of {k}": str(v) for k, v in detectors.keep.class_thresholds.items()},
+    }
+    figures: dict[bool, list[Figure]] = {True: [], False: []}
+    for each in done:
+        annotated, *heat_maps = [_picture(file, each.title, embed) for file in each.files]
+        figures[each.is_wide].append(Figure([annotated], each.title, each.caption))
+        figures[True] += [Figure([sheet], caption="heat maps") for sheet in heat_maps]
+    sections = [
+        Section(facts=facts),
+        Section(figures=figures[True], columns=1),
+        Section(figures=figures[False], columns=2),
+    ]
+    write_page(path, Page("Detections", sections))
+
+
+def _picture(file: Path, alternative: str, embed: bool) -> Picture:
+    """An annotated file on a page in its folder."""
+    link = urllib.parse.quote(file.name)
+    if file.suffix == ".webm":
+        source = data_uri("video/webm", file.read_bytes()) if embed else link
+        return Picture(source, alternative, video=True)
+    if file.suffix != ".png":  # a video that browsers do not play
+        return Picture("", file.name, link=link)
+    if not embed:
+        return Picture(link, alternative, link=link)
+    with PILImage.open(file) as image:
+        return Picture(jpeg_uri(np.asarray(image.convert("RGB"), np.uint8)), alternative)

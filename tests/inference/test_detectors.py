@@ -1,0 +1,63 @@
+"""Detectors as a command line names them."""
+
+import shutil
+
+import pytest
+
+import tiny_training
+from hierkd.inference.detections import DetectionFilter
+from hierkd.inference.detectors import Detectors, icons_only, load_detectors
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    root = tmp_path_factory.mktemp("detectors")
+    with tiny_training.prepared(root):
+        yield tiny_training.write_run(root / "run", root / "clip.pt")
+
+
+def test_weights_are_those_named_or_those_beside_the_config(run, tmp_path):
+    copied = tmp_path / "mine.yaml"
+    shutil.copy(run / "config.yaml", copied)
+    weights = ["MODEL.WEIGHTS", str(run / "model_final.pth")]
+    assert list(load_detectors(None, str(run / "config.yaml"))) == ["run"]
+    assert list(load_detectors(None, str(copied), weights, device="cpu")) == ["mine"]
+    with pytest.raises(ValueError, match=r"MODEL\.WEIGHTS is empty"):
+        load_detectors(None, str(copied))
+    with pytest.raises(FileNotFoundError, match=r"gone\.pth"):
+        load_detectors(None, str(run / "config.yaml"), ["MODEL.WEIGHTS", "gone.pth"])
+
+
+def test_without_make_demo_the_message_says_so(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="run `make demo` first"):
+        load_detectors(None, None)
+
+
+def test_several_have_titles_and_one_vocabulary(run):
+    one = ["TEST.DETECTIONS_PER_IMAGE", "1"]
+    compared = [f"other={run}", str(run / "model_final.pth")]
+    with pytest.raises(ValueError, match="two detectors are called 'run'"):
+        load_detectors(str(run), None, compared=compared)
+    predictors = load_detectors(str(run), None, compared=compared[:1], opts_of_all=one)
+    assert list(predictors) == ["run", "other"]
+    found = predictors["other"].predict(run.parent / "miniature" / "val" / "2.png")
+    assert len(found) == 1
+
+
+def test_records_of_one_and_of_several(run):
+    predictors = load_detectors(str(run), None, compared=[f"again={run}"])
+    assert icons_only(predictors).startswith(
+        "Trained on the miniature's rendered icons only: run, again."
+    )
+    picture = str(run.parent / "miniature" / "val" / "2.png")
+    keep = DetectionFilter(0.0, 2)
+    both = Detectors(predictors, keep, ["cup", "zebra"])
+    assert both.vocabulary == predictors["again"].vocabulary == ("cup", "zebra")
+    (found,) = both.detect([picture])
+    records = both.records(found)
+    assert len(records["detections"]) == 2
+    assert records["compared"] == {"again": records["detections"]}
+    assert list(both.records({"run": found["run"]})) == ["detections"]
+    with pytest.raises(ValueError, match="zebra"):
+        Detectors(predictors, DetectionFilter(0, None, {"zebra": 1}), ["cup"])
