@@ -60,7 +60,7 @@ def process(rank, folder):
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("agreement")
-    torch.multiprocessing.spawn(process, (folder,), nprocs=2)
+    torch.multiprocessing.start_processes(process, (folder,), 2, start_method="fork")
     return [torch.load(folder / f"{rank}.pth") for rank in range(2)]
 
 
