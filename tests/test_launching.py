@@ -207,6 +207,19 @@ def test_evaluation_sees_each_image_once(world, alone, tmp_path, processes):
 # ----------------------------------------------------------------------------------- faulty ends
 
 
+def test_the_process_that_starts_others_passes_a_signal_on(world, tmp_path):
+    """What ``kill``, ``docker stop`` and batch systems do: they know it alone."""
+    with start(world, tmp_path / "run", "--num-gpus=2", *ENDLESS) as run:
+        run.wait_for("Starting training")
+        time.sleep(0.3)
+        os.kill(run.process.pid, signal.SIGUSR1)
+        assert run.wait(60) == 128 + signal.SIGUSR1, run.text()
+    assert "Traceback" not in run.text()
+    (saved,) = (tmp_path / "run").glob("model_*.pth")
+    done = torch.load(saved, weights_only=True)["iteration"] + 1
+    assert f"SIGUSR1: stopped after iteration {done} of" in run.text()
+
+
 @pytest.mark.slow
 def test_a_killed_process_ends_the_others(world, tmp_path):
     with start(world, tmp_path / "run", "--num-gpus=2", *ENDLESS) as run:
