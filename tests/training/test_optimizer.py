@@ -210,12 +210,22 @@ def test_full_model_clipping_is_detectron2s_sgd_on_clipped_gradients():
 
 
 @pytest.mark.parametrize("optimizer_name", ["SGD", "ADAMW"])
-def test_weight_decay_of_norms_is_apart(optimizer_name):
+def test_norms_and_biases_have_their_own_settings(optimizer_name):
     model = make_model()
-    optimizer = build_optimizer(make_cfg(OPTIMIZER=optimizer_name), model)
-    decay = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
-    assert [decay[id(p)] for p in model[1].parameters()] == [0.003, 0.003]
-    assert [decay[id(p)] for p in model[0].parameters()] == [0.01, 0.01]
+    apart = {"WEIGHT_DECAY_BIAS": 0.007, "BIAS_LR_FACTOR": 2.0}
+    optimizer = build_optimizer(make_cfg(OPTIMIZER=optimizer_name, **apart), model)
+    found = {
+        name: (group["lr"], group["weight_decay"])
+        for group in optimizer.param_groups
+        for name, p in model.named_parameters()
+        if any(p is each for each in group["params"])
+    }
+    assert found == {
+        **dict.fromkeys(("0.weight", "2.weight"), (0.1, 0.01)),
+        **dict.fromkeys(("0.bias", "2.bias"), (0.2, 0.007)),
+        "1.weight": (0.1, 0.003),
+        "1.bias": (0.2, 0.007),
+    }
 
 
 def test_adamw_is_torchs():

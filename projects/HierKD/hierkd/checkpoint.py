@@ -205,14 +205,6 @@ class HierKDCheckpointer(DetectionCheckpointer):  # type: ignore[misc]  # detect
 
     # ------------------------------------------------------------------------------------ loading
 
-    def missing_weights(self) -> list[str]:
-        """Names of the detector's weights that no file has given so far, its head's first.
-
-        All of them, if nothing was loaded. Where one is missing, what is detected is noise.
-        """
-        missing = self.model.state_dict() if self._missing_keys is None else self._missing_keys
-        return sorted(missing, key=lambda key: not key.startswith("head."))
-
     def load_detector(self, path: str) -> None:
         """Load the weights of a trained detector, for uses that make no sense with random ones.
 
@@ -229,11 +221,13 @@ class HierKDCheckpointer(DetectionCheckpointer):  # type: ignore[misc]  # detect
         self.check_trained()
 
     def check_trained(self) -> None:
-        """Raise ValueError if the file loaded last lacks weights of the detector."""
-        if missing := self.missing_weights():
+        """Raise ValueError if the file loaded last lacks weights of the detector, or none was."""
+        missing = self.model.state_dict() if self._missing_keys is None else self._missing_keys
+        if missing:
+            first = min(missing, key=lambda key: not key.startswith("head."))
             raise ValueError(
                 f"MODEL.WEIGHTS: {self.loaded!r} is no trained detector of this config: it lacks "
-                f"{len(missing)} of its weights, for example {missing[0]!r}; give a checkpoint "
+                f"{len(missing)} of its weights, for example {first!r}; give a checkpoint "
                 "that was trained with this config"
             )
 
