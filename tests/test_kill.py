@@ -18,9 +18,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from forked_runs import Run
 
 import tiny_training
+from forked_runs import Run
 from hierkd.modeling.detector import HierKD
 from tiny_training import command_line
 

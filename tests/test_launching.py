@@ -21,11 +21,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from detectron2.utils import comm
-from forked_runs import ROOT, Run
 from torch.multiprocessing import ProcessExitedException
 
 import tiny_training
 import train_net
+from forked_runs import ROOT, Run
 from hierkd.training import launch as launching
 from hierkd.training.launch import check_devices, launch_processes
 

@@ -173,7 +173,7 @@ class HierKDCheckpointer(DetectionCheckpointer):  # type: ignore[misc]  # detect
                 f"--resume: process {comm.get_rank()} does not see {found!r}, from which the first "
                 "process resumes: OUTPUT_DIR must be a folder that all machines share"
             )
-        return found
+        return str(found)
 
     def _find_checkpoint(self) -> str:
         """What ``last_checkpoint`` names, or the newest that is whole."""

@@ -127,8 +127,8 @@ def handling(handler: Any) -> Iterator[Mapping[int, Any]]:
     Gives:
         Number of a signal -> what handled it before, and will after the block.
     """
-    before = {each: signal.getsignal(each) for each in SIGNALS}
-    before = {k: v for k, v in before.items() if v is not signal.SIG_IGN and v is not None}
+    found = {int(each): signal.getsignal(each) for each in SIGNALS}
+    before = {k: v for k, v in found.items() if v is not signal.SIG_IGN and v is not None}
     for number in before:
         signal.signal(number, handler)
     try:
