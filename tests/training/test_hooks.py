@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import threading
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,7 +34,11 @@ NUM_PROCESSES = 2
 def in_a_process(rank, folder, work, *arguments):
     """Do some work in one of two processes, and keep how it ended."""
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=NUM_PROCESSES
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=NUM_PROCESSES,
+        timeout=timedelta(minutes=1),
     )
     comm.create_local_process_group(NUM_PROCESSES)
     try:
