@@ -84,11 +84,7 @@ class HierKDCheckpointer(DetectionCheckpointer):  # type: ignore[misc]  # detect
             data[_TRACE] = trace
         data.update(kwargs)
         path = Path(self.save_dir) / f"{name}.pth"
-        left_over = [
-            *remove_unfinished(path.parent, _PATTERN),
-            *remove_unfinished(path.parent, _LAST),
-        ]
-        for left in left_over:
+        for left in remove_unfinished(path.parent, _PATTERN, _LAST):
             logger.warning("Removed %s, which a killed run had begun to write", left)
         self.logger.info("Saving checkpoint to %s", path)
         try:
