@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from hierkd.checkpoint import HierKDCheckpointer
 
-__all__ = ["SIGNALS", "FiniteGuard", "Interruption", "NonFiniteError"]
+__all__ = ["SIGNALS", "FiniteGuard", "Interruption", "NonFiniteError", "handling"]
 
 logger = logging.getLogger(__name__)
 
