@@ -19,7 +19,6 @@ from torch import nn
 import clip_files
 from hierkd.files import (
     check_hash,
-    check_hash_in_name,
     is_torchscript,
     read_pickled_arrays,
     read_torch_file,
@@ -300,20 +299,3 @@ def test_a_hash_is_compared(tmp_path):
     for wrong in ("0" * 64, "", digits[1:]):
         with pytest.raises(ValueError, match=rf"model\.pth.*sha256 is {digits}"):
             check_hash(path, wrong)
-
-
-def test_published_names_carry_digits(tmp_path):
-    sha256, md5 = hashlib.sha256(b"w").hexdigest(), hashlib.md5(b"w").hexdigest()
-    names = {
-        f"resnet50-{sha256[:8]}.pth": True,
-        f"model_final_{md5[:6]}.pkl": True,
-        "R-50.pkl": False,
-        "model_0000041.pth": False,
-    }
-    for name, carries in names.items():
-        (tmp_path / name).write_bytes(b"w")
-        assert check_hash_in_name(tmp_path / name) == carries
-    for name in ("resnet50-00000000.pth", "model_final_000000.pkl"):
-        (tmp_path / name).write_bytes(b"w")
-        with pytest.raises(ValueError, match=name):
-            check_hash_in_name(tmp_path / name)
