@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -122,15 +123,20 @@ def fail(error: Exception) -> NoReturn:
     raise SystemExit(2)
 
 
-if __name__ == "__main__":
-    arguments = get_parser().parse_args()
+def command(argv: Sequence[str] | None = None) -> None:
+    """Do what the command line asks for, in as many processes as it asks for."""
+    args = get_parser().parse_args(argv)
     try:
-        check_arguments(arguments)
+        check_arguments(args)
         from hierkd.load_config import requested_device
         from hierkd.training.launch import check_devices, launch_processes
 
-        device = requested_device(arguments.config_file, arguments.opts)
-        check_devices(arguments.num_gpus, device)
+        device = requested_device(args.config_file, args.opts)
+        check_devices(args.num_gpus, device)
     except (ValueError, OSError) as error:
         fail(error)
-    launch_processes(run, arguments, device)
+    launch_processes(run, args, device)
+
+
+if __name__ == "__main__":
+    command()

@@ -3,27 +3,24 @@
 import contextlib
 import errno
 import logging
-import math
 import os
 import random
 import re
 import resource
 import shutil
 import signal
-import subprocess
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.error import URLError
 
 import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer, PeriodicCheckpointer
-from detectron2.engine.train_loop import AMPTrainer
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.modeling.backbone import FPN, BasicStem, ResNet
 from detectron2.modeling.backbone.resnet import BasicBlock
 from detectron2.modeling.box_regression import Box2BoxTransform
-from iopath.common.file_io import NativePathHandler, PathManager
 
 from fake_teacher import FakeTeacher
 from hierkd.checkpoint import HierKDCheckpointer, find_damage, warn_of_little_space
@@ -98,31 +95,12 @@ def test_a_checkpoint_runs_with_another_vocabulary(saved):
     assert model.text_classifier(torch.zeros(1, 6)).shape == (1, 4)
 
 
-def test_the_file_holds_the_detector_alone(saved):
-    content = torch.load(saved, weights_only=True)
-    names = set(content["model"])
-    assert names == set(make_detector().state_dict())
-    assert not [n for n in names if "teacher" in n or "text_embeddings" in n]
-    top_level = {name.split(".")[0] for name in names}
-    assert top_level == {"backbone", "head", "text_classifier", "mlca", "cls_loss_log_weight"}
-
-
 def test_a_detector_without_distillation_loads_one_with_it(saved):
     model = make_detector(seed=2, mlca=False)
     HierKDCheckpointer(model).load(saved)
     original = make_detector(seed=1).state_dict()
     for name, value in model.state_dict().items():
         assert torch.equal(value, original[name]), name
-
-
-def test_resume_takes_the_last_checkpoint(saved, tmp_path):
-    model = make_detector(seed=2)
-    checkpointer = HierKDCheckpointer(model, str(tmp_path))
-    assert checkpointer.resume_or_load("/nowhere/else.pth", resume=True)["iteration"] == 41
-    assert torch.equal(
-        model.text_classifier.background_embedding,
-        make_detector(seed=1).text_classifier.background_embedding,
-    )
 
 
 def test_an_empty_path_loads_nothing():
@@ -189,29 +167,17 @@ def test_no_network(monkeypatch, url, error):
     assert caught.value.__cause__ is error
 
 
-def test_a_refused_connection(monkeypatch, tmp_path):
-    # the real way through detectron2's downloader; port 9 of this machine answers nobody
-    monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path))
-    with pytest.raises(ConnectionError, match=r"http://127\.0\.0\.1:9/model\.pth"):
-        HierKDCheckpointer(make_detector()).load("http://127.0.0.1:9/model.pth")
-
-
 @pytest.mark.parametrize("content", [b"", b"no checkpoint", "truncated"])
-def test_a_damaged_file(saved, tmp_path, content):
+def test_a_damaged_file_does_not_spoil_the_next(saved, tmp_path, content):
     path = tmp_path / "damaged.pth"
     whole = (tmp_path / "model_0000041.pth").read_bytes()
     path.write_bytes(whole[: len(whole) // 2] if content == "truncated" else content)
+    checkpointer = HierKDCheckpointer(make_detector())
+    assert checkpointer.loaded == ""
     with pytest.raises(ValueError, match=r"MODEL\.WEIGHTS.*damaged\.pth"):
-        HierKDCheckpointer(make_detector()).load(str(path))
-
-
-def test_a_failed_load_does_not_spoil_the_next(saved, tmp_path):
-    checkpointer = HierKDCheckpointer(make_detector(seed=2))
-    (tmp_path / "damaged.pth").write_bytes(b"no checkpoint")
-    with pytest.raises(ValueError, match="damaged"):
-        checkpointer.load(str(tmp_path / "damaged.pth"))
+        checkpointer.load(str(path))
     assert checkpointer.load(saved)["iteration"] == 41
+    assert checkpointer.loaded == saved
 
 
 def test_a_trained_detector_is_told_from_a_backbone(saved, tmp_path):
@@ -235,13 +201,6 @@ def test_a_detector_of_another_backbone_is_refused(saved, tmp_path):
     said = rf"lacks 1 of its weights, for example '{backbone[-1]}'"
     with pytest.raises(ValueError, match=said):
         HierKDCheckpointer(make_detector(seed=2)).load_detector(str(tmp_path / "other.pth"))
-
-
-def test_what_was_loaded_is_known(saved, tmp_path):
-    checkpointer = HierKDCheckpointer(make_detector(seed=2), str(tmp_path))
-    assert checkpointer.loaded == ""
-    checkpointer.load(saved)
-    assert checkpointer.loaded == saved
 
 
 # --------------------------------------------------------------------------- whole or not at all
@@ -269,13 +228,6 @@ def resumed(folder):
 
 def truncate(path, keep=0.5):
     os.truncate(path, int(path.stat().st_size * keep))
-
-
-def test_stock_detectron2_loads_our_files(saved):
-    model = make_detector(seed=2)
-    assert DetectionCheckpointer(model).load(saved)["iteration"] == 41
-    original = make_detector(seed=1).state_dict()
-    assert all(torch.equal(v, original[k]) for k, v in model.state_dict().items())
 
 
 class Iteration:
@@ -338,8 +290,8 @@ def test_our_file_is_that_of_stock_detectron2_byte_for_byte(saved, tmp_path):
     further = {"teacher_trace": model.text_classifier.start_embedding, "iteration": 41}
     DetectionCheckpointer(model, str(stock)).save("model_0000041", **further)
     assert (stock / "model_0000041.pth").read_bytes() == Path(saved).read_bytes()
-    for name in ("last_checkpoint",):
-        assert (stock / name).read_bytes() == (tmp_path / name).read_bytes()
+    assert (stock / "last_checkpoint").read_bytes() == (tmp_path / "last_checkpoint").read_bytes()
+    DetectionCheckpointer(make_detector(seed=2)).load(saved)
 
 
 def test_periodic_checkpointer_keeps_the_newest(tmp_path):
@@ -354,34 +306,6 @@ def test_periodic_checkpointer_keeps_the_newest(tmp_path):
     ]
     assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
     assert checkpointer.saved_iteration == 7
-
-
-def test_a_remote_folder_is_written_as_detectron2_does(tmp_path):
-    # no renaming there: through detectron2's path manager, which writes where it is told
-    class Store(NativePathHandler):
-        def _get_supported_prefixes(self):
-            return ["store://"]
-
-        def _inside(self, path):
-            return str(tmp_path / path.removeprefix("store://"))
-
-        def _open(self, path, *args, **kwargs):
-            return open(self._inside(path), *args, **kwargs)
-
-        def _exists(self, path, **kwargs):
-            return os.path.exists(self._inside(path))
-
-        def _get_local_path(self, path, **kwargs):
-            return self._inside(path)
-
-    manager = PathManager()
-    manager.register_handler(Store())
-    (tmp_path / "run").mkdir()
-    checkpointer = HierKDCheckpointer(make_detector(seed=3), "store://run")
-    checkpointer.path_manager = manager
-    checkpointer.save("model_0000003", iteration=3)
-    assert resumed(tmp_path / "run") == 3
-    assert checkpointer.resume_or_load("", resume=True)["iteration"] == 3
 
 
 # ------------------------------------------------------------------- what --resume falls back to
@@ -401,14 +325,10 @@ def test_last_checkpoint_is_obeyed_when_it_names_an_older_one(tmp_path):
 
 BROKEN_TAGS = {
     "missing": (lambda f: (f / "last_checkpoint").unlink(), "there is no last_checkpoint"),
-    "empty": (lambda f: (f / "last_checkpoint").write_text(""), "last_checkpoint is empty"),
-    "zeros": (lambda f: (f / "last_checkpoint").write_bytes(bytes(17)), "last_checkpoint holds"),
+    "empty": (lambda f: (f / "last_checkpoint").write_text(""), "is not there"),
+    "zeros": (lambda f: (f / "last_checkpoint").write_bytes(bytes(17)), "is not there"),
     "garbage": (lambda f: (f / "last_checkpoint").write_bytes(b"\xff\xfe\x80m"), "is not there"),
     "cut short": (lambda f: (f / "last_checkpoint").write_text("model_00"), "'model_00', which is"),
-    "gone": (
-        lambda f: (f / "last_checkpoint").write_text("model_0000099.pth"),
-        "names 'model_0000099.pth', which is not there",
-    ),
     "the folder": (lambda f: (f / "last_checkpoint").write_text("."), "is not there"),
 }
 
@@ -482,12 +402,11 @@ def test_nothing_whole_is_an_error_and_no_fresh_start(tmp_path, tagged):
         resumed(tmp_path)
     for part in (str(tmp_path), "model_0000001.pth is damaged", "is empty", "leave --resume out"):
         assert part in str(error.value)
-
-
-def test_only_a_last_checkpoint_is_an_error_too(tmp_path):
-    (tmp_path / "last_checkpoint").write_text("model_0000003.pth")
-    with pytest.raises(ValueError, match=r"names 'model_0000003\.pth', which is not there"):
-        resumed(tmp_path)
+    for path in tmp_path.glob("*.pth"):
+        path.unlink()
+    if tagged:
+        with pytest.raises(ValueError, match=r"names 'model_0000003\.pth', which is not there"):
+            resumed(tmp_path)
 
 
 def test_an_empty_folder_starts_afresh_and_says_so(tmp_path, caplog):
@@ -508,7 +427,7 @@ def test_the_format_before_torch_1_6_is_read(tmp_path):
     assert find_damage(path).startswith("is damaged")
 
 
-@pytest.mark.parametrize("number", [400, pytest.param(20_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [150, pytest.param(20_000, marks=pytest.mark.slow)])
 def test_every_single_damage_is_found_or_harmless(saved, tmp_path, number):
     """Bits turned, bytes overwritten, files cut: noticed, or what is loaded is the same."""
     path, whole = tmp_path / "model_0000050.pth", Path(saved).read_bytes()
@@ -556,7 +475,7 @@ def assert_only(folder, iteration):
     assert resumed(folder) == iteration
 
 
-@pytest.mark.parametrize("share", [0.01, 0.5, 0.99, 0.9999])
+@pytest.mark.parametrize("share", [0.01, 0.5, 0.9999])
 def test_a_write_that_fails_leaves_what_was(tmp_path, share):
     checkpoints(tmp_path, 3)
     size = (tmp_path / "model_0000003.pth").stat().st_size
@@ -580,44 +499,19 @@ def test_the_first_write_that_fails(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of one megabyte."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("needs the right to mount a file system")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
-def test_a_full_disk(small_disk, caplog):
-    checkpoints(small_disk, 3)
-    size = (small_disk / "model_0000003.pth").stat().st_size
-    free = shutil.disk_usage(small_disk).free
-    (small_disk / "filler").write_bytes(bytes(free - size // 2 // 4096 * 4096))
-    checkpointer = HierKDCheckpointer(make_detector(seed=4), str(small_disk))
-    with pytest.raises(OSError, match="No space left on device") as error:
-        checkpointer.save("model_0000004", iteration=4)
-    assert error.value.errno == errno.ENOSPC
-    assert f"has {size // 2 // 4096 * 4096 / 1e6:,.1f} MB free" in str(error.value)
-    assert_only(small_disk, 3)
-    (small_disk / "filler").unlink()
-    checkpointer.save("model_0000004", iteration=4)
-    assert resumed(small_disk) == 4
-
-
-def test_a_disk_that_will_be_full_is_told_in_advance(small_disk, caplog):
+def test_a_disk_that_will_be_full_is_told_in_advance(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1_000_000))
     model = make_detector()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    weights_and_moments = 2 * sum(v.numel() * 4 for v in model.parameters())
-    few = shutil.disk_usage(small_disk).free // weights_and_moments
-    warn_of_little_space(str(small_disk), model, optimizer, few // 2)
-    assert caplog.text == ""
-    warn_of_little_space(str(small_disk), model, optimizer, 2 * few)
-    assert f"{small_disk}: this run writes {2 * few} checkpoints" in caplog.text
-    assert "1.0 MB free" in caplog.text
+    weights = sum(v.nbytes for v in model.parameters())
+    for kind, copies in ((torch.optim.SGD, 2), (torch.optim.AdamW, 3)):
+        caplog.clear()
+        most = 1_000_000 // (copies * weights)
+        optimizer = kind(model.parameters(), lr=0.1)
+        warn_of_little_space(str(tmp_path), model, optimizer, int(most * 0.8))
+        assert caplog.text == ""
+        warn_of_little_space(str(tmp_path), model, optimizer, most + 1)
+        assert f"{tmp_path}: this run writes {most + 1} checkpoints" in caplog.text
+        assert "1.0 MB free" in caplog.text
 
 
 def test_what_a_killed_run_had_begun_is_removed_by_the_next_save(tmp_path, caplog):
@@ -632,30 +526,3 @@ def test_what_a_killed_run_had_begun_is_removed_by_the_next_save(tmp_path, caplo
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {*("model_0000003.pth", "model_0000005.pth", "last_checkpoint", ".notes.tmp")}
     assert all(f"Removed {tmp_path / name}" in caplog.text for name in left)
-
-
-# --------------------------------------------------------------------------------------------- AMP
-
-
-def test_the_scaler_of_mixed_precision_is_saved_and_restored(tmp_path):
-    """detectron2's own trainer for AMP behind our checkpointer; the scale has moved."""
-    expected, iterations = None, []
-    for _ in range(2):
-        model = torch.nn.Linear(2, 1)
-        scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=3)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-        trainer = AMPTrainer(model, [], optimizer, grad_scaler=scaler)
-        checkpointer = HierKDCheckpointer(model, str(tmp_path), trainer=trainer)
-        iterations.append(checkpointer.resume_or_load("", resume=True).get("iteration"))
-        if expected is None:
-            for factor in (1.0, math.inf, 1.0, 1.0):  # an overflow halves, then two good steps
-                optimizer.zero_grad()
-                scaler.scale((model(torch.ones(1, 2)) * factor).sum()).backward()
-                scaler.step(optimizer)
-                scaler.update()
-            expected = scaler.state_dict()
-            assert (expected["scale"], expected["_growth_tracker"]) == (32.0, 2)
-            checkpointer.save("model_0000003", iteration=3)
-        else:
-            assert scaler.state_dict() == expected
-    assert iterations == [None, 3]

@@ -2,8 +2,6 @@
 
 import contextlib
 import hashlib
-import json
-import os
 import pickle
 import warnings
 import zipfile
@@ -21,24 +19,12 @@ from torch import nn
 import clip_files
 from hierkd.files import (
     check_hash,
-    check_hash_in_name,
     is_torchscript,
     read_pickled_arrays,
     read_torch_file,
     read_torchscript_state_dict,
-    write_json_atomically,
+    replacing,
 )
-
-
-class Planted:
-    """Makes a folder when it is unpickled the usual way."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = str(folder)
-
-    def __reduce__(self):
-        return os.mkdir, (self.folder,)
-
 
 # ------------------------------------------------------------------------------ pickled arrays
 
@@ -80,7 +66,7 @@ def assert_same(found, expected):
 
 
 @settings(
-    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(tree=TREES, protocol=st.integers(2, pickle.HIGHEST_PROTOCOL), fortran=st.booleans())
 def test_benign_pickles_are_read_as_pickle_reads_them(tmp_path, tree, protocol, fortran):
@@ -89,11 +75,6 @@ def test_benign_pickles_are_read_as_pickle_reads_them(tmp_path, tree, protocol, 
     path = tmp_path / "weights.pkl"
     path.write_bytes(pickle.dumps(tree, protocol))
     assert_same(read_pickled_arrays(path), tree)
-
-
-def test_arrays_can_be_written_to(tmp_path):
-    (tmp_path / "w.pkl").write_bytes(pickle.dumps({"w": np.zeros(3, np.float32)}))
-    read_pickled_arrays(tmp_path / "w.pkl")["w"][0] = 1  # torch.from_numpy wants that, too
 
 
 def test_a_pickle_of_python_2(tmp_path):
@@ -106,28 +87,10 @@ def test_a_pickle_of_python_2(tmp_path):
     )
     (tmp_path / "old.pkl").write_bytes(old)
     expected = pickle.loads(old, encoding="latin1")
-    assert_same(read_pickled_arrays(tmp_path / "old.pkl"), expected)
+    found = read_pickled_arrays(tmp_path / "old.pkl")
+    assert_same(found, expected)
     assert expected["w"].tolist() == [1.5, -2.0]
-
-
-@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-@pytest.mark.parametrize("where", ["value", "nested", "key", "array"])
-def test_a_planted_pickle_does_not_run(tmp_path, protocol, where):
-    planted = Planted(tmp_path / "ran")
-    content = {
-        "value": {"model": planted},
-        "nested": {"model": {"w": [np.zeros(2), (planted,)]}},
-        "key": {(planted,): 1},
-        "array": {"w": np.array([planted], dtype=object)},
-    }[where]
-    path = tmp_path / "weights.pkl"
-    path.write_bytes(pickle.dumps(content, protocol))
-    with pytest.raises(ValueError, match=r"weights\.pkl' cannot be read as arrays") as error:
-        read_pickled_arrays(path)
-    assert "posix.mkdir" in str(error.value) or "numbers" in str(error.value)
-    assert not (tmp_path / "ran").exists()
-    pickle.loads(path.read_bytes())  # the plant works: this is what an unguarded reader does
-    assert (tmp_path / "ran").exists()
+    found["w"][0] = 1  # torch.from_numpy wants to write, too
 
 
 GADGETS = {
@@ -142,6 +105,12 @@ GADGETS = {
         b"c_codecs\nencode\n(X\x01\x00\x00\x00aX\x04\x00\x00\x00zlibtR."
     ),
     "a type with objects": b"cnumpy\ndtype\n(X\x01\x00\x00\x00OK\x00K\x01tR.",
+    # numpy's own type takes this state, and would read the eight bytes as an address
+    "numbers that become objects": (
+        b"cnumpy.core.multiarray\nscalar\n(cnumpy\ndtype\n(X\x02\x00\x00\x00f8K\x00K\x01tR"
+        b"(K\x04X\x01\x00\x00\x00<(cnumpy\ndtype\n(X\x01\x00\x00\x00OtR)tNNK\x08K\x08K\x00tbC\x08"
+        b"AAAAAAAAtR."
+    ),
     "a state for a class": b"cnumpy\nndarray\n(K\x01tb.",
     "more values than there are": (
         b"cnumpy._core.numeric\n_frombuffer\n(C\x04abcdcnumpy\ndtype\n(X\x02\x00\x00\x00f4tR"
@@ -160,7 +129,7 @@ def test_handmade_pickles(tmp_path, gadget):
 
 
 @settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(data=st.data())
 def test_damaged_pickles_end_as_one_kind_of_error(tmp_path, data):
@@ -176,18 +145,6 @@ def test_damaged_pickles_end_as_one_kind_of_error(tmp_path, data):
 
 
 # ------------------------------------------------------------------------------- PyTorch files
-
-
-@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
-def test_a_planted_torch_file_does_not_run(tmp_path, zipped):
-    path = tmp_path / "m.pth"
-    content = {"model": {"w": torch.zeros(2)}, "x": Planted(tmp_path / "ran")}
-    torch.save(content, path, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(ValueError, match=r"m\.pth' cannot be read as tensors: .*mkdir"):
-        read_torch_file(path)
-    assert not (tmp_path / "ran").exists()
-    torch.load(path, weights_only=False)
-    assert (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
@@ -233,10 +190,9 @@ def load_by_torch(path):
 
 
 @pytest.mark.parametrize("shape", ["tiny_vit", "tiny_resnet"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_archives_give_what_torch_gives(tmp_path, shape, dtype):
+def test_archives_give_what_torch_gives(tmp_path, shape):
     model = clip_files.random_clip(shape, vocab_size=300)
-    path = clip_files.write_torchscript(tmp_path / "clip.pt", model.to(dtype).float())
+    path = clip_files.write_torchscript(tmp_path / "clip.pt", model)
     assert is_torchscript(path)
     expected = load_by_torch(path).state_dict()
     found = read_torchscript_state_dict(path)
@@ -301,17 +257,6 @@ def rewrite(source: Path, target: Path, **changed: bytes) -> None:
             new.writestr(name, changed.get(name.split("/", 1)[1], old.read(name)))
 
 
-def test_a_planted_pickle_in_an_archive_does_not_run(tmp_path):
-    whole = clip_files.write_torchscript(
-        tmp_path / "clip.pt", clip_files.random_clip(vocab_size=300)
-    )
-    plant = pickle.dumps(Planted(tmp_path / "ran"), 2)
-    rewrite(whole, tmp_path / "planted.pt", **{"data.pkl": plant, "constants.pkl": plant})
-    with pytest.raises(ValueError, match=r"planted\.pt.*posix\.mkdir"):
-        read_torchscript_state_dict(tmp_path / "planted.pt")
-    assert not (tmp_path / "ran").exists()
-
-
 def test_damaged_archives(tmp_path):
     whole = clip_files.write_torchscript(
         tmp_path / "clip.pt", clip_files.random_clip(vocab_size=300)
@@ -328,6 +273,20 @@ def test_damaged_archives(tmp_path):
         read_torchscript_state_dict(tmp_path / "half.pt")
 
 
+# ------------------------------------------------------------------------------ whole or not at all
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "new" / "figures.json"
+    with replacing(path, durable=True) as making:
+        making.write_text("first")
+        assert not path.exists()
+    with pytest.raises(TypeError), replacing(path) as making:
+        making.write_text(b"second")
+    assert path.read_text() == "first"
+    assert list(path.parent.iterdir()) == [path]
+
+
 # --------------------------------------------------------------------------------------- hashes
 
 
@@ -340,50 +299,3 @@ def test_a_hash_is_compared(tmp_path):
     for wrong in ("0" * 64, "", digits[1:]):
         with pytest.raises(ValueError, match=rf"model\.pth.*sha256 is {digits}"):
             check_hash(path, wrong)
-
-
-def test_published_names_carry_digits(tmp_path):
-    sha256, md5 = hashlib.sha256(b"w").hexdigest(), hashlib.md5(b"w").hexdigest()
-    names = {
-        f"resnet50-{sha256[:8]}.pth": True,
-        f"model_final_{md5[:6]}.pkl": True,
-        "R-50.pkl": False,
-        "model_0000041.pth": False,
-    }
-    for name, carries in names.items():
-        (tmp_path / name).write_bytes(b"w")
-        assert check_hash_in_name(tmp_path / name) == carries
-    for name in ("resnet50-00000000.pth", "model_final_000000.pkl"):
-        (tmp_path / name).write_bytes(b"w")
-        with pytest.raises(ValueError, match=name):
-            check_hash_in_name(tmp_path / name)
-
-
-# --- JSON -----------------------------------------------------------------------------------------
-
-
-def test_json_is_written_whole_and_only_when_it_says_something_new(tmp_path):
-    path = tmp_path / "new" / "a.json"
-    assert write_json_atomically(path, {"a": "\u00e9"})
-    os.utime(path, ns=(5, 5))
-    assert not write_json_atomically(path, {"a": "\u00e9"})
-    assert path.stat().st_mtime_ns == 5
-    path.write_bytes(b"\xff\xfe\x00")  # not even text
-    assert write_json_atomically(path, {"a": [1, 2]})
-    assert json.loads(path.read_text()) == {"a": [1, 2]}
-    assert os.listdir(path.parent) == ["a.json"]
-
-
-def test_an_interrupted_write_of_json_keeps_the_old_file(tmp_path, monkeypatch):
-    def fail(source, target):
-        raise KeyboardInterrupt
-
-    path = tmp_path / "a.json"
-    path.write_text("old")
-    with pytest.raises(TypeError):
-        write_json_atomically(path, {"a": object()})
-    monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(KeyboardInterrupt):
-        write_json_atomically(path, {"a": 1})
-    assert path.read_text() == "old"
-    assert os.listdir(tmp_path) == ["a.json"]

@@ -1,45 +1,116 @@
 """Runs that are killed, and those that are asked to stop: resuming gives what a whole run gives.
 
-Every fault is real: a process of ``train_net.py`` gets SIGKILL, SIGINT or SIGTERM.
+Every fault is real: a process of ``train_net.py`` gets SIGKILL or SIGINT, or finds a full disk.
 """
 
+import io
 import json
 import math
 import os
 import random
 import signal
 import subprocess
-import sys
+import threading
 import time
+from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 import tiny_training
+from forked_runs import Run
+from hierkd.modeling.detector import HierKD
 from tiny_training import command_line
 
-ROOT = Path(__file__).resolve().parents[1]
 MAX_ITER, PERIOD = 80, 3
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    root = tmp_path_factory.mktemp("kill")
-    tiny_training.write_world(root)
-    tiny_training.write_clip(root / "clip.pt")
-    return root
+    with tiny_training.prepared(tmp_path_factory.mktemp("kill")) as root:
+        yield root
 
 
-def environment(folder):
-    paths = [str(ROOT / "projects" / "HierKD"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {
-        **os.environ,
-        "DETECTRON2_DATASETS": str(folder),
-        "HIERKD_CACHE": str(folder / "cache"),
-        "PYTHONPATH": os.pathsep.join(paths),
-        "OMP_NUM_THREADS": "1",
-    }
+# ----------------------------------------------------------- moments, arranged in the new process
+
+
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Fuse(io.RawIOBase):
+    """A file that kills the process once it has written so many bytes, which are on the disk."""
+
+    def __init__(self, file, num_bytes):
+        self._file, self._left = file, num_bytes
+
+    def writable(self):
+        return True
+
+    def write(self, data):
+        view = memoryview(data).cast("B")
+        self._file.write(view[: self._left])
+        self._left -= len(view)
+        if self._left <= 0:
+            self._file.flush()
+            kill()
+        return len(view)
+
+
+def in_write(name, num_bytes):
+    """When so many bytes of a checkpoint of this name have been written."""
+    save = torch.save
+
+    def fused(content, file):
+        path = Path(str(getattr(file, "name", file))).name
+        save(content, Fuse(file, num_bytes) if fnmatch(path, f"*{name}*") else file)
+
+    torch.save = fused
+
+
+def at_rename(name, *, before):
+    """Right before or after ``os.replace`` gives a file this name."""
+    replace = os.replace
+
+    def killing(source, target, **kwargs):
+        hit = fnmatch(Path(target).name, name)
+        if hit and before:
+            kill()
+        replace(source, target, **kwargs)
+        if hit:
+            kill()
+
+    os.replace = killing
+
+
+def in_call(number, then=kill, *, training=True):
+    """In a call of the model, counted from 1."""
+    forward, calls = HierKD.forward, []
+
+    def counting(self, inputs):
+        if self.training == training:
+            calls.append(None)
+            if len(calls) == number:
+                then()
+        return forward(self, inputs)
+
+    HierKD.forward = counting
+
+
+def after(seconds):
+    """So many seconds after the first step began."""
+    begin = threading.Thread(target=lambda: (time.sleep(seconds), kill()), daemon=True).start
+    in_call(1, begin)
+
+
+def hang():
+    print("hanging", flush=True)
+    time.sleep(60)
+
+
+# ---------------------------------------------------------------------------------------- the runs
 
 
 def arguments(folder, output, *extra, max_iter=MAX_ITER, period=PERIOD):
@@ -51,25 +122,17 @@ def arguments(folder, output, *extra, max_iter=MAX_ITER, period=PERIOD):
 
 def start(folder, output, moment, *extra, **length):
     """Begin a run; what it says goes to a file beside its folder."""
-    script = str(ROOT / "tests" / "killed_training.py")
-    with output.with_suffix(".txt").open("a") as log:
-        return subprocess.Popen(
-            [sys.executable, script, moment, *arguments(folder, output, *extra, **length)],
-            cwd=ROOT,
-            env=environment(folder),
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # so that a signal can go to all of its processes
-        )
+    line = arguments(folder, output, *extra, **length)
+    return Run(line, output.with_suffix(".txt"), arrange=moment)
 
 
 def run(folder, output, moment, *extra, **length):
     """The exit status of a run."""
-    process = start(folder, output, moment, *extra, **length)
-    try:
-        return process.wait(timeout=300)
-    finally:
-        process.kill()
+    return start(folder, output, moment, *extra, **length).status()
+
+
+def never():
+    """Nothing happens."""
 
 
 def said(output):
@@ -113,47 +176,23 @@ def unfinished(output):
     return [path.name for path in output.iterdir() if path.name.endswith(".tmp")]
 
 
-def processes_of(output):
-    """Ids of the living processes that were started for this folder, loader processes included."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if str(output) in path.read_text().split("\0"):
-                found.append(int(path.parent.name))
-        except OSError:  # it has ended
-            continue
-    return found
-
-
-def assert_nobody_stays(output, seconds=20):
-    """Loader processes look for their main process every five seconds."""
+def assert_nobody_stays(group, seconds=20):
+    """No process of a run's group lives; loaders look for their main process every 5 seconds."""
     until = time.monotonic() + seconds
-    while processes_of(output) and time.monotonic() < until:
+    while time.monotonic() < until:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return
         time.sleep(0.2)
-    assert processes_of(output) == []
-
-
-@pytest.fixture(scope="module")
-def finished(folder):
-    """A run of 80 steps that nothing disturbed."""
-    output = folder / "finished"
-    assert run(folder, output, "never") == 0, said(output)[-2000:]
-    return output
+    pytest.fail("a process has stayed")
 
 
 @pytest.fixture(scope="module")
 def short(folder):
-    """A run of 4 steps that nothing disturbed."""
-    train_here(folder, folder / "short")
+    """A run of 4 steps that nothing disturbed, in this process."""
+    tiny_training.call_main(arguments(folder, folder / "short", max_iter=4, period=2))
     return folder / "short"
-
-
-def train_here(folder, output, *extra):
-    """Train for 4 steps in this process."""
-    with pytest.MonkeyPatch.context() as patch, tiny_training.miniature_at(folder):
-        patch.setenv("HIERKD_CACHE", str(folder / "cache"))
-        patch.setenv("PYTHONHASHSEED", "0")  # detectron2 sets it; undone with the rest
-        tiny_training.call_main(arguments(folder, output, *extra, max_iter=4, period=2))
 
 
 # -------------------------------------------------------------------------------------------- kill
@@ -163,13 +202,13 @@ def test_killed_in_a_checkpoint_and_resumed(folder, short):
     output = folder / "one"
     half = (short / "model_final.pth").stat().st_size // 2
     # the last file of all, so that no step is left that would write it again
-    status = run(folder, output, f"write:model_final:{half}", max_iter=4, period=2)
+    status = run(folder, output, partial(in_write, "model_final", half), max_iter=4, period=2)
     assert status == -signal.SIGKILL, said(output)
     assert not (output / "model_final.pth").exists()
     (left,) = unfinished(output)
     assert (output / left).stat().st_size == half
     assert (output / "last_checkpoint").read_text() == "model_0000003.pth"
-    assert run(folder, output, "never", "--resume", max_iter=4, period=2) == 0, said(output)
+    assert run(folder, output, never, "--resume", max_iter=4, period=2) == 0, said(output)
     assert_same_end(output, short)
     assert f"Removed {output / left}, which a killed run had begun to write" in said(output)
 
@@ -177,22 +216,29 @@ def test_killed_in_a_checkpoint_and_resumed(folder, short):
 def moments(seed, size):
     """Ten moments in the order of a run, most of them drawn, half of them around a file."""
     draw = random.Random(seed)
-    anywhere = [f"time:{draw.uniform(0.01, 0.25):.3f}" for _ in range(4)]
-    anywhere.append(f"step:{draw.randrange(1, 8)}")
+    anywhere = [partial(after, draw.uniform(0.01, 0.25)) for _ in range(4)]
+    anywhere.append(partial(in_call, draw.randrange(1, 8)))
     around_a_file = [
-        f"write:model_0*:{draw.randrange(1, size)}",
-        f"write:model_0*:{draw.randrange(1, size)}",
-        "rename:model_0*",
-        "renamed:model_0*",
-        "rename:last_checkpoint",
+        partial(in_write, "model_0*", draw.randrange(1, size)),
+        partial(in_write, "model_0*", draw.randrange(1, size)),
+        partial(at_rename, "model_0*", before=True),
+        partial(at_rename, "model_0*", before=False),
+        partial(at_rename, "last_checkpoint", before=True),
     ]
     last = [
-        f"write:model_final*:{draw.randrange(1, size)}",
-        f"evaluation:{draw.randrange(1, 3)}",
+        partial(in_write, "model_final*", draw.randrange(1, size)),
+        partial(in_call, draw.randrange(1, 3), training=False),
     ]
     both = anywhere + draw.sample(around_a_file, 3)
     draw.shuffle(both)
     return both + last
+
+
+@pytest.fixture(scope="module")
+def finished(folder):
+    """A run of 80 steps that nothing disturbed."""
+    assert run(folder, folder / "finished", never) == 0, said(folder / "finished")[-2000:]
+    return folder / "finished"
 
 
 @pytest.mark.slow
@@ -204,12 +250,15 @@ def test_killed_at_ten_moments_and_resumed(folder, finished, workers, seed):
     size = (finished / "model_final.pth").stat().st_size
     for number, moment in enumerate(moments(seed, size)):
         resume = ["--resume"] if number else []
-        status = run(folder, output, moment, *resume, *loading)
-        assert status == -signal.SIGKILL, f"{moment}: {said(output)[-2000:]}"
-        assert_nobody_stays(output)
+        started = start(folder, output, moment, *resume, *loading)
+        try:
+            assert started.wait() == -signal.SIGKILL, f"{moment}: {said(output)[-2000:]}"
+            assert_nobody_stays(started.process.pid)
+        finally:
+            started.__exit__()
         for path in output.glob("*.pth"):
             assert "model" in checkpoint(path), moment  # never half a file under a final name
-    assert run(folder, output, "never", "--resume", *loading) == 0, said(output)
+    assert run(folder, output, never, "--resume", *loading) == 0, said(output)
     assert_same_end(output, finished)
 
 
@@ -224,9 +273,10 @@ def test_a_disk_that_fills_up_in_a_training(folder, short, tmp_path):
     mount = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(output)]
     if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("needs the right to mount a file system")
+    line = partial(arguments, folder, output, max_iter=4, period=2)
     try:
         with pytest.raises(OSError, match="No space left on device") as error:
-            train_here(folder, output)
+            tiny_training.call_main(line())
         for part in (str(output / "model_0000003.pth"), " MB free", "--resume"):
             assert part in str(error.value)
         assert f"{str(output / 'model_0000001.pth')!r}, is intact" in str(error.value)
@@ -235,7 +285,7 @@ def test_a_disk_that_fills_up_in_a_training(folder, short, tmp_path):
         assert unfinished(output) == []
         assert "this run writes 3 checkpoints" in (output / "log.txt").read_text()
         subprocess.run(["mount", "-o", "remount,size=100m", str(output)], check=True)
-        train_here(folder, output, "--resume")
+        tiny_training.call_main(line("--resume"))
         assert_same_end(output, short)
     finally:
         subprocess.run(["umount", "-l", str(output)], check=True)
@@ -244,29 +294,19 @@ def test_a_disk_that_fills_up_in_a_training(folder, short, tmp_path):
 # ----------------------------------------------------------------------------------------- signals
 
 
-def wait_for(output, text, process, seconds=120):
-    until = time.monotonic() + seconds
-    while text not in said(output):
-        assert process.poll() is None, said(output)
-        assert time.monotonic() < until, said(output)
-        time.sleep(0.02)
-
-
 def test_ctrl_c_ends_a_run_cleanly(folder):
     # a terminal sends it to all processes of the run, and here to two loader processes
     output = folder / "stopped"
     loading = ("DATALOADER.NUM_WORKERS", "2")
-    process = start(folder, output, "never", *loading, max_iter=100_000, period=100_000)
-    try:
-        wait_for(output, "Starting training", process)
+    with start(folder, output, never, *loading, max_iter=100_000, period=100_000) as process:
+        process.wait_for("Starting training")
         time.sleep(0.5)
         before = len(said(output))
-        os.killpg(process.pid, signal.SIGINT)
-        status = process.wait(timeout=60)
-    finally:
-        process.kill()
-    text = said(output)[before:]
-    assert status == 130, text
+        os.killpg(process.process.pid, signal.SIGINT)
+        status = process.wait(60)
+        text = said(output)[before:]
+        assert status == 130, text
+        assert_nobody_stays(process.process.pid, seconds=2)
     assert "Traceback" not in text
     assert "KeyboardInterrupt" not in text
     (saved,) = output.glob("model_*.pth")
@@ -275,23 +315,19 @@ def test_ctrl_c_ends_a_run_cleanly(folder):
     assert saved.name == f"model_{done - 1:07d}.pth"
     assert f"SIGINT: stopped after iteration {done} of 100000" in text
     assert f"To go on from {saved}, give the same command with --resume" in text
-    assert_nobody_stays(output, seconds=2)
 
 
 def test_a_second_ctrl_c_does_not_wait_for_the_step(folder):
     output = folder / "stopped at once"
-    process = start(folder, output, "hang:2", max_iter=4, period=1)
-    try:
-        wait_for(output, "hanging", process)
+    with start(folder, output, partial(in_call, 2, hang), max_iter=4, period=1) as process:
+        process.wait_for("hanging")
         started = time.monotonic()
-        os.killpg(process.pid, signal.SIGINT)
-        wait_for(output, "SIGINT: finishing this step", process)
+        os.killpg(process.process.pid, signal.SIGINT)
+        process.wait_for("SIGINT: finishing this step")
         time.sleep(1.2)
-        assert process.poll() is None
-        os.killpg(process.pid, signal.SIGINT)
-        assert process.wait(timeout=10) == 130
+        assert process.process.exitcode is None
+        os.killpg(process.process.pid, signal.SIGINT)
+        assert process.wait(10) == 130
         assert time.monotonic() - started < 15  # not the minute of the step
-    finally:
-        process.kill()
     assert "Second Ctrl-C: stopping at once" in said(output)
     assert [path.name for path in output.glob("*.pth")] == ["model_0000000.pth"]

@@ -74,8 +74,11 @@ def assert_same(ours, theirs):
 
 @pytest.mark.parametrize("optimizer_name", ["SGD", "ADAMW"])
 def test_a_big_gradient_is_shortened_to_ten(optimizer_name):
-    model = make_model()
-    optimizer = build_optimizer(full_model_cfg(OPTIMIZER=optimizer_name), model)
+    model, cfg = make_model(), full_model_cfg(OPTIMIZER=optimizer_name)
+    cfg.freeze()
+    config = cfg.dump()
+    optimizer = build_optimizer(cfg, model)
+    assert (cfg.dump(), cfg.is_frozen()) == (config, True)
     before = set_gradients(model, 250.0)
     optimizer.step()
     after = [p.grad for p in model.parameters()]
@@ -115,14 +118,6 @@ def test_full_model_is_not_detectron2s_norm_per_parameter():
     assert lengths == pytest.approx([8.0 * math.sqrt(6), 10.0], rel=1e-4)
 
 
-def test_the_norm_is_the_configs():
-    model = make_model()
-    optimizer = build_optimizer(full_model_cfg(NORM_TYPE=1.0), model)
-    set_gradients(model, 100.0)
-    optimizer.step()
-    assert sum(float(p.grad.abs().sum()) for p in model.parameters()) == pytest.approx(10, rel=1e-4)
-
-
 def test_parameters_without_a_gradient_are_left_alone():
     model = make_model()
     optimizer = build_optimizer(plain_sgd(), model)
@@ -134,25 +129,6 @@ def test_parameters_without_a_gradient_are_left_alone():
     assert norm_of(p.grad for p in model.parameters() if p.grad is not None) == pytest.approx(
         10.0, rel=1e-4
     )
-
-
-def test_frozen_parameters_are_not_optimised():
-    model = make_model()
-    model[0].weight.requires_grad_(False)
-    optimizer = build_optimizer(full_model_cfg(), model)
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    assert held == {id(p) for p in model.parameters() if p.requires_grad}
-
-
-def test_clipping_survives_a_resume():
-    model = make_model()
-    first = build_optimizer(full_model_cfg(), model)
-    steps_taken(model, first)
-    second = build_optimizer(full_model_cfg(), model)
-    second.load_state_dict(first.state_dict())
-    set_gradients(model, 250.0)
-    second.step()
-    assert norm_of(p.grad for p in model.parameters()) == pytest.approx(10.0, rel=1e-4)
 
 
 def test_with_amp_the_unscaled_gradient_is_clipped():
@@ -168,16 +144,6 @@ def test_with_amp_the_unscaled_gradient_is_clipped():
     for a, b in zip(values(model), values(plain), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     assert norm_of(p.grad for p in model.parameters()) == pytest.approx(10.0, rel=1e-4)
-
-
-def test_with_amp_an_infinite_gradient_takes_no_step():
-    model = make_model()
-    optimizer, scaler = build_optimizer(plain_sgd(), model), torch.amp.GradScaler("cpu")
-    scaler.scale(model(torch.ones(2, 3)).sum()).backward()
-    model[2].weight.grad[0, 0] = float("inf")
-    before = values(model)
-    scaler.step(optimizer)
-    assert_same(values(model), before)
 
 
 @pytest.mark.parametrize(
@@ -198,24 +164,23 @@ def test_otherwise_it_is_detectron2s(clip):
     assert norm_of(a - b for a, b in zip(stepped, values(make_model()), strict=True)) > 0.1
 
 
-def test_full_model_clipping_is_detectron2s_sgd_on_clipped_gradients():
-    ours, theirs = make_model(), make_model()
-    optimizer = build_detectron2_optimizer(make_cfg(), theirs)
-    for step in range(4):
-        set_gradients(theirs, 10.0, seed=step)  # what is left of 50
-        optimizer.step()
-    stepped = steps_taken(ours, build_optimizer(full_model_cfg(), ours), size=50.0)
-    for a, b in zip(stepped, values(theirs), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.parametrize("optimizer_name", ["SGD", "ADAMW"])
-def test_weight_decay_of_norms_is_apart(optimizer_name):
+def test_norms_and_biases_have_their_own_settings(optimizer_name):
     model = make_model()
-    optimizer = build_optimizer(make_cfg(OPTIMIZER=optimizer_name), model)
-    decay = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
-    assert [decay[id(p)] for p in model[1].parameters()] == [0.003, 0.003]
-    assert [decay[id(p)] for p in model[0].parameters()] == [0.01, 0.01]
+    apart = {"WEIGHT_DECAY_BIAS": 0.007, "BIAS_LR_FACTOR": 2.0}
+    optimizer = build_optimizer(make_cfg(OPTIMIZER=optimizer_name, **apart), model)
+    found = {
+        name: (group["lr"], group["weight_decay"])
+        for group in optimizer.param_groups
+        for name, p in model.named_parameters()
+        if any(p is each for each in group["params"])
+    }
+    assert found == {
+        **dict.fromkeys(("0.weight", "2.weight"), (0.1, 0.01)),
+        **dict.fromkeys(("0.bias", "2.bias"), (0.2, 0.007)),
+        "1.weight": (0.1, 0.003),
+        "1.bias": (0.2, 0.007),
+    }
 
 
 def test_adamw_is_torchs():
@@ -229,16 +194,6 @@ def test_adamw_is_torchs():
     stepped = steps_taken(ours, build_optimizer(cfg, ours))
     for a, b in zip(stepped, steps_taken(theirs, reference), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
-
-
-@pytest.mark.parametrize("optimizer_name", ["SGD", "ADAMW"])
-def test_the_config_is_not_changed(optimizer_name):
-    cfg = full_model_cfg(OPTIMIZER=optimizer_name)
-    cfg.freeze()
-    before = cfg.dump()
-    build_optimizer(cfg, make_model())
-    assert cfg.dump() == before
-    assert cfg.is_frozen()
 
 
 def test_errors_name_both_sides():

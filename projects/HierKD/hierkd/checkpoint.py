@@ -84,11 +84,7 @@ class HierKDCheckpointer(DetectionCheckpointer):  # type: ignore[misc]  # detect
             data[_TRACE] = trace
         data.update(kwargs)
         path = Path(self.save_dir) / f"{name}.pth"
-        left_over = [
-            *remove_unfinished(path.parent, _PATTERN),
-            *remove_unfinished(path.parent, _LAST),
-        ]
-        for left in left_over:
+        for left in remove_unfinished(path.parent, _PATTERN, _LAST):
             logger.warning("Removed %s, which a killed run had begun to write", left)
         self.logger.info("Saving checkpoint to %s", path)
         try:
@@ -173,7 +169,7 @@ class HierKDCheckpointer(DetectionCheckpointer):  # type: ignore[misc]  # detect
                 f"--resume: process {comm.get_rank()} does not see {found!r}, from which the first "
                 "process resumes: OUTPUT_DIR must be a folder that all machines share"
             )
-        return found
+        return str(found)
 
     def _find_checkpoint(self) -> str:
         """What ``last_checkpoint`` names, or the newest that is whole."""
@@ -205,14 +201,6 @@ class HierKDCheckpointer(DetectionCheckpointer):  # type: ignore[misc]  # detect
 
     # ------------------------------------------------------------------------------------ loading
 
-    def missing_weights(self) -> list[str]:
-        """Names of the detector's weights that no file has given so far, its head's first.
-
-        All of them, if nothing was loaded. Where one is missing, what is detected is noise.
-        """
-        missing = self.model.state_dict() if self._missing_keys is None else self._missing_keys
-        return sorted(missing, key=lambda key: not key.startswith("head."))
-
     def load_detector(self, path: str) -> None:
         """Load the weights of a trained detector, for uses that make no sense with random ones.
 
@@ -229,11 +217,13 @@ class HierKDCheckpointer(DetectionCheckpointer):  # type: ignore[misc]  # detect
         self.check_trained()
 
     def check_trained(self) -> None:
-        """Raise ValueError if the file loaded last lacks weights of the detector."""
-        if missing := self.missing_weights():
+        """Raise ValueError if the file loaded last lacks weights of the detector, or none was."""
+        missing = self.model.state_dict() if self._missing_keys is None else self._missing_keys
+        if missing:
+            first = min(missing, key=lambda key: not key.startswith("head."))
             raise ValueError(
                 f"MODEL.WEIGHTS: {self.loaded!r} is no trained detector of this config: it lacks "
-                f"{len(missing)} of its weights, for example {missing[0]!r}; give a checkpoint "
+                f"{len(missing)} of its weights, for example {first!r}; give a checkpoint "
                 "that was trained with this config"
             )
 

@@ -78,11 +78,9 @@ def load_config(config_file: str, overrides: Sequence[str] = ()) -> Any:
 
     Raises:
         FileNotFoundError: if the file, or its ``_BASE_``, does not exist.
-        ValueError: if the file is not YAML, a key is unknown or a value has the wrong type (names
-            the file or the command line, and the key), MODEL.DEVICE is no device that PyTorch
-            has here, a number is out of its range, SEED is too large, a key of detectron2's is
-            set that nothing here reads, or a file of DATASETS.DEFINITIONS or one that it names, or
-            of prompt templates, is wrong.
+        ValueError: if the file is not YAML, a key is unknown, a value has the wrong type or is out
+            of its range (names the file or the pair, and the key), a key of detectron2's is set
+            that nothing here reads, or a file that a key names is wrong.
     """
     cfg = _merge(config_file, overrides)
     device = _device(cfg.MODEL.DEVICE)
@@ -120,10 +118,7 @@ def _read_templates_file(text: Any) -> None:
     if not text.TEMPLATES_FILE:
         return
     if text.TEMPLATES:
-        raise ValueError(
-            f"{key} is {text.TEMPLATES_FILE!r}, but MODEL.TEXT_CLASSIFIER.TEMPLATES holds "
-            f"{len(text.TEMPLATES)} templates as well: set one of them, and the other to '' or ()"
-        )
+        raise ValueError(f"{key} and TEMPLATES are both set: leave one of them empty")
     try:
         text.TEMPLATES = read_templates(text.TEMPLATES_FILE)
     except (OSError, ValueError) as error:
@@ -150,10 +145,9 @@ def _device(name: str) -> torch.device:
     except (RuntimeError, ImportError, AssertionError) as error:  # one or other for each kind
         why = str(error).split(". ")[0].split("\n")[0]  # torch may list all its kernels
         raise ValueError(f"MODEL.DEVICE: no device {name!r}: {why}") from error
-    if device.type == "cuda" and 0 < torch.cuda.device_count() <= (device.index or 0):
-        raise ValueError(
-            f"MODEL.DEVICE: no device {name!r}: this machine has {torch.cuda.device_count()}"
-        )
+    available = torch.cuda.device_count()
+    if device.type == "cuda" and 0 < available <= (device.index or 0):
+        raise ValueError(f"MODEL.DEVICE: no device {name!r}: this machine has {available}")
     return device
 
 

@@ -10,7 +10,7 @@ import torch
 from detectron2.utils import comm
 from torch import nn
 
-__all__ = ["broadcast_buffers", "check_same", "check_same_weights", "in_every_process"]
+__all__ = ["broadcast_buffers", "check_same_weights", "in_every_process"]
 
 
 @contextmanager
@@ -44,24 +44,6 @@ def in_every_process(what: str) -> Iterator[None]:
             raise RuntimeError(f"{what} failed in process {rank} (on {host}): {problem}")
 
 
-def check_same(what: str, value: object) -> None:
-    """Refuse to go on where the processes have different values; every process must call it.
-
-    Args:
-        what: names the value in the error.
-        value: picklable, with ``==`` and a short ``repr``.
-
-    Raises:
-        ValueError: in every process; it lists what each of them has.
-    """
-    values = comm.all_gather((platform.node(), value))
-    if any(other != values[0][1] for _, other in values):
-        listed = "; ".join(
-            f"process {rank} (on {host}) has {other!r}" for rank, (host, other) in enumerate(values)
-        )
-        raise ValueError(f"{what} must be the same in every process: {listed}")
-
-
 def check_same_weights(model: nn.Module) -> None:
     """Refuse to go on where the processes hold different weights.
 
@@ -69,13 +51,18 @@ def check_same_weights(model: nn.Module) -> None:
     only the first process is saved. Buffers may differ, see :func:`broadcast_buffers`.
 
     Raises:
-        ValueError: in every process.
+        ValueError: in every process; it lists what each of them has.
     """
     if comm.get_world_size() == 1:
         return
     with torch.no_grad():
         sums = [p.double().sum() + p.double().square().sum() for p in model.parameters()]
-        check_same("the sum of the weights", torch.stack(sums).sum().item() if sums else 0.0)
+    found = comm.all_gather((platform.node(), torch.stack(sums).sum().item()))
+    if any(total != found[0][1] for _, total in found):
+        listed = "; ".join(
+            f"process {rank} (on {host}) has {total}" for rank, (host, total) in enumerate(found)
+        )
+        raise ValueError(f"the sum of the weights must be the same in every process: {listed}")
 
 
 def broadcast_buffers(model: nn.Module) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from hierkd.checkpoint import HierKDCheckpointer
 
-__all__ = ["SIGNALS", "FiniteGuard", "Interruption", "NonFiniteError"]
+__all__ = ["SIGNALS", "FiniteGuard", "Interruption", "NonFiniteError", "handling"]
 
 logger = logging.getLogger(__name__)
 
@@ -127,8 +127,8 @@ def handling(handler: Any) -> Iterator[Mapping[int, Any]]:
     Gives:
         Number of a signal -> what handled it before, and will after the block.
     """
-    before = {each: signal.getsignal(each) for each in SIGNALS}
-    before = {k: v for k, v in before.items() if v is not signal.SIG_IGN and v is not None}
+    found = {int(each): signal.getsignal(each) for each in SIGNALS}
+    before = {k: v for k, v in found.items() if v is not signal.SIG_IGN and v is not None}
     for number in before:
         signal.signal(number, handler)
     try:
@@ -189,18 +189,17 @@ class FiniteGuard(HookBase):  # type: ignore[misc]  # detectron2 is untyped
         losses = {name: loss.item() for name, loss in self._losses.items()}
         wrong = [f"{name} is {loss}" for name, loss in losses.items() if not abs(loss) < torch.inf]
         images = [str(each.get("file_name", "?")) for each in self._batch]
-        found = comm.all_gather((wrong, images))
-        if not any(wrong for wrong, _ in found):
+        found = dict(enumerate(comm.all_gather((wrong, images))))
+        if not any(wrong for wrong, _ in found.values()):
             gradients = {name: p.grad for name, p in self._model.named_parameters()}
             wrong = [n for n, g in gradients.items() if g is not None and not g.isfinite().all()]
             if not wrong:
                 return  # only the sum of one was beyond float32
             told = f"the losses are finite, the gradients of {', '.join(wrong[:3])} are not"
-            found = [([told], images)]
+            found = {comm.get_rank(): ([told], images)}
         faults = [
-            f"{', '.join(wrong)}; images {', '.join(images)}"
-            + f" (process {rank})" * (len(found) > 1)
-            for rank, (wrong, images) in enumerate(found)
+            f"in process {rank}, {', '.join(wrong)}; its images are {', '.join(images)}"
+            for rank, (wrong, images) in found.items()
             if wrong
         ]
         raise NonFiniteError(

@@ -78,29 +78,23 @@ def check_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, 
     Raises:
         ValueError: they differ; says in what, and which keys decide it.
     """
-    groups = state["param_groups"]
     parameters = [each for group in optimizer.param_groups for each in group["params"]]
+    groups = state["param_groups"]
     found = sum(len(group["params"]) for group in groups)
     problem = ""
     if missing := _TELLING & set(optimizer.param_groups[0]) - set(groups[0]):
         problem = f"its optimizer is no {type(optimizer).__name__}, it has no {missing.pop()!r}"
     elif found != len(parameters) or len(groups) != len(optimizer.param_groups):
         problem = f"it has {found} trained parameters, this run {len(parameters)}"
-    else:
-        for index, of_parameter in state["state"].items():
-            shapes = {tuple(v.shape) for v in of_parameter.values() if _is_like_a_parameter(v)}
-            if other := shapes - {tuple(parameters[index].shape)}:
-                problem = f"parameter {index} has shape {other.pop()}, in this run "
-                problem += str(tuple(parameters[index].shape))
-                break
+    for index, moments in {} if problem else state["state"].items():
+        shapes = {tuple(v.shape) for v in moments.values() if isinstance(v, Tensor) and v.dim()}
+        if other := shapes - {expected := tuple(parameters[index].shape)}:
+            problem = (
+                problem or f"parameter {index} has shape {other.pop()}, in this run {expected}"
+            )
     if problem:
         raise ValueError(
             f"--resume: the checkpoint is of another training: {problem}. Resume with its "
             "config.yaml (SOLVER.OPTIMIZER and all of MODEL as they were), or start anew from its "
             "weights: without --resume, with MODEL.WEIGHTS and another OUTPUT_DIR"
         )
-
-
-def _is_like_a_parameter(value: object) -> bool:
-    """Whether an entry of an optimizer's state is a moment, not a counter of steps."""
-    return isinstance(value, Tensor) and value.dim() > 0

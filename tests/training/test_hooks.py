@@ -1,0 +1,445 @@
+"""Hooks of a training: signals are real ones, and infinite numbers arise in real steps."""
+
+import math
+import os
+import re
+import signal
+import threading
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from detectron2.engine import SimpleTrainer, TrainerBase
+from detectron2.utils import comm
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import tiny_training
+from hierkd.checkpoint import HierKDCheckpointer
+from hierkd.data.loader import await_main_process
+from hierkd.modeling.detector import HierKD
+from hierkd.training.hooks import SIGNALS, FiniteGuard, Interruption, NonFiniteError
+from hierkd.training.launch import leave_groups
+from hierkd.training.trainer import Trainer
+from tiny_training import call_main, command_line
+
+USED = (*SIGNALS, signal.SIGALRM)
+NUM_PROCESSES = 2
+
+
+def in_a_process(rank, folder, work, *arguments):
+    """Do some work in one of two processes, and keep how it ended."""
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=NUM_PROCESSES,
+        timeout=timedelta(minutes=1),
+    )
+    comm.create_local_process_group(NUM_PROCESSES)
+    try:
+        work(folder, *arguments)
+    except (SystemExit, NonFiniteError) as error:
+        (folder / f"end_{rank}").write_text(str(error))
+    dist.barrier()
+    leave_groups()
+
+
+def ends_of_two(folder, work, *arguments):
+    mp.start_processes(in_a_process, (folder, work, *arguments), NUM_PROCESSES, start_method="fork")
+    return [(folder / f"end_{rank}").read_text() for rank in range(NUM_PROCESSES)]
+
+
+# ------------------------------------------------------------------------------------- signals
+
+
+@pytest.fixture(autouse=True)
+def handlers_come_back():
+    before = {each: signal.getsignal(each) for each in USED}
+    yield
+    after = {each: signal.getsignal(each) for each in USED}
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    assert after == before
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    with tiny_training.prepared(tmp_path_factory.mktemp("interruption")) as root:
+        yield root
+
+
+def train(folder, name, *extra):
+    return call_main(command_line(folder / name, folder / "clip.pt", *extra))
+
+
+def content(folder, name):
+    return torch.load(folder / name / "model_final.pth", weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def finished(folder):
+    train(folder, "finished")
+    assert names(folder, "finished") == ["model_0000001", "model_0000003", "model_final"]
+    return content(folder, "finished")
+
+
+def signal_in(monkeypatch, number, *, call, training):
+    """Send a signal to this process in the given call of the model."""
+    forward, calls = HierKD.forward, []
+
+    def signalling(self, inputs):
+        if self.training == training:
+            calls.append(None)
+            if len(calls) == call:
+                os.kill(os.getpid(), number)
+        return forward(self, inputs)
+
+    monkeypatch.setattr(HierKD, "forward", signalling)
+    return calls
+
+
+def names(folder, name):
+    return sorted(path.stem for path in (folder / name).glob("model_*.pth"))
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda each: each.name)
+def test_the_step_is_finished_saved_and_taken_up_again(
+    folder, finished, monkeypatch, caplog, capfd, number
+):
+    name = number.name
+    with monkeypatch.context() as patch:
+        calls = signal_in(patch, number, call=3, training=True)
+        with pytest.raises(SystemExit) as stopped:
+            train(folder, name)
+    assert stopped.value.code == 128 + number
+    assert len(calls) == 3
+    assert names(folder, name) == ["model_0000001", "model_0000002"]
+    log = (folder / name / "log.txt").read_text()
+    assert f"{number.name}: stopped after iteration 3 of 4." in log
+    assert str(folder / name / "model_0000002.pth") in log
+    assert "Traceback" not in log
+    assert f"{number.name}: finishing this step" in capfd.readouterr().err
+    train(folder, name, "--resume")
+    assert names(folder, name) == ["model_0000001", "model_0000002", "model_0000003", "model_final"]
+    assert same(content(folder, name), finished)
+
+
+def test_a_signal_in_the_last_step(folder, finished, monkeypatch):
+    with monkeypatch.context() as patch:
+        signal_in(patch, signal.SIGTERM, call=4, training=True)
+        evaluated = record_evaluations(patch)
+        with pytest.raises(SystemExit) as stopped:
+            train(folder, "last")
+    assert stopped.value.code == 143
+    assert evaluated == []  # though detectron2 evaluates after the last step, however it ended
+    assert names(folder, "last") == ["model_0000001", "model_0000003", "model_final"]
+    assert same(content(folder, "last"), finished)
+    with monkeypatch.context() as patch:
+        evaluated = record_evaluations(patch)
+        train(folder, "last", "--resume")
+    assert len(evaluated) == 2
+
+
+def record_evaluations(monkeypatch):
+    """The datasets that are evaluated to their end."""
+    done, test = [], Trainer.test.__func__
+
+    def recorded(cls, *args, **kwargs):
+        results = test(cls, *args, **kwargs)
+        done.extend(results)
+        return results
+
+    monkeypatch.setattr(Trainer, "test", classmethod(recorded))
+    return done
+
+
+@pytest.mark.parametrize("period", [0, 1])  # at the end, or on the way
+def test_an_evaluation_is_not_waited_for(folder, finished, monkeypatch, period):
+    name = f"evaluation {period}"
+    with monkeypatch.context() as patch:
+        calls = signal_in(patch, signal.SIGTERM, call=2, training=False)
+        with pytest.raises(SystemExit) as stopped:
+            train(folder, name, "TEST.EVAL_PERIOD", str(period), "TEST.IMS_PER_BATCH", "1")
+    assert stopped.value.code == 143
+    assert len(calls) == 2  # of 12 at the end, of 48 on the way
+    assert names(folder, name)[0] == ("model_0000000" if period else "model_0000001")
+    train(folder, name, "--resume")
+    assert same(content(folder, name), finished)
+
+
+def test_a_run_that_was_stopped_behind_its_last_step_gets_its_final_file(folder, finished):
+    # as after a kill between the last two checkpoints
+    train(folder, "behind")
+    (folder / "behind" / "model_final.pth").unlink()
+    (folder / "behind" / "last_checkpoint").write_text("model_0000003.pth")
+    train(folder, "behind", "--resume")
+    assert same(content(folder, "behind"), finished)
+    assert (folder / "behind" / "last_checkpoint").read_text() == "model_final.pth"
+
+
+class FakeTrainer:
+    """What the hook asks of a trainer."""
+
+    def __init__(self):
+        self.model = torch.nn.Linear(1, 1)
+        self.iter, self.max_iter = 7, 10
+
+
+def hook():
+    """The hook, and the names under which it saved."""
+    saved = []
+    checkpointer = SimpleNamespace(
+        saved_iteration=None,
+        save=lambda name, **kwargs: saved.append((name, kwargs)),
+        get_checkpoint_file=lambda: "somewhere.pth",
+    )
+    interruption = Interruption(checkpointer)
+    interruption.trainer = FakeTrainer()
+    return interruption, saved
+
+
+def test_signals_that_are_ignored_stay_ignored():
+    # as SIGINT is in a job that a shell has put into the background
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        interruption, saved = hook()
+        with interruption.listening():
+            os.kill(os.getpid(), signal.SIGINT)
+            interruption.after_step()
+        assert saved == []
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def test_a_launcher_may_repeat_the_signal(capfd):
+    interruption, saved = hook()
+    with interruption.listening():
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGINT, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+        with pytest.raises(SystemExit) as stopped:
+            interruption.after_step()
+    assert stopped.value.code == 143
+    assert saved == [("model_0000007", {"iteration": 7})]
+    assert capfd.readouterr().err.count("finishing this step") == 1
+
+
+def test_outside_of_the_main_thread_nothing_is_handled():
+    interruption, saved = hook()
+    errors = []
+
+    def work():
+        try:
+            with interruption.listening():
+                interruption.after_step()
+        except ValueError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert errors == []
+    assert saved == []
+
+
+class CountingTrainer(TrainerBase):
+    """Does nothing in a step but note it; its processes do not wait for one another in it."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder, self.model = folder, nn.Linear(1, 1)
+
+    def run_step(self) -> None:
+        (self.folder / f"steps_{comm.get_rank()}").write_text(str(self.iter))
+        if comm.get_rank() == 1 and self.iter == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def count(folder):
+    trainer = CountingTrainer(folder)
+    interruption = Interruption(HierKDCheckpointer(trainer.model, str(folder)))
+    trainer.register_hooks([interruption])
+    with interruption.listening():
+        trainer.train(0, 1000)
+
+
+def test_two_processes_stop_after_the_same_step(tmp_path):
+    assert ends_of_two(tmp_path, count) == ["143", "143"]
+    assert [(tmp_path / f"steps_{rank}").read_text() for rank in range(2)] == ["3", "3"]
+    (saved,) = tmp_path.glob("model_*.pth")
+    assert saved.name == "model_0000003.pth"
+
+
+def test_loader_processes_ignore_the_signals_but_do_not_stay_for_ever():
+    child = os.fork()
+    if child == 0:
+        await_main_process(0)
+        for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+        remaining = signal.getitimer(signal.ITIMER_REAL)[0]
+        if not 30 < remaining <= 60:
+            os._exit(1)
+        signal.setitimer(signal.ITIMER_REAL, 0.01)
+        signal.pause()
+        os._exit(2)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == -signal.SIGALRM
+
+
+# ------------------------------------------------------------------------------- finite numbers
+
+
+class ToyDetector(nn.Module):
+    """Two losses of one weight; an image says what goes wrong with it."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(1, 1)
+
+    def forward(self, batch):
+        x = torch.stack([sample["image"] for sample in batch])
+        loss = self.layer(x).square().mean()
+        offset = sum(sample.get("offset", 0.0) for sample in batch)  # no gradient
+        steep = (0.0 * self.layer.weight).sum().abs().sqrt()  # 0, and its derivative is NaN
+        wrong = steep if any(sample.get("steep") for sample in batch) else 0.0 * steep.detach()
+        return {"loss_a": loss, "loss_b": loss + offset + wrong}
+
+
+def images(count=3, **wrong):
+    """A batch; ``wrong`` goes to its last image."""
+    generator = torch.Generator().manual_seed(0)
+    batch = [
+        {"image": torch.randn(1, generator=generator), "file_name": f"{i}.png"}
+        for i in range(count)
+    ]
+    batch[-1] |= wrong
+    return batch
+
+
+class ScaledTrainer(SimpleTrainer):
+    """detectron2's AMPTrainer on a CPU: the same calls of the scaler."""
+
+    def __init__(self, *args, scale=2.0**16):
+        super().__init__(*args)
+        self.grad_scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=10_000)
+
+    def run_step(self):
+        losses = self.model(next(self._data_loader_iter))
+        self.optimizer.zero_grad()
+        self.grad_scaler.scale(sum(losses.values())).backward()
+        self.after_backward()
+        self._write_metrics(losses, 0.0)
+        self.grad_scaler.step(self.optimizer)
+        self.grad_scaler.update()
+
+
+def guarded(batches, trainer_class=SimpleTrainer, wrap=lambda model: model, lr=1.0, **arguments):
+    torch.manual_seed(0)
+    model = wrap(ToyDetector())
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    trainer = trainer_class(model, batches, optimizer, **arguments)
+    trainer.register_hooks([FiniteGuard(model)])
+    return trainer
+
+
+WRONG = {
+    "inf": ({"offset": math.inf}, "loss_b is inf"),
+    "nan": ({"offset": math.nan}, "loss_b is nan"),
+    "gradient": ({"steep": True}, "the losses are finite, the gradients of layer.weight are not"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_not_finite_stops_the_run_and_is_named(case):
+    wrong, told = WRONG[case]
+    trainer = guarded([images(), images(**wrong)])
+    trainer.train(0, 1)
+    before = {k: v.clone() for k, v in trainer.model.state_dict().items()}
+    with pytest.raises(NonFiniteError) as caught:
+        trainer.train(1, 2)
+    expected = f"iteration 1: in process 0, {told}; its images are 0.png, 1.png, 2.png. "
+    assert str(caught.value).startswith(expected)
+    assert same(trainer.model.state_dict(), before)
+
+
+def test_detectron2_itself_looks_at_the_losses_alone():
+    model = ToyDetector()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    SimpleTrainer(model, [images(steep=True)], optimizer).train(0, 1)
+    assert not model.layer.weight.isfinite().all()  # what the guard is there for
+
+
+@pytest.mark.parametrize("size", [1.0, 1e30, 3e38], ids=str)
+def test_the_guard_changes_no_number_and_takes_huge_ones(size):
+    # the square of 1e30, and the sum of two of 3e38, are infinite
+    models = []
+    for trainer in (guarded([images()] * 3), SimpleTrainer(ToyDetector(), [images()] * 3, None)):
+        torch.manual_seed(0)
+        trainer.model.load_state_dict(ToyDetector().state_dict())
+        trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), lr=1e-30)
+        for p in trainer.model.parameters():
+            p.register_hook(lambda gradient: torch.full_like(gradient, size))
+        trainer.train(0, 3)
+        models.append(trainer.model.state_dict())
+    assert same(*models)
+
+
+def test_an_overflow_of_scaled_gradients_is_skipped():
+    trainer = guarded([images() for _ in range(24)], ScaledTrainer, lr=1e-6, scale=2.0**127)
+    for p in trainer.model.parameters():
+        p.register_hook(lambda gradient: 64 * gradient)
+    trainer.train(0, 24)
+    assert 2.0**100 < trainer.grad_scaler.get_scale() < 2.0**127
+
+
+def test_endless_skipping_is_no_overflow():
+    trainer = guarded([images(steep=True)] * 40, ScaledTrainer)
+    before = trainer.model.layer.weight.clone()
+    with pytest.raises(NonFiniteError, match="no overflow of half precision"):
+        trainer.train(0, 40)
+    assert 20 < trainer.iter < 30
+    assert torch.equal(trainer.model.layer.weight, before)
+
+
+def test_an_infinite_loss_is_no_overflow_either():
+    trainer = guarded([images(offset=math.inf)], ScaledTrainer)
+    with pytest.raises(NonFiniteError, match=r"iteration 0: .*loss_b is inf"):
+        trainer.train(0, 1)
+
+
+def train_wrong(folder, wrong):
+    """The second batch of process 1 is wrong."""
+    second = images(**wrong) if comm.get_rank() == 1 else images()
+    guarded([images(), second, images()], wrap=DistributedDataParallel).train(0, 3)
+
+
+def test_all_processes_end_and_know_whose_images(tmp_path):
+    wrong = {"offset": math.inf}  # which the gradients that the processes share do not show
+    for message in ends_of_two(tmp_path, train_wrong, wrong):
+        assert message.startswith("iteration 1: in process 1, loss_b is inf; its images are 0.png")
+        assert "process 0" not in message
+
+
+def test_training_stops_at_the_step(folder):
+    extra = ["SOLVER.BASE_LR", "1e25", "SOLVER.OPTIMIZER", "SGD", "SOLVER.WARMUP_ITERS", "0"]
+    with pytest.raises(NonFiniteError) as caught:
+        train(folder, "exploded", *extra, "SOLVER.CHECKPOINT_PERIOD", "1")
+    assert str(caught.value).startswith("iteration 1: in process 0, loss_")
+    assert len(re.findall(r"\d\.png", str(caught.value))) == 2
+    assert (folder / "exploded" / "last_checkpoint").read_text() == "model_0000000.pth"
+    assert names(folder, "exploded") == ["model_0000000"]
