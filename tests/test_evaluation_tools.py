@@ -13,6 +13,7 @@ import hierkd.modeling.detector as meta_arch
 from fake_teacher import FakeTeacher
 from hierkd.evaluation.direct_inference import DETECTOR
 from hierkd.evaluation.split_coco_evaluation import METRICS
+from hierkd.experiments.reproduce import read_evaluation
 from hierkd.experiments.runs import find_figure
 from hierkd.load_config import load_config
 from tools import (
@@ -20,7 +21,6 @@ from tools import (
     clip_upper_bound,
     compare_detections,
     plot_heat_maps,
-    reproduce,
 )
 from toy_world import VOCABULARY, register_toy_world
 
@@ -173,8 +173,8 @@ def test_upper_bound_at_several_crop_scales(world, config, tmp_path, capsys):
     assert record["figures"][world] == record["rows"][world]["crop 1"]
     for figures in record["rows"][world].values():
         for group in ("base", "novel", "all"):
-            # every class of every box is offered; which one leads is chance
-            assert figures[f"{group}/AR50"] == pytest.approx(100.0)
+            # each box has one label; which one is chance
+            assert 0 <= figures[f"{group}/AR50"] < 100
             assert {f"{group}/{m}" for m in clip_upper_bound.COLUMNS} <= set(figures)
     assert record["options"]["crop_scales"] == [1.0, 1.5]
     assert record["weights"] == ""
@@ -206,14 +206,14 @@ def test_the_tables_are_filled_from_the_files(world, config, opts, tmp_path):
     """What tools/reproduce.py reads."""
     output = tmp_path / "figures.json"
     clip_upper_bound.main(["--config-file", config, "--output", str(output)])
-    metrics = reproduce.read_evaluation(output)
+    metrics = read_evaluation(output)
     record = json.loads(output.read_text())
     expected = record["rows"][world]["crop 1.5"]["novel/AP50"]
     assert metrics[f"{world}/bbox/novel/AP50"] == expected
     renamed = {key.replace(world, "toy_val_novel"): value for key, value in metrics.items()}
     assert find_figure(renamed, "novel", "novel/AP50") == expected
     clip_direct_inference.main(["--config-file", config, "--output", str(output), *opts])
-    metrics = reproduce.read_evaluation(output)
+    metrics = read_evaluation(output)
     assert metrics[f"{world}/bbox/novel/AR50"] is not None
 
 

@@ -67,7 +67,7 @@ def truth(number, image_id, category_id, box):
 
 
 def evaluate(name, detections, images, **settings):
-    """``name``: a dataset's, or its evaluator; ``detections``: (image id, category, XYWH, score)."""
+    """``name``: a dataset, or its evaluator; ``detections``: (image id, category, XYWH, score)."""
     evaluator = name
     if isinstance(name, str):
         evaluator = FederatedEvaluator(name, distributed=False, **settings)

@@ -25,7 +25,15 @@ from hierkd.experiments.tables import Column, Row, Table
 from hierkd.files import replacing
 from hierkd.load_config import load_config
 
-__all__ = ["Reproduction", "Results", "format_csv", "format_markdown", "plot_table", "write_table"]
+__all__ = [
+    "Reproduction",
+    "Results",
+    "format_csv",
+    "format_markdown",
+    "plot_table",
+    "read_evaluation",
+    "write_table",
+]
 
 Results = Mapping[str, Mapping[int, Mapping[str, float]]]
 """Row label -> seed -> column label -> percent; what was not run is not in it."""
@@ -111,7 +119,7 @@ class Reproduction:
         evaluation, run = self.evaluation(row, seed), self.run_of(row, seed)
         metrics: Mapping[str, float] = {}
         if evaluation is not None:
-            metrics = _read_evaluation(evaluation[1])
+            metrics = read_evaluation(evaluation[1])
         elif row.evaluation == "train_net" and run is not None and (record := read_record(run)):
             metrics = record["metrics"]
         cells = {c.label: find_figure(metrics, c.part, c.metric) for c in self.table.columns}
@@ -125,7 +133,7 @@ class Reproduction:
         }
 
 
-def _read_evaluation(path: Path) -> dict[str, float]:
+def read_evaluation(path: Path) -> dict[str, float]:
     """Figures of a tool's file as detectron2 would write them; {} if there is no file."""
     if not path.is_file():
         return {}
