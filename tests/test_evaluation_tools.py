@@ -24,14 +24,13 @@ from tools import (
 )
 from toy_world import VOCABULARY, register_toy_world
 
-TOOLS = (clip_direct_inference, clip_upper_bound, plot_heat_maps, compare_detections)
-
 
 @pytest.fixture(autouse=True)
 def _without_log_handlers(monkeypatch):
     """detectron2 would keep the stream that the first test captures."""
-    for tool in TOOLS:
-        monkeypatch.setattr(tool, "setup_logger", lambda **options: None)
+    monkeypatch.setattr("detectron2.utils.logger.setup_logger", lambda **options: None)
+    for tool in (plot_heat_maps, compare_detections):
+        monkeypatch.setattr(tool, "setup_logger", lambda **options: None, raising=False)
 
 
 @pytest.fixture
@@ -45,7 +44,7 @@ def world(tmp_path, monkeypatch):
     monkeypatch.setattr(
         meta_arch, "build_teacher", lambda cfg: FakeTeacher(cfg.MODEL.TEXT_CLASSIFIER.EMBED_DIM)
     )
-    monkeypatch.setattr(clip_upper_bound, "build_teacher", lambda cfg: FakeTeacher(64))
+    monkeypatch.setattr("hierkd.teachers.teacher.build_teacher", lambda cfg: FakeTeacher(64))
     torch.manual_seed(0)
     (tmp_path / "config.yaml").write_text(cfg.dump())
     torch.save({"model": build_model(cfg).state_dict()}, tmp_path / "model.pth")
@@ -78,7 +77,17 @@ def refused(tool, capsys, *arguments: object) -> str:
 def test_direct_inference_measures_each_combination(world, config, opts, tmp_path, capsys):
     output = tmp_path / "new" / "figures.json"
     arguments = ["--config-file", config, "--tau", "own", "100", "--background", "learned", "none"]
-    arguments += ["--max-anchors", "9", "--images-per-batch", "4", "--output", str(output), *opts]
+    arguments += [
+        "--max-anchors",
+        "9",
+        "--crop-scale",
+        "1.25",
+        "--images-per-batch",
+        "4",
+        "--output",
+        str(output),
+        *opts,
+    ]
     clip_direct_inference.main(arguments)
     record = json.loads(output.read_text())
     rows = [f"tau {t}, background {b}" for t in ("own", "100") for b in ("learned", "none")]
@@ -88,7 +97,8 @@ def test_direct_inference_measures_each_combination(world, config, opts, tmp_pat
     for figures in record["rows"][world].values():
         assert {f"{g}/{m}" for g in ("base", "novel", "all") for m in METRICS} <= set(figures)
     assert record["options"]["tau"] == dict(zip(rows, [10.0, 10.0, 100.0, 100.0], strict=True))
-    assert record["options"]["crop_scale"] == 1.5
+    assert record["options"]["crop_scale"] == 1.25
+    assert record["options"]["fuse_iou"] is False
     assert record["options"]["max_anchors"] == 9
     assert record["weights"].endswith("model.pth")
     assert record["command"].startswith("python tools/clip_direct_inference.py --config-file ")
@@ -99,10 +109,12 @@ def test_direct_inference_measures_each_combination(world, config, opts, tmp_pat
 def test_direct_inference_without_options_uses_the_configs(world, config, opts, tmp_path):
     output = tmp_path / "figures.json"
     clip_direct_inference.main(
-        ["--config-file", config, "--without-iou", "--output", str(output), *opts]
+        ["--config-file", config, "--with-iou", "--output", str(output), *opts]
     )
-    (rows,) = json.loads(output.read_text())["rows"].values()
-    assert list(rows) == [DETECTOR, "tau own, background learned, without IoU"]
+    record = json.loads(output.read_text())
+    (rows,) = record["rows"].values()
+    assert list(rows) == [DETECTOR, "tau own, background none, times IoU"]
+    assert (record["options"]["crop_scale"], record["options"]["fuse_iou"]) == (1.0, True)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +125,7 @@ def test_direct_inference_without_options_uses_the_configs(world, config, opts, 
         (["--datasets", "nowhere"], "Unknown dataset 'nowhere'"),
         (["--crop-scale", "0"], "crop scale must be positive"),
         (["--max-anchors", "-3"], "max_anchors must be 0"),
-        (["--images-per-batch", "0"], "--images-per-batch must be at least 1"),
+        (["--images-per-batch", "0"], "--images-per-batch: must be at least 1"),
         (["--background", "sky"], "invalid choice: 'sky'"),
     ],
 )
@@ -126,7 +138,7 @@ def test_a_picture_that_cannot_be_decoded_stops_it_before_clip_is_asked(
     world, config, opts, capsys, tmp_path, monkeypatch
 ):
     (tmp_path / "world" / "images" / "3.png").write_bytes(b"no picture")
-    monkeypatch.setattr(clip_direct_inference, "DirectInference", None)
+    monkeypatch.setattr("hierkd.evaluation.direct_inference.DirectInference", None)
     message = refused(clip_direct_inference, capsys, "--config-file", config, *opts)
     assert "3.png" in message
 

@@ -86,8 +86,8 @@ def algorithm_1(
     per_level: int,
     tau: float,
     texts: torch.Tensor,
-    with_iou: bool = True,
-    crop_scale: float = 1.5,
+    with_iou: bool = False,
+    crop_scale: float = 1.0,
 ) -> list[tuple[float, int, torch.Tensor]]:
     """One image, one anchor and one class at a time; ``texts`` has K rows or a background more."""
     images = model.preprocess_image([given])
@@ -133,9 +133,9 @@ def assert_same(output: dict[str, Any], expected: list[tuple[float, int, torch.T
 @pytest.mark.parametrize(
     "scoring",
     [
-        CLIPScoring(background="none"),
-        CLIPScoring(logit_scale=35.0, background="text"),
-        CLIPScoring(logit_scale=3.0, background="learned", fuse_quality=False),
+        CLIPScoring(),  # as the paper prints it
+        CLIPScoring(logit_scale=35.0, background="text", fuse_quality=True),
+        CLIPScoring(logit_scale=3.0, background="learned"),
     ],
     ids=lambda scoring: scoring.name,
 )
@@ -165,7 +165,7 @@ def test_with_the_detectors_own_probabilities_it_is_the_detector(build, monkeypa
     model = build()
     inputs = [picture(1), picture(2)]
     expected = model(inputs)
-    direct = DirectInference(model)
+    direct = DirectInference(model, scorings=[CLIPScoring(fuse_quality=True)])
     own = iter([fore.probs for fore in model.fore_anchors(inputs)])
     monkeypatch.setattr(direct, "class_probabilities", lambda embeddings, scoring: next(own))
     outputs = direct(inputs)
@@ -252,7 +252,7 @@ def test_without_a_quality_branch_the_probability_is_the_score(build):
     build()  # patches the teacher
     model = build_model(cfg).eval()
     model.set_vocabulary(CLASSES)
-    fused, plain = CLIPScoring(), CLIPScoring(fuse_quality=False)
+    fused, plain = CLIPScoring(fuse_quality=True), CLIPScoring()
     outputs = DirectInference(model, scorings=[fused, plain])([picture(1)])
     one, other = (outputs[s.name][0]["instances"] for s in (fused, plain))
     assert torch.equal(one.scores, other.scores)
@@ -350,7 +350,7 @@ def test_tau_must_be_positive(tau):
 
 
 def test_unknown_background_is_named():
-    with pytest.raises(ValueError, match=r"learned.*'sky'"):
+    with pytest.raises(ValueError, match=r"none.*'sky'"):
         CLIPScoring(background="sky")
 
 
@@ -360,7 +360,7 @@ def test_unknown_background_is_named():
         ({"crop_scale": 0.0}, "crop scale must be positive, got 0.0"),
         ({"max_anchors": -1}, "max_anchors must be 0"),
         ({"scorings": []}, r"different scorings, got \[\]"),
-        ({"scorings": [CLIPScoring(), CLIPScoring()]}, "tau own, background learned"),
+        ({"scorings": [CLIPScoring(), CLIPScoring()]}, "tau own, background none"),
     ],
 )
 def test_wrong_options(build, arguments, message):

@@ -93,10 +93,9 @@ class Reproduction:
             tool, settings, opts = "clip_upper_bound", [], list(self.opts)
         elif row.evaluation == "direct_inference" and run is not None:
             config, file = run.config, run.folder / "direct_inference.json"
-            # As CLIP sees regions in §3.2, whatever the row's IKD.
-            tool, settings = "clip_direct_inference", ["--crop-scale", "1.5"]
+            tool, settings = "clip_direct_inference", []
             if self.scale == "miniature":
-                settings += ["--max-anchors", "50"]  # of an image: enough for its 2 to 4 objects
+                settings = ["--max-anchors", "50"]  # of an image: enough for its 2 to 4 objects
             opts = [*run.opts, "MODEL.WEIGHTS", str(run.folder / "model_final.pth")]
         else:
             return None
