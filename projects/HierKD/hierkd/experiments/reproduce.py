@@ -87,13 +87,14 @@ class Reproduction:
         None if the training's own evaluation holds the figures, or there are none.
         """
         run = self.run_of(row, seed)
+        settings: list[str] = []
         if row.evaluation == "upper_bound" and seed == self.seeds[0]:  # nothing is random
             config = f"configs/{'hierkd_R50' if self.scale == 'coco' else 'miniature/hierkd'}.yaml"
             file = self.folder / "upper_bound.json"
-            tool, settings, opts = "clip_upper_bound", [], list(self.opts)
+            tool, opts = "clip_upper_bound", list(self.opts)
         elif row.evaluation == "direct_inference" and run is not None:
             config, file = run.config, run.folder / "direct_inference.json"
-            tool, settings = "clip_direct_inference", []
+            tool = "clip_direct_inference"
             if self.scale == "miniature":
                 settings = ["--max-anchors", "50"]  # of an image: enough for its 2 to 4 objects
             opts = [*run.opts, "MODEL.WEIGHTS", str(run.folder / "model_final.pth")]
