@@ -6,8 +6,9 @@ import math
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from hierkd.evaluation.split_coco_evaluation import SplitCOCOEvaluator
 from hierkd.evaluation.upper_bound import clip_upper_bound
-from toy_world import PICTURES, ColourTeacher, register_toy_world
+from toy_world import PICTURES, VOCABULARY, ColourTeacher, register_toy_world
 
 
 @pytest.fixture
@@ -27,6 +28,19 @@ def test_a_teacher_that_knows_scores_one_hundred(world, images_per_batch, image_
         assert math.isnan(results[f"{group}/APl"])  # no box is large
     assert {crop_scale for _, _, crop_scale in teacher.regions} == {1.25}
     assert sum(len(boxes) for _, boxes, _ in teacher.regions) == len(PICTURES)
+
+
+def test_the_score_is_clips_probability_among_the_classes(world, monkeypatch):
+    """Cosines 0.02 and 0 four times, times CLIP's 100."""
+    scores = []
+    monkeypatch.setattr(
+        SplitCOCOEvaluator,
+        "process",
+        lambda self, inputs, outputs: scores.extend(outputs[0]["instances"].scores.tolist()),
+    )
+    names = dict.fromkeys(VOCABULARY, 0.02)
+    clip_upper_bound(ColourTeacher(7, sure=names), world)
+    assert scores == pytest.approx([math.exp(2) / (math.exp(2) + 4)] * sum(map(len, PICTURES)))
 
 
 def test_each_box_has_one_label(world):
