@@ -76,18 +76,9 @@ def refused(tool, capsys, *arguments: object) -> str:
 
 def test_direct_inference_measures_each_combination(world, config, opts, tmp_path, capsys):
     output = tmp_path / "new" / "figures.json"
-    arguments = ["--config-file", config, "--tau", "own", "100", "--background", "learned", "none"]
-    arguments += [
-        "--max-anchors",
-        "9",
-        "--crop-scale",
-        "1.25",
-        "--images-per-batch",
-        "4",
-        "--output",
-        str(output),
-        *opts,
-    ]
+    arguments = ["--tau", "own", "100", "--background", "learned", "none", "--max-anchors", "9"]
+    arguments += ["--crop-scale", "1.25", "--images-per-batch", "4", "--output", str(output)]
+    arguments = ["--config-file", config, *arguments, *opts]
     clip_direct_inference.main(arguments)
     record = json.loads(output.read_text())
     rows = [f"tau {t}, background {b}" for t in ("own", "100") for b in ("learned", "none")]
@@ -106,7 +97,7 @@ def test_direct_inference_measures_each_combination(world, config, opts, tmp_pat
     assert table.count(f"| {world} ") == 3 * 5  # a line per row and group
 
 
-def test_direct_inference_without_options_uses_the_configs(world, config, opts, tmp_path):
+def test_direct_inference_as_printed_but_for_the_factor(world, config, opts, tmp_path):
     output = tmp_path / "figures.json"
     clip_direct_inference.main(
         ["--config-file", config, "--with-iou", "--output", str(output), *opts]
