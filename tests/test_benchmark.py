@@ -1,7 +1,10 @@
-"""tools/benchmark.py: its subcommands, and what it refuses."""
+"""tools/benchmark.py: its subcommands, what it refuses; and how soon the experiments answer."""
 
 import inspect
+import subprocess
+import sys
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 
@@ -34,3 +37,22 @@ def test_wrong_options_are_named(arguments, message, capsys):
         main(arguments)
     assert exit_info.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "tool",
+    ["benchmark", "clip_direct_inference", "clip_upper_bound", "miniature_study", "reproduce"],
+)
+def test_the_command_line_is_parsed_before_pytorch_is_imported(tool):
+    path = Path(__file__).resolve().parent.parent / "tools" / f"{tool}.py"
+    code = f"""
+import runpy, sys
+sys.argv = ["tool", "--help"]
+try:
+    runpy.run_path({str(path)!r}, run_name="__main__")
+finally:
+    assert not {{"torch", "detectron2"}} & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("usage:")

@@ -28,12 +28,12 @@ from hierkd.checkpoint import HierKDCheckpointer
 from hierkd.load_config import load_config
 from hierkd.teachers.region_cache import (
     CacheContents,
-    TeacherCache,
-    TeacherCacheWriter,
+    RegionCache,
+    RegionCacheWriter,
     keys_sha256,
     sorted_texts,
 )
-from hierkd.teachers.teacher import CLIPTeacher
+from hierkd.teachers.clip import CLIPTeacher
 from hierkd.teachers.texts import load_text_embeddings, read_embedding_array
 
 
@@ -196,23 +196,23 @@ def test_a_planted_teacher_cache_does_not_run(tmp_path, ran, plant, name):
         logit_scale=14.0, num_boxes=1, num_texts=len(texts), texts_sha256=keys_sha256(keys),
     )  # fmt: skip
     ids, folder = np.array([3], np.int64), tmp_path / "cache"
-    writer = TeacherCacheWriter(folder, contents, ids, keys)
+    writer = RegionCacheWriter(folder, contents, ids, keys)
     writer.write_texts(np.eye(2, dtype=np.float32))
     assert (folder / name).is_file(), "the cache has other files now: plant into those"
     if name in ("regions.npy", "texts.npy"):  # an interrupted run is taken up
         plant(folder / name, Planted(ran))
         with pytest.raises(ValueError, match=name):
-            TeacherCacheWriter(folder, contents, ids, keys)
+            RegionCacheWriter(folder, contents, ids, keys)
         assert not ran.exists()
         shutil.rmtree(folder)
-        writer = TeacherCacheWriter(folder, contents, ids, keys)
+        writer = RegionCacheWriter(folder, contents, ids, keys)
         writer.write_texts(np.eye(2, dtype=np.float32))
     writer.write_regions(np.eye(2, dtype=np.float32)[None])
     writer.finish()
-    TeacherCache(folder)
+    RegionCache(folder)
     plant(folder / name, Planted(ran))
     with pytest.raises(ValueError, match=name):
-        TeacherCache(folder)
+        RegionCache(folder)
     assert not ran.exists()
 
 

@@ -5,11 +5,13 @@ import json
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
+from fake_teacher import FakeTeacher
 from hierkd.data.coco import register_ovd_dataset
 
-VOCABULARY = ("ant", "bee", "cow", "dog", "elk")  # in id order
+VOCABULARY = ("elk", "bee", "ant", "dog", "cow")  # in id order, which is not the alphabet's
 BASE, NOVEL = ("ant", "cow", "elk"), ("bee", "dog")
 COLOURS = {
     "ant": (200, 40, 40),
@@ -71,3 +73,36 @@ def register_toy_world(folder: Path) -> str:
         novel_classes=NOVEL,
     )
     return name
+
+
+class ColourTeacher(FakeTeacher):
+    """Names a region by the colour at its centre; classes are unit vectors of ``embed_dim``.
+
+    Args:
+        embed_dim: At least the number of classes.
+        confuse: Class to the class that it is taken for.
+        sure: Class to the length of its regions' embeddings, 1 for the others.
+        image_format: Of the images that it is shown, "RGB" or "BGR".
+    """
+
+    logit_scale = 100.0
+
+    def __init__(self, embed_dim, *, confuse=(), sure=(), image_format="RGB"):
+        super().__init__(embed_dim)
+        self.confuse, self.sure = dict(confuse), dict(sure)
+        self.image_format = image_format
+
+    def encode_classes(self, names):
+        return torch.eye(self.embed_dim)[[VOCABULARY.index(name) for name in names]]
+
+    def encode_regions(self, images, boxes, crop_scale):
+        super().encode_regions(images, boxes, crop_scale)
+        rows = [torch.zeros(0, self.embed_dim)]
+        for image, image_boxes in zip(images, boxes, strict=True):
+            rgb = image if self.image_format == "RGB" else image.flip(0)
+            for x0, y0, x1, y1 in image_boxes.tolist():
+                colour = tuple(rgb[:, int(y0 + y1) // 2, int(x0 + x1) // 2].tolist())
+                name = next(n for n, each in COLOURS.items() if each == colour)
+                name = self.confuse.get(name, name)
+                rows.append(self.sure.get(name, 1.0) * self.encode_classes([name]))
+        return torch.cat(rows)

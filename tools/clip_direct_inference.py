@@ -7,44 +7,39 @@
         --datasets miniature_ovd_test_novel --tau own 100 --background learned none \\
         --output output/table6/miniature.json --opts MODEL.WEIGHTS model.pth
 
-Works on any checkpoint and any registered dataset, with its vocabulary. All combinations of --tau
-and --background are measured in one pass, beside the detector's own probabilities on the same
-anchors. CLIP looks at every anchor that inference keeps, up to 1000 a level: on a CPU, limit them
-with --max-anchors 100 (per image, the best ones). Prints a table. --output is JSON: "figures" has
-the first combination, "rows" has all.
+By default as the paper prints the algorithm: no background, crops of the boxes themselves, CLIP's
+probability as the score. Works on any checkpoint and any registered dataset, with its vocabulary.
+All combinations of --tau and --background are measured in one pass, beside the detector's own
+probabilities on the same anchors. CLIP looks at every anchor that inference keeps, up to 1000 a
+level: on a CPU, limit them with --max-anchors 100 (per image, the best ones). Prints a table.
+--output is JSON: "figures" has the first combination, "rows" has all.
 """
 
 from __future__ import annotations
 
-import hierkd  # noqa: F401  (first: it quiets two deprecation warnings inside libraries)
-
-# isort: split
 import argparse
 import itertools
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from detectron2.data import MetadataCatalog, build_detection_test_loader
-from detectron2.utils.logger import setup_logger
+import hierkd  # noqa: F401  (first: it quiets two deprecation warnings inside libraries)
 
-from hierkd.data.coco import check_datasets
-from hierkd.data.mapper import HierKDDatasetMapper, check_images
-from hierkd.evaluation.direct_inference import (
-    BACKGROUNDS,
-    CLIPScoring,
-    DirectInference,
-    clip_direct_inference,
-)
-from hierkd.experiments.results import collect_record, figures_table, write_results
-from hierkd.experiments.runs import git_commit
-from hierkd.inference.predictor import OpenVocabularyPredictor
-from hierkd.load_config import load_config
+if TYPE_CHECKING:
+    from hierkd.evaluation.direct_inference import CLIPScoring
 
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = ("AP50", "AR50", "AP", "APs", "APm", "APl")
+
+
+def positive(text: str) -> int:
+    """A number of things, at least one."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -66,16 +61,17 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--background",
         nargs="+",
-        default=["learned"],
-        choices=BACKGROUNDS,
-        help="what competes with the classes: the detector's background embedding, the embedding "
-        "of MODEL.TEXT_CLASSIFIER.BACKGROUND_PROMPT, or nothing; default: learned",
+        default=["none"],
+        choices=("none", "learned", "text"),
+        help="what competes with the classes: nothing, the detector's background embedding, or the "
+        "embedding of MODEL.TEXT_CLASSIFIER.BACKGROUND_PROMPT; default: none",
     )
     parser.add_argument(
         "--crop-scale",
         type=float,
+        default=1.0,
         metavar="FACTOR",
-        help="side of a crop over side of its box; default: MODEL.IKD.CROP_SCALE of the config",
+        help="side of a crop over side of its box; default: %(default)s",
     )
     parser.add_argument(
         "--max-anchors",
@@ -86,12 +82,12 @@ def get_parser() -> argparse.ArgumentParser:
         "keeps (MODEL.ATSS.TOPK_ANCHORS_TEST a level); default: %(default)s",
     )
     parser.add_argument(
-        "--without-iou",
+        "--with-iou",
         action="store_true",
-        help="score by CLIP's probability alone, not times the predicted IoU",
+        help="score by CLIP's probability times the predicted IoU, as the authors' code does",
     )
     parser.add_argument(
-        "--images-per-batch", type=int, default=1, metavar="N", help="default: %(default)s"
+        "--images-per-batch", type=positive, default=1, metavar="N", help="default: %(default)s"
     )
     parser.add_argument("--output", type=Path, metavar="JSON", help="file for the figures")
     parser.add_argument(
@@ -112,6 +108,8 @@ def parse_scorings(
     Raises:
         ValueError: A tau is neither a positive number nor "own".
     """
+    from hierkd.evaluation.direct_inference import CLIPScoring
+
     scorings: dict[CLIPScoring, None] = {}
     for tau, background in itertools.product(taus, backgrounds):
         try:
@@ -128,9 +126,17 @@ def run(args: argparse.Namespace, command: str) -> dict[str, Any]:
     Returns:
         The record, which is also written to ``--output``.
     """
-    scorings = parse_scorings(args.tau, args.background, not args.without_iou)
-    if args.images_per_batch < 1:
-        raise ValueError(f"--images-per-batch must be at least 1, got {args.images_per_batch}")
+    from detectron2.data import MetadataCatalog, build_detection_test_loader
+
+    from hierkd.data.coco import check_datasets
+    from hierkd.data.mapper import HierKDDatasetMapper, check_images
+    from hierkd.evaluation.direct_inference import DirectInference, clip_direct_inference
+    from hierkd.experiments.results import collect_record, figures_table, write_results
+    from hierkd.experiments.runs import git_commit
+    from hierkd.inference.predictor import OpenVocabularyPredictor
+    from hierkd.load_config import load_config
+
+    scorings = parse_scorings(args.tau, args.background, args.with_iou)
     cfg = load_config(args.config_file, args.opts)
     datasets = list(args.datasets or cfg.DATASETS.TEST)
     if not datasets:
@@ -138,11 +144,10 @@ def run(args: argparse.Namespace, command: str) -> dict[str, Any]:
     images = check_datasets(datasets)
     if cfg.DATALOADER.CHECK_IMAGES:
         check_images(images)
-    crop_scale = cfg.MODEL.IKD.CROP_SCALE if args.crop_scale is None else args.crop_scale
     direct_inference = DirectInference(
         OpenVocabularyPredictor(cfg).model,
         scorings=scorings,
-        crop_scale=crop_scale,
+        crop_scale=args.crop_scale,
         max_anchors=args.max_anchors,
         background_prompt=cfg.MODEL.TEXT_CLASSIFIER.BACKGROUND_PROMPT,
     )
@@ -172,8 +177,8 @@ def run(args: argparse.Namespace, command: str) -> dict[str, Any]:
                 s.name: s.logit_scale or direct_inference.teacher.logit_scale for s in scorings
             },
             "background": {s.name: s.background for s in scorings},
-            "fuse_iou": not args.without_iou,
-            "crop_scale": crop_scale,
+            "fuse_iou": args.with_iou,
+            "crop_scale": args.crop_scale,
             "max_anchors": args.max_anchors,
             "teacher": cfg.MODEL.TEACHER.WEIGHTS,
             "opts": args.opts,
@@ -192,6 +197,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line; errors of the user's end it with a message and status 2."""
     parser = get_parser()
     args = parser.parse_args(argv)
+
+    from detectron2.utils.logger import setup_logger
+
     setup_logger(name="hierkd", abbrev_name="hierkd")
     command = shlex.join(
         ["python", "tools/clip_direct_inference.py", *(sys.argv[1:] if argv is None else argv)]

@@ -13,9 +13,6 @@ first crop scale, "rows" has all.
 
 from __future__ import annotations
 
-import hierkd  # noqa: F401  (first: it quiets two deprecation warnings inside libraries)
-
-# isort: split
 import argparse
 import shlex
 import sys
@@ -23,15 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from detectron2.utils.logger import setup_logger
-
-from hierkd.data.coco import check_datasets
-from hierkd.data.mapper import check_images
-from hierkd.evaluation.upper_bound import clip_upper_bound
-from hierkd.experiments.results import collect_record, figures_table, write_results
-from hierkd.experiments.runs import git_commit
-from hierkd.load_config import load_config
-from hierkd.teachers.clip import build_teacher
+import hierkd  # noqa: F401  (first of what imports PyTorch: it quiets two warnings)
 
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = ("AP50", "APs", "APm", "APl", "AR50")  # Table 9's
@@ -73,6 +62,14 @@ def run(args: argparse.Namespace, command: str) -> dict[str, Any]:
     Returns:
         The record, which is also written to ``--output``.
     """
+    from hierkd.data.coco import check_datasets
+    from hierkd.data.mapper import check_images
+    from hierkd.evaluation.upper_bound import clip_upper_bound
+    from hierkd.experiments.results import collect_record, figures_table, write_results
+    from hierkd.experiments.runs import git_commit
+    from hierkd.load_config import load_config
+    from hierkd.teachers import clip as teachers
+
     cfg = load_config(args.config_file, args.opts)
     datasets = list(args.datasets or cfg.DATASETS.TEST)
     scales = list(dict.fromkeys(args.crop_scales or [cfg.MODEL.IKD.CROP_SCALE]))
@@ -85,7 +82,7 @@ def run(args: argparse.Namespace, command: str) -> dict[str, Any]:
     images = check_datasets(datasets)
     if cfg.DATALOADER.CHECK_IMAGES:
         check_images(images)
-    teacher = build_teacher(cfg)
+    teacher = teachers.build_teacher(cfg)
     commit = git_commit(ROOT)  # before: files may change during a long measurement
     rows = {
         name: {
@@ -126,6 +123,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line; errors of the user's end it with a message and status 2."""
     parser = get_parser()
     args = parser.parse_args(argv)
+
+    from detectron2.utils.logger import setup_logger
+
     setup_logger(name="hierkd", abbrev_name="hierkd")
     command = shlex.join(
         ["python", "tools/clip_upper_bound.py", *(sys.argv[1:] if argv is None else argv)]

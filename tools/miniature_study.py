@@ -13,15 +13,14 @@ was interrupted goes on. The seeds are the detector's: world, teacher and warm s
 
 from __future__ import annotations
 
-import hierkd  # noqa: F401  (first: it quiets two deprecation warnings inside libraries)
-
-# isort: split
 import argparse
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from hierkd.experiments.runs import Run, execute, find_figure, read_record
+if TYPE_CHECKING:
+    from hierkd.experiments.runs import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = {
@@ -36,6 +35,8 @@ COLUMNS = {
 
 def build_run(config: str, seed: int, output: Path, split: str, opts: Sequence[str]) -> Run:
     """The run of one config with one seed, evaluated on one split."""
+    from hierkd.experiments.runs import Run
+
     names = tuple(f"miniature_ovd_{split}_{part}" for part in ("novel", "base", "all"))
     return Run(
         name=config,
@@ -48,6 +49,8 @@ def build_run(config: str, seed: int, output: Path, split: str, opts: Sequence[s
 
 def format_table(runs: Sequence[Run]) -> str:
     """Markdown of mean and range over the seeds that are complete."""
+    from hierkd.experiments.runs import find_figure, read_record
+
     rows = [
         "| config | seeds | " + " | ".join(COLUMNS) + " |",
         "|---|---|" + "---|" * len(COLUMNS),
@@ -80,6 +83,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="threads per run")
     parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE ...")
     args = parser.parse_args()
+
+    from hierkd.experiments.runs import execute
+
     output = args.output.resolve()
     runs = [
         build_run(config, seed, output, args.split, args.opts)

@@ -1,6 +1,6 @@
-"""faster-coco-eval against pycocotools, called as its own documentation calls it, on hard cases."""
+"""faster-coco-eval against pycocotools, called as its own documentation calls it, on hard cases;
+and that each image is evaluated once."""
 
-import builtins
 import contextlib
 import copy
 import io
@@ -10,7 +10,7 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from hierkd.evaluation.coco_eval import choose_library
+from hierkd.evaluation.coco_eval import check_each_image_once, choose_library
 
 CATEGORIES = (3, 17, 18, 90)  # gaps; the last has no ground truth
 GRID = 16  # px: boxes on a coarse grid have equal IoUs, and IoUs exactly at the thresholds
@@ -99,7 +99,7 @@ def fast_library():
     return library
 
 
-@pytest.mark.parametrize("seed", range(80))
+@pytest.mark.parametrize("seed", range(36))
 def test_every_number_of_every_class_is_that_of_pycocotools(seed):
     rng = np.random.default_rng(seed)
     dataset, found = random_problem(rng)
@@ -141,28 +141,31 @@ def test_classes_and_images_that_are_not_asked_for_take_no_part():
     )
 
 
-def test_falls_back_to_pycocotools_where_the_other_is_absent(monkeypatch):
-    real = builtins.__import__
-
-    def without(name, *args, **kwargs):
-        if name.split(".")[0] == "faster_coco_eval":
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    library = choose_library([1, 2])
-    assert library.name.startswith("pycocotools 2")
-    assert library.run_class is COCOeval
-
-
 def test_images_with_names_for_numbers_are_for_pycocotools():
     assert choose_library(["a", "b"]).run_class is COCOeval
     assert choose_library([1, 2], use_fast_impl=False).run_class is COCOeval
 
 
-def test_prints_nothing(capsys):
-    dataset, found = random_problem(np.random.default_rng(5))
-    for use_fast_impl in (True, False):
-        library = choose_library([1], use_fast_impl=use_fast_impl)
-        by_library(library, dataset, found, [i["id"] for i in dataset["images"]], [1, 10, 100])
-    assert capsys.readouterr().out == ""
+# ------------------------------------------------------------------------------ completeness
+
+
+@pytest.mark.parametrize("complete", [True, False])
+@pytest.mark.parametrize(
+    ("seen", "missing", "message"),
+    [
+        ([3, 1, "b", 2], False, ""),
+        ([3], True, r"'photos' has 4 images.* 3 are missing, such as \[1, 2, 'b'\]$"),
+        ([1, "b", 1, "b", 2, 3], False, r"once: 2 came more than once, such as \[1, 'b'\]$"),
+        ([1, 1, 2, 3], True, r"1 are missing, such as \['b'\]; 1 came more than once"),
+    ],
+)
+def test_each_image_once(seen, missing, message, complete):
+    expected = {1, 2, 3, "b"}
+    repeated = len(seen) > len(set(seen))
+    if repeated or (missing and complete):
+        with pytest.raises(
+            ValueError, match=message if complete else "came more than once|missing"
+        ):
+            check_each_image_once(iter(seen), expected, "photos", complete=complete)
+    else:
+        check_each_image_once(iter(seen), expected, "photos", complete=complete)

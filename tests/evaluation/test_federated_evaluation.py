@@ -5,12 +5,15 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import Boxes, Instances
 
 from hierkd.data.coco import register_ovd_dataset
 from hierkd.evaluation.federated_evaluation import FederatedEvaluator
 from hierkd.evaluation.split_coco_evaluation import SplitCOCOEvaluator
+from hierkd.load_config import load_config
+from hierkd.training.trainer import Trainer
 
 SERIAL = itertools.count()
 NAMES = ("ant", "bee", "cow", "dog", "elk")
@@ -64,8 +67,10 @@ def truth(number, image_id, category_id, box):
 
 
 def evaluate(name, detections, images, **settings):
-    """``detections``: (image id, category id, XYWH, score)."""
-    evaluator = FederatedEvaluator(name, distributed=False, **settings)
+    """``name``: a dataset, or its evaluator; ``detections``: (image id, category, XYWH, score)."""
+    evaluator = name
+    if isinstance(name, str):
+        evaluator = FederatedEvaluator(name, distributed=False, **settings)
     evaluator.reset()
     for each in images:
         mine = [d for d in detections if d[0] == each["id"]]
@@ -80,8 +85,6 @@ def evaluate(name, detections, images, **settings):
 
 
 def np_tensor(values, kind):
-    import torch
-
     return torch.tensor(values, dtype=torch.float64 if kind is float else torch.int64)
 
 
@@ -139,6 +142,20 @@ def test_a_dataset_that_is_not_lvis_is_refused(register):
     name, _ = register([plain], [truth(1, 1, 2, (0, 0, 50, 50))])
     with pytest.raises(ValueError, match="neg_category_ids"):
         FederatedEvaluator(name, distributed=False)
+
+
+@pytest.mark.parametrize("limit", [2, 301])
+def test_training_counts_as_many_detections_as_the_config_says(register, tmp_path, limit):
+    """Neither LVIS's 300 nor another default: the right one is the last to count, or too many."""
+    images = [image(1, absent=[3])]
+    name, _ = register(images, [truth(1, 1, 2, (0, 0, 50, 50))])
+    opts = ["TEST.DETECTIONS_PER_IMAGE", str(limit), "OUTPUT_DIR", str(tmp_path)]
+    cfg = load_config("configs/miniature/hierkd.yaml", opts)
+    evaluator = Trainer.build_evaluator(cfg, name)
+    right = [(1, 2, (0, 0, 50, 50), 0.5)]
+    for surplus, expected in ((limit - 1, True), (limit, False)):
+        found = [(1, 3, (0, 0, 9, 9), 0.9)] * surplus + right
+        assert (evaluate(evaluator, found, images)["rare/AP"] > 0) == expected
 
 
 # ------------------------------------------------------------------------------ by reference

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import itertools
 import json
 import logging
 import math
@@ -10,85 +9,153 @@ import math
 import numpy as np
 import pytest
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import MetadataCatalog
 from detectron2.engine import launch
-from detectron2.structures import Boxes, Instances
+from detectron2.utils import comm
+from evaluated_datasets import BASE, IDS, NOVEL, detections, evaluate, proposals, register
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from hierkd.evaluation.split_coco_evaluation import SplitCOCOEvaluator, nan_mean
+import tiny_training
+import train_net
+from hierkd.evaluation.split_coco_evaluation import SplitCOCOEvaluator
+from hierkd.load_config import load_config
 from hierkd.training.launch import leave_groups
 
-SIZE = 256
-BASE, NOVEL = ("car", "dog"), ("cat", "umbrella")
-# Deliberately not in base-then-novel order, and with gaps in the ids.
-IDS = {"car": 3, "cat": 17, "dog": 18, "umbrella": 28}
-SERIAL = itertools.count()
+NAN = math.nan
+BOX, FAR, LARGE = (0, 0, 50, 50), (200, 200, 240, 240), (100, 100, 200, 220)
 
 
-def register(tmp_path, images, *, vocabulary=tuple(IDS), base=BASE, novel=NOVEL, **category_ids):
-    """Write ``images`` (a list of lists of (class, XYXY box)) as COCO JSON and register it."""
-    ids = {**{name: IDS[name] for name in vocabulary if name in IDS}, **category_ids}
-    annotations = []
-    for image_id, objects in enumerate(images, start=1):
-        for name, (x0, y0, x1, y1), *crowd in objects:
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": image_id,
-                    "category_id": ids[name],
-                    "bbox": [x0, y0, x1 - x0, y1 - y0],
-                    "area": (x1 - x0) * (y1 - y0),
-                    "iscrowd": int(bool(crowd)),
-                }
-            )
-    content = {
-        "images": [
-            {"id": i, "file_name": f"{i}.png", "height": SIZE, "width": SIZE}
-            for i in range(1, len(images) + 1)
-        ],
-        "annotations": annotations,
-        "categories": [{"id": ids[n], "name": n} for n in sorted(ids, key=ids.get)],
-    }
-    name = f"split_coco_evaluation_{next(SERIAL)}"
-    path = tmp_path / f"{name}.json"
-    path.write_text(json.dumps(content))
-    DatasetCatalog.register(name, lambda: [])
-    MetadataCatalog.get(name).set(
-        json_file=str(path),
-        evaluator_type="split_coco",
-        thing_classes=list(vocabulary),
-        base_classes=list(base),
-        novel_classes=list(novel),
-    )
-    return name
-
-
-def evaluate(name, detections, **kwargs):
-    """``detections``: per image a list of (class, XYXY box, score); ``None`` skips the image."""
+def figures(name, found, **kwargs):
+    """``found``: per image (class, XYXY box, score), ..., or None."""
     vocabulary = MetadataCatalog.get(name).thing_classes
-    evaluator = SplitCOCOEvaluator(name, distributed=False, **kwargs)
-    evaluator.reset()
-    for image_id, found in enumerate(detections, start=1):
-        if found is None:
-            continue
-        instances = Instances((SIZE, SIZE))
-        boxes = torch.tensor([box for _, box, _ in found], dtype=torch.float32)
-        instances.pred_boxes = Boxes(boxes.reshape(-1, 4))
-        instances.scores = torch.tensor([score for *_, score in found])
-        instances.pred_classes = torch.tensor(
-            [vocabulary.index(c) for c, _, _ in found], dtype=torch.int64
-        )
-        evaluator.process([{"image_id": image_id}], [{"instances": instances}])
-    return evaluator.evaluate()["bbox"]
+    outputs = [each if each is None else detections(each, vocabulary) for each in found]
+    return evaluate(SplitCOCOEvaluator(name, distributed=False, **kwargs), outputs)
+
+
+# ------------------------------------------------------------------------------ by hand
+
+CASES = {
+    # Base right, novel all missed: a swap of the two shows.
+    "base is not novel": (
+        [[("wolf", BOX), ("dog", FAR), ("cat", LARGE)]],
+        [[("wolf", BOX, 0.9), ("dog", FAR, 0.8)]],
+        {"base/AP50": 100, "novel/AP50": 0, "all/AP50": 200 / 3, "base/AR50": 100, "novel/AR50": 0},
+    ),
+    "sizes": (
+        [[("wolf", (0, 0, 20, 20)), ("umbrella", (30, 30, 90, 90)), ("dog", LARGE)]],
+        [[("wolf", (0, 0, 20, 20), 0.9), ("umbrella", (30, 30, 90, 90), 0.9), ("dog", LARGE, 0.9)]],
+        {"base/APs": 100, "base/APm": NAN, "base/APl": 100, "novel/APs": NAN, "novel/APm": 100}
+        | {"all/AP": 100, "all/AP75": 100},
+    ),
+    # Ranked right, wrong, right: precision 1 to recall .5, then 2/3. COCO samples recall at 0, .01,
+    # ..., 1: 51 points at precision 1 and 50 at 2/3.
+    "two of three right": (
+        [[("wolf", (0, 0, 100, 100)), ("wolf", (120, 0, 220, 100))]],
+        [
+            [
+                ("wolf", (0, 0, 100, 100), 0.9),
+                ("wolf", (0, 150, 60, 200), 0.8),
+                ("wolf", (120, 0, 220, 100), 0.7),
+            ]
+        ],
+        {"AP50-wolf": 100 * (51 + 50 * 2 / 3) / 101, "base/AR50": 100},
+    ),
+    # IoU 0.6 counts at the thresholds .50, .55 and .60.
+    "three of ten thresholds": (
+        [[("cat", (0, 0, 100, 100))]],
+        [[("cat", (0, 0, 100, 60), 0.5)]],
+        {"novel/AP50": 100, "novel/AP75": 0, "novel/AP": 30, "novel/AR50": 100, "base/AP50": NAN},
+    ),
+    # A false positive of a class without ground truth costs nothing.
+    "means over classes with ground truth": (
+        [[("wolf", BOX), ("dog", FAR), ("cat", LARGE)]],
+        [[("wolf", BOX, 0.9), ("cat", LARGE, 0.9), ("umbrella", FAR, 0.9)]],
+        {"base/AP50": 50, "novel/AP50": 100, "all/AP50": 200 / 3, "all/AR50": 200 / 3}
+        | {"AP50-umbrella": NAN, "AP50-dog": 0},
+    ),
+    "a false positive in an empty image": (
+        [[("wolf", BOX)], []],
+        [[("wolf", BOX, 0.5)], [("wolf", BOX, 0.9)]],
+        {"AP50-wolf": 50},
+    ),
+    "crowd regions neither help nor hurt": (
+        [[("wolf", BOX), ("wolf", (100, 100, 200, 200), "crowd")]],
+        [[("wolf", BOX, 0.5), ("wolf", (110, 110, 150, 150), 0.9)]],
+        {"AP50-wolf": 100},
+    ),
+    "nothing found": (
+        [[("wolf", BOX)], []],
+        [[], []],
+        {"base/AP50": 0, "base/AR50": 0, "all/AP": 0, "novel/AP50": NAN, "AP50-wolf": 0},
+    ),
+    "no image processed": ([[("wolf", BOX)], []], [None, None], {"base/AP50": 0, "all/AP": 0}),
+    "no ground truth": ([[], []], [[("wolf", BOX, 0.5)], []], {"all/AP50": NAN, "base/AP": NAN}),
+}
+
+
+@pytest.mark.parametrize(("images", "found", "expected"), CASES.values(), ids=CASES)
+@pytest.mark.parametrize("bare", [False, True])
+def test_figures_by_hand(tmp_path, images, found, expected, bare):
+    if bare and any(len(each) > 2 for objects in images for each in objects):
+        pytest.skip("crowds need iscrowd")
+    results = figures(register(tmp_path, images, bare=bare), found)
+    shown = {key: results[key] for key in expected}
+    assert shown == pytest.approx(expected, nan_ok=True)
+
+
+GROUPS = {
+    "novel classes alone": ({"vocabulary": ("umbrella", "cat")}, {"novel": 50}),
+    "no split": ({"base_classes": (), "novel_classes": ()}, {"all": 25}),
+    "a class of neither": ({"base_classes": ("wolf",)}, {"base": 0, "novel": 50, "all": 100 / 3}),
+}
+
+
+@pytest.mark.parametrize(("metadata", "expected"), GROUPS.values(), ids=GROUPS)
+def test_groups_are_those_of_the_vocabulary(tmp_path, metadata, expected):
+    """The JSON may hold more categories than the vocabulary; they take no part."""
+    images = [[("cat", BOX), ("umbrella", FAR), ("wolf", LARGE), ("dog", (60, 0, 90, 50))]]
+    results = figures(register(tmp_path, images, **metadata), [[("cat", BOX, 0.9)]])
+    found = {key.split("/")[0]: value for key, value in results.items() if key.endswith("/AP50")}
+    assert found == pytest.approx(expected)
+    vocabulary = metadata.get("vocabulary", tuple(IDS))
+    assert {key for key in results if "-" in key} == {f"AP50-{name}" for name in vocabulary}
+
+
+def test_the_split_may_be_given(tmp_path):
+    name = register(tmp_path, [[("cat", BOX), ("wolf", FAR)]])
+    results = figures(name, [[("cat", BOX, 0.9)]], split=(["cat"], ["wolf", "dog"]))
+    assert (results["base/AP50"], results["novel/AP50"]) == (pytest.approx(100), 0)
+
+
+def test_at_most_so_many_detections_per_image(tmp_path):
+    """With one detection allowed, the better-scored one of two counts."""
+    name = register(tmp_path, [[("wolf", BOX), ("wolf", LARGE)]])
+    found = [[("wolf", BOX, 0.9), ("wolf", LARGE, 0.8)]]
+    assert figures(name, found)["base/AR50"] == pytest.approx(100)
+    assert figures(name, found, max_dets_per_image=1)["base/AR50"] == pytest.approx(50)
+
+
+def test_some_images_alone_count_and_evaluating_again_changes_nothing(tmp_path):
+    """The second image has a miss: without it the figure is 100."""
+    evaluator = SplitCOCOEvaluator(
+        register(tmp_path, [[("wolf", BOX)], [("wolf", BOX)]]), distributed=False
+    )
+    evaluator.process([{"image_id": 1}], [detections([("wolf", BOX, 0.9)])])
+    for _ in range(2):
+        assert evaluator.evaluate()["bbox"]["base/AR50"] == pytest.approx(50)
+        assert evaluator.evaluate(img_ids=[1])["bbox"]["base/AR50"] == pytest.approx(100)
+
+
+# ------------------------------------------------------------------------------ by reference
 
 
 def random_scene(seed, num_images=12):
     """Ground truth and imperfect detections of it: shifts, wrong classes, misses, duplicates."""
     rng = np.random.default_rng(seed)
-    images, detections = [], []
+    images, found = [], []
     for _ in range(num_images):
-        objects, found = [], []
+        objects, guesses = [], []
         for _ in range(rng.integers(0, 5)):
             x0, y0 = rng.integers(0, 120, size=2)
             width, height = rng.integers(12, 130, size=2)
@@ -98,325 +165,75 @@ def random_scene(seed, num_images=12):
             for _ in range(rng.integers(0, 3)):
                 jitter = rng.normal(scale=0.08 * min(width, height), size=4)
                 guess = str(rng.choice(list(IDS))) if rng.random() < 0.3 else name
-                shifted = (np.array(box) + jitter).tolist()
-                found.append((guess, shifted, float(rng.random())))
+                guesses.append((guess, (np.array(box) + jitter).tolist(), float(rng.random())))
         images.append(objects)
-        detections.append(found)
-    return images, detections
+        found.append(guesses)
+    return images, found
 
 
-def test_perfect_detections_score_one_hundred(tmp_path):
-    images = [
-        [("car", (0, 0, 20, 20)), ("cat", (30, 30, 90, 90))],
-        [("dog", (10, 10, 120, 120)), ("umbrella", (100, 100, 200, 220))],
-    ]
-    name = register(tmp_path, images)
-    results = evaluate(name, [[(c, b, 0.9) for c, b in objects] for objects in images])
-    for group, metric in itertools.product(
-        ("base", "novel", "all"), ("AP", "AP50", "AP75", "AR50")
-    ):
-        assert results[f"{group}/{metric}"] == pytest.approx(100.0)
-    assert results["base/APs"] == pytest.approx(100.0)  # the 20-pixel car
-    assert results["base/APl"] == pytest.approx(100.0)  # the 110-pixel dog
-    assert math.isnan(results["novel/APs"])  # no small novel object
-    assert math.isnan(results["base/APm"])
-
-
-def test_average_precision_by_hand(tmp_path):
-    """Two cars; detections ranked right, wrong, right: precision 1 to recall .5, then 2/3.
-
-    COCO samples recall at 0, .01, ..., 1: 51 points at precision 1 and 50 at 2/3.
-    """
-    images = [[("car", (0, 0, 100, 100)), ("car", (120, 0, 220, 100))]]
-    detections = [
-        [
-            ("car", (0, 0, 100, 100), 0.9),
-            ("car", (0, 150, 60, 200), 0.8),
-            ("car", (120, 0, 220, 100), 0.7),
-        ]
-    ]
-    results = evaluate(register(tmp_path, images), detections)
-    assert results["AP50-car"] == pytest.approx(100 * (51 + 50 * 2 / 3) / 101)
-    assert results["base/AR50"] == pytest.approx(100.0)
-
-
-def test_iou_decides_which_threshold_counts(tmp_path):
-    """A box of IoU 0.6 counts at thresholds .50, .55 and .60: AP50 100, AP75 0, AP 30."""
-    images = [[("cat", (0, 0, 100, 100))]]
-    results = evaluate(register(tmp_path, images), [[("cat", (0, 0, 100, 60), 0.5)]])
-    assert results["novel/AP50"] == pytest.approx(100.0)
-    assert results["novel/AP75"] == 0.0
-    assert results["novel/AP"] == pytest.approx(30.0)
-    assert results["novel/AR50"] == pytest.approx(100.0)
-
-
-def test_groups_are_means_over_their_classes(tmp_path):
-    """car 100, dog 0, cat 100, umbrella without ground truth: base 50, novel 100, all 66.7."""
-    images = [[("car", (0, 0, 50, 50)), ("dog", (60, 60, 120, 120)), ("cat", (0, 130, 60, 200))]]
-    detections = [
-        [
-            ("car", (0, 0, 50, 50), 0.9),
-            ("cat", (0, 130, 60, 200), 0.9),
-            # Nothing to match: a false positive of a class without ground truth costs nothing.
-            ("umbrella", (200, 200, 240, 240), 0.9),
-        ]
-    ]
-    results = evaluate(register(tmp_path, images), detections)
-    assert results["base/AP50"] == pytest.approx(50.0)
-    assert results["novel/AP50"] == pytest.approx(100.0)
-    assert results["all/AP50"] == pytest.approx(200 / 3)
-    assert results["all/AR50"] == pytest.approx(200 / 3)
-    assert math.isnan(results["AP50-umbrella"])
-    assert results["AP50-dog"] == 0.0
+def by_pycocotools(json_file, results_file, category_ids):
+    """COCO's own six AP and its recall at IoU .5, in percent; -100: no ground truth."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(json_file)
+        run = COCOeval(truth, truth.loadRes(results_file), "bbox")
+        run.params.catIds = category_ids
+        run.evaluate()
+        run.accumulate()
+        run.summarize()
+    return [*(100 * run.stats[:6]), 100 * run.eval["recall"][0, :, 0, 2].mean()]
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_agrees_with_pycocotools_run_class_by_class(tmp_path, seed):
-    images, detections = random_scene(seed)
+def test_agrees_with_pycocotools_class_by_class_and_over_all(tmp_path, seed):
+    images, found = random_scene(seed)
     name = register(tmp_path, images)
-    results = evaluate(name, detections)
-
-    with contextlib.redirect_stdout(io.StringIO()):
-        ground_truth = COCO(MetadataCatalog.get(name).json_file)
-        found = ground_truth.loadRes(
-            [
-                {
-                    "image_id": image_id,
-                    "category_id": IDS[c],
-                    "bbox": [x0, y0, x1 - x0, y1 - y0],
-                    "score": score,
-                }
-                for image_id, per_image in enumerate(detections, start=1)
-                for c, (x0, y0, x1, y1), score in per_image
-            ]
-        )
-        stats, recalls = {}, {}
-        for class_name, category_id in IDS.items():
-            run = COCOeval(ground_truth, found, "bbox")
-            run.params.catIds = [category_id]
-            run.evaluate()
-            run.accumulate()
-            run.summarize()
-            stats[class_name] = 100 * run.stats[:6]
-            recalls[class_name] = 100 * run.eval["recall"][0, 0, 0, 2]
+    results = figures(name, found, output_dir=str(tmp_path))
+    files = MetadataCatalog.get(name).json_file, str(tmp_path / "coco_instances_results.json")
+    per_class = {name: by_pycocotools(*files, [number]) for name, number in IDS.items()}
+    metrics = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR50")
     for group, names in {"base": BASE, "novel": NOVEL, "all": BASE + NOVEL}.items():
-        for index, metric in enumerate(("AP", "AP50", "AP75", "APs", "APm", "APl")):
-            values = [stats[n][index] for n in names if stats[n][index] >= 0]
-            expected = np.mean(values) if values else math.nan
+        for index, metric in enumerate(metrics):
+            values = [per_class[n][index] for n in names if per_class[n][index] >= 0]
+            expected = np.mean(values) if values else NAN
             assert results[f"{group}/{metric}"] == pytest.approx(expected, abs=1e-4, nan_ok=True)
-        assert results[f"{group}/AR50"] == pytest.approx(
-            np.mean([recalls[n] for n in names]), abs=1e-4
-        )
+    for metric, value in zip(metrics, by_pycocotools(*files, sorted(IDS.values())), strict=True):
+        assert results[f"all/{metric}"] == pytest.approx(value)
+    for class_name, values in per_class.items():
+        assert results[f"AP50-{class_name}"] == pytest.approx(values[1])
     assert 0 < results["all/AP50"] < 100  # the scene says something
 
 
 @pytest.mark.parametrize("max_dets", [100, 2])
-def test_either_library_gives_the_same_figures_and_is_named(tmp_path, caplog, max_dets):
-    images, detections = random_scene(5)
+def test_either_library_gives_the_same_figures_and_one_table_names_it(
+    tmp_path, caplog, capsys, max_dets
+):
+    images, found = random_scene(5)
     name = register(tmp_path, images)
     results = []
-    for library, use_fast_impl in (("faster-coco-eval", True), ("pycocotools", False)):
+    for library, fast in (("faster-coco-eval", True), ("pycocotools", False)):
         caplog.clear()
         with caplog.at_level(logging.INFO, logger="hierkd"):
-            results.append(
-                evaluate(name, detections, use_fast_impl=use_fast_impl, max_dets_per_image=max_dets)
-            )
-        assert f"{name} (percent; {library} " in caplog.text
+            results.append(figures(name, found, use_fast_impl=fast, max_dets_per_image=max_dets))
+        (record,) = [r for r in caplog.records if r.name.startswith("hierkd")]
+        assert record.getMessage().startswith(f"{name} (percent; {library} ")
+        rows = [line.split("|")[1].strip() for line in record.getMessage().splitlines()[1:]]
+        assert (rows[0], rows[2:]) == ("group", ["base", "novel", "all"])
     assert results[0] == pytest.approx(results[1], abs=1e-9, nan_ok=True)
-
-
-def test_some_images_alone_count_and_evaluating_again_changes_nothing(tmp_path):
-    """The second image has a miss: without it the figure is 100."""
-    images = [[("car", (0, 0, 50, 50))], [("car", (0, 0, 50, 50))]]
-    evaluator = SplitCOCOEvaluator(register(tmp_path, images), distributed=False)
-    evaluator.reset()
-    instances = Instances((SIZE, SIZE))
-    instances.pred_boxes = Boxes(torch.tensor([[0.0, 0.0, 50.0, 50.0]]))
-    instances.scores = torch.tensor([0.9])
-    instances.pred_classes = torch.tensor([0])
-    evaluator.process([{"image_id": 1}], [{"instances": instances}])
-    for _ in range(2):
-        assert evaluator.evaluate()["bbox"]["base/AR50"] == pytest.approx(50.0)
-        assert evaluator.evaluate(img_ids=[1])["bbox"]["base/AR50"] == pytest.approx(100.0)
-
-
-@pytest.mark.parametrize(
-    ("image_id", "index", "found"), [(7, 0, r"such as \[7\]"), (1, 4, "detection of class 4")]
-)
-def test_detections_of_unknown_images_and_classes_are_named(tmp_path, image_id, index, found):
-    evaluator = SplitCOCOEvaluator(register(tmp_path, [[]]), distributed=False)
-    evaluator.reset()
-    instances = Instances((SIZE, SIZE))
-    instances.pred_boxes = Boxes(torch.tensor([[0.0, 0.0, 50.0, 50.0]]))
-    instances.scores = torch.tensor([0.9])
-    instances.pred_classes = torch.tensor([index])
-    evaluator.process([{"image_id": image_id}], [{"instances": instances}])
-    with pytest.raises(ValueError, match=found):
-        evaluator.evaluate()
-
-
-def test_all_equals_cocos_own_summary(tmp_path):
-    """COCO's AP over all classes is the mean of the per-class APs, by another route."""
-    images, detections = random_scene(7)
-    name = register(tmp_path, images)
-    results = evaluate(name, detections, output_dir=str(tmp_path / "out"))
-    with contextlib.redirect_stdout(io.StringIO()):
-        ground_truth = COCO(MetadataCatalog.get(name).json_file)
-        dumped = ground_truth.loadRes(str(tmp_path / "out" / "coco_instances_results.json"))
-        run = COCOeval(ground_truth, dumped, "bbox")
-        run.evaluate()
-        run.accumulate()
-        run.summarize()
-    for metric, value in zip(("AP", "AP50", "AP75", "APs", "APm", "APl"), run.stats, strict=False):
-        assert results[f"all/{metric}"] == pytest.approx(100 * value)
-
-
-def test_class_restricted_dataset_reports_its_group_alone(tmp_path):
-    images = [[("cat", (0, 0, 50, 50))], [("umbrella", (0, 0, 60, 60))]]
-    name = register(tmp_path, images, vocabulary=("cat", "umbrella"))
-    results = evaluate(name, [[("cat", (0, 0, 50, 50), 0.9)], []])
-    groups = {key.split("/")[0] for key in results}
-    assert groups == {"novel", "AP50-cat", "AP50-umbrella"}
-    assert results["novel/AP50"] == pytest.approx(50.0)
-
-
-def test_vocabulary_smaller_than_the_json(tmp_path):
-    """A JSON may hold more categories than the vocabulary; they take no part."""
-    images = [[("cat", (0, 0, 50, 50)), ("car", (100, 100, 150, 150))]]
-    name = register(tmp_path, images, vocabulary=("cat", "umbrella"), car=IDS["car"])
-    results = evaluate(name, [[("cat", (0, 0, 50, 50), 0.9)]])
-    assert results["novel/AP50"] == pytest.approx(100.0)
-    assert "AP50-car" not in results
-
-
-def test_dataset_without_base_and_novel_reports_all(tmp_path):
-    images = [[("cat", (0, 0, 50, 50))]]
-    name = register(tmp_path, images, base=(), novel=())
-    results = evaluate(name, [[("cat", (0, 0, 50, 50), 0.9)]])
-    assert results["all/AP50"] == pytest.approx(100.0)
-    assert not any(key.startswith(("base/", "novel/")) for key in results)
-
-
-def test_classes_of_neither_group_do_not_enter_all(tmp_path):
-    images = [[("cat", (0, 0, 50, 50)), ("dog", (60, 60, 99, 99)), ("car", (100, 100, 150, 150))]]
-    name = register(tmp_path, images, base=("car",), novel=("cat",))
-    found = [("cat", (0, 0, 50, 50), 0.9), ("car", (100, 100, 150, 150), 0.9)]
-    results = evaluate(name, [found])
-    assert results["AP50-dog"] == 0.0
-    assert results["all/AP50"] == pytest.approx(100.0)
-
-
-@pytest.mark.parametrize("detections", [[[], []], [None, None]])
-def test_no_detections_at_all(tmp_path, detections, caplog):
-    images = [[("car", (0, 0, 50, 50))], []]
-    with caplog.at_level(logging.INFO):
-        results = evaluate(register(tmp_path, images), detections)
-    assert results["base/AP50"] == 0.0
-    assert results["base/AR50"] == 0.0
-    assert results["all/AP"] == 0.0
-    assert math.isnan(results["novel/AP50"])
-    assert results["AP50-car"] == 0.0
-    assert "every class counts as missed" in caplog.text
-
-
-def test_dataset_without_any_ground_truth(tmp_path):
-    results = evaluate(register(tmp_path, [[], []]), [[("car", (0, 0, 9, 9), 0.5)], []])
-    assert all(math.isnan(value) for value in results.values())
-
-
-def test_image_without_ground_truth_still_counts_false_positives(tmp_path):
-    images = [[("car", (0, 0, 50, 50))], []]
-    right = ("car", (0, 0, 50, 50), 0.5)
-    name = register(tmp_path, images)
-    assert evaluate(name, [[right], []])["AP50-car"] == pytest.approx(100.0)
-    false_positive = ("car", (0, 0, 50, 50), 0.9)
-    assert evaluate(name, [[right], [false_positive]])["AP50-car"] == pytest.approx(50.0)
-
-
-def test_crowd_regions_neither_help_nor_hurt(tmp_path):
-    images = [[("car", (0, 0, 50, 50)), ("car", (100, 100, 200, 200), "crowd")]]
-    found = [("car", (0, 0, 50, 50), 0.5), ("car", (110, 110, 150, 150), 0.9)]
-    assert evaluate(register(tmp_path, images), [found])["AP50-car"] == pytest.approx(100.0)
-
-
-def test_annotations_without_area_and_iscrowd(tmp_path):
-    name = register(tmp_path, [[("car", (0, 0, 50, 50))]])
-    path = MetadataCatalog.get(name).json_file
-    with open(path) as file:
-        content = json.load(file)
-    for annotation in content["annotations"]:
-        del annotation["area"], annotation["iscrowd"]
-    with open(path, "w") as file:
-        json.dump(content, file)
-    results = evaluate(name, [[("car", (0, 0, 50, 50), 0.5)]])
-    assert results["base/APm"] == pytest.approx(100.0)
-
-
-def test_at_most_so_many_detections_per_image(tmp_path):
-    """With one detection allowed, the better-scored one of two cars counts."""
-    images = [[("car", (0, 0, 50, 50)), ("car", (100, 100, 200, 200))]]
-    found = [("car", (0, 0, 50, 50), 0.9), ("car", (100, 100, 200, 200), 0.8)]
-    name = register(tmp_path, images)
-    assert evaluate(name, [found])["base/AR50"] == pytest.approx(100.0)
-    assert evaluate(name, [found], max_dets_per_image=1)["base/AR50"] == pytest.approx(50.0)
-
-
-def test_logs_one_table_and_prints_nothing(tmp_path, caplog, capsys):
-    images = [[("car", (0, 0, 50, 50)), ("cat", (60, 60, 99, 99))]]
-    with caplog.at_level(logging.INFO, logger="hierkd"):
-        evaluate(register(tmp_path, images), [[("car", (0, 0, 50, 50), 0.9)]])
-    (record,) = [r for r in caplog.records if r.name.startswith("hierkd")]
-    rows = [line.split("|")[1].strip() for line in record.getMessage().splitlines()[1:]]
-    assert rows[0] == "group"
-    assert rows[2:] == ["base", "novel", "all"]
     assert capsys.readouterr().out == ""
 
 
-def test_category_missing_from_json_is_named(tmp_path):
-    name = register(tmp_path, [[]], vocabulary=("car", "cat"))
-    MetadataCatalog.get(name).thing_classes.append("unicorn")
-    with pytest.raises(ValueError, match=r"\.json.*unicorn.*car"):
-        SplitCOCOEvaluator(name, distributed=False)
-
-
-def test_disagreeing_category_ids_are_named(tmp_path):
-    name = register(tmp_path, [[]], vocabulary=("car", "cat"))
-    MetadataCatalog.get(name).thing_dataset_id_to_contiguous_id = {1: 0, 2: 1}
-    with pytest.raises(ValueError, match=r"expected .*\{1: 0, 2: 1\}; found \{3: 0, 17: 1\}"):
-        SplitCOCOEvaluator(name, distributed=False)
-
-
-def test_dataset_without_vocabulary_is_named(tmp_path):
-    name = register(tmp_path, [[]])
-    metadata = MetadataCatalog.get(name)
-    metadata.thing_classes.clear()
-    with pytest.raises(ValueError, match=f"{name}.*thing_classes"):
-        SplitCOCOEvaluator(name, distributed=False)
-
-
-def test_nan_mean():
-    assert nan_mean(np.array([1.0, math.nan, 3.0])) == 2.0
-    assert math.isnan(nan_mean(np.array([math.nan])))
-    assert math.isnan(nan_mean(np.array([])))
+# ------------------------------------------------------------------------------ processes
 
 
 def _evaluate_in_one_of_two_processes(path, name, result_file):
     """Each process sees one of the two images; only the main one has the answer."""
-    from detectron2.utils import comm
-
     MetadataCatalog.get(name).set(
-        json_file=path,
-        thing_classes=list(IDS),
-        base_classes=list(BASE),
-        novel_classes=list(NOVEL),
+        json_file=path, thing_classes=list(IDS), base_classes=list(BASE), novel_classes=list(NOVEL)
     )
     evaluator = SplitCOCOEvaluator(name)
-    evaluator.reset()
-    instances = Instances((SIZE, SIZE))
-    instances.pred_boxes = Boxes(torch.tensor([[0.0, 0.0, 50.0, 50.0]]))
-    instances.scores = torch.tensor([0.9])
-    instances.pred_classes = torch.tensor([comm.get_rank()])  # car, cat
-    evaluator.process([{"image_id": comm.get_rank() + 1}], [{"instances": instances}])
+    rank = comm.get_rank()
+    found = detections([(rank, BOX, 0.9)])  # wolf, cat
+    evaluator.process([{"image_id": rank + 1}], [found])
     results = evaluator.evaluate()
     if comm.is_main_process():
         with open(result_file, "w") as file:
@@ -431,11 +248,101 @@ def _evaluate_in_one_of_two_processes(path, name, result_file):
     torch.cuda.device_count() == 1, reason="detectron2 gives each process a GPU if there is any"
 )
 def test_two_processes_gather_their_predictions(tmp_path):
-    name = register(tmp_path, [[("car", (0, 0, 50, 50))], [("cat", (0, 0, 50, 50))]])
-    path = MetadataCatalog.get(name).json_file
+    name = register(tmp_path, [[("wolf", BOX)], [("cat", BOX)]])
     result_file = tmp_path / "results.json"
-    arguments = (path, f"{name}_child", str(result_file))
+    arguments = (MetadataCatalog.get(name).json_file, f"{name}_child", str(result_file))
     launch(_evaluate_in_one_of_two_processes, 2, dist_url="auto", args=arguments)
     results = json.loads(result_file.read_text())["bbox"]
-    assert results["base/AP50"] == pytest.approx(100.0)
-    assert results["novel/AP50"] == pytest.approx(100.0)
+    assert results["base/AP50"] == results["novel/AP50"] == pytest.approx(100)
+
+
+# ------------------------------------------------------------------------------ in training
+
+
+@pytest.fixture
+def trainers_evaluator(tmp_path):
+    """What training evaluates with, on the six pictures of a tiny world."""
+    name = "miniature_ovd_val_all"
+    tiny_training.write_world(tmp_path)
+
+    def build(*overrides, **metadata):
+        cfg = load_config(tiny_training.CONFIG, ["OUTPUT_DIR", str(tmp_path), *overrides])
+        MetadataCatalog.get(name).set(**metadata)
+        return train_net.Trainer.build_evaluator(cfg, name)
+
+    with tiny_training.miniature_at(tmp_path):
+        yield build
+
+
+@pytest.mark.parametrize(
+    ("architecture", "empty"),
+    [
+        ("HierKD", lambda: detections([])),
+        ("ProposalNetwork", lambda: proposals([])),
+    ],
+)
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ([1, 2, 3, 4, 5], r"1 are missing, such as \[6\]"),
+        ([1, 2, 3, 4, 5, 6, 6], r"1 came more than once, such as \[6\]"),
+        ([], r"6 are missing"),
+    ],
+)
+def test_training_has_every_image_evaluated_once(
+    trainers_evaluator, architecture, empty, ids, message
+):
+    evaluator = trainers_evaluator("MODEL.META_ARCHITECTURE", architecture)
+    for image_id in ids:
+        evaluator.process([{"image_id": image_id}], [empty()])
+    with pytest.raises(ValueError, match=message):
+        evaluator.evaluate()
+
+
+@pytest.mark.parametrize("limit", [3, 110])
+def test_as_many_detections_count_as_the_config_says(trainers_evaluator, limit):
+    """The right box is the worst of 4, and of 111: one more than the limit, or one too many."""
+    evaluator = trainers_evaluator("TEST.DETECTIONS_PER_IMAGE", str(limit))
+    name, box = tiny_training.PICTURES[0][0]
+    index = MetadataCatalog.get("miniature_ovd_val_all").thing_classes.index(name)
+    for number, expected in ((limit - 1, 1), (limit, 0)):
+        evaluator.reset()
+        found = [(index, (1, 1, 3, 3), 0.9)] * number + [(index, box, 0.1)]
+        for image_id in range(1, 7):
+            output = detections(found if image_id == 1 else [])
+            evaluator.process([{"image_id": image_id}], [output])
+        assert (evaluator.evaluate()["bbox"][f"AP50-{name}"] > 0) == expected
+
+
+# ------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    ("image_id", "index", "found"), [(7, 0, r"such as \[7\]"), (1, 4, "detection of class 4")]
+)
+def test_detections_of_unknown_images_and_classes_are_named(tmp_path, image_id, index, found):
+    evaluator = SplitCOCOEvaluator(register(tmp_path, [[]]), distributed=False)
+    evaluator.process([{"image_id": image_id}], [detections([(index, BOX, 0.9)])])
+    with pytest.raises(ValueError, match=found):
+        evaluator.evaluate()
+
+
+@pytest.mark.parametrize(
+    ("metadata", "found"),
+    [
+        ({"thing_classes": ["wolf", "cat", "unicorn"]}, r"\.json.*unicorn.*wolf"),
+        (
+            {"thing_dataset_id_to_contiguous_id": {1: 0, 2: 1}},
+            r"expected .*\{1: 0, 2: 1\}; found \{18: 0, 17: 1\}",
+        ),
+        ({"thing_classes": []}, "thing_classes"),
+        ({"json_file": "gone.json"}, r"gone\.json"),
+    ],
+)
+def test_metadata_that_does_not_fit_is_named(tmp_path, metadata, found):
+    name = register(tmp_path, [[]], vocabulary=("wolf", "cat"))
+    all_metadata = {**MetadataCatalog.get(name).as_dict(), **metadata}
+    MetadataCatalog.remove(name)
+    MetadataCatalog.get(name).set(**{k: v for k, v in all_metadata.items() if k != "name"})
+    with pytest.raises((ValueError, FileNotFoundError), match=found):
+        SplitCOCOEvaluator(name, distributed=False)

@@ -75,7 +75,7 @@ def test_gpus_are_those_of_train_net(run):
 def test_a_folder_of_another_run_is_refused_before_anything_starts(run, train, change):
     execute([run], ROOT, jobs=1, threads=1)
     other, fresh = replace(run, **change), replace(run, folder=run.folder.parent / "fresh")
-    with pytest.raises(ValueError, match=r"run\.json is of another run.*--output"):
+    with pytest.raises(ValueError, match=r"run\.json is of another run.*another folder"):
         execute([fresh, other], ROOT, jobs=1, threads=1)
     assert len(train.calls) == 1
     assert read_record(run) is not None

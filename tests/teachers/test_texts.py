@@ -197,9 +197,7 @@ def test_rows_by_name(tmp_path):
     expected = np.stack([stored.embeddings[3], stored.embeddings[0]])
     assert np.array_equal(stored.rows_of(["dôme", "ant"]), expected)
     assert stored.rows_of([]).shape == (0, 6)
-    with pytest.raises(
-        ValueError, match=r"x\.safetensors: no embedding of .cat., .Ant."
-    ):
+    with pytest.raises(ValueError, match=r"x\.safetensors: no embedding of .cat., .Ant."):
         stored.rows_of(["cat", "elk", "Ant"])
 
 

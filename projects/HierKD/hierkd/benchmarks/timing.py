@@ -193,7 +193,11 @@ class Report:
     def write(self, folder: Path, name: str) -> tuple[Path, Path]:
         """Write ``<name>.md`` and ``<name>.json``; returns their paths."""
         folder.mkdir(parents=True, exist_ok=True)
-        content = {"title": self.title, "command": _command_line(), "machine": self.machine()}
+        content: dict[str, Any] = {
+            "title": self.title,
+            "command": _command_line(),
+            "machine": self.machine(),
+        }
         content |= {"settings": self.settings, "rows": self.rows, "notes": self.notes}
         markdown, data = folder / f"{name}.md", folder / f"{name}.json"
         for path, text in (markdown, self.markdown()), (data, json.dumps(content, indent=1) + "\n"):

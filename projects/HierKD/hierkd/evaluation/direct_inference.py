@@ -5,16 +5,19 @@ predicted IoUs. CLIP disposes: it looks at a crop of every box, and its class pr
 place of the detector's own. The rest of inference is the detector's. One forward pass of CLIP per
 box makes this far slower than the detector; it shows what is lost in distilling.
 
-The algorithm in outline; comments below refer to these lines:
+The paper's lines, which comments below refer to (C_N: the vocabulary of the test, M: the detector):
 
-    1: run the detector on the image I
-    2: on each level keep the anchors with the highest max_c p_c * IoU
-    3: decode their boxes
-    4: cut the boxes out of I
-    5: v <- V(crop), the image encoder of CLIP
-    6: p_c <- softmax over c of tau * cos(v, T_c)
-    7: score_c <- p_c * IoU
-    8: NMS within each class
+    1: T_N <- T(Prompt(C_N)) and normalize
+    2: for I in D_T do
+    3:   A_I <- M_anchor(I)
+    4:   A_I^fore <- argmax_k(M_cls(A_I) x M_IOU(A_I))
+    5:   V_I^fore <- V(I, M_loc(A_I^fore)) and normalize
+    6:   S_I^fore <- Softmax(tau T_N V_I^fore)
+    7:   B <- B u NMS(S_I^fore, box_I^fore)
+    8: end
+
+So the classes compete with each other alone, and the detector's scores choose the anchors, but do
+not enter the result. A background, the IoU score as a factor, and larger crops are options.
 
 Letters: A fore anchors of an image · K classes · D embedding size.
 """
@@ -42,7 +45,7 @@ __all__ = ["BACKGROUNDS", "DETECTOR", "CLIPScoring", "DirectInference", "clip_di
 
 logger = logging.getLogger(__name__)
 
-BACKGROUNDS = ("learned", "text", "none")
+BACKGROUNDS = ("none", "learned", "text")
 DETECTOR = "detector"
 """Name of the row of the detector's own probabilities among the results."""
 
@@ -52,21 +55,20 @@ Figures = dict[str, float]
 
 @dataclass(frozen=True)
 class CLIPScoring:
-    """How CLIP's embedding of a crop becomes class scores (lines 6 and 7).
+    """How CLIP's embedding of a crop becomes class scores (line 6).
 
     Attributes:
         logit_scale: tau, which multiplies the cosines; None takes the teacher's own, which a
-            released CLIP has at 100. [release]
-        background: What competes with the classes in the softmax: "learned", the detector's
-            background embedding; "text", the prompt that it started from; "none". The paper does
-            not say; for any of them a box of nothing gets low scores only if its predicted IoU is
-            low, or the background wins. [ours: "learned", as in the detector's own softmax]
-        fuse_quality: Multiply the probabilities by the predicted IoU (line 7). [release]
+            released CLIP has at 100. [paper §4.2]
+        background: What competes with the classes in the softmax: "none"; "learned", the detector's
+            background embedding; "text", the prompt that it started from. [Algorithm 1: none]
+        fuse_quality: Multiply the probabilities by the predicted IoU. [Algorithm 1: no; the
+            release does]
     """
 
     logit_scale: float | None = None
-    background: str = "learned"
-    fuse_quality: bool = True
+    background: str = "none"
+    fuse_quality: bool = False
 
     def __post_init__(self) -> None:
         scale = self.logit_scale
@@ -77,10 +79,10 @@ class CLIPScoring:
 
     @property
     def name(self) -> str:
-        """A short name for tables, e.g. "tau own, background learned"."""
+        """A short name for tables, e.g. "tau own, background none"."""
         tau = "own" if self.logit_scale is None else f"{self.logit_scale:g}"
-        without = "" if self.fuse_quality else ", without IoU"
-        return f"tau {tau}, background {self.background}{without}"
+        factor = ", times IoU" if self.fuse_quality else ""
+        return f"tau {tau}, background {self.background}{factor}"
 
 
 class DirectInference:
@@ -100,7 +102,7 @@ class DirectInference:
         model: HierKD,
         *,
         scorings: Sequence[CLIPScoring] = (CLIPScoring(),),
-        crop_scale: float = 1.5,
+        crop_scale: float = 1.0,
         max_anchors: int = 0,
         background_prompt: str = "a photo of background.",
     ) -> None:
@@ -110,7 +112,7 @@ class DirectInference:
             model: The detector. How many anchors a level keeps, how many (box, class) pairs go to
                 NMS, and its threshold, are the detector's own settings (``*_TEST``).
             scorings: The ways to score, at least one; their names differ.
-            crop_scale: Side of the crop over side of the box. [Table 2: 1.5]
+            crop_scale: Side of the crop over side of the box. [Algorithm 1: the box itself]
             max_anchors: Fore anchors of an image over all levels, the best ones; 0 sets no limit,
                 as in the paper. [ours: a CPU can afford about 100]
             background_prompt: Text of the background "text".
@@ -146,10 +148,10 @@ class DirectInference:
             Name of the scoring, or :data:`DETECTOR`, to outputs in detectron2's format, one per
             image. :data:`DETECTOR` is what the detector itself gives, but for ``max_anchors``.
         """
-        fore = self.model.fore_anchors(batched_inputs)  # lines 1-3
+        fore = self.model.fore_anchors(batched_inputs)  # lines 3 and 4
         if self.max_anchors:
             fore = [of_image.best(self.max_anchors) for of_image in fore]
-        regions = self.teacher.encode_regions(  # lines 4 and 5
+        regions = self.teacher.encode_regions(  # line 5
             [x["image"] for x in batched_inputs],
             [of_image.boxes for of_image in fore],
             self.crop_scale,
@@ -174,7 +176,7 @@ class DirectInference:
             (A, K) probabilities of the model's vocabulary; a background's is left out.
         """
         classifier = self.model.text_classifier
-        texts = [classifier.text_embeddings]
+        texts = [classifier.text_embeddings]  # line 1
         if scoring.background == "learned":
             texts.append(F.normalize(classifier.background_embedding, dim=0)[None])
         elif scoring.background == "text":
@@ -191,7 +193,7 @@ class DirectInference:
         *,
         fuse_quality: bool = True,
     ) -> list[dict[str, Any]]:
-        """Lines 7 and 8, and back to the size of the stored picture."""
+        """NMS (line 7), within each class, and back to the size of the stored picture."""
         outputs = []
         for given, anchors, of_image in zip(batched_inputs, fore, probs, strict=True):
             size = (given["image"].shape[1], given["image"].shape[2])
@@ -227,10 +229,8 @@ def clip_direct_inference(
         name: SplitCOCOEvaluator(dataset_name, distributed=False, max_dets_per_image=max_detections)
         for name in names
     }
-    for evaluator in evaluators.values():
-        evaluator.reset()
     with direct_inference.model.vocabulary(vocabulary):
-        for batched_inputs in tqdm(data_loader, desc=f"CLIP on {dataset_name}", unit="batch"):
+        for batched_inputs in tqdm(data_loader, desc=f"CLIP on {dataset_name}", unit="batch"):  # 2
             outputs = direct_inference(batched_inputs)
             for name, evaluator in evaluators.items():
                 evaluator.process(batched_inputs, outputs[name])

@@ -24,16 +24,15 @@ from numpy.typing import NDArray
 from tabulate import tabulate  # type: ignore[import-untyped]
 
 from hierkd.data.coco_json import shown
-from hierkd.evaluation.coco_eval import choose_library
-from hierkd.evaluation.completeness import check_each_image_once
-from hierkd.evaluation.ground_truth import read_ground_truth
+from hierkd.evaluation.coco_eval import check_each_image_once, choose_library, read_ground_truth
 from hierkd.files import replacing
+
+__all__ = ["METRICS", "SplitCOCOEvaluator", "class_groups"]
 
 logger = logging.getLogger(__name__)
 
 FloatArray = NDArray[np.float64]
 
-GROUPS = ("base", "novel", "all")
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR50")
 
 # Positions in COCOeval's accumulated arrays: precision is (IoU, recall, class, area, maxDets),
@@ -48,7 +47,8 @@ class SplitCOCOEvaluator(COCOEvaluator):  # type: ignore[misc]
 
     Collecting predictions, gathering them over processes and writing them to ``output_dir`` is
     :class:`detectron2.evaluation.COCOEvaluator`'s; this class decides what is averaged. Matching is
-    faster-coco-eval's, or pycocotools' where that cannot be imported; the log says whose.
+    done by one of two libraries (:func:`hierkd.evaluation.coco_eval.choose_library`); the log says
+    by which.
 
     ``evaluate()`` returns ``{"bbox": {...}}`` (``{}`` outside the main process) with keys
     ``"<group>/<metric>"``, group one of base, novel, all and metric one of AP, AP50, AP75, APs,
@@ -62,6 +62,7 @@ class SplitCOCOEvaluator(COCOEvaluator):  # type: ignore[misc]
     """
 
     federated = False  # whether it knows what a federated dataset leaves unsaid
+    task = "bbox"
 
     def __init__(
         self,
@@ -84,20 +85,22 @@ class SplitCOCOEvaluator(COCOEvaluator):  # type: ignore[misc]
             output_dir: Folder for the raw predictions; none are written without it.
             max_dets_per_image: Detections kept per image and class, highest scores first. 100 is
                 COCO's and the paper's.
-            use_fast_impl: Evaluate with faster-coco-eval where it can be imported. The figures are
-                those of pycocotools, which serves otherwise.
+            use_fast_impl: False evaluates with pycocotools: the same figures, later.
             complete: Whether ``evaluate()`` refuses to leave out images that were not processed.
             split: The base and the novel names, in place of the metadata's.
 
         Raises:
             FileNotFoundError: There is no such JSON.
             ValueError: The dataset lacks one of these metadata, its JSON is broken
-                (:func:`hierkd.evaluation.ground_truth.read_ground_truth`) lacks a class of the
+                (:func:`hierkd.evaluation.coco_eval.read_ground_truth`) or lacks a class of the
                 vocabulary, or is federated and this evaluator is not.
         """
-        # Before COCO's own code, which the parent calls, meets a broken file.
-        json_file = MetadataCatalog.get(dataset_name).get("json_file")
-        truth = None if json_file is None else read_ground_truth(json_file)
+        metadata = MetadataCatalog.get(dataset_name)
+        if not metadata.get("thing_classes") or not metadata.get("json_file"):
+            raise ValueError(
+                f"dataset {dataset_name!r} needs thing_classes and json_file in its metadata"
+            )
+        truth = read_ground_truth(metadata.json_file)  # before COCO's own code meets a broken file
         super().__init__(
             dataset_name,
             tasks=("bbox",),
@@ -109,23 +112,19 @@ class SplitCOCOEvaluator(COCOEvaluator):  # type: ignore[misc]
         self._dataset_name = dataset_name
         self._max_dets = max_dets_per_image
         self._complete = complete
-        if truth is None:  # the parent has made a file of the dataset
-            truth = read_ground_truth(self._metadata.json_file)
         self._coco_api.dataset = truth
-        if self._metadata.get("federated", False) and not self.federated:
+        if metadata.get("federated", False) and not self.federated:
             raise ValueError(
                 f"dataset {dataset_name!r} is annotated in LVIS's federated way, which this "
                 "evaluation does not know: evaluate it with train_net.py --eval-only"
             )
         self._category_ids = self._find_category_ids()
-        base, novel = split or (
-            self._metadata.get("base_classes", ()),
-            self._metadata.get("novel_classes", ()),
-        )
+        base, novel = split or (metadata.get("base_classes", ()), metadata.get("novel_classes", ()))
         self._groups = class_groups(list(self._category_ids), base, novel)
         image_ids = [image["id"] for image in truth["images"]]
         self._image_ids = frozenset(image_ids)
         self._library = choose_library(image_ids, use_fast_impl=use_fast_impl)
+        self.reset()
 
     def evaluate(self, img_ids: Iterable[int] | None = None) -> dict[str, dict[str, float]]:
         """Compute the figures; no processed image at all counts as no detections.
@@ -141,7 +140,7 @@ class SplitCOCOEvaluator(COCOEvaluator):  # type: ignore[misc]
         results: dict[str, dict[str, float]] = super().evaluate(img_ids)
         if not results and self._do_evaluation and comm.is_main_process():
             self._check_images([], img_ids)
-            results = OrderedDict(bbox=self._figures([], img_ids))
+            results = OrderedDict({self.task: self._figures([], img_ids)})
         return results
 
     def _eval_predictions(
@@ -155,7 +154,7 @@ class SplitCOCOEvaluator(COCOEvaluator):  # type: ignore[misc]
             with replacing(path) as temporary:
                 temporary.write_text(json.dumps(found), encoding="utf-8")
         if self._do_evaluation:
-            self._results["bbox"] = self._figures(found, img_ids)
+            self._results[self.task] = self._figures(found, img_ids)
 
     def _check_images(
         self, predictions: list[dict[str, Any]], img_ids: Iterable[int] | None
@@ -211,26 +210,18 @@ class SplitCOCOEvaluator(COCOEvaluator):  # type: ignore[misc]
             imgIds=sorted(self._image_ids) if img_ids is None else list(img_ids),
             maxDets=self._max_dets_per_image,
         )
-        per_class = per_class_metrics(coco_eval, self._category_ids, self._max_dets)
+        per_class = _per_class_metrics(coco_eval, self._category_ids.values(), self._max_dets)
         positions = {name: k for k, name in enumerate(self._category_ids)}
         results = {
-            f"{group}/{metric}": nan_mean(per_class[metric][[positions[name] for name in names]])
+            f"{group}/{metric}": _nan_mean(per_class[metric][[positions[name] for name in names]])
             for group, names in self._groups.items()
             for metric in METRICS
         }
-        logger.info(
-            "%s (percent; %s):\n%s",
-            self._dataset_name,
-            self._library.name,
-            self._format_table(results),
-        )
-        results.update(  # detectron2's one-line summary leaves keys with a hyphen out
-            {
-                f"AP50-{name}": float(value)
-                for name, value in zip(self._category_ids, per_class["AP50"], strict=True)
-            }
-        )
-        return results
+        self._log(results, "classes", {group: len(each) for group, each in self._groups.items()})
+        return results | {  # detectron2's one-line summary leaves keys with a hyphen out
+            f"AP50-{name}": float(value)
+            for name, value in zip(self._category_ids, per_class["AP50"], strict=True)
+        }
 
     def _truth(self) -> list[dict[str, Any]]:
         """The annotations that detections are matched with."""
@@ -244,38 +235,34 @@ class SplitCOCOEvaluator(COCOEvaluator):  # type: ignore[misc]
     def _find_category_ids(self) -> dict[str, int]:
         """Map each class of the vocabulary, in order, to its id in the JSON; both must agree."""
         json_file = self._metadata.json_file
-        vocabulary = self._metadata.get("thing_classes")
-        if not vocabulary:
-            raise ValueError(f"dataset {self._dataset_name!r} has no thing_classes in its metadata")
         ids = {
             category["name"]: category["id"] for category in self._coco_api.dataset["categories"]
         }
-        missing = [name for name in vocabulary if name not in ids]
+        missing = [name for name in self._metadata.thing_classes if name not in ids]
         if missing:
             raise ValueError(
                 f"{json_file}: categories {missing} of dataset {self._dataset_name!r} are missing; "
                 f"found {shown(sorted(ids))}"
             )
-        category_ids = {name: ids[name] for name in vocabulary}
+        category_ids = {name: ids[name] for name in self._metadata.thing_classes}
         mapping = {category_id: index for index, category_id in enumerate(category_ids.values())}
-        # The loader may not have run yet; the parent needs this to turn indices back into ids.
-        known = self._metadata.get("thing_dataset_id_to_contiguous_id")
-        if known is None:
-            self._metadata.thing_dataset_id_to_contiguous_id = mapping
-        elif dict(known) != mapping:
+        known = self._metadata.get("thing_dataset_id_to_contiguous_id", mapping)
+        if dict(known) != mapping:  # of the loader, whose class indices the detections have
             raise ValueError(
                 f"{json_file}: expected the category ids of dataset {self._dataset_name!r}, "
                 f"{dict(known)}; found {shown(mapping)}"
             )
         return category_ids
 
-    def _format_table(self, results: Mapping[str, float]) -> str:
+    def _log(self, results: Mapping[str, float], unit: str, sizes: Mapping[str, int]) -> None:
+        """Log a table, a line a group of so many classes or boxes."""
+        metrics = list(dict.fromkeys(key.split("/")[1] for key in results))
         rows = [
-            [group, len(names), *(results[f"{group}/{metric}"] for metric in METRICS)]
-            for group, names in self._groups.items()
+            [group, size, *(results[f"{group}/{metric}"] for metric in metrics)]
+            for group, size in sizes.items()
         ]
-        headers = ["group", "classes", *METRICS]
-        return str(tabulate(rows, headers=headers, tablefmt="github", floatfmt=".1f"))
+        table = tabulate(rows, ["group", unit, *metrics], tablefmt="github", floatfmt=".1f")
+        logger.info("%s (percent; %s):\n%s", self._dataset_name, self._library.name, table)
 
 
 def class_groups(
@@ -303,21 +290,21 @@ def class_groups(
     return groups | {"all": [name for name in vocabulary if not declared or name in declared]}
 
 
-def per_class_metrics(
-    coco_eval: Any, category_ids: Mapping[str, int], max_dets_per_image: int = 100
+def _per_class_metrics(
+    coco_eval: Any, category_ids: Iterable[int], max_dets_per_image: int
 ) -> dict[str, FloatArray]:
     """Every metric of :data:`METRICS` for every class, in percent; NaN without ground truth.
 
     Args:
         coco_eval: An accumulated ``COCOeval`` of either library, with COCO's IoU thresholds and
             areas.
-        category_ids: Class name to COCO id: the K classes wanted, in the order wanted.
+        category_ids: COCO ids of the K classes wanted, in the order wanted.
         max_dets_per_image: Which of the run's ``maxDets``.
 
     Returns:
         Metric name to a (K,) array.
     """
-    columns = [list(coco_eval.params.catIds).index(i) for i in category_ids.values()]
+    columns = [list(coco_eval.params.catIds).index(i) for i in category_ids]
     # By value: COCOeval sorts maxDets, so the wanted one need not be the last.
     limit = list(coco_eval.params.maxDets).index(max_dets_per_image)
     precision: FloatArray = coco_eval.eval["precision"][..., limit][:, :, columns]
@@ -339,7 +326,7 @@ def per_class_metrics(
     }
 
 
-def nan_mean(values: FloatArray) -> float:
+def _nan_mean(values: FloatArray) -> float:
     """Mean of the values that are not NaN; NaN, without a warning, where there are none."""
     known = values[~np.isnan(values)]
     return float(known.mean()) if known.size else float("nan")

@@ -7,7 +7,7 @@ evaluator as a detector's output. It bounds what distilling this CLIP can give a
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -35,20 +35,20 @@ def clip_upper_bound(
 ) -> dict[str, float]:
     """Score CLIP on the ground-truth boxes of a dataset.
 
-    Every box is detected once per class of the vocabulary, with CLIP's softmax probability over
-    the vocabulary (there is no background: the box is known to hold something) as its score. All
-    classes rather than the best one alone, because average precision ranks: a detector also
-    offers its second guess, at a lower score. As for a detector, the ``max_detections`` best pairs
-    of an image count. Crops come from the images at their stored resolution; crowd regions, which
-    are no single object, are not classified.
+    Every box is detected once, as the class that CLIP's softmax over the vocabulary prefers (there
+    is no background: the box is known to hold something), with its probability as the score. The
+    paper's AR50 of 70.7 beside its AP50 of 68.0 says so: with every class of every box the recall
+    would be 100. As for a detector, the ``max_detections`` best of an image count. Crops come from
+    the images at their stored resolution; crowd regions, which are no single object, are not
+    classified.
 
     Args:
         teacher: CLIP.
         dataset_name: A registered dataset; its ``thing_classes`` are the vocabulary.
-        crop_scale: Side of the crop over side of the box (1.5 in §3.2 and Table 2).
+        crop_scale: Side of the crop over side of the box. [ours: 1.5, Table 2's best]
         image_format: Channel order the teacher was built for, "RGB" or "BGR".
         images_per_batch: Images whose boxes go to the teacher in one call.
-        max_detections: (box, class) pairs kept per image; COCO's 100.
+        max_detections: Boxes kept per image; COCO's 100.
 
     Returns:
         The figures of :class:`SplitCOCOEvaluator`, e.g. ``"novel/AP50"``, in percent.
@@ -61,29 +61,30 @@ def clip_upper_bound(
     evaluator = SplitCOCOEvaluator(
         dataset_name, distributed=False, max_dets_per_image=max_detections
     )
-    evaluator.reset()
     dataset = DatasetCatalog.get(dataset_name)
     class_embeddings = teacher.encode_classes(MetadataCatalog.get(dataset_name).thing_classes)
     progress = tqdm(dataset, desc=f"CLIP on the boxes of {dataset_name}", unit="picture")
-    for records in _batches(progress, images_per_batch):
+    batches = iter(progress)
+    while records := list(itertools.islice(batches, images_per_batch)):
         images = [_read_tensor(record["file_name"], image_format) for record in records]
         boxes = [_ground_truth_boxes(record) for record in records]
         regions = teacher.encode_regions(images, boxes, crop_scale)
         logits = teacher.logit_scale * regions @ class_embeddings.to(regions.device).T
-        probs = logits.softmax(dim=1).cpu().split([len(b) for b in boxes])
-        for record, image, image_boxes, image_probs in zip(
-            records, images, boxes, probs, strict=True
-        ):
-            size = (image.shape[1], image.shape[2])
-            instances = _as_detections(image_boxes, image_probs, size, max_detections)
-            evaluator.process([record], [{"instances": instances}])
+        best = logits.softmax(dim=1).cpu().max(dim=1)
+        counts = [len(of_image) for of_image in boxes]
+        for record, image, pred_boxes, scores, classes in zip(
+            records, images, boxes, best.values.split(counts), best.indices.split(counts),
+            strict=True,
+        ):  # fmt: skip
+            found = Instances(
+                (image.shape[1], image.shape[2]),
+                pred_boxes=Boxes(pred_boxes),
+                scores=scores,
+                pred_classes=classes,
+            )
+            kept = scores.topk(min(max_detections, len(scores))).indices
+            evaluator.process([record], [{"instances": found[kept]}])
     return dict(evaluator.evaluate()["bbox"])
-
-
-def _batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    iterator = iter(items)
-    while batch := list(itertools.islice(iterator, size)):
-        yield batch
 
 
 def _read_tensor(file_name: str, image_format: str) -> Tensor:
@@ -99,17 +100,3 @@ def _ground_truth_boxes(record: dict[str, Any]) -> Tensor:
         if not annotation.get("iscrowd", 0)
     ]
     return torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
-
-
-def _as_detections(
-    boxes: Tensor, probs: Tensor, image_size: tuple[int, int], max_detections: int
-) -> Instances:
-    """Turn (M, 4) boxes and their (M, K) probabilities into the best (box, class) pairs."""
-    num_kept = min(max_detections, probs.numel())
-    scores, pairs = probs.flatten().topk(num_kept)
-    return Instances(
-        image_size,
-        pred_boxes=Boxes(boxes[pairs // probs.shape[1]]),
-        scores=scores,
-        pred_classes=pairs % probs.shape[1],
-    )

@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +69,7 @@ def read_record(run: Run) -> dict[str, Any] | None:
     """The record of a complete run; None if it is not complete.
 
     Raises:
-        ValueError: if the folder holds another run.
+        ValueError: the folder holds another run.
     """
     path = run.folder / RECORD
     if not path.is_file():
@@ -79,12 +79,12 @@ def read_record(run: Run) -> dict[str, Any] | None:
     if found != run.identity():
         raise ValueError(
             f"{path} is of another run: found {found}, expected {run.identity()}. Move it away or "
-            "choose another --output."
+            "choose another folder."
         )
     return record
 
 
-def find_figure(metrics: dict[str, float], part: str, metric: str) -> float | None:
+def find_figure(metrics: Mapping[str, float], part: str, metric: str) -> float | None:
     """One figure of an evaluation.
 
     Args:
@@ -96,15 +96,13 @@ def find_figure(metrics: dict[str, float], part: str, metric: str) -> float | No
         The value, in percent, or None if the run was not evaluated so.
 
     Raises:
-        ValueError: if several datasets have that part.
+        ValueError: several datasets have that part.
     """
-    found = {
-        key: value
-        for key, value in metrics.items()
-        if key.count("/") >= 2
-        and key.split("/")[0].endswith(f"_{part}")
-        and "/".join(key.split("/")[2:]) == metric
-    }
+    found = {}
+    for key, value in metrics.items():
+        dataset, *rest = key.split("/", 2)
+        if dataset.endswith(f"_{part}") and rest[1:] == [metric]:
+            found[key] = value
     if len(found) > 1:
         raise ValueError(f"{metric} on '{part}' is ambiguous: {sorted(found)}")
     return next(iter(found.values()), None)
@@ -120,8 +118,8 @@ def execute(runs: Sequence[Run], root: Path, *, jobs: int, threads: int) -> None
         threads: CPU threads of each run.
 
     Raises:
-        RuntimeError: if runs failed, after the others have ended; names their logs.
-        ValueError: if a folder holds another run; before anything starts.
+        RuntimeError: runs failed, after the others have ended; names their logs.
+        ValueError: a folder holds another run; before anything starts.
     """
     missing = [run for run in runs if read_record(run) is None]
     failed: list[str] = []
@@ -140,15 +138,12 @@ def _train(run: Run, root: Path, threads: int) -> int:
     """Run ``train_net.py`` to its end; returns its exit status."""
     run.folder.mkdir(parents=True, exist_ok=True)
     commit, started = git_commit(root), time.monotonic()
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     with (run.folder / "stdout.txt").open("a") as log:
         code = subprocess.run(
-            run.command(),
-            cwd=root,
-            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
-            stdout=log,
-            stderr=subprocess.STDOUT,
+            run.command(), cwd=root, env=environment, stdout=log, stderr=subprocess.STDOUT,
             check=False,
-        ).returncode
+        ).returncode  # fmt: skip
     if code == 0:
         evaluations = read_run_metrics(run.folder / "metrics.json").evaluations
         record = {
