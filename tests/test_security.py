@@ -26,6 +26,7 @@ import clip_files
 import open_clip_files
 from hierkd.checkpoint import HierKDCheckpointer
 from hierkd.load_config import load_config
+from hierkd.teachers.clip import CLIPTeacher
 from hierkd.teachers.region_cache import (
     CacheContents,
     RegionCache,
@@ -33,7 +34,6 @@ from hierkd.teachers.region_cache import (
     keys_sha256,
     sorted_texts,
 )
-from hierkd.teachers.clip import CLIPTeacher
 from hierkd.teachers.texts import load_text_embeddings, read_embedding_array
 
 
@@ -78,14 +78,6 @@ def object_array(path, planted):
         np.save(file, np.array([planted], dtype=object), allow_pickle=True)
 
 
-def object_npz(path, planted):
-    rows = np.array([[planted]], dtype=object)
-    with path.open("wb") as file:
-        np.savez(
-            file, embeddings=rows, names=rows, background_embedding=rows, provenance=rows[0, 0:1]
-        )
-
-
 def torchscript_with_pickle(path, planted):
     with zipfile.ZipFile(path, "w") as archive:
         for name in ("data.pkl", "constants.pkl"):
@@ -101,8 +93,6 @@ def setting_off(plant, path):
         pickle.loads(path.read_bytes())
     elif plant is object_array:
         np.load(path, allow_pickle=True)
-    elif plant is object_npz:
-        np.load(path, allow_pickle=True)["embeddings"]
     else:
         pickle.loads(zipfile.ZipFile(path).read("clip/data.pkl"))
 
@@ -147,9 +137,7 @@ READERS = [
         for plant in (torch_zip, torch_legacy, plain_pickle, torchscript_with_pickle)
     ],
     (load_open_clip, plain_pickle, "open_clip_model.safetensors"),
-    (load_text_embeddings, object_npz, "texts.npz"),
-    (load_text_embeddings, plain_pickle, "texts.npz"),
-    (load_text_embeddings, object_array, "texts.npz"),
+    (load_text_embeddings, plain_pickle, "texts.safetensors"),
     (read_embedding_array, object_array, "rows.npy"),
     (read_embedding_array, plain_pickle, "rows.npy"),
     *[
@@ -192,7 +180,7 @@ def test_a_planted_teacher_cache_does_not_run(tmp_path, ran, plant, name):
     texts, keys = sorted_texts(["a cat", "a dog"])
     contents = CacheContents(
         clip="tiny.pt", weights_sha256="ab" * 32, pixel_statistics="clip", image_format="RGB",
-        crop_scale=1.5, datasets=("world",), annotations_sha256=("cd" * 32,), embed_dim=2,
+        crop_scale=1.5, datasets=["world"], annotations_sha256=["cd" * 32], embed_dim=2,
         logit_scale=14.0, num_boxes=1, num_texts=len(texts), texts_sha256=keys_sha256(keys),
     )  # fmt: skip
     ids, folder = np.array([3], np.int64), tmp_path / "cache"

@@ -7,7 +7,6 @@ it; every text is escaped there.
 from __future__ import annotations
 
 import base64
-import html
 import io
 import math
 import os
@@ -178,27 +177,3 @@ _ENVIRONMENT = Environment(
     lstrip_blocks=True,
 )
 _ENVIRONMENT.filters |= {"css": _css, "number": _number}
-
-
-# ------------------------------------------------- until hierkd.reports.demo_outputs writes a Page
-
-
-def escape(value: Any) -> str:
-    """Write a value as text in HTML, also inside an attribute's quotes."""
-    return html.escape(str(value))
-
-
-def img(source: str, alternative: str) -> str:
-    """Assemble a picture; ``source`` is a URL, ``alternative`` plain text."""
-    return f'<img src="{source}" alt="{escape(alternative)}" loading="lazy">'
-
-
-def page(title: str, body: str) -> str:
-    """Assemble a page that needs no other file; ``title`` is plain text, ``body`` HTML."""
-    style = _ENVIRONMENT.get_template("page.css").render()
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title><style>{style}</style>
-</head><body><main>
-{body}
-</main></body></html>
-"""
