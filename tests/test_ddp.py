@@ -28,7 +28,7 @@ from hierkd.data.loader import build_resumable_train_loader
 from hierkd.data.mapper import check_images
 from hierkd.load_config import load_config
 from hierkd.modeling import detector as meta_arch
-from hierkd.modeling.gathering import gather_rows
+from hierkd.modeling.mlca import gather_rows
 from hierkd.training.launch import leave_groups
 from hierkd.training.trainer import Trainer
 from tiny_training import CONFIG, command_line
