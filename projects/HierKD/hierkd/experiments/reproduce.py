@@ -120,7 +120,7 @@ class Reproduction:
         metrics: Mapping[str, float] = {}
         if evaluation is not None:
             metrics = read_evaluation(evaluation[1])
-        elif row.evaluation == "train_net" and run is not None and (record := read_record(run)):
+        elif run is not None and (record := read_record(run)):
             metrics = record["metrics"]
         cells = {c.label: find_figure(metrics, c.part, c.metric) for c in self.table.columns}
         return {label: value for label, value in cells.items() if value is not None}
