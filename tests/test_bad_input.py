@@ -43,59 +43,12 @@ def truncate(path):
     path.write_bytes(path.read_bytes()[:400])
 
 
-<<<<<<< HEAD
 def forget_a_category(world):
-    def forget(content):
-        kept = [each for each in content["categories"] if each["name"] != BASE[1]]
-        content["categories"] = kept
-=======
-def test_the_unspoiled_world_trains(run):
-    assert "Loaded 6 images with 7 boxes" in run()
-
-
-# ------------------------------------------------------------------------------------------- files
-
-
-@pytest.mark.parametrize("part", ["train", "val"])
-def test_missing_image_folder(world, refused, part):
-    (world / part).rename(world / "elsewhere")
-    message = refused(error=FileNotFoundError)
-    assert f"Image folder {world / part} does not exist" in message
-
-
-@pytest.mark.parametrize("part", ["train", "val"])
-def test_missing_image(world, refused, part):
-    (world / part / "3.png").unlink()
-    message = refused(error=FileNotFoundError)
-    assert f"1 of 6 images do not exist in {world / part}: '3.png'" in message
-
-
-@pytest.mark.parametrize("name", ["train_base", "val_novel", "val_all"])
-def test_missing_json(world, refused, name):
-    json_file = world / "annotations" / f"{name}.json"
-    json_file.unlink()
-    assert f"Annotation file {json_file} does not exist" in refused(error=FileNotFoundError)
-
-
-@pytest.mark.parametrize("name", ["train_base", "val_all"])
-def test_broken_json(world, refused, name):
-    json_file = world / "annotations" / f"{name}.json"
-    truncate(json_file)
-    message = refused()
-    assert f"{json_file} is not valid JSON" in message
-    assert "line 1 column " in message
-
-
-@pytest.mark.parametrize("name", ["train_base", "val_all"])
-def test_missing_category(world, refused, name):
-    json_file = world / "annotations" / f"{name}.json"
-
     def forget(content):
         gone = next(c for c in content["categories"] if c["name"] == BASE[1])
         content["categories"].remove(gone)
         boxes = content["annotations"]
         content["annotations"] = [box for box in boxes if box["category_id"] != gone["id"]]
->>>>>>> data
 
     edit(world / "annotations" / "val_all.json", forget)
 
