@@ -209,7 +209,7 @@ def test_a_long_text_is_cut_off_where_the_text_encoder_ends(make_teacher, folder
     found = make_teacher().encode_captions(["word " * 300])
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     with pytest.raises(ValueError, match=r"'open_clip:tiny' reads 20 tokens.*class name"):
-        make_teacher(templates=("very ",) * 19 + "{}").encode_classes(["cat"])
+        make_teacher(templates=("very " * 19 + "{}",)).encode_classes(["cat"])
 
 
 def test_embeddings_are_constants_and_the_model_is_frozen(make_teacher):
