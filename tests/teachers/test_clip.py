@@ -5,6 +5,7 @@ import urllib.error
 import warnings
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -715,3 +716,34 @@ def test_crops_of_thousands_of_regions_never_exist_together(make_teacher, monkey
     )
     assert len(rows) == sum(counts) == 2200
     assert max(counts) == 512
+
+
+class Cached:
+    """A cache of the teacher that knows one text."""
+
+    folder = "cached_answers"
+    contents = SimpleNamespace(embed_dim=16, logit_scale=14.0)
+
+    def texts(self, texts):
+        row = np.eye(16, dtype=np.float32)[3]
+        return {text: row for text in texts if text == "one cat"}
+
+
+def test_a_cache_answers_without_clip_and_names_its_folder_where_it_cannot(make_teacher, tmp_path):
+    teacher = make_teacher(tmp_path / "gone.pt", cache=Cached(), templates=("one {}",))
+    assert teacher.encode_classes(["cat"]).tolist() == [np.eye(16)[3].tolist()]
+    assert (teacher.embed_dim, teacher.logit_scale) == (16, 14.0)
+    for call in (
+        lambda: teacher.encode_captions(["one cat", "one dog"]),
+        lambda: teacher.encode_regions([smooth_image(70, 90)], [BOXES], 1.5),
+    ):
+        with pytest.raises(FileNotFoundError, match=r"cached_answers does not hold .*gone\.pt"):
+            call()
+
+
+def test_a_cache_serves_ground_truth_boxes_alone(make_cfg):
+    cfg = make_cfg()
+    cfg.MODEL.TEACHER.CACHE = "somewhere"
+    cfg.MODEL.IKD = SimpleNamespace(LOSS_WEIGHT=1.0, BOXES="proposals")
+    with pytest.raises(ValueError, match=r"MODEL\.IKD\.BOXES is 'proposals'"):
+        build_teacher(cfg)
