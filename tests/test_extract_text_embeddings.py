@@ -236,12 +236,8 @@ def test_cocos_names_in_another_order(extract, refused, tmp_path, names, differe
     ("spoil", "message"),
     [
         (lambda rows: rows[:79], "theirs.npy has 79 rows, but {names} has 80 names"),
-        (lambda rows: rows.T, "(it looks transposed"),
         (lambda rows: rows[:, :9], f"theirs.npy: embeddings of size 9, expected {SIZE}"),
-        (lambda rows: rows * np.where(np.arange(80) == 7, np.nan, 1)[:, None], "row 7 ('truck')"),
-        (lambda rows: rows * (np.arange(80) != 7)[:, None], "all zero: row 7 ('truck')"),
         (lambda rows: rows.astype(object), "a file with pickled objects is refused"),
-        (lambda rows: rows.astype(int), "expected floating point numbers"),
     ],
 )
 def test_unusable_arrays(refused, theirs, tmp_path, spoil, message):

@@ -12,18 +12,10 @@ MODEL.IKD.CROP_SCALE and the prompts of the config count; the detector does not.
 
 from __future__ import annotations
 
-import hierkd  # noqa: F401  (first: it quiets two deprecation warnings inside libraries)
-
-# isort: split
 import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-
-from detectron2.utils.logger import setup_logger
-
-from hierkd.load_config import load_config
-from hierkd.training.fill_cache import IMAGES_PER_CHUNK, fill_cache
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -36,7 +28,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--images-per-chunk",
         type=int,
-        default=IMAGES_PER_CHUNK,
+        default=16,
         metavar="N",
         help="encoded and written together; default: %(default)s",
     )
@@ -58,9 +50,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         value = getattr(args, option)
         if value is not None and value < 1:
             parser.error(f"--{option.replace('_', '-')} must be at least 1, got {value}")
+
+    from detectron2.utils.logger import setup_logger
+
+    import hierkd.training.fill_cache  # PyTorch comes when the command line has been understood
+    from hierkd.load_config import load_config
+
     setup_logger(name="hierkd")
     try:
-        cache = fill_cache(
+        cache = hierkd.training.fill_cache.fill_cache(
             load_config(args.config_file, args.opts),
             args.output,
             images_per_chunk=args.images_per_chunk,

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""Detect with an exported .onnx: numpy, Pillow and onnxruntime, nothing else.
+"""Detect with an exported .onnx: numpy, Pillow, onnxruntime and safetensors.
 
     python tools/onnx_consumer.py detector.onnx street.jpg
-    python tools/onnx_consumer.py any_classes.onnx street.jpg --embeddings my_classes.npz
+    python tools/onnx_consumer.py any_classes.onnx street.jpg --embeddings my_classes.safetensors
 
 Prints class, score and box (x0, y0, x1, y1 in pixels) of each detection over --threshold.
 """
@@ -15,13 +15,14 @@ parser = argparse.ArgumentParser(
 )
 parser.add_argument("model")
 parser.add_argument("picture")
-parser.add_argument("--embeddings", help=".npz of datasets/extract_text_embeddings.py")
+parser.add_argument("--embeddings", help=".safetensors of datasets/extract_text_embeddings.py")
 parser.add_argument("--threshold", type=float, default=0.3)
 args = parser.parse_args()
 
 import numpy as np  # noqa: E402  (after the command line, which answers at once)
 import onnxruntime  # noqa: E402
 from PIL import Image, ImageOps  # noqa: E402
+from safetensors import safe_open  # noqa: E402
 
 session = onnxruntime.InferenceSession(args.model, providers=["CPUExecutionProvider"])
 asks = "text_embeddings" in [each.name for each in session.get_inputs()]
@@ -35,8 +36,9 @@ factor = min(factor, about["max_size"] / max(picture.size))
 resized = picture.resize([int(side * factor + 0.5) for side in picture.size], Image.BILINEAR)
 inputs, names = {"image": np.asarray(resized)}, about["class_names"]
 if args.embeddings:
-    with np.load(args.embeddings, allow_pickle=False) as stored:
-        names, inputs["text_embeddings"] = stored["names"], stored["embeddings"]
+    with safe_open(args.embeddings, framework="numpy") as stored:
+        names = json.loads(stored.metadata()["names"])
+        inputs["text_embeddings"] = stored.get_tensor("embeddings")
 boxes, scores, classes = session.run(["boxes", "scores", "classes"], inputs)
 boxes *= np.tile(np.divide(picture.size, resized.size), 2).astype(np.float32)
 for box, score, label in zip(boxes, scores, classes, strict=True):

@@ -192,7 +192,17 @@ def test_read_picture(tmp_path, broken):
             read_picture(path)
 
 
-# --- for a cache of the teacher -------------------------------------------------------------------
+# --- with a cache of the teacher ------------------------------------------------------------------
+
+
+class Cache:
+    """Says of each region its annotation's id and whether it is mirrored, of a text its length."""
+
+    def regions(self, annotation_ids, *, flipped):
+        return np.array([[each, flipped] for each in annotation_ids], np.float32)
+
+    def texts(self, texts):
+        return {text: np.array([len(text), 0.0], np.float32) for text in texts if text != "unknown"}
 
 
 def with_ids(record):
@@ -200,52 +210,52 @@ def with_ids(record):
     box = record["annotations"][0]
     flat = {**box, "bbox": [4.0, 6.0, 10.0, 1e-6], "id": 5}
     crowd = {**record["annotations"][1], "id": 6}
-    return {**record, "annotations": [flat, crowd, {**box, "id": 7}, {**box, "id": 900_000_000}]}
+    return {**record, "annotations": [flat, crowd, {**box, "id": 7}, {**box, "id": 9}]}
 
 
-def test_annotation_ids_stay_beside_their_boxes(record):
-    mapper = make(with_annotation_ids=True, augmentations=[T.Resize((15, 20))])
-    result = mapper(with_ids(record))
-    assert result["instances"].gt_annotation_ids.tolist() == [7, 900_000_000]
-    assert result["instances"].gt_annotation_ids.dtype == torch.int64
-    plain = make(augmentations=[T.Resize((15, 20))])(with_ids(record))
-    assert torch.equal(result["instances"].gt_boxes.tensor, plain["instances"].gt_boxes.tensor)
-    assert torch.equal(result["instances"].gt_classes, plain["instances"].gt_classes)
-    assert result["horizontally_flipped"] is False
-    assert "horizontally_flipped" not in plain
-    assert not plain["instances"].has("gt_annotation_ids")
+def make_cached(*augmentations):
+    return make(with_regions=True, cache=Cache(), augmentations=list(augmentations))
 
 
 @pytest.mark.parametrize("flips", [0, 1, 2])
-def test_mirroring_is_known(record, flips):
-    result = make(
-        with_annotation_ids=True,
-        augmentations=[T.ResizeShortestEdge(60), *[T.RandomFlip(1.0)] * flips],
-    )(with_ids(record))
-    assert result["horizontally_flipped"] is (flips == 1)
-    left = result["instances"].gt_boxes.tensor[0, 0].item()
-    assert left == pytest.approx(2 * (40 - 14 if flips == 1 else 4))
+def test_embeddings_of_the_cache_stay_beside_their_boxes(record, flips):
+    augmentations = [T.Resize((15, 20)), *[T.RandomFlip(1.0)] * flips]
+    result = make_cached(*augmentations)(with_ids(record))
+    instances, mirrored = result["instances"], float(flips == 1)
+    assert instances.gt_region_embeddings.tolist() == [[7.0, mirrored], [9.0, mirrored]]
+    left = 20 - 7 if mirrored else 2
+    assert instances.gt_boxes.tensor[:, 0].tolist() == pytest.approx([left] * 2)
+    assert result["caption_embedding"].tolist() == [len(result["caption"]), 0.0]
+    plain = make(augmentations=augmentations)(with_ids(record))
+    assert torch.equal(instances.gt_boxes.tensor, plain["instances"].gt_boxes.tensor)
+    assert not plain["instances"].has("gt_region_embeddings")
+
+
+def test_texts_alone_come_from_the_cache_without_instance_distillation(record):
+    result = make(cache=Cache())({**record, "captions": ["unknown"]})
+    assert "caption_embedding" not in result
+    result = make(cache=Cache())(record)
+    assert "caption_embedding" in result
+    assert not result["instances"].has("gt_region_embeddings")
+    assert "caption_embedding" not in make(is_train=False, cache=Cache())(record)
 
 
 def test_without_ids_or_with_other_augmentations_the_cache_is_refused(record):
     with pytest.raises(ValueError, match=r"good\.png.*integer ids.*None"):
-        make(with_annotation_ids=True)(record)
-    cropping = make(with_annotation_ids=True, augmentations=[T.RandomCrop("absolute", (20, 20))])
+        make_cached()(record)
     with pytest.raises(ValueError, match="CropTransform"):
-        cropping(with_ids(record))
+        make_cached(T.RandomCrop("absolute", (20, 20)))(with_ids(record))
 
 
 def test_the_cache_is_read_from_the_config():
     cfg = make_cfg()
-    assert not HierKDDatasetMapper(cfg).with_annotation_ids
+    assert not HierKDDatasetMapper.from_config(cfg)["with_regions"]
     cfg.MODEL.TEACHER.CACHE = "somewhere"
-    assert HierKDDatasetMapper(cfg, is_train=True).with_annotation_ids
-    assert not HierKDDatasetMapper(cfg, is_train=False).with_annotation_ids
-    cfg.INPUT.RANDOM_FLIP = "vertical"
-    with pytest.raises(ValueError, match=r"INPUT\.RANDOM_FLIP is 'vertical'.*'horizontal'"):
-        HierKDDatasetMapper(cfg, is_train=True)
-    cfg.INPUT.RANDOM_FLIP, cfg.INPUT.CROP.ENABLED = "none", True
-    with pytest.raises(ValueError, match=r"INPUT\.CROP\.ENABLED"):
-        HierKDDatasetMapper(cfg, is_train=True)
-    cfg.MODEL.IKD.LOSS_WEIGHT = 0.0  # the cache then serves texts alone
-    assert not HierKDDatasetMapper(cfg, is_train=True).with_annotation_ids
+    assert HierKDDatasetMapper.from_config(cfg, is_train=True)["with_regions"]
+    for key, value in (("RANDOM_FLIP", "vertical"), ("CROP.ENABLED", True)):
+        own = cfg.clone()
+        own.merge_from_list([f"INPUT.{key}", value])
+        with pytest.raises(ValueError, match=f"INPUT.{key}"):
+            HierKDDatasetMapper.from_config(own, is_train=True)
+        own.MODEL.IKD.LOSS_WEIGHT = 0.0  # the cache then serves texts alone
+        assert not HierKDDatasetMapper.from_config(own, is_train=True)["with_regions"]

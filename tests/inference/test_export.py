@@ -178,8 +178,8 @@ def test_the_consumer_needs_neither_torch_nor_this_package(exported, tmp_path, n
     Image.fromarray(picture[:, :, ::-1]).save(tmp_path / "picture.png")
     rows = predictor.model.text_classifier.text_embeddings.numpy()
     stored = make_text_embeddings(NAMES, rows, clip="fake", templates=("{}",))
-    save_text_embeddings(stored, tmp_path / "classes.npz")
-    embeddings = ["--embeddings", str(tmp_path / "classes.npz")]
+    save_text_embeddings(stored, tmp_path / "classes.safetensors")
+    embeddings = ["--embeddings", str(tmp_path / "classes.safetensors")]
     wanted, other = (embeddings, []) if name.startswith("open") else ([], embeddings)
     result = run_consumer(str(path), str(tmp_path / "picture.png"), "--threshold", "0", *wanted)
     assert result.returncode == 0, result.stderr

@@ -136,23 +136,6 @@ def test_neighbouring_image_does_not_leak_in():
     torch.testing.assert_close(crops[1, :, :, 12:36], torch.full((3, 48, 24), 255.0))
 
 
-def test_order_and_batching_change_nothing():
-    generator = torch.Generator().manual_seed(3)
-    images = [torch.rand(3, h, w, generator=generator) for h, w in [(64, 96), (90, 40), (30, 30)]]
-    boxes = [
-        random_boxes(n, *im.shape[1:], generator) for n, im in zip([9, 0, 13], images, strict=True)
-    ]
-    together = crop_regions(images, boxes, 40, 1.5)
-    alone = [
-        crop_regions([image], [box[None]], 40, 1.5)
-        for image, image_boxes in zip(images, boxes, strict=True)
-        for box in image_boxes
-    ]
-    torch.testing.assert_close(together, torch.cat(alone), atol=1e-6, rtol=0)
-    backwards = crop_regions(images[::-1], [b.flip(0) for b in boxes[::-1]], 40, 1.5)
-    torch.testing.assert_close(together, backwards.flip(0), atol=1e-6, rtol=0)
-
-
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.float16, torch.float64])
 def test_any_type_of_pixels(dtype):
     generator = torch.Generator().manual_seed(7)
@@ -163,14 +146,6 @@ def test_any_type_of_pixels(dtype):
     assert crops.dtype == torch.float32
     expected = crop_one_by_one([image], boxes, 24, 1.5, *statistics)
     torch.testing.assert_close(crops, expected, atol=1e-5, rtol=0)
-
-
-def test_mirroring_the_image_mirrors_the_crop():
-    image = torch.rand(3, 60, 80, generator=torch.Generator().manual_seed(5))
-    box = torch.tensor([[10.0, 5.0, 50.0, 45.0]])
-    mirrored = torch.tensor([[30.0, 5.0, 70.0, 45.0]])
-    crop = crop_regions([image], [box], 24)
-    torch.testing.assert_close(crop_regions([image.flip(-1)], [mirrored], 24), crop.flip(-1))
 
 
 def test_no_boxes():

@@ -180,26 +180,6 @@ def test_pixels_are_normalised_as_the_model_says(make_teacher, folder, tmp_path)
         torch.testing.assert_close(crops, torch.zeros_like(crops), atol=1e-5, rtol=0)
 
 
-def test_regions_are_letterboxed_and_the_padding_is_zero(make_teacher):
-    white = torch.full((3, 90, 90), 255.0)
-    box = torch.tensor([[30.0, 10.0, 50.0, 70.0]])  # 20 x 60: a third of the crop's width
-    (crop,) = seen_crops(make_teacher(), [white], [box], 1.0)
-    assert crop.shape == (3, 48, 48)
-    inside = torch.zeros(48, dtype=torch.bool)
-    inside[16:32] = True
-    assert (crop[:, :, ~inside] == 0).all()
-    value = (1 - torch.tensor(PIXELS["mean"])) / torch.tensor(PIXELS["std"])
-    expected = value[:, None, None].expand(3, 48, 16)
-    torch.testing.assert_close(crop[:, :, inside], expected, atol=1e-4, rtol=0)
-
-
-def test_bgr_is_rgb_with_the_channels_turned_round(make_teacher):
-    image = smooth_image(70, 90)
-    rgb = make_teacher().encode_regions([image], [BOXES], 1.5)
-    bgr = make_teacher(image_format="BGR").encode_regions([image.flip(0)], [BOXES], 1.5)
-    torch.testing.assert_close(rgb, bgr)
-
-
 def test_a_long_text_is_cut_off_where_the_text_encoder_ends(make_teacher, folder):
     model, _, tokenizer = theirs(folder)
     (word,) = tokenizer.encode("word")
@@ -209,7 +189,7 @@ def test_a_long_text_is_cut_off_where_the_text_encoder_ends(make_teacher, folder
     found = make_teacher().encode_captions(["word " * 300])
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     with pytest.raises(ValueError, match=r"'open_clip:tiny' reads 20 tokens.*class name"):
-        make_teacher(templates=("very ",) * 19 + "{}").encode_classes(["cat"])
+        make_teacher(templates=("very " * 19 + "{}",)).encode_classes(["cat"])
 
 
 def test_embeddings_are_constants_and_the_model_is_frozen(make_teacher):
@@ -260,22 +240,6 @@ def test_loading_leaves_the_root_logger_alone(make_teacher, caplog):
         make_teacher().encode_captions(["a cat"])
     assert (root.level, root.handlers, root.filters) == before
     assert "randomly" not in caplog.text  # what open_clip says while the weights are still to come
-
-
-def test_texts_in_the_cache_need_no_model(make_teacher, monkeypatch):
-    first = make_teacher()
-    expected, scale = first.encode_classes(["cat", "dog"]), first.logit_scale
-
-    def refuse(*_):
-        raise AssertionError("the model was loaded")
-
-    monkeypatch.setattr(open_clip_models, "_load_weights", refuse)
-    second = make_teacher()
-    assert torch.equal(second.encode_classes(["dog", "cat"]), expected.flip(0))
-    assert (second.embed_dim, second.logit_scale) == (16, pytest.approx(scale))
-    assert not second.loaded
-    with pytest.raises(AssertionError, match="was loaded"):
-        second.encode_classes(["bird"])
 
 
 # --- names ----------------------------------------------------------------------------------------
@@ -367,7 +331,7 @@ def test_published_weights_without_network(make_teacher, publish, tmp_path, monk
     [
         ("open_clip:", ValueError, "expected open_clip:MODEL:TAG, open_clip:MODEL:FILE or"),
         ("open_clip:hf-hub:org/tiny", ValueError, "the folder it was downloaded to"),
-        ("open_clip:ViT-B-17:x", FileNotFoundError, r"perhaps ViT-B-16.*the models are .*ViT-L-14"),
+        ("open_clip:ViT-B-17:x", FileNotFoundError, "none of .*ViT-L-14"),
         ("open_clip:ViT-B-16", FileNotFoundError, r"no weights; .*tags of ViT-B-16 are.*laion2b"),
         ("open_clip:ViT-B-16:lion", FileNotFoundError, r"'lion' is neither a file nor a tag of"),
         ("open_clip:/no/where", FileNotFoundError, "no folder '/no/where'"),

@@ -141,12 +141,6 @@ def test_rows_that_no_progress_counts_are_written_again(tmp_path, folder, conten
     assert digests(part) == digests(folder)
 
 
-def test_a_complete_cache_is_left_alone(folder, contents):
-    before = digests(folder)
-    assert open_writer(folder, contents).complete
-    assert digests(folder) == before
-
-
 def test_a_cache_of_other_contents_is_not_overwritten_unasked(tmp_path, folder, contents):
     other = dataclasses.replace(contents, crop_scale=1.0)
     with pytest.raises(ValueError, match=r"crop_scale: found 1.5, expected 1.0.*--overwrite"):

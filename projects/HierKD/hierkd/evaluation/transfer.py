@@ -17,7 +17,7 @@ from typing import Any
 
 from tabulate import tabulate  # type: ignore[import-untyped]
 
-from hierkd.teachers.names import comparable_name
+from hierkd.teachers.texts import comparable_name
 
 __all__ = [
     "COLUMNS",

@@ -82,9 +82,8 @@ from hierkd.modeling.mlca import MLCA, gather_rows
 from hierkd.modeling.sampling import subsample_negatives
 from hierkd.modeling.text_classifier import TextClassifier
 from hierkd.teachers.clip import build_teacher, check_embed_dim
-from hierkd.teachers.names import comparable_name
 from hierkd.teachers.protocol import Teacher
-from hierkd.teachers.texts import check_names
+from hierkd.teachers.texts import check_names, comparable_name
 
 __all__ = ["DensePredictions", "ForeAnchors", "HierKD"]
 

@@ -48,11 +48,11 @@ from hierkd.teachers.texts import (
 
 __all__ = [
     "CLIPTeacher",
+    "build_region_cache",
     "build_teacher",
     "check_embed_dim",
     "find_token_counter",
     "known_weights_sha256",
-    "open_region_cache",
 ]
 
 logger = logging.getLogger(__name__)
@@ -412,12 +412,12 @@ def build_teacher(cfg: Any) -> CLIPTeacher:
         text_cache_dir=teacher.TEXT_CACHE_DIR,
         download_root=teacher.DOWNLOAD_ROOT,
         pixel_statistics=teacher.PIXEL_STATISTICS,
-        stored=_load_stored(cfg, templates) if text.EMBEDDINGS else None,
-        cache=open_region_cache(cfg) if teacher.CACHE else None,
+        stored=_build_stored(cfg, templates) if text.EMBEDDINGS else None,
+        cache=build_region_cache(cfg) if teacher.CACHE else None,
     )
 
 
-def _load_stored(cfg: Any, templates: tuple[str, ...]) -> TextEmbeddings:
+def _build_stored(cfg: Any, templates: tuple[str, ...]) -> TextEmbeddings:
     text, weights = cfg.MODEL.TEXT_CLASSIFIER, cfg.MODEL.TEACHER.WEIGHTS
     stored = load_text_embeddings(text.EMBEDDINGS)
     if stored.embed_dim != text.EMBED_DIM:
@@ -437,7 +437,7 @@ def _load_stored(cfg: Any, templates: tuple[str, ...]) -> TextEmbeddings:
     return stored
 
 
-def open_region_cache(cfg: Any) -> RegionCache:
+def build_region_cache(cfg: Any) -> RegionCache:
     """Open the cache of MODEL.TEACHER.CACHE, and refuse one of another training.
 
     Regions are checked only where they are used, that is, with instance-level distillation.

@@ -12,7 +12,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import hashlib
 import json
 import logging
@@ -179,11 +178,9 @@ def _find(weights: str, download_root: str | None) -> _Weights:
     open_clip = _import_open_clip()
     known = open_clip.list_models()
     if model not in known:
-        close = difflib.get_close_matches(model, known, n=3)
         raise FileNotFoundError(
-            f"{_KEY}: {weights!r}: {model!r} is none of open_clip's models"
-            f"{', perhaps ' + ' or '.join(close) if close else ''}; {_SYNTAX}; the models are "
-            f"{', '.join(known)}"
+            f"{_KEY}: {weights!r}: {model!r} is none of open_clip's models {', '.join(known)}; "
+            f"{_SYNTAX}"
         )
     tags = open_clip.list_pretrained_tags_by_model(model)
     published = open_clip.get_pretrained_cfg(model, source) if source else {}

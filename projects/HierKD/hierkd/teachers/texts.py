@@ -12,8 +12,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,7 @@ __all__ = [
     "check_rows",
     "check_same_rows",
     "check_template",
+    "comparable_name",
     "load_text_embeddings",
     "make_text_embeddings",
     "read_embedding_array",
@@ -212,6 +215,18 @@ def check_names(names: Sequence[str], names_from: str) -> None:
 def as_clip_reads(name: str) -> str:
     """A name as OpenAI's CLIP reads it: NFC, lower case, and one blank for white space."""
     return " ".join(unicodedata.normalize("NFC", name).lower().split())
+
+
+@lru_cache(maxsize=2**16)
+def comparable_name(name: str) -> str:
+    """A name without capitals, "_", "-", a plural s, and what stands in parentheses.
+
+    Names that agree in this are taken for the same class; synonyms ("sofa", "couch") do not.
+    """
+    text = re.sub(r"\(.*?\)", " ", name.lower())
+    plain = " ".join(re.split(r"[\s_-]+", text.strip())) or name.lower()
+    is_plural = len(plain) > 3 and plain.endswith("s") and plain[-2] not in "su"
+    return plain[:-1] if is_plural else plain
 
 
 def repeated_names(names: Sequence[str]) -> list[tuple[str, str]]:

@@ -6,6 +6,7 @@ import itertools
 import logging
 import os
 import tempfile
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -220,15 +221,14 @@ def _read_ahead(
 ) -> Iterator[Tensor | None]:
     """Images (3, H, W) in order, decoded by threads a little ahead of their use."""
     with ThreadPoolExecutor(num_threads) as pool:
-        waiting = iter(records)
-        pending: list[Future[Tensor | None]] = []
+        pending: deque[Future[Tensor | None]] = deque()
         try:
-            for record in itertools.islice(waiting, 4 * num_threads):
+            for record in records:
                 pending.append(pool.submit(_read, record, image_format, skip_broken))
+                if len(pending) > 4 * num_threads:
+                    yield pending.popleft().result()
             while pending:
-                yield pending.pop(0).result()
-                for record in itertools.islice(waiting, 1):
-                    pending.append(pool.submit(_read, record, image_format, skip_broken))
+                yield pending.popleft().result()
         finally:
             pool.shutdown(cancel_futures=True)
 

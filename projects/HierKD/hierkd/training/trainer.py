@@ -46,7 +46,7 @@ from hierkd.evaluation.transfer import (
 )
 from hierkd.files import write_json_atomically
 from hierkd.reports.metrics import mend_metrics
-from hierkd.teachers.clip import open_region_cache
+from hierkd.teachers.clip import build_region_cache
 from hierkd.training.agreement import broadcast_buffers, check_same_weights, in_every_process
 from hierkd.training.hooks import FiniteGuard, Interruption
 from hierkd.training.monitoring import build_monitoring_hooks
@@ -187,7 +187,7 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # detectron2 is untyped
             if cfg.MODEL.GKD.LOSS_WEIGHT > 0:
                 names = ", ".join(MetadataCatalog.get(n).json_file for n in cfg.DATASETS.TRAIN)
                 check_captions(dataset_dicts, names)
-            cache = open_region_cache(cfg) if cfg.MODEL.TEACHER.CACHE else None
+            cache = build_region_cache(cfg) if cfg.MODEL.TEACHER.CACHE else None
         if cfg.DATALOADER.CHECK_IMAGES:
             dataset_dicts = check_images(
                 dataset_dicts, skip_broken=cfg.DATALOADER.SKIP_BROKEN_IMAGES
