@@ -1,4 +1,4 @@
-"""Seeded ways to break a file: parsed JSON, its text, and bytes of any kind."""
+"""Seeded ways to break a JSON file: its values and its text."""
 
 import copy
 import json
@@ -95,22 +95,3 @@ def broken_json_file(content: Any, seed: int) -> bytes:
     if seed % 4 == 0:
         return break_text(json.dumps(content).encode(), rng)
     return json.dumps(break_json(content, rng)).encode()
-
-
-def break_bytes(data: bytes, rng: random.Random) -> bytes:
-    """A binary file with changes all over it or near its beginning, where headers are."""
-    broken = bytearray(data)
-    for _ in range(rng.choice((1, 1, 2, 5, 20))):
-        if not broken:
-            break
-        limit = len(broken) if rng.random() < 0.5 else min(len(broken), 100)
-        at, kind = rng.randrange(limit), rng.randrange(4)
-        if kind == 0:
-            del broken[at:]
-        elif kind == 1:
-            broken[at] = rng.randrange(256)
-        elif kind == 2:
-            broken[at : at + rng.randrange(8)] = bytes([rng.choice((0, 255, 128))]) * 4
-        else:
-            broken[at:at] = broken[: rng.randrange(30)]
-    return bytes(broken)

@@ -13,8 +13,6 @@ from detectron2.structures import Boxes, Instances
 from PIL import Image
 
 from hierkd.data.coco import check_datasets, load_ovd_json, register_ovd_dataset
-from hierkd.data.prepare import prepare_coco
-from hierkd.data.splits import COCO_CATEGORIES, SPLITS
 from hierkd.evaluation.proposal_evaluation import ProposalEvaluator
 from hierkd.evaluation.split_coco_evaluation import SplitCOCOEvaluator
 from mutations import broken_json_file
@@ -209,67 +207,3 @@ def test_a_box_that_is_no_number_does_not_count_as_found(root, dataset):
     content["annotations"].insert(0, bad)
     (root / "broken.json").write_text(json.dumps(content))
     assert evaluate(dataset) == pytest.approx(whole, nan_ok=True)
-
-
-# --- COCO's own files -----------------------------------------------------------------------------
-
-
-def official():
-    """The three files that datasets/prepare_coco.py reads, of two pictures each."""
-    categories = [{"id": each.id, "name": each.name} for each in COCO_CATEGORIES]
-    files = {}
-    for first, half in ((1, "train2017"), (5, "val2017")):
-        images = [
-            {"id": i, "file_name": f"{i:012}.jpg", "height": HEIGHT, "width": WIDTH}
-            for i in (first, first + 1)
-        ]
-        boxes = [
-            {"id": 10 * i + k, "image_id": i, "category_id": (1, 5, 18)[k], "iscrowd": 0}
-            | {"bbox": [1, 2, 10, 12.5], "area": 125.0, "segmentation": []}
-            for i in (first, first + 1)
-            for k in range(3)
-        ]
-        files[f"instances_{half}.json"] = {
-            "info": {"year": 2017}, "images": images, "annotations": boxes,
-            "categories": categories,
-        }  # fmt: skip
-        captions = [
-            {"id": 100 + i, "image_id": i, "caption": "a picture"} for i in (first, first + 1)
-        ]
-        files[f"captions_{half}.json"] = {"images": images, "annotations": captions}
-    del files["captions_val2017.json"]
-    return files
-
-
-@pytest.mark.parametrize("count", [40, pytest.param(3_000, marks=pytest.mark.slow)])
-def test_preparing(tmp_path, count):
-    folder = tmp_path / "coco" / "annotations"
-    folder.mkdir(parents=True)
-    made = 0
-    for seed in range(count):
-        files = official()
-        names = sorted(files)
-        for name, content in files.items():
-            (folder / name).write_text(json.dumps(content))
-        victim = names[seed % 3]
-        content = files[victim]
-        few = content.get("categories", [])[:3]  # else most changes would be to the other 77
-        if few and seed % 4:
-            broken = json.loads(broken_json_file({**content, "categories": few}, seed))
-            if isinstance(broken.get("categories"), list):
-                broken["categories"] += content["categories"][3:]
-            data = json.dumps(broken).encode()
-        else:
-            data = broken_json_file(content, seed)
-        (folder / victim).write_bytes(data)
-        summaries = outcome(
-            lambda: prepare_coco(tmp_path, [SPLITS["48_17"]], check_pictures=False), (folder,), seed
-        )
-        for each in summaries or ():
-            part = json.loads(each.path.read_text())
-            known = {image["id"] for image in part["images"]}
-            assert {box["image_id"] for box in part["annotations"]} <= known
-            assert all(len(box["bbox"]) == 4 for box in part["annotations"])
-        made += summaries is not None
-    print(f"{count} sets of official files: {made} prepared, {count - made} refused")
-    assert made > count / 20

@@ -256,12 +256,7 @@ def _check_images_exist(file_names: Iterable[str], image_root: str, missing_hint
 def _clip_box(
     box: tuple[float, float, float, float], width: int, height: int
 ) -> tuple[list[float] | None, str]:
-    """Clip an XYWH box (absolute px) to its ``width`` x ``height`` image.
-
-    Returns:
-        The clipped XYWH box, or ``None`` if it is to be dropped, and what was done:
-        ``"kept"``, ``"clipped"``, ``"non-finite"``, ``"without area"`` or ``"outside"``.
-    """
+    """Clip an XYWH box (px) to its image; return it, None if it is dropped, and what was done."""
     x, y, box_width, box_height = box
     if not all(map(math.isfinite, box)):
         return None, "non-finite"

@@ -42,8 +42,7 @@ _LEAVING = (signal.ITIMER_REAL, 60.0)  # [ours] seconds; twice what SLURM and to
 def seeded_rng(*seed: int) -> Iterator[None]:
     """Seed Python's, NumPy's and torch's CPU generators inside the block; restore them after it.
 
-    Args:
-        seed: non-negative integers that together name the state.
+    ``seed``: non-negative integers that together name the state.
     """
     words = np.random.SeedSequence(seed).generate_state(3)
     states = random.getstate(), np.random.get_state(), torch.random.get_rng_state()

@@ -77,8 +77,8 @@ def train_warm_start(
             [_jitter(region[1], rng) for region in chosen],
             size=size,
             scale=1.0,
-            mean=pixel_mean,
-            std=pixel_std,
+            mean=[float(each) for each in pixel_mean],  # a YAML may say 0
+            std=[float(each) for each in pixel_std],
         )
         flip = torch.from_numpy(rng.random(len(crops)) < 0.5)
         crops[flip] = crops[flip].flip(3)
