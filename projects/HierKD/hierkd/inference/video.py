@@ -76,13 +76,9 @@ class Frame:
 
 
 class Video:
-    """A video file, or a camera, frame by frame; a context manager.
+    """A video file, or a (``live``) camera, frame by frame; a context manager.
 
-    Attributes:
-        name: For messages.
-        live: Whether it is a camera.
-        fps: Frames per second.
-        num_frames: How many the file announces; 0 if it does not, or for a camera.
+    ``num_frames`` are those that the file announces: 0 if it does not, or for a camera.
     """
 
     def __init__(self, source: Path | int) -> None:

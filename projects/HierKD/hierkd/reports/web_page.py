@@ -76,11 +76,7 @@ class Shown(NamedTuple):
 
 
 def parse_names(text: str, max_names: int) -> tuple[str, ...]:
-    """Read class names as a visitor types them: between commas, semicolons or line breaks.
-
-    Raises:
-        ValueError: None, too many, or one that is no name.
-    """
+    """Read class names between commas, semicolons or line breaks; ValueError if unusable."""
     pieces = (" ".join(piece.split()) for piece in re.split(r"[,;\r\n]", text or ""))
     names = [piece for piece in pieces if piece]
     if not names:
