@@ -259,6 +259,24 @@ def test_the_names_that_a_graph_needs() -> None:
         ExportableDetector(predictor.model)
 
 
+def test_a_failing_write_leaves_the_old_file(tmp_path, monkeypatch) -> None:
+    output = tmp_path / "detector.pt2"
+    output.write_bytes(b"old")
+
+    def full(self: Path, data: bytes) -> int:
+        with self.open("wb") as file:
+            file.write(data[:100])
+        raise OSError(28, "No space left on device", str(self))
+
+    monkeypatch.setattr(module, "trace", lambda *_, **__: None)
+    monkeypatch.setattr(module, "_pt2_bytes", lambda *_: b"new" * 100)
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        export_graph(make_predictor(), output)
+    assert output.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [output]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -369,7 +369,7 @@ def resolve_vocabulary(text: str) -> list[str]:
 
     Raises:
         ValueError: They are no names (:func:`hierkd.teachers.texts.check_names`), or look like
-            something else: a folder, a path, names between semicolons, a misspelt dataset.
+            something else: a folder, a path, names between semicolons.
         FileNotFoundError: A .txt or .json is named that does not exist.
     """
     if text in DatasetCatalog.list():
