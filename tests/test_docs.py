@@ -123,7 +123,7 @@ def test_commands_parse(page, monkeypatch):
 @pytest.mark.parametrize(
     ("wrong", "named"),
     [
-        ("python demo.py --inptu x.jpg", "required"),
+        ("python demo.py --inptu x.jpg", "unrecognized"),
         ("python tools/none.py", "none.py"),
         ("python train_net.py --config-file configs/hierkd_R50.yaml MODEL.IKD.BOXS gt", "BOXS"),
         ("torchrun --standalone train_net.py --num-gpus x", "invalid int value"),

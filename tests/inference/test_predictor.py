@@ -8,11 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import MetadataCatalog
 from detectron2.structures import Boxes, Instances
 from PIL import Image
 
-import hierkd
 import hierkd.teachers.clip as teacher
 import tiny_training
 from hierkd.inference.predictor import (
@@ -77,6 +76,7 @@ def test_channels_come_in_the_models_order(image_format, red_channel):
 def test_the_largest_vocabulary_comes_first(world, pictures):
     predictor = OpenVocabularyPredictor.from_checkpoint(world / "run")
     assert predictor.vocabulary == MINIATURE_CLASSES
+    assert predictor.trained_on == ("miniature_ovd_train_base",)
     saved = torch.load(world / "run" / "model_final.pth", weights_only=True)["model"]
     for name, parameter in predictor.model.state_dict().items():
         torch.testing.assert_close(parameter, saved[name])
@@ -104,16 +104,9 @@ def test_a_detector_of_the_miniature_alone_says_so(trained_on, icons):
     assert predictor.knows_icons_only is icons
 
 
-def test_what_a_run_was_trained_on(predictor):
-    assert predictor.trained_on == ("miniature_ovd_train_base",)
-
-
-def test_vocabulary_from_names():
-    assert resolve_vocabulary("cat,umbrella, traffic cone ") == ["cat", "umbrella", "traffic cone"]
-
-
 def test_vocabulary_from_a_dataset(tmp_path):
     name = register_toy_world(tmp_path / "world")
+    assert resolve_vocabulary("cat, traffic_cone ") == ["cat", "traffic_cone"]
     assert resolve_vocabulary(name) == list(VOCABULARY)
     resolve_vocabulary(name).clear()  # a copy: the dataset keeps its own
     assert tuple(MetadataCatalog.get(name).thing_classes) == VOCABULARY
@@ -126,25 +119,14 @@ def test_vocabulary_from_a_dataset(tmp_path):
         (" , ", "empty"),
         ("cat,,dog", "blank"),
         ("cat,dog,cat", "repeats 'cat'"),
-        ("toy_wrld_all", "did you mean 'toy_world_all'"),
         ("cat;dog", "cat;dog"),
         ("names/mine", "names/mine"),
         (".", r"'\.' is neither a file"),
     ],
 )
 def test_unusable_vocabularies(text, named):
-    MetadataCatalog.get("toy_world_all").thing_classes = ["a"]
-    DatasetCatalog.register("toy_world_all", list)
-    try:
-        assert resolve_vocabulary("toy_world_all") == ["a"]
-        with pytest.raises(ValueError, match=named):
-            resolve_vocabulary(text)
-        # Of several names none is taken for a dataset, and classes are not like one.
-        for names in (["toy_world_al", "dog"], ["toy world all"], ["traffic_cone"]):
-            assert resolve_vocabulary(",".join(names)) == names
-    finally:
-        DatasetCatalog.remove("toy_world_all")
-        MetadataCatalog.remove("toy_world_all")
+    with pytest.raises(ValueError, match=named):
+        resolve_vocabulary(text)
 
 
 # ------------------------------------------------------------------ from_checkpoint and predict
@@ -176,10 +158,6 @@ def rows(instances):
     """Detections as one array: box, score, class."""
     scores, classes = instances.scores[:, None], instances.pred_classes[:, None].float()
     return torch.cat([instances.pred_boxes.tensor, scores, classes], dim=1)
-
-
-def test_the_package_offers_the_predictor():
-    assert hierkd.OpenVocabularyPredictor is OpenVocabularyPredictor
 
 
 def test_every_way_to_name_a_checkpoint_gives_the_same_detector(world, pictures, tmp_path):
@@ -287,13 +265,18 @@ def test_every_kind_of_picture_gives_the_same_detections(predictor, pictures):
         assert not torch.equal(rows(predictor.predict(kind, channels="RGB")), expected)
 
 
-def test_lists_and_batches_give_what_single_pictures_give(predictor, pictures):
+def test_lists_and_batches_give_what_single_pictures_give(predictor, pictures, monkeypatch):
     wide = gradient_image(50, 120)
     images = [pictures[0], wide, pictures[1], gradient_image(80, 80), wide, pictures[2]]
     one_by_one = [rows(predictor.predict(image)) for image in images]
-    for size in (1, 2, 4, 8):
+    detect, sizes = predictor.model.forward, []
+    monkeypatch.setattr(
+        predictor.model, "forward", lambda inputs: sizes.append(len(inputs)) or detect(inputs)
+    )
+    for size, passes in ((1, [1] * 6), (4, [3, 1, 1, 1])):
         together = predictor.predict(images, batch_size=size)
-        assert isinstance(together, list)
+        assert sizes == passes
+        sizes.clear()
         for found, expected in zip(together, one_by_one, strict=True):
             torch.testing.assert_close(rows(found), expected)
     stack = np.stack([wide, wide[:, ::-1]])
@@ -305,29 +288,6 @@ def test_lists_and_batches_give_what_single_pictures_give(predictor, pictures):
     assert isinstance(predictor.predict([wide]), list)
 
 
-def test_images_of_one_size_share_a_pass(monkeypatch, predictor):
-    sizes = []
-    detect = predictor.model.forward
-    monkeypatch.setattr(
-        predictor.model, "forward", lambda inputs: sizes.append(len(inputs)) or detect(inputs)
-    )
-    predictor.predict([gradient_image(64, 64)] * 5 + [gradient_image(64, 100)], batch_size=4)
-    assert sizes == [4, 1, 1]
-
-
-def test_thresholds_and_top_k(predictor, pictures):
-    everything = predictor.predict(pictures[0], vocabulary=["a", "b"])
-    scores = everything.scores
-    middle = float(scores[len(scores) // 2])
-    kept = predictor.predict(pictures[0], vocabulary=["a", "b"], score_threshold=middle)
-    assert kept.scores.tolist() == [s for s in scores.tolist() if s >= middle]
-    assert torch.equal(
-        rows(predictor.predict(pictures[0], vocabulary=["a", "b"], top_k=3)), rows(everything)[:3]
-    )
-    without_b = predictor.predict(pictures[0], vocabulary=["a", "b"], class_thresholds={"b": 1})
-    assert torch.equal(rows(without_b), rows(everything)[everything.pred_classes == 0])
-
-
 def test_a_vocabulary_for_one_call(predictor, pictures):
     before = predictor.vocabulary
     expected = rows(predictor.predict(pictures[0]))
@@ -335,23 +295,27 @@ def test_a_vocabulary_for_one_call(predictor, pictures):
     assert set(one.pred_classes.tolist()) == {0}
     assert predictor.vocabulary == before
     assert torch.equal(rows(predictor.predict(pictures[0])), expected)
-    with pytest.raises(ValueError, match=r"no pixels"):
+    with pytest.raises(ValueError, match="pixels"):
         predictor.predict(np.zeros((0, 4, 3), np.uint8), vocabulary=["another"])
     assert predictor.vocabulary == before
+    both = predictor.predict(pictures[0], vocabulary=["a", "b"])
+    middle = float(both.scores[len(both) // 2])
+    better = predictor.predict(pictures[0], vocabulary=["a", "b"], score_threshold=middle)
+    assert torch.equal(rows(better), rows(both)[both.scores >= middle])
+    options = {"vocabulary": ["a", "b"], "class_thresholds": {"b": 1}, "top_k": 3}
+    kept = predictor.predict(pictures[0], **options)
+    assert torch.equal(rows(kept), rows(both)[both.pred_classes == 0][:3])
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"score_threshold": 1.5}, "score threshold must be 0 to 1, got 1.5"),
-        ({"score_threshold": float("nan")}, "score threshold must be 0 to 1, got nan"),
-        ({"top_k": 0}, "top-k must be a whole number of at least 1, got 0"),
-        ({"class_thresholds": {"zebra": 0.5}}, r"not in the vocabulary: \['zebra'\]"),
-        ({"class_thresholds": {"zebra": -1}}, "class 'zebra' must be 0 to 1, got -1"),
-        ({"channels": "GRB"}, "channels must be 'BGR' or 'RGB', got 'GRB'"),
-        ({"batch_size": 0}, "batch_size must be at least 1"),
-        ({"vocabulary": []}, "no names, the list is empty"),
-        ({"vocabulary": "cat"}, "list of class names, got the text 'cat'"),
+        ({"score_threshold": 1.5}, "1.5"),
+        ({"class_thresholds": {"zebra": 0.5}}, "zebra"),
+        ({"channels": "GRB"}, "GRB"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"vocabulary": []}, "empty"),
+        ({"vocabulary": "cat"}, "'cat'"),
     ],
 )
 def test_wrong_arguments(predictor, arguments, message):

@@ -66,12 +66,9 @@ def test_names(text, names):
     ("text", "named"),
     [
         (None, "Type the classes"),
-        (",;\n , ", "Type the classes"),
         ("a,b,c,d,e,f", "6 classes are too many: at most 5"),
         ("a," + 501 * "b", "more than 500 characters"),
         ("cat, dog, Cat", "'cat' and 'Cat'"),
-        ("cat, \u200b", "blank"),
-        ("c\x00at", "control"),
     ],
 )
 def test_unusable_names(text, named):
@@ -104,10 +101,8 @@ def bomb(width, height):
     ("content", "named"),
     [
         (b"", "not a picture"),
-        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "expected JPEG, PNG, WebP, GIF or BMP"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a picture"),
         (b"II*\0\x08\0\0\0\0\0", "not a picture"),  # TIFF
-        (b"\x89PNG\r\n\x1a\nnonsense", "not a picture"),
         (bomb(90, 90), "broken"),  # small enough, but without pixels
         (bomb(101, 100), "101 × 100 pixels, at most 10000"),
         (bomb(60_000, 60_000), "too large: at most 10000"),
@@ -181,10 +176,8 @@ def test_each_setting_chooses(picture, tmp_path, monkeypatch):
 def test_compared(picture):
     detectors = {"mine": OneBox(0.9), "other": OneBox(0.4)}
     shown = show(look(detectors, picture, "cup"), 0.3, 1, "")
-    assert [d.calls[0][1] for d in detectors.values()] == [("cup",), ("cup",)]
-    assert shown.content["detectors"] == ["mine", "other"]
-    assert [d["score"] for d in shown.content["detections"]] == [0.9]
-    assert [d["score"] for d in shown.content["compared"]["other"]] == [0.4]
+    assert [each["score"] for each in shown.content["detections"]] == [0.9]
+    assert [each["score"] for each in shown.content["compared"]["other"]] == [0.4]
     assert [row[0] for row in shown.table] == ["mine", "other"]
     assert len(shown.panels) == 2
 

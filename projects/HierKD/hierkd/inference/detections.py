@@ -64,18 +64,7 @@ class DetectionFilter:
             )
 
     def __call__(self, instances: Instances, vocabulary: Sequence[str]) -> Instances:
-        """Filter the detections of one image.
-
-        Args:
-            instances: On the CPU, best first, with ``scores`` and ``pred_classes``.
-            vocabulary: Names that ``pred_classes`` index.
-
-        Returns:
-            Those kept, in the same order.
-
-        Raises:
-            ValueError: As :meth:`check_vocabulary`.
-        """
+        """Filter the detections of one image, which are on the CPU and come best first."""
         self.check_vocabulary(vocabulary)
         thresholds = torch.tensor(
             [self.class_thresholds.get(name, self.score_threshold) for name in vocabulary],
@@ -87,16 +76,7 @@ class DetectionFilter:
 
 
 def scale_boxes(instances: Instances, factor: float, size: tuple[int, int]) -> Instances:
-    """Bring detections to a picture that was resized after the detection.
-
-    Args:
-        instances: With ``pred_boxes``, XYXY in pixels of the original picture.
-        factor: By which the sides of the picture have grown.
-        size: Height and width of the resized picture, in pixels.
-
-    Returns:
-        Copies, with all other fields as they were.
-    """
+    """Copy detections to a picture of ``size`` (height, width), ``factor`` times as large."""
     scaled = Instances(size, **instances.get_fields())
     scaled.pred_boxes = instances.pred_boxes.clone()
     scaled.pred_boxes.scale(factor, factor)
@@ -104,15 +84,7 @@ def scale_boxes(instances: Instances, factor: float, size: tuple[int, int]) -> I
 
 
 def as_records(instances: Instances, vocabulary: Sequence[str]) -> list[dict[str, Any]]:
-    """Write detections as plain values.
-
-    Args:
-        instances: ``pred_boxes``, ``scores``, ``pred_classes``.
-        vocabulary: Names that ``pred_classes`` index.
-
-    Returns:
-        Per detection ``class`` (name), ``score`` (0..1) and ``box_xyxy`` (pixels of the image).
-    """
+    """Write detections as ``class`` (name), ``score`` (0..1) and ``box_xyxy`` (pixels) each."""
     rows = zip(
         instances.pred_classes.tolist(),
         instances.scores.tolist(),
@@ -130,29 +102,14 @@ def as_records(instances: Instances, vocabulary: Sequence[str]) -> list[dict[str
 
 
 def parse_class_thresholds(text: str) -> dict[str, float]:
-    """Read thresholds of single classes as a user types them; a file of them may be named.
-
-    Args:
-        text: As for :func:`read_class_thresholds`, or the path of a text file with one
-            ``NAME=SCORE`` a line.
-
-    Raises:
-        ValueError: As :func:`read_class_thresholds`.
-        FileNotFoundError: A .txt is named that does not exist.
-    """
+    """Read NAME=SCORE,... as a user types it, or a text file with one NAME=SCORE a line."""
     if text.endswith(".txt") or Path(text).is_file():
         return read_class_thresholds(read_text_lines(text))
     return read_class_thresholds(text.split(","))
 
 
 def read_class_thresholds(entries: Iterable[str]) -> dict[str, float]:
-    """Read thresholds of single classes; opens no file, whatever the texts are.
-
-    Args:
-        entries: ``NAME=SCORE`` each; blank ones are passed over.
-
-    Returns:
-        Class name to threshold, not yet checked for its range.
+    """Read ``NAME=SCORE`` texts, blank ones aside; opens no file.
 
     Raises:
         ValueError: An entry is no ``NAME=SCORE``, or a class is named twice.

@@ -85,10 +85,7 @@ def _load(
 
 
 def _title_of(path: str) -> str:
-    """Name of a training's folder, or of the folder of its checkpoint or config.yaml.
-
-    A config of another name gives its own name.
-    """
+    """Name of a training's folder; a config not called config.yaml gives its own name."""
     resolved = Path(path).resolve()
     if resolved.suffix in (".yaml", ".yml") and resolved.stem != "config":
         return resolved.stem
@@ -96,11 +93,7 @@ def _title_of(path: str) -> str:
 
 
 def icons_only(predictors: Mapping[str, OpenVocabularyPredictor]) -> str:
-    """Say which detectors are useless on photographs, since they saw the miniature alone.
-
-    Returns:
-        A sentence or two for the user; "" if there is no such detector.
-    """
+    """Say which detectors saw the miniature alone and find noise in photographs; "" if none."""
     titles = [title for title, predictor in predictors.items() if predictor.knows_icons_only]
     if not titles:
         return ""
@@ -119,12 +112,7 @@ class Detectors:
         keep: DetectionFilter,
         vocabulary: Sequence[str] | None = None,
     ) -> None:
-        """Give all of them one vocabulary.
-
-        Args:
-            predictors: By title; the first one is the main one.
-            keep: Which detections are shown and written.
-            vocabulary: Class names; None is the main detector's own.
+        """Give all of them, the first of which is the main one, its vocabulary or another one.
 
         Raises:
             ValueError: The vocabulary is unusable, or a class with a threshold is not in it.

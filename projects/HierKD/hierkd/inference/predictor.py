@@ -11,7 +11,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
 import threading
@@ -82,9 +81,6 @@ class OpenVocabularyPredictor:
             max_size: Limit of the longer side, in pixels.
             image_format: Channel order the model was trained with, "RGB" or "BGR".
             trained_on: Names of the datasets it was trained on; none are not known.
-
-        Raises:
-            ValueError: ``image_format`` is neither.
         """
         if image_format not in ("RGB", "BGR"):
             raise ValueError(f"INPUT.FORMAT must be 'RGB' or 'BGR', got {image_format!r}")
@@ -130,11 +126,7 @@ class OpenVocabularyPredictor:
 
     @classmethod
     def from_config(cls, cfg: Any) -> dict[str, Any]:
-        """Build the model, load ``MODEL.WEIGHTS`` and choose the first vocabulary.
-
-        The vocabulary is the largest among those of the test datasets; without any, the training
-        dataset's.
-        """
+        """Build the model with its weights and the largest vocabulary of the test datasets."""
         if not cfg.MODEL.WEIGHTS:  # the checkpointer takes it for random weights
             raise ValueError("MODEL.WEIGHTS is empty: detecting needs trained weights")
         model: Any = build_model(_for_inference(cfg))
@@ -175,18 +167,11 @@ class OpenVocabularyPredictor:
         return torch.device(self.model.device)
 
     def set_vocabulary(self, names: Iterable[str]) -> None:
-        """Detect these classes from now on.
-
-        Embeddings of names that were used before on this machine are looked up in memory or on
-        disk; CLIP is loaded for the first name that is new, or, with a file of embeddings
-        (``MODEL.TEXT_CLASSIFIER.EMBEDDINGS``), never.
-
-        Args:
-            names: Class names, each once, in any language CLIP understands.
+        """Detect these classes, each named once, from now on; CLIP is loaded if a name is new.
 
         Raises:
             ValueError: Something is no list of names (:func:`hierkd.teachers.texts.check_names`);
-                or the file of embeddings lacks one.
+                or the file ``MODEL.TEXT_CLASSIFIER.EMBEDDINGS`` lacks one.
             FileNotFoundError: CLIP is needed, and its weights are not there.
         """
         chosen = _as_names(names)
@@ -384,7 +369,7 @@ def resolve_vocabulary(text: str) -> list[str]:
 
     Raises:
         ValueError: They are no names (:func:`hierkd.teachers.texts.check_names`), or look like
-            something else: a folder, a path, names between semicolons, a misspelt dataset.
+            something else: a folder, a path, names between semicolons.
         FileNotFoundError: A .txt or .json is named that does not exist.
     """
     if text in DatasetCatalog.list():
@@ -398,12 +383,6 @@ def resolve_vocabulary(text: str) -> list[str]:
         raise ValueError(
             f"the vocabulary {text!r} is neither a file nor names between commas; names with ';' "
             "or '/' go into a text file"
-        )
-    near = difflib.get_close_matches(text, DatasetCatalog.list(), 1, 0.8)
-    if len(names) == 1 and "_" in text and near:
-        raise ValueError(
-            f"the vocabulary {text!r} is no registered dataset; did you mean {near[0]!r}? A class "
-            "of this name goes into a text file"
         )
     check_names(names, "the vocabulary")
     return names

@@ -68,27 +68,17 @@ def find_inputs(inputs: Iterable[str]) -> list[Path]:
 
 @dataclass(frozen=True)
 class Frame:
-    """A picture of a video.
+    """A picture of a video."""
 
-    Attributes:
-        image: (H, W, 3), BGR, 0..255.
-        index: Its number in the video, from 0, also where frames are skipped.
-        seconds: Its time since the beginning; of a camera, by the clock.
-    """
-
-    image: NDArray[np.uint8]
-    index: int
-    seconds: float
+    image: NDArray[np.uint8]  # (H, W, 3), BGR
+    index: int  # in the video, from 0, also where frames are skipped
+    seconds: float  # since the beginning; of a camera, by the clock
 
 
 class Video:
-    """A video file, or a camera, frame by frame; a context manager.
+    """A video file, or a (``live``) camera, frame by frame; a context manager.
 
-    Attributes:
-        name: For messages.
-        live: Whether it is a camera.
-        fps: Frames per second.
-        num_frames: How many the file announces; 0 if it does not, or for a camera.
+    ``num_frames`` are those that the file announces: 0 if it does not, or for a camera.
     """
 
     def __init__(self, source: Path | int) -> None:
@@ -158,12 +148,7 @@ class VideoFile:
         return self
 
     def write(self, image: NDArray[np.uint8], until: float | None = None) -> None:
-        """Add a frame.
-
-        Args:
-            image: (H, W, 3), RGB.
-            until: Repeat it until the video is that many seconds long, or leave it out if the video
-                is already: keeps what comes at irregular times in real time. None adds it once.
+        """Add a frame (H, W, 3), RGB: once, or as often as makes the video ``until`` seconds long.
 
         Raises:
             ValueError: OpenCV cannot write such a video here.

@@ -46,19 +46,11 @@ _LISTED_CLASSES = 60  # of the vocabulary, at the top of a page. [ours]
 
 @dataclass(frozen=True)
 class Annotated:
-    """What became of a picture or a video.
+    """What became of a picture or a video."""
 
-    Attributes:
-        files: The annotated copy, and after it the heat maps.
-        entry: Its entry in ``detections.json``.
-        num_detections: The main detector's.
-        caption: What was found, as text.
-        is_video: Whether it is a video.
-    """
-
-    files: tuple[Path, ...]
-    entry: Mapping[str, Any]
-    num_detections: int
+    files: tuple[Path, ...]  # the annotated copy, and after it the heat maps
+    entry: Mapping[str, Any]  # in detections.json
+    num_detections: int  # the main detector's
     caption: str
     is_video: bool = False
 
@@ -74,15 +66,7 @@ class Annotated:
 
 
 def name_outputs(sources: Sequence[Path], folder: Path, suffixes: Sequence[str]) -> list[Path]:
-    """Choose a file per source; sources of one name are numbered.
-
-    Args:
-        sources: Pictures and videos.
-        folder: Where the files go.
-        suffixes: The suffix of what becomes of each source.
-
-    Returns:
-        Paths, all different whatever their suffix, and whatever their case.
+    """Choose a file per source, with its suffix; names differ in more than suffix and case.
 
     Raises:
         ValueError: One, or a picture's heat maps, would replace a source; it is named.
@@ -109,14 +93,11 @@ def _heat_maps_path(annotated: Path) -> Path:
 def annotate_picture(
     detectors: Detectors, picture: Path, output: Path, heat_maps: Sequence[str] | None = None
 ) -> Annotated:
-    """Detect in a picture and write its annotated copy.
+    """Detect in a picture and write its annotated copy, a PNG.
 
     Args:
-        detectors: Detect.
-        picture: A file.
-        output: PNG to write.
-        heat_maps: Classes whose heat maps are written, too, as OUTPUT_heat_maps.png; none in the
-            list are those detected. None is no heat maps.
+        heat_maps: Classes whose heat maps are written, too, as OUTPUT_heat_maps.png; an empty list
+            stands for those detected, None for no heat maps.
 
     Raises:
         ValueError: The picture cannot be decoded; it is named.
@@ -160,13 +141,6 @@ def annotate_video(
 
     Writes the annotated frames as a video of the same speed, and beside it a .jsonl with a line per
     frame: ``frame``, ``seconds`` and its detections.
-
-    Args:
-        detectors: Detect.
-        source: A file, or the number of a camera.
-        output: Video to write; its suffix is one of ``VIDEO_CODECS``.
-        every: Only every so many frames are looked at; the others are left out.
-        max_frames: Stop after so many frames; None is all of them.
 
     Raises:
         ValueError: It cannot be read, or the video cannot be written.
@@ -255,15 +229,7 @@ def write_detections(path: Path, detectors: Detectors, done: Sequence[Annotated]
 def write_annotated_page(
     path: Path, detectors: Detectors, done: Sequence[Annotated], *, embed: bool
 ) -> None:
-    """Write an HTML page of what was detected.
-
-    Args:
-        path: Of the page, in the folder of the annotated files.
-        detectors: Have detected.
-        done: From top to bottom.
-        embed: Whether the pictures (as JPEG) and videos are put into the page, so that it is one
-            file, or stay beside it.
-    """
+    """Write an HTML page into the folder of the annotated files, or, to ``embed``, with them."""
     names = detectors.vocabulary
     more = len(names) - _LISTED_CLASSES
     facts = {

@@ -48,61 +48,35 @@ _FAILED = "The server could not do this; its log says why."
 
 @dataclass(frozen=True)
 class Limits:
-    """What a visitor may send. [ours]
+    """What a visitor may send. [ours]"""
 
-    Attributes:
-        max_bytes: Size of a picture file.
-        max_pixels: Width times height of a picture; decoding takes some 3 bytes for each.
-        max_names: Class names in a vocabulary.
-    """
-
-    max_bytes: int = 20 * 1024**2
-    max_pixels: int = 25_000_000
-    max_names: int = 200
+    max_bytes: int = 20 * 1024**2  # of a picture file
+    max_pixels: int = 25_000_000  # decoding takes some 3 bytes for each
+    max_names: int = 200  # in a vocabulary
 
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """All detections in one picture, of each detector, before any is left out.
+    """All detections in one picture, of each detector, before any is left out."""
 
-    Attributes:
-        file_name: As the visitor called it.
-        size: Height and width, pixels.
-        vocabulary: K names that ``pred_classes`` index.
-        view: (h, w, 3), RGB: the picture in the size it is drawn in.
-        instances: Title of the detector to its detections, best first, ``pred_boxes`` XYXY in
-            pixels of the picture.
-    """
-
-    file_name: str
-    size: tuple[int, int]
+    file_name: str  # as the visitor called it
+    size: tuple[int, int]  # height and width, pixels
     vocabulary: tuple[str, ...]
-    view: Image = field(repr=False)
-    instances: Mapping[str, Instances] = field(repr=False)
+    view: Image = field(repr=False)  # (h, w, 3), RGB, in the size it is drawn in
+    instances: Mapping[str, Instances] = field(repr=False)  # by title
 
 
 class Shown(NamedTuple):
-    """What the page shows of :class:`Found`.
-
-    Attributes:
-        summary: How many detections are shown.
-        panels: Per detector, the annotated picture, (h, w, 3), RGB.
-        table: Per detection: detector, class, score and box, as text.
-        content: The same as plain values; the keys are those of ``demo.py``'s detections.json.
-    """
+    """What the page shows of :class:`Found`."""
 
     summary: str
-    panels: list[Image]
-    table: list[list[str]]
-    content: dict[str, Any]
+    panels: list[Image]  # per detector, annotated, (h, w, 3), RGB
+    table: list[list[str]]  # per detection: detector, class, score and box
+    content: dict[str, Any]  # the keys are those of demo.py's detections.json
 
 
 def parse_names(text: str, max_names: int) -> tuple[str, ...]:
-    """Read class names as a visitor types them: between commas, semicolons or line breaks.
-
-    Raises:
-        ValueError: None, too many, or one that is no name.
-    """
+    """Read class names between commas, semicolons or line breaks; ValueError if unusable."""
     pieces = (" ".join(piece.split()) for piece in re.split(r"[,;\r\n]", text or ""))
     names = [piece for piece in pieces if piece]
     if not names:
@@ -151,13 +125,6 @@ def detect(
 ) -> Found:
     """Detect in an upload with each detector; no vocabulary outlasts the call.
 
-    Args:
-        predictors: By title; threads may share them.
-        path: Of the picture.
-        names: Class names as typed.
-        limits: What is accepted.
-        file_name: What the visitor calls the picture.
-
     Raises:
         ValueError: The picture or the names cannot be used.
     """
@@ -175,12 +142,6 @@ def detect(
 
 def show(found: Found, threshold: float, top_k: float, class_thresholds: str) -> Shown:
     """Choose and draw detections; no detector is asked.
-
-    Args:
-        found: All of them.
-        threshold: Least score, 0..1.
-        top_k: Most detections of each detector.
-        class_thresholds: ``NAME=SCORE`` between commas, semicolons or line breaks.
 
     Raises:
         ValueError: A number is out of range, or a class is not in the vocabulary.
@@ -237,14 +198,7 @@ def build_page(
     names: str = "",
     examples: Sequence[Path] = (),
 ) -> gr.Blocks:
-    """Lay out the page and say which event calls what.
-
-    Args:
-        predictors: By title; the first one is the main one.
-        limits: What visitors may send.
-        names: Class names that are there to begin with.
-        examples: Pictures to choose from.
-    """
+    """Lay out the page, with class names to begin with and pictures to choose from."""
     with gr.Blocks(
         title="HierKD", analytics_enabled=False, fill_width=True, delete_cache=(600, _SECONDS_KEPT)
     ) as page:
