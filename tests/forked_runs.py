@@ -1,7 +1,8 @@
-"""Runs of ``train_net.py`` in processes of their own, forked from the tests' one.
+"""Runs of ``train_net.py`` in processes of their own, forked from a clean one.
 
-What a fresh interpreter does is to import PyTorch and detectron2 for five seconds; everything else
-is real: the command line, the processes that it starts, their signals and exit statuses.
+What a fresh interpreter does is to import PyTorch and detectron2 for five seconds; here a server
+does it once. Everything else is real: the command line, the processes that it starts, their signals
+and exit statuses. The tests' own process is not forked: its autograd may have threads.
 """
 
 import functools
@@ -16,12 +17,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch.multiprocessing
+from detectron2.data import MetadataCatalog
 from detectron2.utils.logger import setup_logger
 
+import tiny_training
 import train_net
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 120  # seconds after which a run is taken to hang
+
+_SERVED = multiprocessing.get_context("forkserver")
+_SERVED.set_forkserver_preload(["hierkd.load_config", "hierkd.training.trainer"])
 
 
 class Run:
@@ -31,7 +37,7 @@ class Run:
         arguments: of train_net.py.
         log: where it writes what it says.
         environment: what is added to that of the tests.
-        arrange: called in the new process before anything else.
+        arrange: called in the new process before anything else; it has to be picklable.
     """
 
     def __init__(
@@ -39,12 +45,13 @@ class Run:
         arguments: list[str],
         log: Path,
         environment: dict[str, str] | None = None,
-        arrange: Callable[[], None] = lambda: None,
+        arrange: Callable[[], None] = int,
     ) -> None:
         self.log = log
         before = self.text()
-        work = functools.partial(_work, arguments, log, environment or {}, arrange)
-        self.process = multiprocessing.get_context("fork").Process(target=work)
+        whole = {**os.environ, **(environment or {})}  # the server has that of its start
+        root = Path(MetadataCatalog.get("miniature_ovd_val_all").json_file).parents[2]
+        self.process = _SERVED.Process(target=_work, args=(arguments, root, log, whole, arrange))
         self.process.start()
         self._before = len(before)
 
@@ -84,15 +91,22 @@ class Run:
 
 
 def _work(
-    arguments: list[str], log: Path, environment: dict[str, str], arrange: Callable[[], None]
+    arguments: list[str],
+    root: Path,
+    log: Path,
+    environment: dict[str, str],
+    arrange: Callable[[], None],
 ) -> None:
     os.setsid()
     with log.open("a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.stdout, sys.stderr = open(1, "w", buffering=1), open(2, "w", buffering=1)  # noqa: SIM115
+    multiprocessing.set_start_method("fork", force=True)  # what a program starts with
+    os.environ.clear()
     os.environ.update(environment)
     os.chdir(ROOT)
+    tiny_training.register_anew(str(root))  # the server has registered another folder's
     sys.argv = ["train_net.py", *arguments]
     setup_logger.cache_clear()  # else it would write into what pytest has captured
     start = torch.multiprocessing.start_processes

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -52,7 +53,7 @@ def line(world, output, *options):
     return tiny_training.command_line(output, world / "clip.pt", *options)
 
 
-def start(world, output, *options, arrange=lambda: None, **environment):
+def start(world, output, *options, arrange=int, **environment):
     """A run that is forked from here; its options stand before its KEY VALUE pairs."""
     return Run(line(world, output, *options), output.with_suffix(".txt"), environment, arrange)
 
@@ -267,8 +268,8 @@ def test_a_machine_that_never_comes(world, tmp_path):
 
 
 def test_data_that_only_one_machine_has(world, tmp_path):
-    absent = tiny_training.miniature_at(tmp_path / "absent")
-    first, second = machines(world, tmp_path, *EXACT, arrange=absent.__enter__)
+    absent = partial(tiny_training.register_anew, str(tmp_path / "absent"))
+    first, second = machines(world, tmp_path, *EXACT, arrange=absent)
     with first, second:
         assert all(run.wait(90) != 0 for run in (first, second))
         assert "FileNotFoundError" in second.text()

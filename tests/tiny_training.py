@@ -150,14 +150,15 @@ def prepared(root: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def miniature_at(root: Path) -> Iterator[None]:
     """Register the miniature's datasets for the world in ``root``; back to what they were after."""
-    _register_anew(str(root))
+    register_anew(str(root))
     try:
         yield
     finally:
-        _register_anew(None)
+        register_anew(None)
 
 
-def _register_anew(root: str | None) -> None:
+def register_anew(root: str | None) -> None:
+    """Register the miniature's datasets for the world in ``root``; None: at their usual place."""
     for name in [each for each in DatasetCatalog.list() if each.startswith("miniature_ovd_")]:
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)

@@ -128,9 +128,6 @@ def _add_distillation_keys(cfg: CN) -> None:
     # What the loss is a mean of: "points" = all distilled points [paper Eq. 2], or "levels" = the
     # means of the levels, each with the same weight [release].
     cfg.MODEL.IKD.AVERAGE_OVER = "points"
-    # Move the teacher's region embeddings of each batch so that their mean is that of the training
-    # vocabulary's text embeddings: closes the gap between CLIP's two modalities. [ours]
-    cfg.MODEL.IKD.CLOSE_MODALITY_GAP = False
 
     cfg.MODEL.GKD = CN()
     # lambda_Glo; 0 turns global-level distillation off. [release]

@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 import os
 import threading
@@ -369,7 +370,7 @@ def resolve_vocabulary(text: str) -> list[str]:
 
     Raises:
         ValueError: They are no names (:func:`hierkd.teachers.texts.check_names`), or look like
-            something else: a folder, a path, names between semicolons.
+            something else: a folder, a path, names between semicolons, a misspelt dataset.
         FileNotFoundError: A .txt or .json is named that does not exist.
     """
     if text in DatasetCatalog.list():
@@ -383,6 +384,12 @@ def resolve_vocabulary(text: str) -> list[str]:
         raise ValueError(
             f"the vocabulary {text!r} is neither a file nor names between commas; names with ';' "
             "or '/' go into a text file"
+        )
+    near = difflib.get_close_matches(text, DatasetCatalog.list(), 1, 0.8)
+    if len(names) == 1 and "_" in text and near:
+        raise ValueError(
+            f"the vocabulary {text!r} is no registered dataset; did you mean {near[0]!r}? A class "
+            "of this name goes into a text file"
         )
     check_names(names, "the vocabulary")
     return names

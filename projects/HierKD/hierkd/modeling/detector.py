@@ -37,7 +37,6 @@ from detectron2.utils.events import get_event_storage
 from detectron2.utils.logger import log_first_n
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
-from torch.nn import functional as F
 
 from hierkd.modeling.atss import ATSSMatcher
 from hierkd.modeling.detector_settings import (
@@ -468,9 +467,6 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
         if teacher is None:
             images = [x["image"].to(self.device) for x in batched_inputs]
             teacher = encode_crops(self._teacher_or_raise(), self.ikd, images, points)
-        if self.ikd.close_modality_gap and len(teacher) > 0:
-            text_center = self.text_classifier.text_embeddings.mean(dim=0)
-            teacher = F.normalize(teacher - teacher.mean(dim=0) + text_center, dim=1)
         level_ends = torch.tensor(level_sizes, device=teacher.device).cumsum(0)
         return RegionPairs(
             student=predictions.embeddings[points.image_idxs, points.point_idxs],
@@ -522,13 +518,9 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
         quality_targets = self._quality_targets(anchors, positives)
         regions_per_group = self._count_regions(region_pairs)
         number = quality_targets.new_tensor([float(len(quality_targets))])
-        num_positive, quality_sum, *num_regions = (
-            _average_over_processes(
-                torch.cat([number, quality_targets.sum()[None], regions_per_group])
-            )
-            .clamp(min=1.0)
-            .unbind()
-        )
+        num_positive, quality_sum, *num_regions = _average_over_processes(
+            torch.cat([number, quality_targets.sum()[None], regions_per_group])
+        ).unbind()
         loss_cls = softmax_focal_loss(
             logits, gt_labels[sampled], gamma=settings.focal_gamma, alpha=settings.focal_alpha
         )
@@ -752,11 +744,14 @@ def _as_instances(
 
 
 def _average_over_processes(values: Tensor) -> Tensor:
-    """Mean over the processes of a vector of normalisers."""
+    """Mean over the processes of a vector of normalisers, whose sums count as 1 at least.
+
+    DDP averages gradients, so that the result is that of one process with the whole batch.
+    """
     world_size = comm.get_world_size()
     if world_size > 1:
         torch.distributed.all_reduce(values)
-    return values.div_(world_size)
+    return values.clamp(min=1.0).div_(world_size)
 
 
 def _maps_of(

@@ -76,7 +76,6 @@ class IKD:
     iou_thresh: float = 0.5
     max_crops_per_image: int = 0
     average_over: str = "points"
-    close_modality_gap: bool = False
 
     def __post_init__(self) -> None:
         check_choice("MODEL.IKD.LOSS_TYPE", self.loss_type, ("l1", "l2"))
@@ -106,7 +105,6 @@ def build_ikd(cfg: Any) -> IKD | None:
         iou_thresh=ikd.IOU_THRESH,
         max_crops_per_image=ikd.MAX_CROPS_PER_IMAGE,
         average_over=ikd.AVERAGE_OVER,
-        close_modality_gap=ikd.CLOSE_MODALITY_GAP,
     )
 
 

@@ -72,7 +72,7 @@ def crop_regions(
     crops = torch.zeros((sum(map(len, boxes)), 3, size, size), device=device)
     if len(crops) == 0:
         return crops
-    shift, spread = (torch.tensor(each, device=device).view(3, 1, 1) for each in (mean, std))
+    shift, spread = crops.new_tensor(mean).view(3, 1, 1), crops.new_tensor(std).view(3, 1, 1)
     owners = [index for index, of_image in enumerate(boxes) for _ in range(len(of_image))]
     # Pixels keep float32 also where the caller trains in mixed precision.
     with torch.autocast(crops.device.type, enabled=False):
