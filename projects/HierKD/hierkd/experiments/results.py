@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tabulate import tabulate  # type: ignore[import-untyped]
@@ -36,17 +36,12 @@ def collect_results(
     upper_bounds: Mapping[str, Mapping[str, float]],
     **provenance: Any,
 ) -> Results:
-    """Arrange the figures of a run as ``results.json`` holds them.
+    """Arrange the figures of a run as ``results.json`` holds them, to two decimals, NaN as None.
 
     Args:
-        figures: :class:`SplitCOCOEvaluator`'s on the novel vocabulary ("zsd") and on that of all
-            classes ("gzsd"), in percent.
+        figures: "zsd" (novel vocabulary) and "gzsd" (all classes) to an evaluator's, in percent.
         upper_bounds: CLIP's on the ground-truth boxes, likewise.
         provenance: Config, seed, commit and the like, by name.
-
-    Returns:
-        ``{"zsd": {"novel": {"AP50", "AR50"}}, "gzsd": {"novel", "base", "all"}, "upper_bound":
-        {"zsd", "gzsd"}, **provenance}``; to two decimals, what cannot be computed is None.
     """
 
     def pick(of_protocols: Mapping[str, Mapping[str, float]]) -> Results:
@@ -93,15 +88,9 @@ def summary_rows(
 
 
 def collect_record(*, rows: Figures, main_row: str, **provenance: Any) -> Results:
-    """Arrange what a measurement found for :func:`write_results`.
+    """Arrange a measurement for :func:`write_results`, to two decimals, NaN as None.
 
-    Args:
-        rows: What was found; NaN, which JSON does not know, becomes None.
-        main_row: The row that a table of results takes.
-        provenance: The command, config, weights, options and commit, by name.
-
-    Returns:
-        The arguments by name, and ``figures``: dataset to the figures of the main row.
+    ``figures`` is added: dataset to the figures of ``main_row``, the one that a table takes.
     """
     rounded = {
         name: {
@@ -115,30 +104,18 @@ def collect_record(*, rows: Figures, main_row: str, **provenance: Any) -> Result
 
 
 def figures_table(rows: Figures, metrics: Sequence[str]) -> str:
-    """Lay figures out as a Markdown table, one line per dataset, row and group of classes.
-
-    Args:
-        rows: As for :func:`collect_record`.
-        metrics: The columns, e.g. "AP50".
-
-    Returns:
-        Markdown; what cannot be computed is a dash.
-    """
+    """Lay figures out in Markdown: a line per dataset, row and group; a dash for NaN."""
     lines = [
         [dataset, row, group, *(_cell(of_row[f"{group}/{metric}"]) for metric in metrics)]
         for dataset, of_dataset in rows.items()
         for row, of_row in of_dataset.items()
-        for group in _groups_of(of_row)
+        for group in dict.fromkeys(key.split("/")[0] for key in of_row if "/" in key)
     ]
     headers = ["dataset", "row", "classes", *metrics]
     alignment = ("left", "left", "left", *("right" for _ in metrics))
     return str(
         tabulate(lines, headers, tablefmt="github", disable_numparse=True, colalign=alignment)
     )
-
-
-def _groups_of(figures: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(key.split("/")[0] for key in figures if "/" in key))
 
 
 def _cell(value: float) -> str:

@@ -37,16 +37,12 @@ MIN_HEAT_RANGE = 0.05
 def draw_curves(
     lines: Mapping[str, Curve], *, names: Sequence[str] = (), from_zero: bool = True
 ) -> bytes:
-    """Draw curves into one figure, with a legend if they are several.
+    """Draw curves into one SVG with a clear ground, with a legend if they are several.
 
     Args:
         lines: Name to curve. NaN and infinities are gaps.
-        names: All names that there are, so that each has one colour also in figures where others
-            are missing; by default those of ``lines``.
+        names: Of all runs, so that each keeps its colour where others are missing.
         from_zero: Whether the axis of values begins at zero, if none is negative.
-
-    Returns:
-        SVG on a transparent ground.
     """
     names = list(names) or list(lines)
     rows = -(-len(lines) // 2) if len(names) > 1 else 0  # of the legend
@@ -85,13 +81,9 @@ def draw_curves(
 
 
 def overlay_heat_maps(image: Image, maps: Sequence[HeatMap]) -> list[Image]:
-    """Lay a class's heat maps, one per level, over a picture, with common colours.
+    """Lay a class's heat maps over an RGB picture, with common colours.
 
     These run from 0 to the highest score, or to 0.05 if that is higher.
-
-    Args:
-        image: (H, W, 3), RGB, 0..255.
-        maps: As from :func:`hierkd.evaluation.heat_maps.score_heat_maps`.
     """
     top = max(MIN_HEAT_RANGE, *(float(m.scores.max()) for m in maps))
     return [overlay_heat_map(image, m.scores, top) for m in maps]
@@ -100,16 +92,7 @@ def overlay_heat_maps(image: Image, maps: Sequence[HeatMap]) -> list[Image]:
 def draw_heat_map_sheet(
     image: Image, maps: Sequence[Sequence[HeatMap]], *, panel_px: int = 400
 ) -> Image:
-    """Draw the heat maps of some classes over a picture (Fig. 4): a row per class.
-
-    Args:
-        image: (H, W, 3), RGB, 0..255.
-        maps: As from :func:`hierkd.evaluation.heat_maps.score_heat_maps`, of one class or more.
-        panel_px: Longer side of each panel.
-
-    Returns:
-        RGB sheet: the picture, then a panel per level.
-    """
+    """Draw heat maps over an RGB picture (Fig. 4): a row per class, a panel per level."""
     picture, _ = fit(image, panel_px)
     rows = []
     for of_class in maps:
@@ -142,9 +125,6 @@ def draw_comparison(
         captions: A line above each picture.
         panel_px: Longer side of each panel.
         per_row: Pictures side by side.
-
-    Returns:
-        RGB sheet.
     """
     rows: list[SheetRow] = []
     for index, of_picture in enumerate(zip(*columns.values(), strict=True)):
@@ -169,17 +149,13 @@ def draw_side_by_side(
     *,
     panel_px: int = 640,
 ) -> Image:
-    """Draw what several detectors find in one picture: a column per detector, a colour per class.
+    """Draw what several detectors find in one RGB picture: a column each, a colour per class.
 
     Args:
-        image: (H, W, 3), RGB, 0..255.
-        found: Title of a column to the detections, as for
-            :func:`hierkd.reports.drawing.draw_instances`.
+        image: (H, W, 3), 0..255.
+        found: Title of a column to the detections.
         vocabulary: Names that ``pred_classes`` index, in all of them.
         panel_px: Longer side of each panel.
-
-    Returns:
-        RGB sheet.
     """
     fitted, factor = fit(image, panel_px)
     panels = []

@@ -45,30 +45,14 @@ _REFERENCE_PX = 20  # advance widths grow with the size of a font
 
 
 def enlarge(image: Image, min_long_side: int = _MIN_LONG_SIDE_PX) -> tuple[Image, float]:
-    """Enlarge a small picture; a larger one is returned as it is.
-
-    Args:
-        image: (H, W, 3).
-        min_long_side: Wanted length of the longer side, in pixels.
-
-    Returns:
-        The picture and the factor its sides grew by.
-    """
+    """Bring the longer side of an (H, W, 3) picture to at least this; and its growth."""
     if max(image.shape[:2]) >= min_long_side:
         return image, 1.0
     return fit(image, min_long_side)
 
 
 def fit(image: Image, side: int) -> tuple[Image, float]:
-    """Shrink or enlarge a picture so that its longer side is ``side`` pixels.
-
-    Args:
-        image: (H, W, 3).
-        side: In pixels.
-
-    Returns:
-        The picture and the factor its sides changed by.
-    """
+    """Bring the longer side of an (H, W, 3) picture to ``side`` pixels; and its growth."""
     height, width = image.shape[:2]
     factor = side / max(height, width)
     size = (max(1, round(width * factor)), max(1, round(height * factor)))
@@ -96,15 +80,12 @@ def draw_boxes(
     """Draw labelled boxes, the first ones lowest, with all labels above all boxes.
 
     Args:
-        image: (H, W, 3), RGB, 0..255.
+        image: (H, W, 3), RGB, 0..255; enlarged to ``min_long_side`` before drawing, if smaller.
         boxes: (M, 4) XYXY in pixels of ``image``.
         labels: M texts; "" draws the box alone.
         colors: M RGB colours, 0..1.
-        min_long_side: The picture is enlarged to this before drawing, if it is smaller.
-        font_px: Height of the labels, in pixels of the drawn picture; by default it grows with it.
-
-    Returns:
-        RGB picture of the enlarged size.
+        min_long_side: In pixels.
+        font_px: Height of the labels in the drawn picture; by default it grows with it.
     """
     canvas, factor = enlarge(image, min_long_side)
     height, width = canvas.shape[:2]
@@ -133,20 +114,10 @@ def _place_labels(
     label_px: float,
     size: tuple[int, int],
 ) -> list[tuple[float, float]]:
-    """Choose the upper left corner of each label: inside the picture, on no other label.
+    """Choose M upper left corners (x, y) of labels: inside the picture, least on other labels.
 
     The last label, which is drawn on top, chooses first. It prefers the place above its box, then
     the ones below and inside, towards the middle of the picture; then further down the box.
-
-    Args:
-        boxes: (M, 4) XYXY, in pixels of a picture of ``size``.
-        labels: M texts.
-        font_px: Height of the font.
-        label_px: Height of a label.
-        size: Height and width of the picture, in pixels.
-
-    Returns:
-        M corners (x, y); where there is no free place, the one that covers others least.
     """
     height, width = size
     taken: list[tuple[float, float, float, float]] = []
@@ -186,13 +157,7 @@ def _font(size_px: int, weight: str = "normal") -> ImageFont.FreeTypeFont:
 
 @dataclass(frozen=True)
 class SheetRow:
-    """A row of a sheet.
-
-    Attributes:
-        panels: Pictures (H, W, 3), RGB, drawn as they are.
-        titles: One above each panel; "" for none.
-        caption: A line between titles and panels, as wide as the row; "" for none.
-    """
+    """A row of a sheet: RGB pictures, a title ("": none) above each, and a line between them."""
 
     panels: Sequence[Image]
     titles: Sequence[str]
@@ -206,17 +171,13 @@ def draw_sheet(
     legend: Sequence[tuple[Image, str]] = (),
     title_px: int = 24,
 ) -> Image:
-    """Arrange pictures in rows and columns with titles, captions and a legend below.
+    """Arrange pictures in rows and columns with titles, captions and a legend below, on white.
 
     Args:
         rows: From top to bottom; their columns line up.
-        panel_px: Width of a column, in pixels; no panel is wider.
+        panel_px: Width of a column; no panel is wider.
         legend: Swatches (H, W, 3), RGB, no higher than two lines, and their meaning.
-        title_px: Height of the font of titles. Texts too long for their place become smaller, all
-            titles together.
-
-    Returns:
-        (H, W, 3) RGB, on white.
+        title_px: Height of titles; all become smaller together where one is too long.
     """
     gap, line = round(0.6 * title_px), round(1.5 * title_px)
     width = max(len(row.panels) for row in rows) * (panel_px + gap) + gap
@@ -270,17 +231,14 @@ def draw_instances(
     min_long_side: int = _MIN_LONG_SIDE_PX,
     font_px: float | None = None,
 ) -> Image:
-    """Draw detections with class names and scores in percent, one colour per class, best on top.
+    """Draw detections with names and scores in percent, a colour per class, the best on top.
 
     Args:
         image: (H, W, 3), RGB, 0..255.
         instances: ``pred_boxes`` in pixels of ``image``, ``scores``, ``pred_classes``.
         vocabulary: Names that ``pred_classes`` index.
-        min_long_side: As for :func:`draw_boxes`.
-        font_px: As for :func:`draw_boxes`.
-
-    Returns:
-        RGB picture, enlarged if ``image`` is small.
+        min_long_side: As for :func:`draw_boxes`, like ``font_px``.
+        font_px: Likewise.
     """
     instances = instances[instances.scores.argsort(stable=True)]
     classes = instances.pred_classes.tolist()

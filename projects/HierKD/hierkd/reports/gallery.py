@@ -116,19 +116,10 @@ def choose_in_turn(
     class_names: Sequence[str],
     count: int,
 ) -> list[dict[str, Any]]:
-    """Choose pictures that show classes in turn, by their ground truth alone.
+    """Choose at most ``count`` records that show classes in turn, by their ground truth alone.
 
     Goes round the classes; each takes the first picture, in order, that holds it and has not been
     taken.
-
-    Args:
-        records: detectron2 dataset dicts.
-        vocabulary: Names that ``category_id`` indexes.
-        class_names: Classes to show.
-        count: How many pictures; fewer if there are no more.
-
-    Returns:
-        Some of the records.
     """
     held = [
         {vocabulary[a["category_id"]] for a in record["annotations"] if not a.get("iscrowd", 0)}
@@ -163,9 +154,6 @@ def build_samples(
             ``vocabulary``.
         vocabulary: Class names.
         judged: Classes whose detections are correct or wrong; the others are uncounted.
-
-    Returns:
-        One sample per record, in order, with all detections.
     """
     judged = set(judged)
     samples = []
@@ -195,17 +183,7 @@ def _read_truth(
 def judge_detections(
     found: Instances, truth: Sequence[Box], vocabulary: Sequence[str], judged: set[str]
 ) -> tuple[Box, ...]:
-    """Call detections right or wrong as AP50 does: best score first, each object found once.
-
-    Args:
-        found: ``pred_boxes``, ``scores``, ``pred_classes``.
-        truth: The objects.
-        vocabulary: Names that ``pred_classes`` index.
-        judged: Classes to judge.
-
-    Returns:
-        The detections, best first.
-    """
+    """Call detections right or wrong as AP50 does: best score first, each object found once."""
     objects = Boxes(torch.tensor([t.xyxy for t in truth], dtype=torch.float32).reshape(-1, 4))
     ious = pairwise_iou(found.pred_boxes, objects).numpy()
     free = np.ones(len(truth), dtype=bool)
@@ -226,17 +204,11 @@ def judge_detections(
 
 
 def keep_best(samples: Iterable[Sample], threshold: float | None = None) -> list[Sample]:
-    """Leave out weak detections.
+    """Leave out detections below a threshold or, without one, beyond the number of objects.
 
-    Args:
-        samples: Pictures with their detections, best first.
-        threshold: Lowest score. Without one, each picture keeps, of the judged and of the other
-            classes each, as many detections as it has objects, the best: wrong classes are shown,
-            detectors whose scores differ in scale can be compared, and the higher scores of base
-            classes do not hide the novel ones.
-
-    Returns:
-        The samples with fewer detections.
+    The number is that of the judged and of the other classes each: wrong classes are shown,
+    detectors whose scores differ in scale can be compared, and the higher scores of base classes
+    do not hide the novel ones.
     """
     return [replace(each, detections=tuple(_best(each, threshold))) for each in samples]
 
@@ -257,11 +229,7 @@ def _best(sample: Sample, threshold: float | None) -> Iterable[Box]:
 def best_sample_per_class(
     samples: Sequence[Sample], class_names: Sequence[str]
 ) -> dict[str, Sample]:
-    """Find for each class the picture with its most confident correct detection.
-
-    Returns:
-        Class to sample, in the order of ``class_names``; classes never found are left out.
-    """
+    """Find for each class that was found the picture with its best correct detection."""
     best: dict[str, tuple[float, Sample]] = {}
     for sample in samples:
         for box in sample.detections:
@@ -280,16 +248,7 @@ def legend_of(samples: Iterable[Sample]) -> tuple[tuple[Color, str], ...]:
 
 
 def draw_sample(sample: Sample, boxes: Sequence[Box], *, side: int = 480) -> Image:
-    """Draw boxes in the colours of their verdicts: the best on top, the uncounted below.
-
-    Args:
-        sample: The picture.
-        boxes: Its ``truth`` or ``detections``.
-        side: Pixels that the longer side is brought to.
-
-    Returns:
-        (H', W', 3) RGB.
-    """
+    """Draw boxes on the picture (RGB) by their verdicts: the best on top, the uncounted below."""
     image, factor = fit(sample.image[:, :, ::-1], side)
     boxes = sorted(boxes, key=lambda box: (box.verdict != UNCOUNTED, box.score or 0.0))
     return draw_boxes(

@@ -543,7 +543,7 @@ def write_demo_report(
                 cards=_cards(run),
                 table=Table(["Test", "Classes", "AP50", "AR50", "Upper bound AP50"], figures),
                 caption=f"{_FIGURES_CAPTION} On the untouched test split. Upper bound: the true "
-                "boxes, named by the CLIP that taught the detector.",
+                "boxes, each named once, by the CLIP that taught the detector.",
             ),
             Section(
                 text="This is a miniature: rendered icons on small pictures, a tiny CLIP trained "

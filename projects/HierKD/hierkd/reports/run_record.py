@@ -84,9 +84,7 @@ def record_start(
     iteration: int,
     num_processes: int,
 ) -> None:
-    """Add an entry to ``environment.json``, which is written whole or not at all.
-
-    A record that cannot be written costs a warning, not the training.
+    """Add an entry to ``environment.json``; where it cannot be written, a warning says so.
 
     Args:
         folder: Of the run.
@@ -108,15 +106,9 @@ def record_evaluation(
     weights: str,
     num_processes: int,
 ) -> None:
-    """Add an entry to ``evaluations.json``, likewise.
+    """Add an entry to ``evaluations.json``, as :func:`record_start` does.
 
-    Args:
-        folder: Of the run.
-        results: Dataset to task to figures, in percent; NaN, unknown to JSON, becomes null.
-        command: The command line.
-        root: Folder of the code, for its commit.
-        weights: What was evaluated.
-        num_processes: Of the evaluation.
+    ``results`` is dataset to task to figures, in percent; NaN, unknown to JSON, becomes null.
     """
     figures = {
         f"{dataset}/{task}/{name}": float(value) if math.isfinite(value) else None
@@ -201,12 +193,7 @@ def read_entries(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Figures of one evaluation.
-
-    Attributes:
-        title: What was evaluated, and when.
-        figures: Dataset to name (``novel/AP50``, ``AP50-cat``) to percent; NaN without objects.
-    """
+    """What was evaluated and when; dataset to ``novel/AP50`` or ``AP50-cat`` to percent or NaN."""
 
     title: str
     figures: Mapping[str, Mapping[str, float]]

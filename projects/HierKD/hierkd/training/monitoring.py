@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import HookBase
-from torch import Tensor, nn
+from torch import nn
 
 from hierkd.inference.predictor import OpenVocabularyPredictor
 from hierkd.reports.charts import draw_comparison
@@ -52,7 +52,8 @@ class BackgroundDrift(HookBase):  # type: ignore[misc]  # detectron2 is untyped
     def after_step(self) -> None:
         """Record, as often as the scalars are written."""
         if (self.trainer.iter + 1) % _WRITER_PERIOD == 0 or _is_last(self.trainer):
-            background = self._background()
+            weight = self._classifier.background_embedding.detach().float()
+            background = nn.functional.normalize(weight, dim=0)
             classes = self._classifier.text_embeddings
             start = self._classifier.start_embedding.to(background)
             cosines = {"background_start_cosine": start @ background}
@@ -60,11 +61,6 @@ class BackgroundDrift(HookBase):  # type: ignore[misc]  # detectron2 is untyped
                 cosines["background_class_cosine"] = (classes @ background).max()
             for name, cosine in cosines.items():
                 self.trainer.storage.put_scalar(name, cosine.item(), smoothing_hint=False)
-
-    def _background(self) -> Tensor:
-        """(D,) L2-normalised, without changing the parameter."""
-        embedding: Tensor = self._classifier.background_embedding.detach().float()
-        return nn.functional.normalize(embedding, dim=0)
 
 
 class DetectionPictures(HookBase):  # type: ignore[misc]  # detectron2 is untyped
@@ -84,15 +80,7 @@ class DetectionPictures(HookBase):  # type: ignore[misc]  # detectron2 is untype
         num_pictures: int,
         **predictor_settings: Any,
     ) -> None:
-        """Choose the pictures.
-
-        Args:
-            detector: A :class:`hierkd.modeling.detector.HierKD`, outside of its DDP wrapper.
-            dataset_name: A registered dataset.
-            period: In iterations.
-            num_pictures: How many; fewer if fewer show such classes.
-            predictor_settings: Sizes and format of :class:`OpenVocabularyPredictor`.
-        """
+        """Choose pictures of a dataset; settings are those of the predictor."""
         self._detector: Any = detector
         self._period = period
         self._predictor_settings = predictor_settings
@@ -126,19 +114,9 @@ class DetectionPictures(HookBase):  # type: ignore[misc]  # detectron2 is untype
 
 
 def build_monitoring_hooks(cfg: Any, detector: Any) -> list[HookBase]:
-    """Build the hooks that a config asks for; none for a model without text.
-
-    Args:
-        cfg: Of the run.
-        detector: Outside of its DDP wrapper.
-
-    Raises:
-        ValueError: ``VIS_PERIOD`` or ``TEST.VIS_PICTURES`` is negative.
-    """
-    for key, value in (
-        ("VIS_PERIOD", cfg.VIS_PERIOD),
-        ("TEST.VIS_PICTURES", cfg.TEST.VIS_PICTURES),
-    ):
+    """Build the hooks that a config asks for; none for a model without text."""
+    values = {"VIS_PERIOD": cfg.VIS_PERIOD, "TEST.VIS_PICTURES": cfg.TEST.VIS_PICTURES}
+    for key, value in values.items():
         if value < 0:
             raise ValueError(f"{key} must be 0 (none) or more, got {value}")
     if not hasattr(detector, "text_classifier"):
@@ -170,17 +148,15 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     """
     modes = [(module, module.training) for module in model.modules()]
     detector: Any = model
-    compiled = getattr(detector, "compile_test", None)
+    compiled = detector.compile_test
     python, numpy = random.getstate(), np.random.get_state()
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=[each.index for each in devices]):
         try:
-            if compiled is not None:
-                detector.compile_test = False
+            detector.compile_test = False
             yield
         finally:
-            if compiled is not None:
-                detector.compile_test = compiled
+            detector.compile_test = compiled
             for module, mode in modes:
                 module.training = mode
             random.setstate(python)
