@@ -186,5 +186,4 @@ def test_every_scalar_of_a_run_is_explained(watched):
     (table,) = re.findall(r"\| scalar \|.*?\n\n", PAGE.read_text(), re.DOTALL)
     names = [row.split("|")[1] for row in table.splitlines() if row.startswith("|")]
     explained = {name for cell in names for name in re.findall(r"`(\w+)`", cell)}
-    # detectron2's own, said by their names; the last is data_time of the slowest process
-    assert explained == found - {"lr", "eta_seconds", "rank_data_time"}
+    assert explained == found

@@ -119,7 +119,7 @@ def test_vocabulary_from_a_dataset(tmp_path):
         (" , ", "empty"),
         ("cat,,dog", "blank"),
         ("cat,dog,cat", "repeats 'cat'"),
-        ("toy_wrld_all", "toy_world_all"),
+        ("miniature_ovd_tst_all", "miniature_ovd_test_all"),
         ("cat;dog", "cat;dog"),
         ("names/mine", "names/mine"),
         (".", r"'\.' is neither a file"),
