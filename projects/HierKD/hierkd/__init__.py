@@ -17,10 +17,9 @@ warnings.filterwarnings("ignore", message="torch.meshgrid: in an upcoming releas
 if TYPE_CHECKING:
     from hierkd.config import add_hierkd_config
     from hierkd.inference.predictor import OpenVocabularyPredictor
-    from hierkd.load_config import load_config
     from hierkd.training.trainer import Trainer
 
-__all__ = ["OpenVocabularyPredictor", "Trainer", "__version__", "add_hierkd_config", "load_config"]
+__all__ = ["OpenVocabularyPredictor", "Trainer", "__version__", "add_hierkd_config"]
 
 __version__ = "0.1.0"
 
@@ -28,7 +27,6 @@ _HOME = {
     "OpenVocabularyPredictor": "hierkd.inference.predictor",
     "Trainer": "hierkd.training.trainer",
     "add_hierkd_config": "hierkd.config",
-    "load_config": "hierkd.load_config",
 }
 _REGISTERING = ("hierkd.data", "hierkd.modeling", "hierkd.miniature")
 

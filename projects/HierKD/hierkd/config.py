@@ -12,6 +12,14 @@ from detectron2.config import CfgNode as CN  # noqa: N817 (detectron2's own abbr
 __all__ = ["add_hierkd_config"]
 
 
+_REMOVED = (
+    "MODEL.ATSS.PRESELECT_ABOVE",
+    "MODEL.ATSS.PRESELECT_POINTS_TEST",
+    "MODEL.IKD.CLOSE_MODALITY_GAP",
+    "MODEL.IKD.MERGE_CROPS_IOU",
+)
+
+
 def add_hierkd_config(cfg: CN) -> None:
     """Add HierKD's keys, with the paper's values, to a config made by ``get_cfg()``.
 
@@ -21,6 +29,8 @@ def add_hierkd_config(cfg: CN) -> None:
     _add_detector_keys(cfg)
     _add_distillation_keys(cfg)
     _add_miniature_and_training_keys(cfg)
+    for key in _REMOVED:  # a run of before can still be used: yacs warns and passes them over
+        cfg.register_deprecated_key(key)
 
 
 def _add_detector_keys(cfg: CN) -> None:
