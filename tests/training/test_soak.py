@@ -57,9 +57,9 @@ def test_a_training_keeps_nothing(folder, monkeypatch):
 @pytest.mark.slow
 def test_planted_leaks_are_seen(folder, monkeypatch, tmp_path):
     kept = []
-    leak = lambda: kept.append((bytearray(os.urandom(2**17)), (tmp_path / "f").open("w")))  # noqa: E731
+    leak = lambda: kept.append((bytearray(os.urandom(2**19)), (tmp_path / "f").open("w")))  # noqa: E731
     (mib, files, _), (mib_after, files_after, _) = soak(folder, "leaking", monkeypatch, leak)
     for _, file in kept:
         file.close()
-    assert mib_after - mib > ALLOWED_MIB  # 25 MiB in 200 steps
+    assert mib_after - mib > ALLOWED_MIB  # 100 MiB in 200 steps, less what was free before
     assert files_after > files + 100
