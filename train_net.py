@@ -7,7 +7,7 @@
 
 Trailing KEY VALUE pairs override the config. ``--num-gpus N`` with ``MODEL.DEVICE cpu`` starts N
 processes on the CPU. Several machines: ``--num-machines``, ``--machine-rank`` and ``--dist-url``,
-as in detectron2, or torchrun; see docs/distributed.md.
+as in detectron2, or torchrun; see docs/training.md.
 """
 
 from __future__ import annotations

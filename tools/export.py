@@ -9,7 +9,7 @@
 
 The file takes a picture of any size and returns its detections. --check runs it beside PyTorch, and
 fails unless the detections are the same; without --opts the weights are the model_final.pth beside
-the config. docs/export.md shows how to use the file.
+the config. docs/python_api.md shows how to use the file.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@
 Without ``--run`` and ``--config-file`` it shows the detector that ``make demo`` trained, which
 knows rendered icons only: photographs need a detector trained on photographs. It listens on this
 machine alone, uses no other one, and writes into one temporary folder, which is removed at the end
-(Ctrl-C). Needs Gradio: pip install -e '.[web]'. docs/web_demo.md says more.
+(Ctrl-C). Needs Gradio: pip install -e '.[web]'. docs/demo.md says more.
 """
 
 from __future__ import annotations

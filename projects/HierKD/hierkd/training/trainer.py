@@ -129,7 +129,7 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # detectron2 is untyped
         self.data_loader.batch_sampler.start_iter = self.start_iter
 
     def data_order(self) -> dict[str, int]:
-        """What decides which images come when; as docs/resuming.md says, it is to stay."""
+        """What decides which images come when; as docs/training.md says, it is to stay."""
         return {
             "SEED": self.cfg.SEED,
             "SOLVER.IMS_PER_BATCH": self.cfg.SOLVER.IMS_PER_BATCH,
