@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 from detectron2.data import MetadataCatalog
-from evaluated_datasets import BASE, IDS, NOVEL, evaluate, proposals, register
 
+from evaluated_datasets import BASE, IDS, NOVEL, evaluate, proposals, register
 from hierkd.evaluation.proposal_evaluation import ProposalEvaluator
 
 METRICS = [f"AR{iou}@{limit}" for iou in (50, 75) for limit in (100, 300, 1000)]

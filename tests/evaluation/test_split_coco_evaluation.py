@@ -12,12 +12,12 @@ import torch
 from detectron2.data import MetadataCatalog
 from detectron2.engine import launch
 from detectron2.utils import comm
-from evaluated_datasets import BASE, IDS, NOVEL, detections, evaluate, proposals, register
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 import tiny_training
 import train_net
+from evaluated_datasets import BASE, IDS, NOVEL, detections, evaluate, proposals, register
 from hierkd.evaluation.split_coco_evaluation import SplitCOCOEvaluator
 from hierkd.load_config import load_config
 from hierkd.training.launch import leave_groups

@@ -81,7 +81,7 @@ def _add_detector_keys(cfg: CN) -> None:
     # IoU of class-wise NMS. [paper §4.2]
     cfg.MODEL.ATSS.NMS_THRESH_TEST = 0.4
     # Suppress overlapping boxes whatever their classes: one object then has one name, be it base or
-    # novel, instead of one box for each. Costs novel AP under GZSD, see docs/lab/miniature.md. [ours;
+    # novel, instead of one box for each. Costs novel AP under GZSD (docs/lab/miniature.md). [ours;
     # the paper's is class-wise]
     cfg.MODEL.ATSS.CLASS_AGNOSTIC_NMS = False
     # Calibration of generalised inference: added to the logits of the classes that are not in the
