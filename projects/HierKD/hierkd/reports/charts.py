@@ -65,6 +65,7 @@ def draw_curves(
         )
     values = [v for _, ys in lines.values() for v in ys if math.isfinite(v)]
     axes.locator_params(axis="both", nbins=5)
+    axes.ticklabel_format(axis="y", useOffset=False)  # its sum would stand above the picture
     if values and 0 < min(values) < max(values) / _LOG_FACTOR:
         axes.set_yscale("log")
     elif from_zero and values and min(values) >= 0:
