@@ -49,7 +49,7 @@ def draw_curves(
     height = 2.2 + 0.17 * rows
     plot = Figure(figsize=(3.6, height))
     # places by hand: matplotlib's computed layouts cost more than half as much again
-    axes = plot.add_axes((0.13, 0.22 / height, 0.85, (height - 0.3 - 0.17 * rows) / height))
+    axes = plot.add_axes((0.16, 0.22 / height, 0.82, (height - 0.3 - 0.17 * rows) / height))
     for name, (xs, ys) in lines.items():
         step = -(-len(xs) // _MAX_POINTS) or 1
         kept = [y if math.isfinite(y) else math.nan for y in ys[::step]]
