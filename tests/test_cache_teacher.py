@@ -164,13 +164,18 @@ def train(world: Path, clip: Path, output: Path, *extra: str) -> dict[str, Any]:
 
 
 def test_training_with_the_cache_has_the_losses_of_training_with_clip(
-    world, folder, tmp_path
+    world, folder, tmp_path, monkeypatch
 ) -> None:
     clip = tmp_path / "clip.pt"
     shutil.copy(world / "clip.pt", clip)
     expected = train(world, clip, tmp_path / "clip_output")
     clip.unlink()  # from here on nothing can load CLIP
+    opened, open_cache = [], RegionCache.__init__
+    monkeypatch.setattr(
+        RegionCache, "__init__", lambda self, at: (opened.append(at), open_cache(self, at))[1]
+    )
     found = train(world, clip, tmp_path / "output", "MODEL.TEACHER.CACHE", str(folder))
+    assert opened == [str(folder)]  # once: opening hashes the annotations and CLIP's weights
     losses = [key for key in expected if "loss" in key]
     assert {"loss_ikd", "loss_gkd_image", "loss_cls"} <= set(losses)
     assert found["num_distilled_regions"] == expected["num_distilled_regions"] > 0

@@ -9,6 +9,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from hierkd.teachers.region_cache import check_cached_boxes
+
 __all__ = [
     "IKD",
     "DetectionSettings",
@@ -89,14 +91,11 @@ def build_ikd(cfg: Any) -> IKD | None:
     Raises:
         ValueError: embeddings are looked up (``MODEL.TEACHER.CACHE``), but not of these boxes.
     """
-    ikd, cache = cfg.MODEL.IKD, cfg.MODEL.TEACHER.CACHE
+    ikd = cfg.MODEL.IKD
     if ikd.LOSS_WEIGHT <= 0:
         return None
-    if cache and ikd.BOXES != "gt":
-        raise ValueError(
-            "MODEL.TEACHER.CACHE holds embeddings of ground-truth boxes, but MODEL.IKD.BOXES is "
-            f"{ikd.BOXES!r}: set MODEL.IKD.BOXES gt, or MODEL.TEACHER.CACHE ''"
-        )
+    if cfg.MODEL.TEACHER.CACHE:
+        check_cached_boxes(ikd.BOXES)
     return IKD(
         loss_weight=ikd.LOSS_WEIGHT,
         loss_type=ikd.LOSS_TYPE,

@@ -37,7 +37,7 @@ from hierkd.teachers.open_clip import (
 )
 from hierkd.teachers.openai_clip import OPENAI_TOKENS, OpenAIFiles, known_openai_digest
 from hierkd.teachers.protocol import CLIPFiles, LoadedCLIP, Teacher, TokenCounter
-from hierkd.teachers.region_cache import RegionCache
+from hierkd.teachers.region_cache import RegionCache, check_cached_boxes
 from hierkd.teachers.text_cache import TextCache, Vector
 from hierkd.teachers.texts import (
     TextEmbeddings,
@@ -448,11 +448,8 @@ def build_region_cache(cfg: Any) -> RegionCache:
             MODEL.IKD.BOXES are not the ground truth's.
     """
     with_regions = cfg.MODEL.IKD.LOSS_WEIGHT > 0
-    if with_regions and cfg.MODEL.IKD.BOXES != "gt":
-        raise ValueError(
-            "MODEL.TEACHER.CACHE holds embeddings of ground-truth boxes, but MODEL.IKD.BOXES is "
-            f"{cfg.MODEL.IKD.BOXES!r}: set MODEL.IKD.BOXES gt, or MODEL.TEACHER.CACHE ''"
-        )
+    if with_regions:
+        check_cached_boxes(cfg.MODEL.IKD.BOXES)
     cache = RegionCache(cfg.MODEL.TEACHER.CACHE)
     weights = cfg.MODEL.TEACHER.WEIGHTS
     unknown = cache.check_source(

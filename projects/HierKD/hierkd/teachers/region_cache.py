@@ -35,6 +35,7 @@ __all__ = [
     "CacheContents",
     "RegionCache",
     "RegionCacheWriter",
+    "check_cached_boxes",
     "keys_sha256",
     "sorted_texts",
 ]
@@ -82,6 +83,15 @@ class CacheContents:
     def as_json(self) -> dict[str, Any]:
         """The manifest."""
         return {"format": _FORMAT, **asdict(self)}
+
+
+def check_cached_boxes(boxes: str) -> None:
+    """Raise ValueError unless MODEL.IKD.BOXES are those that a cache holds."""
+    if boxes != "gt":
+        raise ValueError(
+            "MODEL.TEACHER.CACHE holds embeddings of ground-truth boxes, but MODEL.IKD.BOXES is "
+            f"{boxes!r}: set MODEL.IKD.BOXES gt, or MODEL.TEACHER.CACHE ''"
+        )
 
 
 def sorted_texts(texts: Sequence[str]) -> tuple[list[str], npt.NDArray[np.uint64]]:

@@ -47,6 +47,7 @@ from hierkd.evaluation.transfer import (
 from hierkd.files import write_json_atomically
 from hierkd.reports.metrics import mend_metrics
 from hierkd.teachers.clip import build_region_cache
+from hierkd.teachers.region_cache import RegionCache
 from hierkd.training.agreement import broadcast_buffers, check_same_weights, in_every_process
 from hierkd.training.hooks import FiniteGuard, Interruption
 from hierkd.training.monitoring import build_monitoring_hooks
@@ -71,7 +72,9 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # detectron2 is untyped
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
-        data_loader = self.build_train_loader(cfg)
+        # The detector's teacher has opened and checked the cache; a model may have no teacher.
+        cache = getattr(getattr(model, "teacher", None), "cache", None)
+        data_loader = self.build_train_loader(cfg, cache)
         devices = {"device_ids": None} if cfg.MODEL.DEVICE == "cpu" else {}
         model = create_ddp_model(model, broadcast_buffers=False, **devices)
         trainer = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
@@ -176,8 +179,13 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # detectron2 is untyped
         return build_optimizer(cfg, model)
 
     @classmethod
-    def build_train_loader(cls, cfg: Any) -> Any:
-        """Endless batches; captions and images are checked before the first step."""
+    def build_train_loader(cls, cfg: Any, cache: RegionCache | None = None) -> Any:
+        """Endless batches; captions and images are checked before the first step.
+
+        Args:
+            cfg: of the training.
+            cache: that of ``MODEL.TEACHER.CACHE`` if it is open already.
+        """
         with in_every_process("reading DATASETS.TRAIN"):
             if not cfg.DATASETS.TRAIN:
                 raise ValueError("DATASETS.TRAIN is empty: it must name what to train on")
@@ -187,7 +195,8 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # detectron2 is untyped
             if cfg.MODEL.GKD.LOSS_WEIGHT > 0:
                 names = ", ".join(MetadataCatalog.get(n).json_file for n in cfg.DATASETS.TRAIN)
                 check_captions(dataset_dicts, names)
-            cache = build_region_cache(cfg) if cfg.MODEL.TEACHER.CACHE else None
+            if cache is None and cfg.MODEL.TEACHER.CACHE:
+                cache = build_region_cache(cfg)
         if cfg.DATALOADER.CHECK_IMAGES:
             dataset_dicts = check_images(
                 dataset_dicts, skip_broken=cfg.DATALOADER.SKIP_BROKEN_IMAGES
