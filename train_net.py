@@ -59,20 +59,13 @@ def check_arguments(args: argparse.Namespace) -> None:
     Raises:
         ValueError: says which option, and what it may be.
     """
-    for option in ("num_gpus", "num_machines"):
-        if (number := getattr(args, option)) < 1:
-            raise ValueError(f"--{option.replace('_', '-')} must be at least 1, got {number}")
-    if not args.dist_timeout > 0:
-        raise ValueError(f"--dist-timeout must be positive, got {args.dist_timeout:g} minutes")
+    for option in ("num_gpus", "num_machines", "dist_timeout"):
+        if not (number := getattr(args, option)) > 0:
+            raise ValueError(f"--{option.replace('_', '-')} must be positive, got {number:g}")
     if not 0 <= args.machine_rank < args.num_machines:
         raise ValueError(
             f"--machine-rank must be 0 to {args.num_machines - 1} with --num-machines "
             f"{args.num_machines}, got {args.machine_rank}"
-        )
-    if args.num_machines > 1 and args.dist_url == "auto":
-        raise ValueError(
-            f"--num-machines {args.num_machines}: --dist-url auto is for one machine; give the "
-            "first machine's address, such as tcp://10.0.0.1:29500, to all of them"
         )
     if "TORCHELASTIC_RUN_ID" in os.environ and args.num_gpus * args.num_machines > 1:
         raise ValueError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 import zipfile
 from collections.abc import Sequence
@@ -21,17 +22,9 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils import comm
 from torch import Tensor
 
-from hierkd.files import (
-    check_hash,
-    check_hash_in_name,
-    file_hash,
-    read_pickled_arrays,
-    read_torch_file,
-    remove_unfinished,
-    replacing,
-)
+from hierkd.files import check_hash, file_hash, read_pickled_arrays, read_torch_file, replacing
 
-__all__ = ["HierKDCheckpointer", "find_damage", "warn_of_little_space"]
+__all__ = ["HierKDCheckpointer"]
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +37,11 @@ _TRACE = "teacher_trace"
 _SAME_TEACHER = 0.5
 _LAST = "last_checkpoint"
 _PATTERN = "model_*.pth"  # what detectron2's PeriodicCheckpointer writes
+# Published file names that carry the first digits of the file's hash.
+_HASHED_NAMES = (
+    (r"-([0-9a-f]{8,64})\.[a-z]+$", "sha256"),  # torch.hub's: resnet50-0676ba61.pth
+    (r"^model_final_([0-9a-f]{6})\.pkl$", "md5"),  # detectron2's: model_final_f10217.pkl
+)
 
 
 class HierKDCheckpointer(DetectionCheckpointer):  # type: ignore[misc]  # detectron2 is untyped
@@ -73,8 +71,8 @@ class HierKDCheckpointer(DetectionCheckpointer):  # type: ignore[misc]  # detect
             **kwargs: what the checkpoint holds besides model and trainer, such as ``iteration``.
 
         Raises:
-            OSError: if it cannot be written, e.g. on a full disk. Names the file, the free bytes,
-                and the last checkpoint, which is what it was.
+            OSError: it cannot be written, e.g. on a full disk. Names the file and the free bytes;
+                the last checkpoint is what it was.
         """
         if not self.save_dir or not self.save_to_disk:
             return
@@ -84,8 +82,9 @@ class HierKDCheckpointer(DetectionCheckpointer):  # type: ignore[misc]  # detect
             data[_TRACE] = trace
         data.update(kwargs)
         path = Path(self.save_dir) / f"{name}.pth"
-        for left in remove_unfinished(path.parent, _PATTERN, _LAST):
-            logger.warning("Removed %s, which a killed run had begun to write", left)
+        for left in (f for each in (_PATTERN, _LAST) for f in path.parent.glob(f".{each}.*.tmp")):
+            logger.warning("Removing %s, which a killed run had begun to write", left)
+            left.unlink(missing_ok=True)
         self.logger.info("Saving checkpoint to %s", path)
         try:
             with replacing(path, durable=True) as making, making.open("wb") as file:
@@ -95,23 +94,18 @@ class HierKDCheckpointer(DetectionCheckpointer):  # type: ignore[misc]  # detect
             cause = error if isinstance(error, OSError) else error.__context__  # torch has its own
             if not isinstance(cause, OSError):
                 raise
-            free = _megabytes(shutil.disk_usage(path.parent).free)
+            free = shutil.disk_usage(path.parent).free / 1e6
             raise OSError(
                 cause.errno,
                 f"{path}: the checkpoint could not be written: {cause.strerror}; the file system "
-                f"has {free} free. {self._what_is_left()}",
+                f"has {free:,.1f} MB free. The checkpoints before it are intact: make room and go "
+                "on with --resume",
             ) from error
         self.saved_iteration = kwargs.get("iteration")
 
     def _trace(self) -> Tensor | None:
         """(D,) the trace of this detector's teacher; None of a detector without names."""
         return getattr(getattr(self.model, "text_classifier", None), "start_embedding", None)
-
-    def _what_is_left(self) -> str:
-        last = self.get_checkpoint_file() if super().has_checkpoint() else ""
-        if not os.path.isfile(last):
-            return "There was no checkpoint before it"
-        return f"The checkpoint before it, {last!r}, is intact: make room and go on with --resume"
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Let ``last_checkpoint`` name a file; at no moment does it name another or nothing."""
@@ -129,16 +123,15 @@ class HierKDCheckpointer(DetectionCheckpointer):  # type: ignore[misc]  # detect
             path: ``MODEL.WEIGHTS``.
             resume: False: load the weights of ``path`` and nothing else.
 
-        Returns:
-            As :meth:`load`.
-
         Raises:
-            ValueError: if there are checkpoints or a ``last_checkpoint``, but nothing is whole.
+            ValueError: as :meth:`load`; also if there are checkpoints or a ``last_checkpoint``,
+                but nothing is whole.
             FileNotFoundError: as :meth:`load`; also if only other processes see the checkpoint.
             ConnectionError: as :meth:`load`.
         """
         if resume:
-            if last := self._agree_on_checkpoint():
+            found = self._find_checkpoint() if comm.is_main_process() else ""
+            if last := comm.all_gather(found)[0]:
                 return self.load(last)
             logger.info("--resume: %r holds no checkpoint: starting afresh", self.save_dir)
         elif self.save_to_disk and self.checkpointables and self.has_checkpoint():
@@ -153,42 +146,22 @@ class HierKDCheckpointer(DetectionCheckpointer):  # type: ignore[misc]  # detect
         """Whether there is anything to resume from, be it ``last_checkpoint`` or a checkpoint."""
         return bool(super().has_checkpoint() or any(Path(self.save_dir).glob(_PATTERN)))
 
-    def _agree_on_checkpoint(self) -> str:
-        """The checkpoint to resume from; "" = there is none and never was."""
-        found, error = "", ""
-        if comm.is_main_process():
-            try:
-                found = self._find_checkpoint()
-            except ValueError as caught:
-                error = str(caught)
-        found, error = comm.all_gather((found, error))[0]
-        if error:
-            raise ValueError(error)
-        if found and not os.path.isfile(found):
-            raise FileNotFoundError(
-                f"--resume: process {comm.get_rank()} does not see {found!r}, from which the first "
-                "process resumes: OUTPUT_DIR must be a folder that all machines share"
-            )
-        return str(found)
-
     def _find_checkpoint(self) -> str:
-        """What ``last_checkpoint`` names, or the newest that is whole."""
+        """What ``last_checkpoint`` names, or the newest that is whole; "" = there never was one."""
         folder = Path(self.save_dir)
-        paths = sorted(folder.glob(_PATTERN), key=_iteration, reverse=True)
+        paths = sorted(folder.glob(_PATTERN), reverse=True)  # model_final is the last of all
+        problems = ["there is no last_checkpoint"]
         if super().has_checkpoint():
             name = (folder / _LAST).read_bytes().decode("utf-8", "replace").strip()
             last = folder / name.replace("\0", "?")
-            damage = find_damage(last)
-            if damage is None:
+            if (damage := _find_damage(last)) is None:
                 return str(last)
             problems = [f"last_checkpoint names {name!r}, which {damage}"]
             paths = [path for path in paths if path != last]
-        elif paths:
-            problems = ["there is no last_checkpoint"]
-        else:
+        elif not paths:
             return ""
         for path in paths:
-            if damage := find_damage(path):
+            if damage := _find_damage(path):
                 problems.append(f"{path.name} {damage}")
                 continue
             told = "; ".join(problems)
@@ -204,20 +177,18 @@ class HierKDCheckpointer(DetectionCheckpointer):  # type: ignore[misc]  # detect
     def load_detector(self, path: str) -> None:
         """Load the weights of a trained detector, for uses that make no sense with random ones.
 
-        Args:
-            path: as for :meth:`load`, but not empty.
-
         Raises:
-            FileNotFoundError: as :meth:`load`.
-            ConnectionError: as :meth:`load`.
-            ValueError: as :meth:`load`; also if the file lacks weights of the detector, as those
-                of a backbone or of another backbone's detector do.
+            Exception: as :meth:`load`, and as :meth:`check_trained`.
         """
         self.load(path)
         self.check_trained()
 
     def check_trained(self) -> None:
-        """Raise ValueError if the file loaded last lacks weights of the detector, or none was."""
+        """Refuse what is no trained detector, such as a backbone or another backbone's detector.
+
+        Raises:
+            ValueError: the file loaded last lacks weights of the detector, or none was loaded.
+        """
         missing = self.model.state_dict() if self._missing_keys is None else self._missing_keys
         if missing:
             first = min(missing, key=lambda key: not key.startswith("head."))
@@ -263,8 +234,6 @@ class HierKDCheckpointer(DetectionCheckpointer):  # type: ignore[misc]  # detect
                 "is a network and pass its path as MODEL.WEIGHTS, or put it into "
                 "detectron2's cache ($FVCORE_CACHE, by default ~/.torch/iopath_cache)"
             ) from error
-        finally:
-            self._parsed_url_during_load = None  # detectron2 keeps it when loading fails
         starts_training = bool(self.checkpointables) and kwargs.get("checkpointables") == []
         self._check_teacher(loaded.pop(_TRACE, None), only_warn=starts_training)
         self.loaded = self._loading
@@ -274,7 +243,7 @@ class HierKDCheckpointer(DetectionCheckpointer):  # type: ignore[misc]  # detect
         """Compare the trace that was found in a checkpoint with that of this detector's teacher."""
         expected = self._trace()
         if found is None or expected is None or len(found) != len(expected):
-            return  # a backbone, an older checkpoint; of other sizes the background has told
+            return  # a backbone; of other sizes the background has told
         cosine = torch.cosine_similarity(found.float(), expected, dim=0).item()
         if cosine >= _SAME_TEACHER:
             return
@@ -310,7 +279,11 @@ class HierKDCheckpointer(DetectionCheckpointer):  # type: ignore[misc]  # detect
     def _check_hash(self, filename: str) -> None:
         if self._expected_sha256 is not None:
             check_hash(filename, self._expected_sha256)
-        elif "://" in self._loading and not check_hash_in_name(filename):
+        elif "://" in self._loading:
+            for pattern, algorithm in _HASHED_NAMES:
+                if digits := re.search(pattern, Path(filename).name):
+                    check_hash(filename, digits[1], algorithm)
+                    return
             logger.warning(
                 "%s is published without a hash. The file here has the SHA-256 %s; to have it "
                 "checked, add ?sha256= and these digits to MODEL.WEIGHTS",
@@ -333,74 +306,22 @@ class HierKDCheckpointer(DetectionCheckpointer):  # type: ignore[misc]  # detect
         return incompatible
 
 
-def find_damage(path: str | os.PathLike[str]) -> str | None:
-    """Say what is wrong with a checkpoint file.
+def _find_damage(path: Path) -> str | None:
+    """The end of a sentence that says what is wrong with a checkpoint, None if it is whole.
 
-    Reads the file once and compares its checksums, which ``torch.load`` does not; then has torch
-    map it, which reads no tensor. Half a second per gigabyte or so.
-
-    Args:
-        path: of a local file.
-
-    Returns:
-        The end of a sentence, e.g. "is not there", or None if the file is whole.
+    Compares the checksums of the file, which ``torch.load`` does not, then has torch map it, which
+    reads no tensor. Half a second per gigabyte or so.
     """
-    path = Path(path)
     if not path.is_file():
         return "is not there"
-    if path.stat().st_size == 0:
-        return "is empty"
     try:
-        mapped = zipfile.is_zipfile(path)
-        if mapped:
-            with zipfile.ZipFile(path) as archive:
-                broken = archive.testzip()
-            if broken is not None:
-                return f"is damaged (in {broken!r})"
-        # torch's format before 1.6 has neither a directory nor checksums: all of it is read
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+        if broken is None:
+            torch.load(path, map_location="cpu", weights_only=True, mmap=True)["model"]
     except Exception as error:  # zipfile and torch raise almost anything for half a file
-        return f"is damaged ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
-    return None if isinstance(content, dict) and "model" in content else "holds no model"
-
-
-def _iteration(path: Path) -> tuple[int, str]:
-    """That in a checkpoint's name, else the one inside; -1 if it cannot be read."""
-    digits = path.stem.removeprefix("model_")
-    if digits.isdigit():
-        return int(digits), path.name
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return int(content["iteration"]), path.name
-    except Exception:  # as above; what is wrong with it is told when its turn comes
-        return -1, path.name
-
-
-def warn_of_little_space(
-    folder: str, model: torch.nn.Module, optimizer: torch.optim.Optimizer, num_checkpoints: int
-) -> None:
-    """Log a warning if the checkpoints of a run will not fit on the disk.
-
-    Args:
-        folder: where they will be; must exist.
-        model: whose weights they hold.
-        optimizer: whose moments they hold: two per weight of Adam's kin, else one.
-        num_checkpoints: how many the run is going to write.
-    """
-    moments = 2 if isinstance(optimizer, torch.optim.Adam) else 1
-    size = sum(each.nbytes for each in model.state_dict().values())
-    size += moments * sum(p.nbytes for group in optimizer.param_groups for p in group["params"])
-    free = shutil.disk_usage(folder).free
-    if free < num_checkpoints * size:
-        logger.warning(
-            "%s: this run writes %d checkpoints of about %s, and the file system has %s free: make "
-            "room, or raise SOLVER.CHECKPOINT_PERIOD",
-            *(folder, num_checkpoints, _megabytes(size), _megabytes(free)),
-        )
-
-
-def _megabytes(num_bytes: int) -> str:
-    return f"{num_bytes / 1e6:,.1f} MB"
+        broken = str(error).split("\n")[0]
+    return None if broken is None else f"is damaged ({broken})"
 
 
 def _split_hash(path: str) -> tuple[str, str | None]:
@@ -414,10 +335,10 @@ def _split_hash(path: str) -> tuple[str, str | None]:
 def _read_model_zoo(path: str) -> dict[str, Any]:
     """Read the two kinds of .pkl that detectron2 reads; Caffe2's names are matched by it later."""
     data = read_pickled_arrays(path)
-    if isinstance(data, dict) and "model" in data and "__author__" in data:
+    if not isinstance(data, dict):
+        raise ValueError(f"it holds a {type(data).__name__}, expected a dict of weights")
+    if "model" in data and "__author__" in data:
         return data
-    weights = data.get("blobs", data) if isinstance(data, dict) else data
-    if not isinstance(weights, dict):
-        raise ValueError(f"it holds a {type(weights).__name__}, expected a dict of weights")
+    weights = data.get("blobs", data)
     weights = {name: w for name, w in weights.items() if not str(name).endswith("_momentum")}
     return {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}

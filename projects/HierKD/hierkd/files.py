@@ -12,7 +12,6 @@ import json
 import os
 import pickle
 import re
-import sys
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -27,13 +26,11 @@ from torch import Tensor
 __all__ = [
     "cache_root",
     "check_hash",
-    "check_hash_in_name",
     "file_hash",
     "is_torchscript",
     "read_pickled_arrays",
     "read_torch_file",
     "read_torchscript_state_dict",
-    "remove_unfinished",
     "replacing",
     "write_json_atomically",
 ]
@@ -52,8 +49,8 @@ def replacing(path: str | os.PathLike[str], *, durable: bool = False) -> Iterato
 
     Args:
         path: the file to write.
-        durable: the content is on the disk before it gets its name, and the name before this
-            returns, so that a power cut cannot leave an empty file either.
+        durable: a power cut cannot leave an empty file either: the content is on the disk before
+            it gets its name, and the name before this returns.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -69,41 +66,6 @@ def replacing(path: str | os.PathLike[str], *, durable: bool = False) -> Iterato
         temporary.unlink(missing_ok=True)
 
 
-def write_json_atomically(path: str | os.PathLike[str], content: object) -> bool:
-    """Write ``content`` as compact JSON so that ``path`` holds the old or the new file, whole.
-
-    Missing parent folders are made. An interrupted call leaves ``path`` as it was, and so does one
-    that has nothing new to say.
-
-    Returns:
-        Whether the file is new or has changed.
-    """
-    data = (json.dumps(content, separators=(",", ":")) + "\n").encode()
-    path = Path(path)
-    if path.is_file() and path.stat().st_size == len(data) and path.read_bytes() == data:
-        return False
-    with replacing(path) as temporary:
-        temporary.write_bytes(data)
-    return True
-
-
-def remove_unfinished(folder: str | os.PathLike[str], *patterns: str) -> list[Path]:
-    """Remove what :func:`replacing` had begun in processes that were killed.
-
-    Args:
-        folder: where to look; need not exist.
-        *patterns: globs of the final names, such as ``model_*.pth``. Nobody else may be writing
-            such files there now.
-
-    Returns:
-        The removed paths.
-    """
-    left = sorted(path for each in patterns for path in Path(folder).glob(f".{each}.*.tmp"))
-    for path in left:
-        path.unlink(missing_ok=True)
-    return left
-
-
 def _sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -112,7 +74,19 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-# --- PyTorch files --------------------------------------------------------------------------------
+def write_json_atomically(path: str | os.PathLike[str], content: object) -> bool:
+    """Write ``content`` as compact JSON by :func:`replacing`, if ``path`` holds anything else.
+
+    Returns:
+        Whether the file is new or has changed.
+    """
+    data = (json.dumps(content, separators=(",", ":")) + "\n").encode()
+    path = Path(path)
+    if path.is_file() and path.read_bytes() == data:
+        return False
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
+    return True
 
 
 def read_torch_file(path: str | os.PathLike[str]) -> Any:
@@ -216,9 +190,6 @@ def read_torchscript_state_dict(path: str | os.PathLike[str]) -> dict[str, Tenso
 
     ``torch.jit.load`` runs the methods ``__setstate__`` of the archive, which may write files.
 
-    Args:
-        path: what ``torch.jit.save`` wrote, of PyTorch 1.6 or newer.
-
     Returns:
         The same as ``torch.jit.load(path).state_dict()``, on the CPU.
 
@@ -228,10 +199,7 @@ def read_torchscript_state_dict(path: str | os.PathLike[str]) -> dict[str, Tenso
     try:
         with zipfile.ZipFile(path) as archive:
             (data,) = (n for n in archive.namelist() if re.fullmatch(r"[^/]+/data\.pkl", n))
-            module = _ScriptUnpickler(archive, data.removesuffix("data.pkl")).load()
-        if not isinstance(module, _Module):
-            raise ValueError(f"a {type(module).__name__}; expected a module")
-        return dict(_tensors_of(module, ""))
+            return dict(_ScriptUnpickler(archive, data.removesuffix("data.pkl")).load().tensors())
     except Exception as error:  # a damaged archive makes zipfile and the unpickler raise anything
         raise ValueError(
             f"{str(path)!r} cannot be read as a TorchScript archive: {_reason(error)}"
@@ -241,7 +209,7 @@ def read_torchscript_state_dict(path: str | os.PathLike[str]) -> dict[str, Tenso
 class _Module:
     """Stands for every class of an archive: keeps what the archive sets, and does nothing."""
 
-    tensor_names: frozenset[str] | None = None  # of parameters and buffers; None: not said
+    tensor_names: tuple[str, ...] = ()  # of parameters and buffers
     state: Mapping[str, Any] = {}
 
     def __setstate__(self, state: Any) -> None:
@@ -249,16 +217,19 @@ class _Module:
             raise ValueError(f"a module whose state is a {type(state).__name__}")
         self.state = state
 
+    def tensors(self, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+        for name, value in self.state.items():
+            if isinstance(value, _Module):
+                yield from value.tensors(f"{prefix}{name}.")
+            elif name in self.tensor_names:
+                yield f"{prefix}{name}", value
+
 
 class _ScriptUnpickler(pickle.Unpickler):
     def __init__(self, archive: zipfile.ZipFile, folder: str) -> None:
         super().__init__(archive.open(f"{folder}data.pkl"))
         self._archive, self._folder = archive, folder
-        self._names = set(archive.namelist())
         self._storages: dict[str, Tensor] = {}
-        byteorder = f"{folder}byteorder"
-        if byteorder in self._names and archive.read(byteorder).decode() != sys.byteorder:
-            raise ValueError("written on a machine with another byte order")
 
     def find_class(self, module_name: str, global_name: str, /) -> Any:
         name = f"{module_name}.{global_name}"
@@ -270,25 +241,20 @@ class _ScriptUnpickler(pickle.Unpickler):
         return _SCRIPT_GLOBALS[name]
 
     def persistent_load(self, pid: Any) -> Tensor:
-        _, dtype, key, _, count = pid
-        name = f"{self._folder}data/{key}"
-        if name not in self._storages:
-            content = bytearray(self._archive.read(name))
-            values = torch.frombuffer(content, dtype=dtype) if content else torch.empty(0)
-            if len(values) != count:
-                raise ValueError(f"{name} has {len(values)} values, {count} are announced")
-            self._storages[name] = values.to(dtype)
-        return self._storages[name]
+        _, dtype, key, *_ = pid
+        if key not in self._storages:
+            content = bytearray(self._archive.read(f"{self._folder}data/{key}"))
+            self._storages[key] = torch.frombuffer(content, dtype=dtype)
+        return self._storages[key]
 
-    def _tensor_names(self, module_name: str, class_name: str) -> frozenset[str] | None:
+    def _tensor_names(self, module_name: str, class_name: str) -> tuple[str, ...]:
         """Names of a class's parameters and buffers, which its source lists; it is not run."""
         source = f"{self._folder}code/{module_name.replace('.', '/')}.py"
-        text = self._archive.read(source).decode() if source in self._names else ""
+        text = self._archive.read(source).decode()
         body = re.search(rf"^class {re.escape(class_name)}\(Module\):\n((?:  .*\n)*)", text, re.M)
         listed = r"^  __(?:parameters|buffers)__ = (\[.*\])$"
         lists = re.findall(listed, body[1], re.M) if body else []
-        names = [str(name) for names in lists for name in ast.literal_eval(names)]
-        return frozenset(names) if lists else None
+        return tuple(str(name) for names in lists for name in ast.literal_eval(names))
 
 
 def _rebuild_tensor(
@@ -297,6 +263,7 @@ def _rebuild_tensor(
     return storage.as_strided(size, stride, offset).clone()
 
 
+_STORED = ("double", "float", "half", "long", "int", "bool")  # kinds of numbers
 _PASSED_ON = (
     *("torch.device", "torch.jit._pickle.restore_type_tag"),
     *(f"torch.jit._pickle.build_{kind}list" for kind in ("int", "double", "bool", "tensor")),
@@ -304,28 +271,9 @@ _PASSED_ON = (
 _SCRIPT_GLOBALS: dict[str, Any] = {
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
     "collections.OrderedDict": OrderedDict,
-    "torch.DoubleStorage": torch.float64,
-    "torch.FloatStorage": torch.float32,
-    "torch.HalfStorage": torch.float16,
-    "torch.BFloat16Storage": torch.bfloat16,
-    "torch.LongStorage": torch.int64,
-    "torch.IntStorage": torch.int32,
-    "torch.ShortStorage": torch.int16,
-    "torch.CharStorage": torch.int8,
-    "torch.ByteStorage": torch.uint8,
-    "torch.BoolStorage": torch.bool,
+    **{f"torch.{kind.title()}Storage": getattr(torch, kind) for kind in _STORED},
     **dict.fromkeys(_PASSED_ON, lambda value, *_: value),
 }
-
-
-def _tensors_of(module: _Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
-    for name, value in module.state.items():
-        if isinstance(value, _Module):
-            yield from _tensors_of(value, f"{prefix}{name}.")
-        elif isinstance(value, Tensor) and (
-            module.tensor_names is None or name in module.tensor_names
-        ):
-            yield f"{prefix}{name}", value
 
 
 def _refusal(name: str) -> str:
@@ -338,12 +286,6 @@ def _reason(error: Exception) -> str:
 
 
 # --- Hashes ---------------------------------------------------------------------------------------
-
-# Published file names that carry the first digits of the file's hash.
-_HASHED_NAMES = (
-    (r"-([0-9a-f]{8,64})\.[a-z]+$", "sha256"),  # torch.hub's: resnet50-0676ba61.pth
-    (r"^model_final_([0-9a-f]{6})\.pkl$", "md5"),  # detectron2's: model_final_f10217.pkl
-)
 
 
 def check_hash(path: str | os.PathLike[str], expected: str, algorithm: str = "sha256") -> None:
@@ -363,22 +305,6 @@ def check_hash(path: str | os.PathLike[str], expected: str, algorithm: str = "sh
             f"{str(path)!r} is not the expected file: its {algorithm} is {found}, expected "
             f"{expected}{'...' if len(expected) < len(found) else ''}; remove it and get it again"
         )
-
-
-def check_hash_in_name(path: str | os.PathLike[str]) -> bool:
-    """Check a downloaded file whose published name carries the first digits of its hash.
-
-    Returns:
-        Whether the name carries any.
-
-    Raises:
-        ValueError: it does, and they differ.
-    """
-    for pattern, algorithm in _HASHED_NAMES:
-        if digits := re.search(pattern, Path(path).name):
-            check_hash(path, digits[1], algorithm)
-            return True
-    return False
 
 
 def file_hash(path: str | os.PathLike[str], algorithm: str = "sha256") -> str:

@@ -10,7 +10,7 @@ import torch
 from detectron2.utils import comm
 from torch import nn
 
-__all__ = ["broadcast_buffers", "check_same_weights", "in_every_process"]
+__all__ = ["broadcast_buffers", "in_every_process"]
 
 
 @contextmanager
@@ -42,27 +42,6 @@ def in_every_process(what: str) -> Iterator[None]:
     for rank, (host, problem) in enumerate(found):
         if problem:
             raise RuntimeError(f"{what} failed in process {rank} (on {host}): {problem}")
-
-
-def check_same_weights(model: nn.Module) -> None:
-    """Refuse to go on where the processes hold different weights.
-
-    Gradients are averaged, weights are not: what differs at the start would differ for good, and
-    only the first process is saved. Buffers may differ, see :func:`broadcast_buffers`.
-
-    Raises:
-        ValueError: in every process; it lists what each of them has.
-    """
-    if comm.get_world_size() == 1:
-        return
-    with torch.no_grad():
-        sums = [p.double().sum() + p.double().square().sum() for p in model.parameters()]
-    found = comm.all_gather((platform.node(), torch.stack(sums).sum().item()))
-    if any(total != found[0][1] for _, total in found):
-        listed = "; ".join(
-            f"process {rank} (on {host}) has {total}" for rank, (host, total) in enumerate(found)
-        )
-        raise ValueError(f"the sum of the weights must be the same in every process: {listed}")
 
 
 def broadcast_buffers(model: nn.Module) -> None:

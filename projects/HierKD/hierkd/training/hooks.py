@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -54,13 +53,7 @@ class Interruption(HookBase):  # type: ignore[misc]  # detectron2 is untyped
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Handle the signals inside the block; those that are ignored stay so.
-
-        Outside of the main thread, where Python allows no handlers, nothing is handled.
-        """
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
+        """Handle the signals inside the block; those that are ignored stay so."""
         with handling(self._handle):
             polling = self.trainer.model.register_forward_pre_hook(self._poll)
             try:
@@ -124,13 +117,10 @@ class Interruption(HookBase):  # type: ignore[misc]  # detectron2 is untyped
 def handling(handler: Any) -> Iterator[Mapping[int, Any]]:
     """Let ``handler(number, frame)`` have the signals inside the block, but for ignored ones.
 
-    Gives:
-        Number of a signal -> what handled it before, and will after the block.
+    Gives number of a signal -> what handled it before, and will after the block.
     """
-    found = {int(each): signal.getsignal(each) for each in SIGNALS}
-    before = {k: v for k, v in found.items() if v is not signal.SIG_IGN and v is not None}
-    for number in before:
-        signal.signal(number, handler)
+    heard = [int(each) for each in SIGNALS if signal.getsignal(each) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, handler) for number in heard}
     try:
         yield before
     finally:
@@ -186,20 +176,19 @@ class FiniteGuard(HookBase):  # type: ignore[misc]  # detectron2 is untyped
             )
 
     def _stop(self) -> None:
-        losses = {name: loss.item() for name, loss in self._losses.items()}
-        wrong = [f"{name} is {loss}" for name, loss in losses.items() if not abs(loss) < torch.inf]
+        wrong = [f"{n} is {loss.item()}" for n, loss in self._losses.items() if not loss.isfinite()]
         images = [str(each.get("file_name", "?")) for each in self._batch]
-        found = dict(enumerate(comm.all_gather((wrong, images))))
-        if not any(wrong for wrong, _ in found.values()):
+        found = list(enumerate(comm.all_gather((wrong, images))))
+        if not any(wrong for _, (wrong, _) in found):
             gradients = {name: p.grad for name, p in self._model.named_parameters()}
             wrong = [n for n, g in gradients.items() if g is not None and not g.isfinite().all()]
             if not wrong:
                 return  # only the sum of one was beyond float32
             told = f"the losses are finite, the gradients of {', '.join(wrong[:3])} are not"
-            found = {comm.get_rank(): ([told], images)}
+            found = [(comm.get_rank(), ([told], images))]
         faults = [
             f"in process {rank}, {', '.join(wrong)}; its images are {', '.join(images)}"
-            for rank, (wrong, images) in found.items()
+            for rank, (wrong, images) in found
             if wrong
         ]
         raise NonFiniteError(

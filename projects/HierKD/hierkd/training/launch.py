@@ -25,32 +25,22 @@ from torch.multiprocessing.spawn import ProcessExitedException
 
 from hierkd.training.hooks import SIGNALS, handling
 
-__all__ = ["check_devices", "launch_processes", "leave_groups", "passing_signals_on"]
-
-# So many processes on a CPU may be started whatever the number of cores, to try things out. [ours]
-_ALWAYS_ALLOWED = 8
+__all__ = ["check_devices", "launch_processes", "leave_groups"]
 
 
 def check_devices(num_gpus: int, device: str) -> None:
-    """Refuse a number of processes that this machine cannot run.
-
-    One process on a machine without a GPU is one on the CPU.
+    """Refuse more processes than this machine has GPUs; one without a GPU runs on the CPU.
 
     Args:
         num_gpus: ``--num-gpus``; under torchrun its ``--nproc-per-node`` counts instead.
         device: ``MODEL.DEVICE``.
 
     Raises:
-        ValueError: there are fewer GPUs, or much fewer cores.
+        ValueError: names the option and both numbers.
     """
     option = "--num-gpus"
     if _from_torchrun():
         option, num_gpus = "torchrun --nproc-per-node", int(os.environ["LOCAL_WORLD_SIZE"])
-    elif device == "cpu" and num_gpus > max(_cores(), _ALWAYS_ALLOWED):
-        raise ValueError(
-            f"{option} {num_gpus} with MODEL.DEVICE cpu: this machine has {_cores()} cores; "
-            f"at most {max(_cores(), _ALWAYS_ALLOWED)} processes make sense"
-        )
     available = torch.cuda.device_count()
     if device != "cpu" and num_gpus > max(available, 1):
         hint = "" if available else f"; for {num_gpus} processes on the CPU add MODEL.DEVICE cpu"
@@ -66,7 +56,8 @@ def launch_processes(main: Callable[[Namespace], Any], args: Namespace, device: 
         device: ``MODEL.DEVICE``. On "cpu" the processes see no GPU and talk over gloo.
 
     Raises:
-        SystemExit: One of the processes has ended without an exception; with its status.
+        SystemExit: one of the processes has ended without an exception; with its status.
+        ProcessExitedException: one of them was killed.
     """
     timeout = timedelta(minutes=args.dist_timeout)
     if _from_torchrun():
@@ -77,30 +68,22 @@ def launch_processes(main: Callable[[Namespace], Any], args: Namespace, device: 
     if on_cpu:
         # detectron2 takes NCCL and a GPU per process as soon as there is a GPU.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    try:
-        with passing_signals_on() if starts_others else nullcontext():
-            launch(
-                _main_in_process,
-                args.num_gpus,
-                num_machines=args.num_machines,
-                machine_rank=args.machine_rank,
-                dist_url=args.dist_url,
-                args=(main, args, args.num_gpus if on_cpu else 1),
-                timeout=timeout,
-            )
-    except ProcessExitedException as error:
-        if error.exit_code > 0:  # its own choice, which it has given a reason for
-            raise SystemExit(error.exit_code) from None
-        name = error.signal_name or f"signal {-error.exit_code}"
-        raise SystemExit(
-            f"process {error.error_index} of this machine was ended by {name}; the others were "
-            "stopped. Start again with --resume to go on from the last checkpoint"
-        ) from None
+    with _passing_signals_on() if starts_others else nullcontext():
+        launch(
+            _main_in_process,
+            args.num_gpus,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=args.dist_url,
+            args=(main, args, args.num_gpus if on_cpu else 1),
+            timeout=timeout,
+        )
 
 
 def _main_in_process(main: Callable[[Namespace], Any], args: Namespace, share: int) -> None:
     """What each process runs; ``share`` of them share the cores of this machine."""
-    _limit_threads(share)
+    if share > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, torch.get_num_threads() // share))
     main(args)
     leave_groups()
 
@@ -118,17 +101,6 @@ def leave_groups() -> None:
         dist.destroy_process_group()
 
 
-def _limit_threads(processes: int) -> None:
-    """Give each of some processes of this machine its part of the cores, unless told otherwise."""
-    if processes > 1 and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, _cores() // processes))
-
-
-def _cores() -> int:
-    """How many cores this process may use; not every system can tell."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _from_torchrun() -> bool:
     """Whether torchrun has started this process; RANK alone may be a cluster's."""
     return "TORCHELASTIC_RUN_ID" in os.environ
@@ -139,31 +111,23 @@ def _run_under_torchrun(
 ) -> None:
     """Join torchrun's group, run ``main`` in it and leave it."""
     on_gpu = device != "cpu" and torch.cuda.is_available()
-    local_world_size = int(os.environ["LOCAL_WORLD_SIZE"])
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    else:
-        # torchrun sets OMP_NUM_THREADS to 1 where the user has not; that is its choice to make.
-        _limit_threads(local_world_size)
-    if int(os.environ["WORLD_SIZE"]) == 1:
-        main(args)
-        return
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout)
-    comm.create_local_process_group(local_world_size)
+    comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
     comm.synchronize()
     main(args)
     leave_groups()
 
 
 @contextmanager
-def passing_signals_on() -> Iterator[None]:
+def _passing_signals_on() -> Iterator[None]:
     """Let a process that only starts others and waits for them give its signals to them.
 
-    Without this it would be gone first, and what it started would be killed while saving. It must
-    be the main thread.
+    Without this it would be gone first, and what it started would be killed while saving.
 
     Raises:
-        SystemExit: when one of the others has ended on a signal, with the same status.
+        SystemExit: when one of the others has ended by itself or on a signal, with its status.
     """
     received: list[int] = []
 
@@ -181,7 +145,7 @@ def passing_signals_on() -> Iterator[None]:
         try:
             yield
         except ProcessExitedException as error:
-            if error.exit_code in {128 + each for each in SIGNALS}:
+            if error.exit_code > 0:  # its own choice, which it has given a reason for
                 raise SystemExit(error.exit_code) from None
             if received and -error.exit_code in SIGNALS:  # it had not begun to train
                 raise SystemExit(128 + received[0]) from None

@@ -1,21 +1,18 @@
 """Hooks that show how a training goes: the background's drift, and pictures with detections.
 
-Both look and change nothing: weights, buffers, modes, vocabulary and random generators are
-afterwards what they were, so that a run with them ends with the same weights as one without. They
-do nothing that other processes would have to join; register them in the main process alone.
+Both look and change nothing: weights, buffers, modes and vocabulary are afterwards what they were,
+so that a run with them ends with the same weights as one without. They do nothing that other
+processes would have to join; register them in the main process alone.
 """
 
 from __future__ import annotations
 
 import logging
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import HookBase
 from torch import nn
@@ -30,7 +27,7 @@ from hierkd.reports.gallery import (
     keep_best,
 )
 
-__all__ = ["BackgroundDrift", "DetectionPictures", "build_monitoring_hooks", "undisturbed"]
+__all__ = ["BackgroundDrift", "DetectionPictures", "build_monitoring_hooks"]
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +91,7 @@ class DetectionPictures(HookBase):  # type: ignore[misc]  # detectron2 is untype
         if not ((self.trainer.iter + 1) % self._period == 0 or _is_last(self.trainer)):
             return
         try:
-            with undisturbed(self._detector):
+            with _undisturbed(self._detector):
                 for number, record in enumerate(self._records, start=1):
                     self.trainer.storage.put_image(f"detections/{number}", self._draw(record))
         except Exception:
@@ -115,10 +112,6 @@ class DetectionPictures(HookBase):  # type: ignore[misc]  # detectron2 is untype
 
 def build_monitoring_hooks(cfg: Any, detector: Any) -> list[HookBase]:
     """Build the hooks that a config asks for; none for a model without text."""
-    values = {"VIS_PERIOD": cfg.VIS_PERIOD, "TEST.VIS_PICTURES": cfg.TEST.VIS_PICTURES}
-    for key, value in values.items():
-        if value < 0:
-            raise ValueError(f"{key} must be 0 (none) or more, got {value}")
     if not hasattr(detector, "text_classifier"):
         return []
     hooks: list[HookBase] = [BackgroundDrift(detector)]
@@ -139,28 +132,20 @@ def build_monitoring_hooks(cfg: Any, detector: Any) -> list[HookBase]:
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Let a model be used for something else in the middle of a training.
+def _undisturbed(detector: Any) -> Iterator[None]:
+    """Keep the modes of a detector's modules, and ``TEST.COMPILE`` off, in the block.
 
-    Afterwards every module is in the mode it was in, and the random generators of Python, numpy and
-    PyTorch (of all devices in use) are where they were. ``TEST.COMPILE``, which would take a minute
-    per size of picture, is off meanwhile.
+    It would compile for a minute per size of picture.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    detector: Any = model
+    modes = [(module, module.training) for module in detector.modules()]
     compiled = detector.compile_test
-    python, numpy = random.getstate(), np.random.get_state()
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=[each.index for each in devices]):
-        try:
-            detector.compile_test = False
-            yield
-        finally:
-            detector.compile_test = compiled
-            for module, mode in modes:
-                module.training = mode
-            random.setstate(python)
-            np.random.set_state(numpy)
+    try:
+        detector.compile_test = False
+        yield
+    finally:
+        detector.compile_test = compiled
+        for module, mode in modes:
+            module.training = mode
 
 
 def _is_last(trainer: Any) -> bool:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 __all__ = ["FULL_MODEL_CLIP", "build_optimizer", "check_optimizer_state"]
 
 FULL_MODEL_CLIP = "full_model"
-_TELLING = {"momentum", "betas"}  # settings that SGD, or Adam and its kin, has alone
 
 
 def build_optimizer(cfg: Any, model: nn.Module) -> torch.optim.Optimizer:
@@ -22,10 +21,6 @@ def build_optimizer(cfg: Any, model: nn.Module) -> torch.optim.Optimizer:
     ``CLIP_GRADIENTS.CLIP_TYPE = "full_model"`` clips the norm of all gradients together, as the
     release does (norm 10); detectron2's own clip types look at each parameter by itself. With AMP
     the gradients are already unscaled when they are clipped.
-
-    Args:
-        cfg: the frozen or unfrozen config; not changed.
-        model: whose parameters to optimise.
 
     Raises:
         ValueError: for an unknown ``SOLVER.OPTIMIZER``.
@@ -71,27 +66,24 @@ def check_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, 
 
     torch notices some of it, in words of its own, and some only in the first step.
 
-    Args:
-        optimizer: of this run.
-        state: ``state_dict()`` of the one that a checkpoint was written with.
-
     Raises:
         ValueError: they differ; says in what, and which keys decide it.
     """
-    parameters = [each for group in optimizer.param_groups for each in group["params"]]
-    groups = state["param_groups"]
-    found = sum(len(group["params"]) for group in groups)
     problem = ""
-    if missing := _TELLING & set(optimizer.param_groups[0]) - set(groups[0]):
-        problem = f"its optimizer is no {type(optimizer).__name__}, it has no {missing.pop()!r}"
-    elif found != len(parameters) or len(groups) != len(optimizer.param_groups):
+    ours, theirs = optimizer.state_dict()["param_groups"], state["param_groups"]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if ("momentum" in ours[0]) != ("momentum" in theirs[0]):  # which SGD alone has
+        problem = f"its optimizer is no {type(optimizer).__name__}"
+    elif [each["params"] for each in ours] != [each["params"] for each in theirs]:
+        found = sum(len(group["params"]) for group in theirs)
         problem = f"it has {found} trained parameters, this run {len(parameters)}"
-    for index, moments in {} if problem else state["state"].items():
-        shapes = {tuple(v.shape) for v in moments.values() if isinstance(v, Tensor) and v.dim()}
-        if other := shapes - {expected := tuple(parameters[index].shape)}:
-            problem = (
-                problem or f"parameter {index} has shape {other.pop()}, in this run {expected}"
-            )
+    else:
+        for index, moments in state["state"].items():
+            expected = parameters[index].shape
+            for each in moments.values():
+                if isinstance(each, Tensor) and each.dim() and each.shape != expected:
+                    problem = f"parameter {index} has shape {tuple(each.shape)}, in this run "
+                    problem += str(tuple(expected))
     if problem:
         raise ValueError(
             f"--resume: the checkpoint is of another training: {problem}. Resume with its "

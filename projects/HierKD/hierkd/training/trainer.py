@@ -6,7 +6,6 @@ import logging
 import shlex
 import sys
 import weakref
-from collections import OrderedDict
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import nn
 
-from hierkd.checkpoint import HierKDCheckpointer, warn_of_little_space
+from hierkd.checkpoint import HierKDCheckpointer
 from hierkd.data.coco import check_captions
 from hierkd.data.loader import build_resumable_train_loader
 from hierkd.data.mapper import HierKDDatasetMapper, check_images
@@ -48,7 +47,7 @@ from hierkd.files import write_json_atomically
 from hierkd.reports.metrics import mend_metrics
 from hierkd.teachers.clip import build_region_cache
 from hierkd.teachers.region_cache import RegionCache
-from hierkd.training.agreement import broadcast_buffers, check_same_weights, in_every_process
+from hierkd.training.agreement import broadcast_buffers, in_every_process
 from hierkd.training.hooks import FiniteGuard, Interruption
 from hierkd.training.monitoring import build_monitoring_hooks
 from hierkd.training.optimizer import build_optimizer, check_optimizer_state
@@ -66,12 +65,12 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # detectron2 is untyped
     def __init__(self, cfg: Any) -> None:
         """Build all that a training needs, in the order of ``DefaultTrainer.__init__``.
 
-        That one has no place for another checkpointer, nor for processes on a CPU.
+        That has no place for another checkpointer, nor for processes on a CPU.
         """
         TrainerBase.__init__(self)
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         model = self.build_model(cfg)
-        optimizer = self.build_optimizer(cfg, model)
+        optimizer = build_optimizer(cfg, model)
         # The detector's teacher has opened and checked the cache; a model may have no teacher.
         cache = getattr(getattr(model, "teacher", None), "cache", None)
         data_loader = self.build_train_loader(cfg, cache)
@@ -99,8 +98,7 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # detectron2 is untyped
     def build_writers(self) -> list[Any]:
         """detectron2's writers, which append to what a killed run has left."""
         mend_metrics(f"{self.cfg.OUTPUT_DIR}/metrics.json")
-        writers: list[Any] = super().build_writers()
-        return writers
+        return list(super().build_writers())
 
     def train(self) -> dict[str, Any] | None:
         """Train to the end, or until a signal comes; see :class:`Interruption`.
@@ -109,9 +107,6 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # detectron2 is untyped
             SystemExit: after a signal, with 128 + its number.
         """
         if comm.is_main_process():
-            period = self.cfg.SOLVER.CHECKPOINT_PERIOD
-            remaining = self.max_iter // period - self.start_iter // period + 1
-            warn_of_little_space(self.cfg.OUTPUT_DIR, self.model, self.optimizer, remaining)
             last = self.checkpointer.get_checkpoint_file() if self.start_iter else ""
             if self.start_iter == self.max_iter and not last.endswith("model_final.pth"):
                 # killed behind the last step: detectron2 writes this file in a step alone
@@ -128,7 +123,6 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # detectron2 is untyped
     def resume_or_load(self, resume: bool = True) -> None:
         """Load weights, or the last checkpoint together with the place in the data stream."""
         super().resume_or_load(resume=resume)
-        check_same_weights(self.model)
         self.data_loader.batch_sampler.start_iter = self.start_iter
 
     def data_order(self) -> dict[str, int]:
@@ -145,9 +139,8 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # detectron2 is untyped
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """detectron2's; a checkpoint of another optimizer or detector is refused by name."""
-        found = state_dict.get("data_order", {})  # absent in older ones
         for name, value in self.data_order().items():
-            if (before := found.get(name, value)) != value:
+            if (before := state_dict["data_order"][name]) != value:
                 logger.warning(
                     "--resume: %s is %d and was %d: from here on the images are others than those "
                     "of a run without the interruption",
@@ -174,18 +167,8 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # detectron2 is untyped
         return model
 
     @classmethod
-    def build_optimizer(cls, cfg: Any, model: nn.Module) -> torch.optim.Optimizer:
-        """SGD or AdamW with the clipping of the whole gradient."""
-        return build_optimizer(cfg, model)
-
-    @classmethod
     def build_train_loader(cls, cfg: Any, cache: RegionCache | None = None) -> Any:
-        """Endless batches; captions and images are checked before the first step.
-
-        Args:
-            cfg: of the training.
-            cache: that of ``MODEL.TEACHER.CACHE`` if it is open already.
-        """
+        """Endless batches; captions and images are checked before the first step."""
         with in_every_process("reading DATASETS.TRAIN"):
             if not cfg.DATASETS.TRAIN:
                 raise ValueError("DATASETS.TRAIN is empty: it must name what to train on")
@@ -233,7 +216,7 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # detectron2 is untyped
         )
 
     @classmethod
-    def test(cls, cfg: Any, model: nn.Module, evaluators: Any = None) -> dict[str, Any]:
+    def test(cls, cfg: Any, model: nn.Module) -> dict[str, Any]:
         """Evaluate each dataset with its own vocabulary; the training one comes back after it.
 
         A model without a vocabulary, such as the class-agnostic RPN of Table 1, runs as it is.
@@ -243,21 +226,15 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # detectron2 is untyped
         """
         detector = without_ddp(model)
         broadcast_buffers(detector)  # what is evaluated is what is saved
-        results: OrderedDict[str, Any] = OrderedDict()
-        for index, name in enumerate(cfg.DATASETS.TEST):
+        results: dict[str, Any] = {}
+        for name in cfg.DATASETS.TEST:
             one = cfg.clone()
             one.defrost()
             one.DATASETS.TEST = (name,)
-            names = MetadataCatalog.get(name).thing_classes
             limit = MetadataCatalog.get(name).get("detections_per_image")
             one.TEST.DETECTIONS_PER_IMAGE = limit or cfg.TEST.DETECTIONS_PER_IMAGE
-            vocabulary = (
-                detector.vocabulary(names) if hasattr(detector, "vocabulary") else nullcontext()
-            )
-            with vocabulary, detection_limit(detector, limit):
-                results[name] = super().test(
-                    one, model, None if evaluators is None else [evaluators[index]]
-                )
+            with cls._vocabulary(detector, name), detection_limit(detector, limit):
+                results[name] = super().test(one, model)
         if comm.is_main_process():
             report_transfer(cfg, results)
         return results
@@ -271,14 +248,19 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # detectron2 is untyped
             FileNotFoundError: that needs CLIP, and its weights are not there.
         """
         detector = without_ddp(model)
-        if not hasattr(detector, "vocabulary"):
-            return
         for name in cfg.DATASETS.TEST:
             with (
                 in_every_process(f"embedding the class names of {name}"),
-                detector.vocabulary(MetadataCatalog.get(name).thing_classes),
+                cls._vocabulary(detector, name),
             ):
                 pass
+
+    @staticmethod
+    def _vocabulary(detector: Any, dataset_name: str) -> Any:
+        """Give a detector a dataset's class names inside the block; a model without names none."""
+        if not hasattr(detector, "vocabulary"):
+            return nullcontext()
+        return detector.vocabulary(MetadataCatalog.get(dataset_name).thing_classes)
 
 
 def without_ddp(model: nn.Module) -> Any:
