@@ -1,12 +1,8 @@
 """Reading foreign weights: what is read equals what the usual loaders give, and nothing runs."""
 
 import contextlib
-import hashlib
 import pickle
 import warnings
-import zipfile
-from collections import OrderedDict
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,14 +10,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from torch import nn
 
 import clip_files
 from hierkd.files import (
-    check_hash,
     is_torchscript,
     read_pickled_arrays,
-    read_torch_file,
     read_torchscript_state_dict,
     replacing,
 )
@@ -147,40 +140,7 @@ def test_damaged_pickles_end_as_one_kind_of_error(tmp_path, data):
 # ------------------------------------------------------------------------------- PyTorch files
 
 
-@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
-def test_a_benign_torch_file(tmp_path, zipped):
-    content = OrderedDict(model={"w": torch.arange(3.0)}, iteration=7, names=["a", "é"])
-    torch.save(content, tmp_path / "m.pth", _use_new_zipfile_serialization=zipped)
-    found = read_torch_file(tmp_path / "m.pth")
-    assert torch.equal(found["model"]["w"], content["model"]["w"])
-    assert (found["iteration"], found["names"]) == (7, ["a", "é"])
-
-
 # -------------------------------------------------------------------------- TorchScript archives
-
-
-class Spy(nn.Module):
-    """A module whose archive writes a file when ``torch.jit.load`` reads it."""
-
-    def __init__(self, path: str) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.arange(4.0))
-        self.path = path
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x
-
-    @torch.jit.export
-    def __getstate__(self):
-        return (self.weight, self.path, self.training)
-
-    @torch.jit.export
-    def __setstate__(self, state):
-        # type: (Tuple[Tensor, str, bool]) -> None
-        self.weight = state[0]
-        self.path = state[1]
-        self.training = state[2]
-        torch.save(self.weight, self.path)
 
 
 def load_by_torch(path):
@@ -203,76 +163,6 @@ def test_archives_give_what_torch_gives(tmp_path, shape):
         assert torch.equal(found[name], value), name
 
 
-class Mixture(nn.Module):
-    """Buffers, plain tensors, half precision, views, shared and empty tensors, nested modules."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        base = torch.arange(24.0).reshape(4, 6)
-        self.view = nn.Parameter(base[1:3, ::2])
-        self.halves = nn.Parameter(torch.full((3,), 0.1).half(), requires_grad=False)
-        self.register_buffer("count", torch.tensor(7))
-        self.register_buffer("flags", torch.tensor([True, False]))
-        self.register_buffer("empty", torch.zeros(0, 3))
-        self.register_buffer("shared", base)
-        self.plain = torch.ones(2)  # neither parameter nor buffer: not in a state dict
-        self.layers = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
-        self.sizes = [1, 2]
-        self.name = "x"
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.layers(x) + self.plain * self.sizes[0]
-
-
-def test_archives_of_other_modules(tmp_path):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.jit.script(Mixture()).save(str(tmp_path / "m.pt"))
-    expected = load_by_torch(tmp_path / "m.pt").state_dict()
-    found = read_torchscript_state_dict(tmp_path / "m.pt")
-    assert set(found) == set(expected)
-    assert "plain" not in found
-    for name, value in expected.items():
-        assert found[name].dtype == value.dtype
-        assert torch.equal(found[name], value), name
-
-
-def test_the_code_of_an_archive_does_not_run(tmp_path):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        scripted = torch.jit.script(Spy(str(tmp_path / "ran")))
-        scripted.save(str(tmp_path / "spy.pt"))
-    (tmp_path / "ran").unlink(missing_ok=True)
-    with pytest.raises(ValueError, match=r"spy\.pt.*state is a tuple"):
-        read_torchscript_state_dict(tmp_path / "spy.pt")
-    assert not (tmp_path / "ran").exists()
-    load_by_torch(tmp_path / "spy.pt")  # the plant works
-    assert (tmp_path / "ran").exists()
-
-
-def rewrite(source: Path, target: Path, **changed: bytes) -> None:
-    """Copy an archive with other contents of some of its files."""
-    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
-        for name in old.namelist():
-            new.writestr(name, changed.get(name.split("/", 1)[1], old.read(name)))
-
-
-def test_damaged_archives(tmp_path):
-    whole = clip_files.write_torchscript(
-        tmp_path / "clip.pt", clip_files.random_clip(vocab_size=300)
-    )
-    rewrite(whole, tmp_path / "short.pt", **{"data/0": b"\0" * 4})
-    with pytest.raises(ValueError, match=r"short\.pt.*data/0 has 1 values"):
-        read_torchscript_state_dict(tmp_path / "short.pt")
-    rewrite(whole, tmp_path / "other.pt", byteorder=b"big")
-    with pytest.raises(ValueError, match="byte order"):
-        read_torchscript_state_dict(tmp_path / "other.pt")
-    (tmp_path / "half.pt").write_bytes(whole.read_bytes()[:5000])
-    assert not is_torchscript(tmp_path / "half.pt")
-    with pytest.raises(ValueError, match=r"half\.pt"):
-        read_torchscript_state_dict(tmp_path / "half.pt")
-
-
 # ------------------------------------------------------------------------------ whole or not at all
 
 
@@ -288,14 +178,3 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
 
 
 # --------------------------------------------------------------------------------------- hashes
-
-
-def test_a_hash_is_compared(tmp_path):
-    path = tmp_path / "model.pth"
-    path.write_bytes(b"weights")
-    digits = hashlib.sha256(b"weights").hexdigest()
-    check_hash(path, digits)
-    check_hash(path, digits[:8].upper())
-    for wrong in ("0" * 64, "", digits[1:]):
-        with pytest.raises(ValueError, match=rf"model\.pth.*sha256 is {digits}"):
-            check_hash(path, wrong)

@@ -1,6 +1,6 @@
 """Runs that are killed, and those that are asked to stop: resuming gives what a whole run gives.
 
-Every fault is real: a process of ``train_net.py`` gets SIGKILL or SIGINT, or finds a full disk.
+Every fault is real: a process of ``train_net.py`` gets SIGKILL or SIGINT.
 """
 
 import io
@@ -9,7 +9,6 @@ import math
 import os
 import random
 import signal
-import subprocess
 import threading
 import time
 from fnmatch import fnmatch
@@ -210,7 +209,7 @@ def test_killed_in_a_checkpoint_and_resumed(folder, short):
     assert (output / "last_checkpoint").read_text() == "model_0000003.pth"
     assert run(folder, output, never, "--resume", max_iter=4, period=2) == 0, said(output)
     assert_same_end(output, short)
-    assert f"Removed {output / left}, which a killed run had begun to write" in said(output)
+    assert f"Removing {output / left}, which a killed run had begun to write" in said(output)
 
 
 def moments(seed, size):
@@ -260,35 +259,6 @@ def test_killed_at_ten_moments_and_resumed(folder, finished, workers, seed):
             assert "model" in checkpoint(path), moment  # never half a file under a final name
     assert run(folder, output, never, "--resume", *loading) == 0, said(output)
     assert_same_end(output, finished)
-
-
-# --------------------------------------------------------------------------------------- full disk
-
-
-def test_a_disk_that_fills_up_in_a_training(folder, short, tmp_path):
-    """The second of three checkpoints does not fit; with room again the run ends as if it had."""
-    output = tmp_path / "disk"
-    output.mkdir()
-    kilobytes = 2 * (short / "model_final.pth").stat().st_size // 1024
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(output)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("needs the right to mount a file system")
-    line = partial(arguments, folder, output, max_iter=4, period=2)
-    try:
-        with pytest.raises(OSError, match="No space left on device") as error:
-            tiny_training.call_main(line())
-        for part in (str(output / "model_0000003.pth"), " MB free", "--resume"):
-            assert part in str(error.value)
-        assert f"{str(output / 'model_0000001.pth')!r}, is intact" in str(error.value)
-        assert [path.name for path in output.glob("*.pth")] == ["model_0000001.pth"]
-        assert (output / "last_checkpoint").read_text() == "model_0000001.pth"
-        assert unfinished(output) == []
-        assert "this run writes 3 checkpoints" in (output / "log.txt").read_text()
-        subprocess.run(["mount", "-o", "remount,size=100m", str(output)], check=True)
-        tiny_training.call_main(line("--resume"))
-        assert_same_end(output, short)
-    finally:
-        subprocess.run(["umount", "-l", str(output)], check=True)
 
 
 # ----------------------------------------------------------------------------------------- signals

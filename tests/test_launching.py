@@ -7,28 +7,22 @@ by design (batch statistics, sampled negatives) and gathers the contrast.
 import contextlib
 import json
 import os
-import pickle
 import re
 import signal
 import socket
 import subprocess
 import sys
 import time
-from argparse import Namespace
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-from detectron2.utils import comm
-from torch.multiprocessing import ProcessExitedException
 
 import tiny_training
 import train_net
 from forked_runs import ROOT, Run
-from hierkd.training import launch as launching
-from hierkd.training.launch import check_devices, launch_processes
+from hierkd.training.launch import check_devices
 
 EXACT = [
     *("MODEL.RESNETS.NORM", "FrozenBN", "MODEL.FPN.NORM", "GN", "MODEL.ATSS.NORM", "GN"),
@@ -208,17 +202,23 @@ def test_evaluation_sees_each_image_once(world, alone, tmp_path, processes):
 # ----------------------------------------------------------------------------------- faulty ends
 
 
-def test_the_process_that_starts_others_passes_a_signal_on(world, tmp_path):
-    """What ``kill``, ``docker stop`` and batch systems do: they know it alone."""
+@pytest.mark.parametrize(
+    ("send", "number"),
+    [
+        (os.kill, signal.SIGUSR1),  # of `kill`, `docker stop` and batch systems, to it alone
+        (os.killpg, signal.SIGINT),  # of a terminal, to all: the others get it twice
+    ],
+)
+def test_the_process_that_starts_others_passes_a_signal_on(world, tmp_path, send, number):
     with start(world, tmp_path / "run", "--num-gpus=2", *ENDLESS) as run:
         run.wait_for("Starting training")
         time.sleep(0.3)
-        os.kill(run.process.pid, signal.SIGUSR1)
-        assert run.wait(60) == 128 + signal.SIGUSR1, run.text()
+        send(run.process.pid, number)
+        assert run.wait(60) == 128 + number, run.text()
     assert "Traceback" not in run.text()
     (saved,) = (tmp_path / "run").glob("model_*.pth")
     done = torch.load(saved, weights_only=True)["iteration"] + 1
-    assert f"SIGUSR1: stopped after iteration {done} of" in run.text()
+    assert f"{number.name}: stopped after iteration {done} of" in run.text()
 
 
 @pytest.mark.slow
@@ -229,20 +229,8 @@ def test_a_killed_process_ends_the_others(world, tmp_path):
         assert len(both) == 2
         os.kill(both[1], signal.SIGKILL)
         assert run.wait(60) == 1
-        assert "process 1 of this machine was ended by SIGKILL" in run.text() or (
-            "Connection closed by peer" in run.text()
-        )
+        assert re.search("process 1 terminated with signal SIGKILL|closed by peer", run.text())
         assert not any(Path(f"/proc/{pid}").exists() for pid in both)
-
-
-@pytest.mark.slow
-def test_a_killed_machine_ends_the_other(world, tmp_path):
-    first, second = machines(world, tmp_path, *ENDLESS)
-    with first, second:
-        first.wait_for(TRAINING)
-        os.killpg(second.process.pid, signal.SIGKILL)
-        assert first.wait(60) != 0
-        assert re.search(r"closed by peer|Connection reset", first.text())
 
 
 @pytest.mark.slow
@@ -255,15 +243,6 @@ def test_a_process_that_hangs_ends_the_others_after_the_timeout(world, tmp_path)
         os.kill(workers(run)[1], signal.SIGSTOP)
         assert run.wait(60 * minutes + 60) != 0
         assert time.monotonic() - stopped > 60 * minutes - 2
-        assert re.search(r"[Tt]imed? ?out", run.text())
-
-
-@pytest.mark.slow
-def test_a_machine_that_never_comes(world, tmp_path):
-    url = f"--dist-url=tcp://127.0.0.1:{free_port()}"
-    flags = ["--num-machines=2", "--machine-rank=0", url, "--dist-timeout=0.1"]
-    with start(world, tmp_path / "run", *flags, *EXACT) as run:
-        assert run.wait(90) != 0
         assert re.search(r"[Tt]imed? ?out", run.text())
 
 
@@ -292,19 +271,16 @@ def told(*options, device="cpu"):
     return str(caught.value)
 
 
-CORES, GPUS = len(os.sched_getaffinity(0)), torch.cuda.device_count()
+GPUS = torch.cuda.device_count()
 
 
 @pytest.mark.parametrize(
     ("options", "device", "named"),
     [
-        (["--num-gpus", str(max(CORES, 8) + 1)], "cpu", f"this machine has {CORES} cores"),
         (["--num-gpus", str(GPUS + 2)], "cuda", f"this machine has {GPUS} CUDA devices"),
-        (["--num-gpus", "0"], "cpu", "--num-gpus must be at least 1, got 0"),
-        (["--num-machines", "0"], "cpu", "--num-machines must be at least 1"),
-        (["--dist-timeout", "0"], "cpu", "--dist-timeout must be positive, got 0 minutes"),
+        (["--num-gpus", "0"], "cpu", "--num-gpus must be positive, got 0"),
+        (["--dist-timeout", "0"], "cpu", "--dist-timeout must be positive, got 0"),
         (["--num-machines", "2", "--machine-rank", "2"], "cpu", "--machine-rank must be 0 to 1"),
-        (["--num-machines", "2", "--dist-url", "auto"], "cpu", "such as tcp://10.0.0.1:29500"),
         (["--config-file", ""], "cpu", "--config-file FILE is needed"),
         (["--config-file", "gone.yaml"], "cpu", "no file 'gone.yaml'"),
     ],
@@ -321,58 +297,3 @@ def test_options_that_torchrun_decides(monkeypatch):
     assert "--nproc-per-node" in message
     if GPUS < 2:
         assert "torchrun --nproc-per-node 2: this machine has" in told(device="cuda")
-
-
-def test_a_cluster_that_sets_a_rank_by_itself_is_not_torchrun(monkeypatch):
-    for name, value in torchrun_environment(1).items():
-        if name != "TORCHELASTIC_RUN_ID":
-            monkeypatch.setenv(name, value)
-    seen = []
-    launch_processes(seen.append, train_net.get_parser().parse_args([]), "cpu")
-    assert [type(each) for each in seen] == [Namespace]
-
-
-def test_cores_are_shared(monkeypatch):
-    chosen = []
-    monkeypatch.setattr(launching.torch, "set_num_threads", chosen.append)
-    monkeypatch.setattr(launching, "_cores", lambda: 8)
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    for processes in (1, 2, 3, 16):
-        launching._main_in_process(lambda args: None, Namespace(), processes)
-    assert chosen == [4, 2, 1]
-    monkeypatch.setenv("OMP_NUM_THREADS", "5")
-    launching._main_in_process(lambda args: None, Namespace(), 2)
-    assert chosen == [4, 2, 1]
-
-
-@pytest.mark.parametrize(
-    ("code", "name", "expected"),
-    [(143, None, 143), (-9, "SIGKILL", "process 3 of this machine was ended by SIGKILL")],
-)
-def test_status_of_a_process_that_ended(monkeypatch, code, name, expected):
-    def fail(*args, **kwargs):
-        raise ProcessExitedException("gone", 3, 77, exit_code=code, signal_name=name)
-
-    monkeypatch.setattr(launching, "launch", fail)
-    args = train_net.get_parser().parse_args(["--num-gpus", "4"])
-    with pytest.raises(SystemExit) as caught:
-        launch_processes(pytest.fail, args, "cpu")
-    assert caught.value.code == expected or str(caught.value).startswith(str(expected))
-
-
-def test_what_started_processes_are_given_can_be_sent_to_them():
-    given = (launching._main_in_process, train_net.run, train_net.get_parser().parse_args([]))
-    assert pickle.loads(pickle.dumps(given)) == given
-
-
-def test_no_group_outlasts_the_work(tmp_path):
-    for number in range(2):  # what detectron2 remembers of the first job would be in the way
-        store = f"file://{tmp_path}/store{number}"
-        dist.init_process_group("gloo", init_method=store, rank=0, world_size=1)
-        comm.create_local_process_group(1)
-        comm._get_global_gloo_group()
-        launching.leave_groups()
-        assert not dist.is_initialized()
-        assert comm._LOCAL_PROCESS_GROUP is None
-        assert comm._get_global_gloo_group.cache_info().currsize == 0
-    launching.leave_groups()  # nothing is left to do

@@ -27,12 +27,6 @@ def write(tmp_path):
     return write_file
 
 
-def test_defaults_alone():
-    cfg = load_config("")
-    assert cfg.MODEL.ATSS.TOPK == 9
-    assert cfg.is_frozen()
-
-
 def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(write):
     path = write("MODEL: {ATSS: {TOPK: 5, NUM_CONVS: 2}}\n")
     cfg = load_config(path, ["MODEL.ATSS.TOPK", "7", "SOLVER.STEPS", "(1, 2)"])
@@ -40,12 +34,6 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(writ
     assert cfg.MODEL.ATSS.NMS_THRESH_TEST == 0.4
     assert cfg.SOLVER.STEPS == (1, 2)
     assert load_config("").MODEL.ATSS.TOPK == 9  # nothing is shared between calls
-
-
-def test_a_base_is_found_beside_the_file(write):
-    write("MODEL: {ATSS: {TOPK: 5, NUM_CONVS: 2}}\n", "base.yaml")
-    cfg = load_config(write("_BASE_: base.yaml\nMODEL: {ATSS: {TOPK: 6}}\n"))
-    assert (cfg.MODEL.ATSS.TOPK, cfg.MODEL.ATSS.NUM_CONVS) == (6, 2)
 
 
 ROWS = {"atss": (False, False), "ikd": (True, False), "gkd": (False, True), "hierkd": (True, True)}
@@ -89,14 +77,6 @@ def test_every_config_of_the_project_builds(path, monkeypatch):
 # ---------------------------------------------------------------------- Table 1
 
 
-def test_table_1_is_there_at_both_scales():
-    assert [str(p.relative_to(CONFIGS)) for p in RPN_FILES] == [
-        "ablations/table1_rpn_R50_1x.yaml",
-        "miniature/rpn.yaml",
-    ]
-    assert len(FILES) > 20
-
-
 @pytest.mark.parametrize("path", RPN_FILES, ids=lambda p: str(p.relative_to(CONFIGS)))
 def test_proposals_are_learned_from_base_boxes_and_scored_on_all(path):
     cfg = load_config(str(path), ["MODEL.DEVICE", "cpu"])
@@ -137,7 +117,6 @@ def test_table_1_on_coco_is_twelve_epochs_of_detectron2s_recipe():
         ("MODEL: {ATSS: 5}\n", "ATSS"),
         ("MODEL: [1, 2\n", r"run\.yaml"),
         ("", "the file is empty"),
-        ("- a\n- b\n", r"run\.yaml"),
         ("just words\n", r"run\.yaml"),
     ],
 )
@@ -153,25 +132,15 @@ def test_a_mistake_in_a_file_names_it_and_the_key(write, text, named):
     [
         (["MODEL.ATSS.TOPKK", "5"], r"KEY VALUE.*MODEL\.ATSS\.TOPKK"),
         (["MODEL.ATSS.TOPK", "many"], r"KEY VALUE.*MODEL\.ATSS\.TOPK"),
-        (["MODEL.ATSS.TOPK.DEEPER", "5"], r"MODEL\.ATSS\.TOPK\.DEEPER"),
         (["SOLVER.BASE_LR.X", "5"], r"SOLVER\.BASE_LR\.X"),
-        (["MODEL.ATSS.TOPK"], r"KEY VALUE pairs, but 'MODEL\.ATSS\.TOPK' has no value"),
-        (
-            ["SEED", "1", "--resume", "SOLVER.MAX_ITER", "3"],
-            "'--resume' stands among the KEY VALUE",
-        ),
+        (["MODEL.ATSS.TOPK"], r"'MODEL\.ATSS\.TOPK': expected KEY VALUE pairs"),
+        (["SEED", "1", "--resume"], "'--resume' stands among the KEY VALUE"),
         (["MODEL.DEVICE", "gpu"], r"MODEL\.DEVICE.*'gpu'"),
-        (["TEST.IMS_PER_BATCH", "0"], r"TEST\.IMS_PER_BATCH must be 1 or more, got 0"),
         (["SOLVER.MAX_ITER", "-4"], r"SOLVER\.MAX_ITER must be 1 or more, got -4"),
-        (["SOLVER.CHECKPOINT_PERIOD", "0"], r"SOLVER\.CHECKPOINT_PERIOD must be 1 or more"),
-        (["TEST.DETECTIONS_PER_IMAGE", "0"], r"TEST\.DETECTIONS_PER_IMAGE must be 1 or more"),
+        (["VIS_PERIOD", "-1"], r"VIS_PERIOD must be 0 or more, got -1"),
         (["MODEL.IKD.IOU_THRESH", "2.0"], r"MODEL\.IKD\.IOU_THRESH must be 0 to 1, got 2"),
-        (["MODEL.GKD.LOSS_WEIGHT", "-1.0"], r"MODEL\.GKD\.LOSS_WEIGHT must be 0 or more, got -1"),
-        (["MODEL.ATSS.NMS_THRESH_TEST", "5.0"], r"MODEL\.ATSS\.NMS_THRESH_TEST must be 0 to 1"),
         (["DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler"], "but is not read here"),
-        (["DATALOADER.REPEAT_THRESHOLD", "0.5"], "but is not read here"),
-        (["TEST.AUG.ENABLED", "True"], "but is not read here"),
-        (["SEED", str(2**31)], "SEED must be below 2147483648.*got 2147483648"),
+        (["MODEL.LOAD_PROPOSALS", "True"], "but is not read here"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -198,28 +167,6 @@ def test_without_cuda_the_cpu_and_float32_are_used_with_a_note(monkeypatch, capl
     assert [device in told[0], "SOLVER.AMP.ENABLED" in told[1], len(told)] == [True, True, 2]
 
 
-def test_the_device_is_kept_where_it_exists(monkeypatch, caplog):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert load_config("", ["MODEL.DEVICE", "cuda:1"]).MODEL.DEVICE == "cuda:1"
-    with pytest.raises(ValueError, match=r"MODEL\.DEVICE: no device 'cuda:2': this machine has 2"):
-        load_config("", ["MODEL.DEVICE", "cuda:2"])
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert load_config("", ["MODEL.DEVICE", "cpu"]).MODEL.DEVICE == "cpu"
-    assert not [r for r in caplog.records if r.name.startswith("hierkd")]
-
-
-@pytest.mark.parametrize("name", ["hpu", "xpu", "mps"])
-def test_a_device_that_pytorch_lacks_here_is_named(name):
-    try:
-        torch.empty(0, device=name)
-    except Exception:
-        with pytest.raises(ValueError, match=rf"MODEL\.DEVICE: no device '{name}'") as caught:
-            load_config("", ["MODEL.DEVICE", name])
-        assert len(str(caught.value)) < 400
-
-
 def test_whole_numbers_are_floats_where_a_key_holds_one():
-    cfg = load_config("", ["SOLVER.BASE_LR", "1", "SEED", str(2**31 - 1), "MODEL.DEVICE", "cpu"])
+    cfg = load_config("", ["SOLVER.BASE_LR", "1", "MODEL.DEVICE", "cpu"])
     assert (cfg.SOLVER.BASE_LR, type(cfg.SOLVER.BASE_LR)) == (1.0, float)
-    assert type(cfg.SEED) is int

@@ -4,7 +4,6 @@ Each plant makes a folder when it is loaded the usual way; the same readers take
 """
 
 import ast
-import contextlib
 import functools
 import hashlib
 import http.server
@@ -22,7 +21,6 @@ import yaml
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.backbone.resnet import build_resnet_backbone
 
-import clip_files
 import open_clip_files
 from hierkd.checkpoint import HierKDCheckpointer
 from hierkd.load_config import load_config
@@ -163,19 +161,8 @@ def test_a_planted_pickle_does_not_run(tmp_path, ran, read, plant, name):
     assert ran.is_dir()
 
 
-def test_a_last_checkpoint_that_is_a_pickle_is_only_a_name(tmp_path, ran):
-    (tmp_path / "last_checkpoint").write_bytes(pickle.dumps(Planted(ran), 0))
-    checkpointer = HierKDCheckpointer(torch.nn.Linear(1, 1), str(tmp_path))
-    # whether such a name is passed over or refused is the checkpointer's affair
-    with contextlib.suppress(ValueError, OSError):
-        checkpointer.resume_or_load("", resume=True)
-    assert not ran.exists()
-
-
 @pytest.mark.parametrize("plant", [object_array, plain_pickle])
-@pytest.mark.parametrize(
-    "name", ["regions.npy", "texts.npy", "annotation_ids.npy", "text_keys.npy"]
-)
+@pytest.mark.parametrize("name", ["regions.npy", "text_keys.npy"])
 def test_a_planted_teacher_cache_does_not_run(tmp_path, ran, plant, name):
     texts, keys = sorted_texts(["a cat", "a dog"])
     contents = CacheContents(
@@ -186,15 +173,6 @@ def test_a_planted_teacher_cache_does_not_run(tmp_path, ran, plant, name):
     ids, folder = np.array([3], np.int64), tmp_path / "cache"
     writer = RegionCacheWriter(folder, contents, ids, keys)
     writer.write_texts(np.eye(2, dtype=np.float32))
-    assert (folder / name).is_file(), "the cache has other files now: plant into those"
-    if name in ("regions.npy", "texts.npy"):  # an interrupted run is taken up
-        plant(folder / name, Planted(ran))
-        with pytest.raises(ValueError, match=name):
-            RegionCacheWriter(folder, contents, ids, keys)
-        assert not ran.exists()
-        shutil.rmtree(folder)
-        writer = RegionCacheWriter(folder, contents, ids, keys)
-        writer.write_texts(np.eye(2, dtype=np.float32))
     writer.write_regions(np.eye(2, dtype=np.float32)[None])
     writer.finish()
     RegionCache(folder)
@@ -262,51 +240,23 @@ def test_caffe2s_files_are_read(tmp_path, blobs):
 
 TAGS = {
     "apply": "!!python/object/apply:os.mkdir ['{ran}']",
-    "new": "!!python/object/new:os.mkdir ['{ran}']",
-    "module": "!!python/module:antigravity ''",
-    "name": "!!python/name:os.mkdir ''",
     "eval": "!!python/object/apply:eval [\"__import__('os').mkdir('{ran}')\"]",
 }
 
 
 @pytest.mark.parametrize(
-    ("tag", "where"),
-    [*((tag, "file") for tag in TAGS), ("apply", "base"), ("apply", "base of a base")],
+    ("tag", "where"), [("apply", "file"), ("eval", "file"), ("apply", "base"), ("eval", "base")]
 )
 def test_code_in_a_config_does_not_run(tmp_path, ran, tag, where):
-    names = ["file", "base", "base of a base"]
-    for name in names:
-        base = names[names.index(name) + 1 :][:1]
-        lines = [f"_BASE_: '{base[0]}.yaml'"] if base and name != where else []
-        if name == where:
-            lines.append(f"OUTPUT_DIR: {TAGS[tag].format(ran=ran)}")
-        (tmp_path / f"{name}.yaml").write_text("\n".join(lines or ["OUTPUT_DIR: x"]))
+    planted = f"OUTPUT_DIR: {TAGS[tag].format(ran=ran)}"
+    (tmp_path / "base.yaml").write_text(planted if where == "base" else "OUTPUT_DIR: x")
+    (tmp_path / "file.yaml").write_text(planted if where == "file" else "_BASE_: base.yaml")
     with pytest.raises(ValueError, match="python/") as error:
         load_config(str(tmp_path / "file.yaml"))
     assert str(tmp_path / f"{where}.yaml") in str(error.value)
     assert not ran.exists()
-    if tag in ("apply", "eval"):
-        yaml.unsafe_load((tmp_path / f"{where}.yaml").read_text())
-        assert ran.is_dir()
-
-
-def test_code_in_an_override_does_not_run(ran):
-    code = f"__import__('os').mkdir({str(ran)!r})"
-    cfg = load_config("", ["OUTPUT_DIR", code])
-    assert code == cfg.OUTPUT_DIR
-    assert not ran.exists()
-
-
-def test_a_base_that_leads_back_is_named(tmp_path):
-    (tmp_path / "a.yaml").write_text("_BASE_: b.yaml\n")
-    (tmp_path / "b.yaml").write_text("_BASE_: a.yaml\n")
-    with pytest.raises(ValueError, match=r"a\.yaml.*leads back"):
-        load_config(str(tmp_path / "a.yaml"))
-
-
-def test_proposal_files_which_detectron2_unpickles_are_refused():
-    with pytest.raises(ValueError, match=r"MODEL\.LOAD_PROPOSALS.*pickled code"):
-        load_config("", ["MODEL.LOAD_PROPOSALS", "True"])
+    yaml.unsafe_load(planted)
+    assert ran.is_dir()
 
 
 # ------------------------------------------------------------------------------------ downloads
@@ -364,37 +314,3 @@ def test_a_download_is_compared_with_the_hash_in_its_name(server, model, caplog)
         shutil.copy(folder / "x.pkl", folder / name)
         with pytest.raises(ValueError, match=rf"{name}.*is not the expected file"):
             HierKDCheckpointer(model).load(f"{address}/{name}")
-
-
-def test_a_local_file_is_compared_with_the_hash_that_is_asked_for(tmp_path, model):
-    digits = write_weights(tmp_path / "R-50.pkl")
-    path = str(tmp_path / "R-50.pkl")
-    HierKDCheckpointer(model).load(f"{path}?sha256={digits[:16]}")
-    with pytest.raises(ValueError, match="is not the expected file"):
-        HierKDCheckpointer(model).load(f"{path}?sha256={digits[1:17]}")
-    torch.save({"weight": torch.full((2, 1, 1, 1), 4.0)}, tmp_path / "w.pth")
-    digits = hashlib.sha256((tmp_path / "w.pth").read_bytes()).hexdigest()
-    asked = f"{tmp_path}/w.pth?matching_heuristics=True&sha256={digits}"
-    HierKDCheckpointer(model).load(asked)
-    assert model["bottom_up"].weight.unique().item() == 4
-
-
-@pytest.mark.parametrize("wrong", [True, False])
-def test_clips_download_is_compared_with_its_hash(server, tmp_path, monkeypatch, wrong):
-    folder, address = server
-    source = clip_files.write_torchscript(tmp_path / "clip.pt", clip_files.random_clip())
-    digits = hashlib.sha256(source.read_bytes()).hexdigest()
-    (folder / digits).mkdir()
-    content = source.read_bytes() + (b"x" if wrong else b"")
-    (folder / digits / "Tiny.pt").write_bytes(content)
-    urls = {"Tiny": f"{address}/{digits}/Tiny.pt"}
-    monkeypatch.setattr(clip_files.import_clip().clip, "_MODELS", urls)
-    teacher = CLIPTeacher(
-        weights="Tiny", device="cpu", precision="fp32",
-        download_root=str(tmp_path / "root"),
-    )  # fmt: skip
-    if wrong:
-        with pytest.raises(ValueError, match=r"Tiny\.pt is not the published CLIP"):
-            teacher.encode_captions(["a cat"])
-    else:
-        assert teacher.encode_captions(["a cat"]).shape == (1, 16)
