@@ -6,7 +6,6 @@ Most runs are calls of ``train_net.main``; one is a command line in a process of
 import json
 import math
 import os
-import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +15,7 @@ import pytest
 import torch
 
 import tiny_training
-from hierkd.load_config import load_config
-from hierkd.miniature.world import MINIATURE_BASE, MINIATURE_CLASSES, MINIATURE_NOVEL
+from hierkd.miniature.world import MINIATURE_BASE, MINIATURE_NOVEL
 from hierkd.teachers.clip import CLIPTeacher
 from hierkd.teachers.texts import make_text_embeddings, save_text_embeddings
 from hierkd.training.trainer import Trainer
@@ -52,19 +50,9 @@ def train(folder):
     """Train into a folder of the given name; return the folder and the figures at the end."""
 
     def _train(name, *extra):
-        output = folder / name
-        figures = {}
-        with pytest.MonkeyPatch.context() as patch:
-            test = Trainer.test.__func__
-
-            def recorded(cls, *args, **kwargs):
-                figures.clear()
-                figures.update(test(cls, *args, **kwargs))
-                return dict(figures)
-
-            patch.setattr(Trainer, "test", classmethod(recorded))
-            call_main(command_line(output, folder / "clip.pt", *extra))
-        return output, figures
+        call_main(command_line(folder / name, folder / "clip.pt", *extra))
+        last = metrics(folder / name)[-1]
+        return folder / name, {k: v for k, v in last.items() if k.startswith("miniature_")}
 
     return _train
 
@@ -89,10 +77,10 @@ def metrics(output):
     return [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
 
 
-def flat(figures):
+def flat(results):
     return {
         f"{dataset}/{task}/{key}": value
-        for dataset, tasks in figures.items()
+        for dataset, tasks in results.items()
         for task, values in tasks.items()
         for key, value in values.items()
     }
@@ -130,10 +118,8 @@ def test_metrics_hold_the_losses_and_the_figures(finished):
     }
     assert all(math.isfinite(merged[key]) and merged[key] > 0 for key in losses)
     assert merged["num_distilled_regions"] > 0
-    written = {k: v for k, v in merged.items() if k.startswith("miniature_")}
-    same_figures(written, flat(figures))
-    assert "miniature_ovd_val_novel/bbox/novel/AP50" in written
-    assert "miniature_ovd_val_all/bbox/base/AR50" in written
+    assert "miniature_ovd_val_novel/bbox/novel/AP50" in figures
+    assert "miniature_ovd_val_all/bbox/base/AR50" in figures
 
 
 def test_the_checkpoint_is_the_detector_alone(finished):
@@ -167,7 +153,7 @@ def test_resuming_after_a_crash_changes_nothing(train, finished, monkeypatch, wo
     monkeypatch.setattr(Trainer, "run_step", run_step)
     output, figures = train(name, "--resume", *loading)
     assert differing(weights(output), weights(finished[0])) == []
-    same_figures(flat(figures), flat(finished[1]))
+    same_figures(figures, finished[1])
     # also what is not in the weights: the moments of the optimizer and the schedule
     ours, theirs = (
         torch.load(each / "model_final.pth", weights_only=True)["trainer"]
@@ -181,23 +167,12 @@ def test_resuming_after_a_crash_changes_nothing(train, finished, monkeypatch, wo
         assert all(torch.equal(moments[key][k], value) for k, value in values.items())
 
 
-def test_the_samples_can_be_sent_to_loader_processes(folder):
-    # detectron2 spawns one process per GPU, and the loader processes of those are spawned too
-    cfg = load_config(tiny_training.CONFIG, command_line(folder / "unused", folder / "clip.pt")[2:])
-    loader = Trainer.build_train_loader(cfg)
-    copy = pickle.loads(pickle.dumps(loader.dataset))
-    key = next(iter(loader.batch_sampler))[0]
-    ours, theirs = loader.dataset[key], copy[key]
-    assert torch.equal(ours["image"], theirs["image"])
-    assert ours["caption"] == theirs["caption"]
-
-
 def test_resuming_a_finished_run(train):
     output, figures = train("again")
     before, log = weights(output), output / "log.txt"
     # it only evaluates
     _, repeated = train("again", "--resume")
-    same_figures(flat(repeated), flat(figures))
+    same_figures(repeated, figures)
     assert "The training has done its 4 iterations already" in log.read_text()
     # with the state of another training it does not go on
     for changed in (("SOLVER.OPTIMIZER", "SGD"), ("MODEL.GKD.LOSS_WEIGHT", "0.0")):
@@ -216,7 +191,7 @@ def test_one_seed_gives_one_result_also_with_evaluations_on_the_way(train, finis
     output, figures = train("evaluated", "TEST.EVAL_PERIOD", "1")
     assert len([m for m in metrics(output) if any("val_all" in key for key in m)]) > 0
     assert differing(weights(output), weights(finished[0])) == []
-    same_figures(flat(figures), flat(finished[1]))
+    same_figures(figures, finished[1])
 
 
 # -------------------------------------------------------------------------------------- evaluation
@@ -237,7 +212,7 @@ def test_eval_only_repeats_the_figures_without_clip(folder, finished, monkeypatc
     monkeypatch.setattr(CLIPTeacher, "_clip", refuse)
     results = evaluate(folder, folder / "evaluation", output / "model_final.pth")
     assert tuple(results) == EVALUATED
-    same_figures(flat(results), flat(figures))
+    same_figures(flat(results), figures)
     assert not list((folder / "evaluation").glob("*.pth"))
 
 
@@ -247,7 +222,7 @@ def test_evaluating_in_a_trainings_folder_leaves_its_config_and_log(folder, trai
     before = [(output / name).read_bytes() for name in names]
     changed = ("TEST.DETECTIONS_PER_IMAGE", "3", "MODEL.WEIGHTS", "")
     results = evaluate(folder, output, "", "--resume", *changed)
-    assert flat(results).keys() == flat(figures).keys()
+    assert flat(results).keys() == figures.keys()
     assert [(output / name).read_bytes() for name in names] == before
     assert "DETECTIONS_PER_IMAGE: 3" in (output / "inference" / "config.yaml").read_text()
     assert "Evaluat" in (output / "inference" / "log.txt").read_text()
@@ -279,26 +254,6 @@ def test_random_weights_are_not_evaluated(folder, tmp_path):
         evaluate(folder, tmp_path / "random", "")
 
 
-def test_each_dataset_has_its_vocabulary_and_training_gets_its_own_back(train, monkeypatch):
-    models, seen = [], []
-    build, inference = Trainer.build_model, Trainer.build_test_loader
-
-    def recording_build(cls, cfg):
-        models.append(build(cfg))
-        return models[-1]
-
-    def recording_loader(cls, cfg, name):
-        seen.append((name, models[-1].vocabulary_names))
-        return inference(cfg, name)
-
-    monkeypatch.setattr(Trainer, "build_model", classmethod(recording_build))
-    monkeypatch.setattr(Trainer, "build_test_loader", classmethod(recording_loader))
-    train("vocabulary", "SOLVER.MAX_ITER", "2", "TEST.EVAL_PERIOD", "1")
-    assert seen[:2] == [(EVALUATED[0], MINIATURE_NOVEL), (EVALUATED[1], MINIATURE_CLASSES)]
-    assert models[-1].vocabulary_names == MINIATURE_BASE
-    assert models[-1].text_classifier.num_classes == len(MINIATURE_BASE)
-
-
 # ------------------------------------------------------------------------------------ proposals
 
 
@@ -316,7 +271,8 @@ PROPOSALS = (
 
 def test_a_class_agnostic_rpn_trains_and_is_scored_on_base_and_novel_boxes(proposed):
     output, figures = proposed
-    recalls = figures["miniature_ovd_val_all"]["box_proposals"]
+    prefix = "miniature_ovd_val_all/box_proposals/"
+    recalls = {k.removeprefix(prefix): v for k, v in figures.items() if k.startswith(prefix)}
     groups = ("base", "novel", "all")
     assert set(recalls) == {
         f"{g}/AR{iou}@{n}" for g in groups for iou in (50, 75) for n in (100, 300, 1000)
@@ -333,7 +289,6 @@ def test_a_class_agnostic_rpn_trains_and_is_scored_on_base_and_novel_boxes(propo
     assert "proposal_generator.rpn_head.objectness_logits.weight" in differing(early, late)
     merged = {key for line in metrics(output) for key in line}
     assert {"loss_rpn_cls", "loss_rpn_loc"} <= merged
-    assert "miniature_ovd_val_all/box_proposals/novel/AR50@100" in merged
 
 
 # ---------------------------------------------------------------------------- from the command line
