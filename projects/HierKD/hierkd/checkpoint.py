@@ -198,15 +198,14 @@ class HierKDCheckpointer(DetectionCheckpointer):  # type: ignore[misc]  # detect
                 "that was trained with this config"
             )
 
-    def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
         """Load weights from a file or a URL that detectron2 knows.
 
         Args:
             path: ``MODEL.WEIGHTS`` or a checkpoint; "" loads nothing. May end in detectron2's
                 ``?matching_heuristics=True``, in ``?sha256=`` and digits of the hash that the file
                 must have, or in both, joined by ``&``.
-            *args: as in detectron2.
-            **kwargs: as in detectron2.
+            checkpointables: as in detectron2: what to load besides the model; None: everything.
 
         Returns:
             What the checkpoint holds besides the model and the trace of its teacher.
@@ -227,14 +226,14 @@ class HierKDCheckpointer(DetectionCheckpointer):  # type: ignore[misc]  # detect
         self._loading = path
         path, self._expected_sha256 = _split_hash(path)
         try:
-            loaded: dict[str, Any] = super().load(path, *args, **kwargs)
+            loaded: dict[str, Any] = super().load(path, checkpointables)
         except (URLError, ConnectionError, TimeoutError) as error:
             raise ConnectionError(
                 f"MODEL.WEIGHTS: could not download {path!r} ({error}). Fetch the file where there "
                 "is a network and pass its path as MODEL.WEIGHTS, or put it into "
                 "detectron2's cache ($FVCORE_CACHE, by default ~/.torch/iopath_cache)"
             ) from error
-        starts_training = bool(self.checkpointables) and kwargs.get("checkpointables") == []
+        starts_training = bool(self.checkpointables) and checkpointables == []
         self._check_teacher(loaded.pop(_TRACE, None), only_warn=starts_training)
         self.loaded = self._loading
         return loaded

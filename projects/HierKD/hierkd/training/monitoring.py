@@ -68,27 +68,17 @@ class DetectionPictures(HookBase):  # type: ignore[misc]  # detectron2 is untype
     drawing that fails is logged and does not end the training.
     """
 
-    def __init__(
-        self,
-        detector: nn.Module,
-        dataset_name: str,
-        *,
-        period: int,
-        num_pictures: int,
-        **predictor_settings: Any,
-    ) -> None:
-        """Choose pictures of a dataset; settings are those of the predictor."""
-        self._detector: Any = detector
-        self._period = period
-        self._predictor_settings = predictor_settings
+    def __init__(self, cfg: Any, detector: Any, dataset_name: str) -> None:
+        """Choose ``TEST.VIS_PICTURES`` pictures of a dataset."""
+        self._cfg, self._detector = cfg, detector
         self._vocabulary = list(MetadataCatalog.get(dataset_name).thing_classes)
         self._judged = judged_classes(dataset_name)
-        records = DatasetCatalog.get(dataset_name)
-        self._records = choose_in_turn(records, self._vocabulary, self._judged, num_pictures)
+        records, number = DatasetCatalog.get(dataset_name), cfg.TEST.VIS_PICTURES
+        self._records = choose_in_turn(records, self._vocabulary, self._judged, number)
 
     def after_step(self) -> None:
         """Draw, every so often and after the last step."""
-        if not ((self.trainer.iter + 1) % self._period == 0 or _is_last(self.trainer)):
+        if not ((self.trainer.iter + 1) % self._cfg.VIS_PERIOD == 0 or _is_last(self.trainer)):
             return
         try:
             with _undisturbed(self._detector):
@@ -99,7 +89,12 @@ class DetectionPictures(HookBase):  # type: ignore[misc]  # detectron2 is untype
 
     def _draw(self, record: dict[str, Any]) -> Any:
         """(3, H, W) RGB: the ground truth beside the detections."""
-        predictor = OpenVocabularyPredictor(model=self._detector, **self._predictor_settings)
+        predictor = OpenVocabularyPredictor(  # puts the detector into eval mode
+            model=self._detector,
+            min_size=self._cfg.INPUT.MIN_SIZE_TEST,
+            max_size=self._cfg.INPUT.MAX_SIZE_TEST,
+            image_format=self._cfg.INPUT.FORMAT,
+        )
         samples = build_samples(
             [record],
             lambda _, image: predictor.predict(image, vocabulary=self._vocabulary),
@@ -117,17 +112,7 @@ def build_monitoring_hooks(cfg: Any, detector: Any) -> list[HookBase]:
     hooks: list[HookBase] = [BackgroundDrift(detector)]
     dataset_name = choose_test_dataset(cfg.DATASETS.TEST)
     if cfg.VIS_PERIOD > 0 and cfg.TEST.VIS_PICTURES > 0 and dataset_name is not None:
-        hooks.append(
-            DetectionPictures(
-                detector,
-                dataset_name,
-                period=cfg.VIS_PERIOD,
-                num_pictures=cfg.TEST.VIS_PICTURES,
-                min_size=cfg.INPUT.MIN_SIZE_TEST,
-                max_size=cfg.INPUT.MAX_SIZE_TEST,
-                image_format=cfg.INPUT.FORMAT,
-            )
-        )
+        hooks.append(DetectionPictures(cfg, detector, dataset_name))
     return hooks
 
 
