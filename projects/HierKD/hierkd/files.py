@@ -289,12 +289,7 @@ def _reason(error: Exception) -> str:
 
 
 def check_hash(path: str | os.PathLike[str], expected: str, algorithm: str = "sha256") -> None:
-    """Refuse a file that is not the expected one.
-
-    Args:
-        path: the file.
-        expected: first digits of its hash, hexadecimal.
-        algorithm: a name of :mod:`hashlib`.
+    """Refuse a file whose hash does not begin with these hexadecimal digits.
 
     Raises:
         ValueError: the hash differs; the message names the file and both.

@@ -38,8 +38,7 @@ def prepare(args: Namespace, root: Path) -> Work:
         args: of train_net.py.
         root: the checkout whose commit the run notes.
 
-    Returns:
-        What does the work, and returns its figures.
+    Returns a function that does the work and returns its figures.
 
     Raises:
         ValueError: the config, a file that it names, or the command line is wrong.
@@ -103,11 +102,7 @@ def _prepare_training(cfg: Any, root: Path, *, resume: bool) -> Work:
 
 
 def _prepare_evaluation(cfg: Any, root: Path, *, resume: bool) -> Work:
-    """Build a detector with trained weights.
-
-    Raises:
-        ValueError: they are not those of a trained detector of this config.
-    """
+    """Build a detector with trained weights."""
     model = Trainer.build_model(cfg)
     checkpointer = HierKDCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)

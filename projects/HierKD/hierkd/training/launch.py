@@ -31,9 +31,7 @@ __all__ = ["check_devices", "launch_processes", "leave_groups"]
 def check_devices(num_gpus: int, device: str) -> None:
     """Refuse more processes than this machine has GPUs; one without a GPU runs on the CPU.
 
-    Args:
-        num_gpus: ``--num-gpus``; under torchrun its ``--nproc-per-node`` counts instead.
-        device: ``MODEL.DEVICE``.
+    Under torchrun its ``--nproc-per-node`` counts instead of ``--num-gpus``.
 
     Raises:
         ValueError: names the option and both numbers.
@@ -50,10 +48,7 @@ def check_devices(num_gpus: int, device: str) -> None:
 def launch_processes(main: Callable[[Namespace], Any], args: Namespace, device: str) -> None:
     """Run ``main(args)`` in as many processes as the command line or torchrun asks for.
 
-    Args:
-        main: A function of a module that spawned processes can import.
-        args: of train_net.py: detectron2's options, and ``dist_timeout`` in minutes.
-        device: ``MODEL.DEVICE``. On "cpu" the processes see no GPU and talk over gloo.
+    With the ``MODEL.DEVICE`` "cpu" they see no GPU and talk over gloo.
 
     Raises:
         SystemExit: one of the processes has ended without an exception; with its status.
