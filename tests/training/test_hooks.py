@@ -11,8 +11,9 @@ from detectron2.engine import SimpleTrainer
 from torch import nn
 
 import tiny_training
+from hierkd.checkpoint import HierKDCheckpointer
 from hierkd.modeling.detector import HierKD
-from hierkd.training.hooks import SIGNALS, FiniteGuard, NonFiniteError
+from hierkd.training.hooks import SIGNALS, FiniteGuard, Interruption, NonFiniteError
 from tiny_training import call_main, command_line
 
 # ------------------------------------------------------------------------------------- signals
@@ -135,6 +136,13 @@ def test_a_run_that_was_stopped_behind_its_last_step_gets_its_final_file(folder,
     train(folder, "behind", "--resume")
     assert same(content(folder, "behind"), finished)
     assert (folder / "behind" / "last_checkpoint").read_text() == "model_final.pth"
+
+
+def test_a_launcher_may_repeat_the_signal_of_a_terminal(capfd):
+    interruption = Interruption(HierKDCheckpointer(nn.Linear(1, 1)))
+    for _ in range(2):
+        interruption._handle(signal.SIGINT, None)
+    assert capfd.readouterr().err.count("finishing this step") == 1
 
 
 # ------------------------------------------------------------------------------- finite numbers
