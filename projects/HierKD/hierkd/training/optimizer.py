@@ -79,11 +79,10 @@ def check_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, 
         problem = f"it has {found} trained parameters, this run {len(parameters)}"
     else:
         for index, moments in state["state"].items():
-            expected = parameters[index].shape
-            for each in moments.values():
-                if isinstance(each, Tensor) and each.dim() and each.shape != expected:
-                    problem = f"parameter {index} has shape {tuple(each.shape)}, in this run "
-                    problem += str(tuple(expected))
+            expected = tuple(parameters[index].shape)
+            shapes = [tuple(v.shape) for v in moments.values() if isinstance(v, Tensor) and v.dim()]
+            if not problem and any(shape != expected for shape in shapes):
+                problem = f"parameter {index} has shape {shapes[0]}, in this run {expected}"
     if problem:
         raise ValueError(
             f"--resume: the checkpoint is of another training: {problem}. Resume with its "
