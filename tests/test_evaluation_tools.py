@@ -275,7 +275,7 @@ def test_wrong_input_ends_with_a_message(config, opts, tmp_path, capsys, argumen
         (["--novel", "1", "--run", "GKD=a.yaml:b.pth"], "--run GKD: no file 'a.yaml'"),
         (
             ["--novel", "1", "--run", "IKD=configs/miniature/hierkd.yaml:b.pth"],
-            "--run: several are called 'IKD'",
+            "several are called 'IKD'",
         ),
         ([], "one of the arguments --image-ids --random --novel is required"),
     ],
