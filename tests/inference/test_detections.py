@@ -59,9 +59,7 @@ def test_wrong_values(arguments):
 
 
 def test_unknown_class(found):
-    with pytest.raises(
-        ValueError, match=r"\['zebra'\]; it has 3 classes: 'cat', 'dog'"
-    ):
+    with pytest.raises(ValueError, match=r"\['zebra'\]; it has 3 classes: 'cat', 'dog'"):
         DetectionFilter(class_thresholds={"zebra": 0.1})(found, VOCABULARY)
 
 

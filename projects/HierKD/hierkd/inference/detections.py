@@ -77,19 +77,14 @@ def scale_boxes(instances: Instances, factor: float, size: tuple[int, int]) -> I
 
 def as_records(instances: Instances, vocabulary: Sequence[str]) -> list[dict[str, Any]]:
     """Write detections as ``class`` (name), ``score`` (0..1) and ``box_xyxy`` (pixels) each."""
-    rows = zip(
-        instances.pred_classes.tolist(),
-        instances.scores.tolist(),
-        instances.pred_boxes.tensor.tolist(),
-        strict=True,
-    )
+    rows = (instances.pred_classes, instances.scores, instances.pred_boxes.tensor)
     return [
         {
             "class": vocabulary[index],
             "score": round(score, 4),
             "box_xyxy": [round(coordinate, 2) for coordinate in box],
         }
-        for index, score, box in rows
+        for index, score, box in zip(*(each.tolist() for each in rows), strict=True)
     ]
 
 

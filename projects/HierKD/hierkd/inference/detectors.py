@@ -11,7 +11,7 @@ from detectron2.structures import Instances
 from numpy.typing import NDArray
 
 from hierkd.inference.detections import DetectionFilter, as_records
-from hierkd.inference.predictor import FINAL_WEIGHTS, OpenVocabularyPredictor
+from hierkd.inference.predictor import FINAL_WEIGHTS, OpenVocabularyPredictor, find_checkpoint
 from hierkd.load_config import load_config
 
 __all__ = ["Detectors", "icons_only", "load_detectors"]
@@ -69,14 +69,11 @@ def _load(
         trained = Path(config_file or "").parent / FINAL_WEIGHTS
         run = str(trained) if trained.is_file() else None
     if run is not None:
-        found: OpenVocabularyPredictor = OpenVocabularyPredictor.from_checkpoint(
-            run, config_file, device=device, opts=opts
-        )
-        return found
+        config_file, weights = find_checkpoint(run, config_file)
+        opts = ["MODEL.WEIGHTS", weights, *opts]
     overrides = [*opts, *(("MODEL.DEVICE", device) if device else ())]
-    predictor: OpenVocabularyPredictor = OpenVocabularyPredictor(
-        load_config(config_file or "", overrides)
-    )
+    predictor: OpenVocabularyPredictor
+    predictor = OpenVocabularyPredictor(load_config(config_file or "", overrides))
     return predictor
 
 

@@ -15,7 +15,7 @@ import logging
 import os
 import threading
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,7 @@ class OpenVocabularyPredictor:
 
         Args:
             model: A :class:`hierkd.modeling.detector.HierKD`; put into eval mode.
-            min_size: Length the shorter side is resized to, in pixels.
+            min_size: What the shorter side is resized to, in pixels.
             max_size: Limit of the longer side, in pixels.
             image_format: Channel order the model was trained with, "RGB" or "BGR".
             trained_on: Names of the datasets it was trained on; none are not known.
@@ -125,12 +125,6 @@ class OpenVocabularyPredictor:
             raise ValueError("MODEL.WEIGHTS is empty: detecting needs trained weights")
         model: Any = build_model(_for_inference(cfg))
         HierKDCheckpointer(model).load_detector(cfg.MODEL.WEIGHTS)
-        if unknown := [name for name in cfg.DATASETS.TEST if name not in DatasetCatalog.list()]:
-            logger.warning(
-                "DATASETS.TEST names %s, which are not registered here (DATASETS.DEFINITIONS): "
-                "their class names are not known, choose a vocabulary",
-                unknown,
-            )
         vocabularies = [MetadataCatalog.get(n).get("thing_classes", []) for n in cfg.DATASETS.TEST]
         largest: list[str] = max(vocabularies, key=len, default=[])
         if largest:
@@ -158,16 +152,15 @@ class OpenVocabularyPredictor:
         """Where the model runs; detections come back on the CPU."""
         return torch.device(self.model.device)
 
-    def set_vocabulary(self, names: Iterable[str]) -> None:
+    def set_vocabulary(self, names: Sequence[str]) -> None:
         """Detect these classes, each named once, from now on; CLIP is loaded if a name is new.
 
         Raises:
             ValueError: They are no names, or ``MODEL.TEXT_CLASSIFIER.EMBEDDINGS`` lacks one.
             FileNotFoundError: CLIP is needed, and its weights are not there.
         """
-        chosen = _as_names(names)
         with self._lock:
-            self.model.set_vocabulary(chosen)
+            self.model.set_vocabulary(names)
 
     def prepare(self, image: ImageInput, channels: str = "BGR") -> dict[str, Any]:
         """Turn a picture into one of the model's ``batched_inputs``; see :func:`as_bgr`.
@@ -227,7 +220,7 @@ class OpenVocabularyPredictor:
         pictures: Any = images if several else [images]
         with_names = self.model.vocabulary if vocabulary is not None else nullcontext
         found: dict[int, Instances] = {}
-        with self._lock, with_names(_as_names(vocabulary or ())):
+        with self._lock, with_names(vocabulary):
             names = self.vocabulary
             keep.check_vocabulary(names)
             for start in range(0, len(pictures), batch_size):
@@ -248,10 +241,7 @@ class OpenVocabularyPredictor:
 
 
 def _for_inference(cfg: Any) -> Any:
-    """The config without what training alone needs: a detector also runs where it was not trained.
-
-    Of a cache of the teacher only the texts count, and CLIP takes its place where it is missing.
-    """
+    """The config without what training alone needs; CLIP takes the place of a missing cache."""
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.IKD.LOSS_WEIGHT = 0.0  # no look at the regions, nor at the annotations they are of
@@ -261,12 +251,6 @@ def _for_inference(cfg: Any) -> Any:
         cfg.MODEL.TEACHER.CACHE = ""
     cfg.freeze()
     return cfg
-
-
-def _as_names(names: Iterable[str]) -> list[str]:
-    if isinstance(names, str):
-        raise ValueError(f"a vocabulary is a list of class names, got the text {names!r}")
-    return list(names)
 
 
 def _is_several(images: Any) -> bool:
@@ -286,9 +270,6 @@ def find_checkpoint(
         path: A training's folder - the checkpoint that its last_checkpoint names, or else its
             model_final.pth - or a checkpoint. May be a URL, if ``config_file`` is given.
         config_file: The config; None is the config.yaml in the folder, or beside the checkpoint.
-
-    Returns:
-        Paths of the config and of the weights.
 
     Raises:
         FileNotFoundError: One of them does not exist.

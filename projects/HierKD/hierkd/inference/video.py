@@ -141,25 +141,20 @@ class VideoFile:
             ValueError: OpenCV cannot write such a video here.
         """
         if self._writer is None:
-            self._open(image)
+            # Codecs that halve the colours' resolution want even sides.
+            self._size = (image.shape[1] // 2 * 2 or 2, image.shape[0] // 2 * 2 or 2)
+            codec = cv2.VideoWriter.fourcc(*VIDEO_CODECS[self.path.suffix])
+            self._writer = cv2.VideoWriter(str(self._making), codec, self.fps, self._size)
+            if not self._writer.isOpened():
+                raise ValueError(
+                    f"{self.path}: this OpenCV cannot write such video of {self._size[0]} x "
+                    f"{self._size[1]} pixels, or the folder is not writable"
+                )
         bgr = cv2.resize(cv2.cvtColor(image, cv2.COLOR_RGB2BGR), self._size)
         wanted = self._num_frames + 1 if until is None else int(until * self.fps) + 1
         while self._num_frames < wanted:
             self._writer.write(bgr)
             self._num_frames += 1
-
-    def _open(self, image: NDArray[np.uint8]) -> None:
-        # Codecs that halve the colours' resolution want even sides.
-        self._size = (image.shape[1] // 2 * 2 or 2, image.shape[0] // 2 * 2 or 2)
-        codec = VIDEO_CODECS[self.path.suffix]
-        self._writer = cv2.VideoWriter(
-            str(self._making), cv2.VideoWriter.fourcc(*codec), self.fps, self._size
-        )
-        if not self._writer.isOpened():
-            raise ValueError(
-                f"{self.path}: this OpenCV cannot write {codec} video of {self._size[0]} x "
-                f"{self._size[1]} pixels, or the folder is not writable"
-            )
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._writer is not None:
