@@ -18,6 +18,7 @@ from hierkd.evaluation.split_coco_evaluation import SplitCOCOEvaluator
 __all__ = ["ProposalEvaluator"]
 
 _IOU_THRESHOLDS = (0.5, 0.75)  # [Table 1]
+_LIMITS = (100, 300, 1000)  # proposals per image [Table 1]
 
 
 class ProposalEvaluator(SplitCOCOEvaluator):
@@ -35,7 +36,6 @@ class ProposalEvaluator(SplitCOCOEvaluator):
     """
 
     federated = True  # recall asks what is boxed alone
-    limits = (100, 300, 1000)  # proposals per image [Table 1]
 
     def _eval_box_proposals(self, predictions: list[dict[str, Any]]) -> None:
         """Evaluate the proposals; called by the parent."""
@@ -62,11 +62,11 @@ class ProposalEvaluator(SplitCOCOEvaluator):
                 iouThrs=np.array(_IOU_THRESHOLDS),
                 areaRng=[[0, 1e10]],
                 areaRngLbl=["all"],
-                maxDets=list(self.limits),
+                maxDets=list(_LIMITS),
             )
             recall = run.eval["recall"][:, 0, 0, :]  # (IoU, class, area, maxDets); -1: no box
             for t, threshold in enumerate(_IOU_THRESHOLDS):
-                for value, limit in zip(recall[t].tolist(), self.limits, strict=True):
+                for value, limit in zip(recall[t].tolist(), _LIMITS, strict=True):
                     key = f"{group}/AR{round(100 * threshold)}@{limit}"
                     results[key] = 100.0 * value if value >= 0 else float("nan")
         self._log(results, "boxes", sizes)
