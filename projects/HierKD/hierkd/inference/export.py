@@ -9,6 +9,7 @@ class names and all that a consumer needs to know as metadata. ONNX is written w
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import logging
 import warnings
@@ -113,9 +114,10 @@ def export_graph(
         if path.suffix == ".onnx":
             making.write_bytes(_onnx_bytes(program, metadata))
         else:
-            with making.open("wb") as file:
-                extra = {METADATA_FILE: json.dumps(metadata)}
-                torch.export.save(program, file, extra_files=extra)
+            buffer = io.BytesIO()
+            extra = {METADATA_FILE: json.dumps(metadata)}
+            torch.export.save(program, buffer, extra_files=extra)
+            making.write_bytes(buffer.getvalue())
 
 
 def _trace(graph: ExportableDetector) -> ExportedProgram:
