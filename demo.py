@@ -32,93 +32,50 @@ def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    # fmt: off
     add = parser.add_argument_group("what to look at: one of these").add_argument
     add("picture", nargs="?", help="as --input")
     add("names", nargs="?", help="behind a picture, as --vocabulary")
     add("--input", nargs="+", metavar="PATH", help="pictures, videos, folders, or globs")
     add("--webcam", nargs="?", type=int, const=0, metavar="NUMBER",
-        help="a camera, until Ctrl-C; default: the first one, 0")  # fmt: skip
+        help="a camera, until Ctrl-C; default: the first one, 0")
     add = parser.add_argument_group("what to find").add_argument
-    add(
-        "--vocabulary",
-        metavar="NAMES",
+    add("--vocabulary", metavar="NAMES",
         help="class names separated by commas, a text file with one name a line, or a registered "
-        "dataset's name; default: the largest vocabulary among the config's test datasets",
-    )
+        "dataset's name; default: the largest vocabulary among the config's test datasets")
     add("--confidence-threshold", type=float, default=0.3, metavar="SCORE",
-        help="detections below this score, 0 to 1, are left out; default: %(default)s")  # fmt: skip
+        help="detections below this score, 0 to 1, are left out; default: %(default)s")
     add("--class-thresholds", default="", metavar="NAME=SCORE,...",
-        help="of single classes, or a text file with one NAME=SCORE a line")  # fmt: skip
+        help="of single classes, or a text file with one NAME=SCORE a line")
     add("--top-k", type=int, metavar="N", help="only the N best detections of each picture")
-    _add_detector_options(parser)
-    _add_output_options(parser)
-    return parser
-
-
-def _add_detector_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("with which detector").add_argument
-    add(
-        "--run",
-        metavar="PATH",
+    add("--run", metavar="PATH",
         help="a training's folder, or a checkpoint with its config.yaml beside it or with "
-        "--config-file; default: the one of `make demo`",
-    )
+        "--config-file; default: the one of `make demo`")
     add("--compare", nargs="+", default=[], metavar="[TITLE=]PATH",
-        help="more of them, side by side with the first, for the same class names")  # fmt: skip
+        help="more of them, side by side with the first, for the same class names")
     add("--config-file", metavar="YAML", help="config; default: the config.yaml of --run")
     add("--device", help="cpu, cuda, cuda:1, ...; default: the config's")
-    parser.add_argument(
-        "--opts",
-        nargs=argparse.REMAINDER,
-        default=[],
-        metavar="KEY VALUE",
-        help="config overrides of the first detector, last on the line, e.g. MODEL.WEIGHTS m.pth",
-    )
-
-
-def _add_output_options(parser: argparse.ArgumentParser) -> None:
+    add("--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE",
+        help="config overrides of the first detector, last on the line, e.g. MODEL.WEIGHTS m.pth")
     add = parser.add_argument_group("what to write").add_argument
     add("--output", type=Path, default="output/detections", metavar="DIR",
-        help="default: %(default)s")  # fmt: skip
-    add(
-        "--html",
-        nargs="?",
-        const="linked",
-        choices=("linked", "one-file"),
+        help="default: %(default)s")
+    add("--html", nargs="?", const="linked", choices=("linked", "one-file"),
         help="write index.html, too; the pictures stay beside it (linked, the default) or go into "
-        "it (one-file)",
-    )
+        "it (one-file)")
     add("--heat-maps", nargs="?", const=[], metavar="NAMES",
-        help="draw the scores of these classes, too; default: of those detected")  # fmt: skip
+        help="draw the scores of these classes, too; default: of those detected")
     add("--every", type=int, default=1, metavar="N", help="of videos, only every N-th frame")
     add("--max-frames", type=int, metavar="N", help="of videos and cameras, at most N frames")
     add("--video-format", choices=("mp4", "avi", "webm"), default="mp4",
-        help="of annotated videos; browsers play webm; default: %(default)s")  # fmt: skip
-
-
-def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """End with a message and status 2 if an option is wrong; take over the positionals."""
-    if sum(source is not None for source in (args.picture, args.input, args.webcam)) != 1:
-        parser.error("name a picture, or give one of --input and --webcam")
-    for name in ("every", "max_frames", "top_k"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-    if not 0 <= args.confidence_threshold <= 1:
-        parser.error(f"--confidence-threshold must be 0 to 1, got {args.confidence_threshold}")
-    if args.picture is not None:
-        args.input = [args.picture]
-    if args.names is not None:
-        args.vocabulary = args.names
+        help="of annotated videos; browsers play webm; default: %(default)s")
+    # fmt: on
+    return parser
 
 
 def load(args: argparse.Namespace) -> Detectors:
-    """Load the detectors.
-
-    Raises:
-        FileNotFoundError: A file is missing.
-        ValueError: An option or a file is wrong.
-    """
+    """Load the detectors."""
     from hierkd.inference.detections import DetectionFilter, parse_class_thresholds
     from hierkd.inference.detectors import Detectors, icons_only, load_detectors
     from hierkd.inference.predictor import resolve_vocabulary
@@ -208,7 +165,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line; errors of the user's end it with a message and status 1 or 2."""
     parser = get_parser()
     args = parser.parse_args(argv)
-    check_options(parser, args)
+    if sum(source is not None for source in (args.picture, args.input, args.webcam)) != 1:
+        parser.error("name a picture, or give one of --input and --webcam")
+    if args.every < 1 or (args.max_frames is not None and args.max_frames < 1):
+        parser.error("--every and --max-frames must be at least 1")
+    args.input = args.input or [args.picture]
+    args.vocabulary = args.vocabulary if args.names is None else args.names
 
     from detectron2.utils.logger import setup_logger
 

@@ -66,10 +66,9 @@ def proposals(found):
 
 
 def evaluate(evaluator, outputs):
-    """Figures of ``outputs``, one an image from 1 on; None: the image was not processed."""
+    """Figures of ``outputs``, one an image from 1 on."""
     evaluator.reset()
     for image_id, output in enumerate(outputs, start=1):
-        if output is not None:
-            evaluator.process([{"image_id": image_id}], [output])
+        evaluator.process([{"image_id": image_id}], [output])
     (figures,) = evaluator.evaluate().values()
     return figures

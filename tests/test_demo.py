@@ -57,9 +57,12 @@ def call(world, tmp_path, capsys):
     return _call
 
 
-def test_a_folder_with_the_datasets_vocabulary(call, world):
+def test_a_folder_with_the_datasets_vocabulary(call, world, capsys):
     output, content = call("--input", world.images)
     assert content["vocabulary"] == list(MINIATURE_CLASSES)
+    said = "".join(capsys.readouterr())
+    assert said.count("rendered icons only: run.") == 1
+    assert "90 detections in 6 pictures: see " in said
     assert [entry["file_name"] for entry in content["images"]] == [
         str(world.images / f"{i}.png") for i in range(1, 7)
     ]
@@ -77,30 +80,19 @@ def test_a_folder_with_the_datasets_vocabulary(call, world):
             assert detection["class"] in MINIATURE_CLASSES
 
 
-def test_a_picture_and_names_need_no_options(call, world):
-    _, content = call(world.picture, "traffic cone, umbrella")
-    assert content["vocabulary"] == ["traffic cone", "umbrella"]
-    (entry,) = content["images"]
-    assert {d["class"] for d in entry["detections"]} == {"traffic cone", "umbrella"}
-
-
-@pytest.mark.parametrize(("trained_on", "warnings"), [("miniature_ovd_train_base", 1), ("", 0)])
-def test_a_detector_of_icons_is_said_once(call, world, capsys, trained_on, warnings):
-    names = f"('{trained_on}',)" if trained_on else "()"
-    pictures = [world.images / "1.png", world.images / "2.png"]
-    call("--input", *pictures, "--top-k", 1, "--opts", "DATASETS.TRAIN", names)
-    said = "".join(capsys.readouterr())
-    assert said.count("rendered icons only: run.") == warnings
-    assert "2 detections in 2 pictures: see " in said
-    call("--input", pictures[0], "--top-k", 1)
-    assert "1 detection in 1 picture: see " in "".join(capsys.readouterr())
-
-
-def test_pictures_of_the_same_name_do_not_overwrite_each_other(call, world, tmp_path):
-    second = tmp_path / "elsewhere" / "1.png"
+def test_names_and_thresholds_from_files(call, world, tmp_path):
+    (tmp_path / "names.txt").write_text("traffic cone\ncup, red\n")
+    (tmp_path / "scores.txt").write_text("cup, red=1\n")
+    second = tmp_path / "elsewhere" / "1.png"  # of the same name
     second.parent.mkdir()
     Image.fromarray(np.zeros((30, 60, 3), np.uint8)).save(second)
-    output, content = call("--input", world.picture, second, tmp_path / "elsewhere" / "*.png")
+    output, content = call(
+        *("--input", world.picture, second, "--vocabulary", tmp_path / "names.txt"),
+        *("--class-thresholds", tmp_path / "scores.txt"),
+    )
+    assert content["vocabulary"] == ["traffic cone", "cup, red"]
+    assert {d["class"] for d in content["images"][0]["detections"]} == {"traffic cone"}
+    assert content["class_thresholds"] == {"cup, red": 1}
     assert [entry["annotated"] for entry in content["images"]] == ["1.png", "1_1.png"]
     with Image.open(output / "1_1.png") as annotated:
         assert annotated.size == (640, 320)
@@ -203,24 +195,12 @@ def test_side_by_side_with_heat_maps(call, world):
     assert 'src="1' not in (output / "index.html").read_text()
 
 
-def test_names_and_thresholds_from_files(call, world, tmp_path):
-    (tmp_path / "names.txt").write_text("traffic cone\ncup, red\n")
-    (tmp_path / "scores.txt").write_text("cup, red=1\n")
-    _, content = call(
-        *("--input", world.picture, "--vocabulary", tmp_path / "names.txt"),
-        *("--class-thresholds", tmp_path / "scores.txt"),
-    )
-    assert content["vocabulary"] == ["traffic cone", "cup, red"]
-    assert {d["class"] for d in content["images"][0]["detections"]} == {"traffic cone"}
-    assert content["class_thresholds"] == {"cup, red": 1}
-
-
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
         (["--webcam"], "--webcam"),
         (["--max-frames", "-1"], "--max-frames"),
-        (["--confidence-threshold", "30"], "--confidence-threshold"),
+        (["--confidence-threshold", "30"], "score threshold must be 0 to 1, got 30"),
         (["--class-thresholds", "zebra=0.5"], "zebra"),
         (["--vocabulary", "gone.txt"], "gone.txt"),
         (["--compare", "gone/away"], "gone/away"),
@@ -258,9 +238,7 @@ COMMANDS = [
     line
     for block in blocks("demo.md", "bash")
     for line in block.splitlines()
-    if line.startswith("python demo.py")
-    and "--webcam" not in line  # needs a camera
-    and "--coco-results" not in line  # gone; the page is to follow
+    if line.startswith("python demo.py") and "--webcam" not in line  # needs a camera
 ]
 
 

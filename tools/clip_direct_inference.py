@@ -18,27 +18,22 @@ level: on a CPU, limit them with --max-anchors 100 (per image, the best ones). P
 from __future__ import annotations
 
 import argparse
-import itertools
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import hierkd  # noqa: F401  (first: it quiets two deprecation warnings inside libraries)
-
-if TYPE_CHECKING:
-    from hierkd.evaluation.direct_inference import CLIPScoring
 
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = ("AP50", "AR50", "AP", "APs", "APm", "APl")
 
 
-def positive(text: str) -> int:
-    """A number of things, at least one."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+def tau(text: str) -> float | None:
+    """A positive factor, or None for "own"."""
+    value = None if text == "own" else float(text)
+    if value is not None and not 0 < value < float("inf"):
+        raise ValueError
     return value
 
 
@@ -47,100 +42,49 @@ def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config-file", required=True, metavar="YAML")
-    parser.add_argument(
-        "--datasets", nargs="+", metavar="NAME", help="default: DATASETS.TEST of the config"
-    )
-    parser.add_argument(
-        "--tau",
-        nargs="+",
-        default=["own"],
-        metavar="SCALE",
-        help="factors on CLIP's cosines: numbers, or 'own' for CLIP's logit scale; default: own",
-    )
-    parser.add_argument(
-        "--background",
-        nargs="+",
-        default=["none"],
-        choices=("none", "learned", "text"),
+    add = parser.add_argument
+    # fmt: off
+    add("--config-file", required=True, metavar="YAML")
+    add("--datasets", nargs="+", metavar="NAME", help="default: DATASETS.TEST of the config")
+    add("--tau", nargs="+", type=tau, default=[None], metavar="SCALE",
+        help="factors on CLIP's cosines: numbers, or 'own' for CLIP's logit scale; default: own")
+    add("--background", nargs="+", default=["none"], choices=("none", "learned", "text"),
         help="what competes with the classes: nothing, the detector's background embedding, or the "
-        "embedding of MODEL.TEXT_CLASSIFIER.BACKGROUND_PROMPT; default: none",
-    )
-    parser.add_argument(
-        "--crop-scale",
-        type=float,
-        default=1.0,
-        metavar="FACTOR",
-        help="side of a crop over side of its box; default: %(default)s",
-    )
-    parser.add_argument(
-        "--max-anchors",
-        type=int,
-        default=0,
-        metavar="N",
+        "embedding of MODEL.TEXT_CLASSIFIER.BACKGROUND_PROMPT; default: none")
+    add("--crop-scale", type=float, default=1.0, metavar="FACTOR",
+        help="side of a crop over side of its box; default: %(default)s")
+    add("--max-anchors", type=int, default=0, metavar="N",
         help="anchors per image that CLIP looks at, the detector's best; 0: all that inference "
-        "keeps (MODEL.ATSS.TOPK_ANCHORS_TEST a level); default: %(default)s",
-    )
-    parser.add_argument(
-        "--with-iou",
-        action="store_true",
-        help="score by CLIP's probability times the predicted IoU, as the authors' code does",
-    )
-    parser.add_argument(
-        "--images-per-batch", type=positive, default=1, metavar="N", help="default: %(default)s"
-    )
-    parser.add_argument("--output", type=Path, metavar="JSON", help="file for the figures")
-    parser.add_argument(
-        "--opts",
-        nargs=argparse.REMAINDER,
-        default=[],
-        metavar="KEY VALUE",
-        help="config overrides, last on the line, e.g. MODEL.WEIGHTS model.pth",
-    )
+        "keeps (MODEL.ATSS.TOPK_ANCHORS_TEST a level); default: %(default)s")
+    add("--with-iou", action="store_true",
+        help="score by CLIP's probability times the predicted IoU, as the authors' code does")
+    add("--images-per-batch", type=int, default=1, metavar="N", help="default: %(default)s")
+    add("--output", type=Path, metavar="JSON", help="file for the figures")
+    add("--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE",
+        help="config overrides, last on the line, e.g. MODEL.WEIGHTS model.pth")
+    # fmt: on
     return parser
 
 
-def parse_scorings(
-    taus: Sequence[str], backgrounds: Sequence[str], fuse_quality: bool
-) -> list[CLIPScoring]:
-    """Combine every tau with every background; what is given twice counts once.
-
-    Raises:
-        ValueError: A tau is neither a positive number nor "own".
-    """
-    from hierkd.evaluation.direct_inference import CLIPScoring
-
-    scorings: dict[CLIPScoring, None] = {}
-    for tau, background in itertools.product(taus, backgrounds):
-        try:
-            scale = None if tau == "own" else float(tau)
-        except ValueError as error:
-            raise ValueError(f"--tau: expected numbers or 'own', got {tau!r}") from error
-        scorings[CLIPScoring(scale, background, fuse_quality)] = None
-    return list(scorings)
-
-
-def run(args: argparse.Namespace, command: str) -> dict[str, Any]:
-    """Measure all datasets.
-
-    Returns:
-        The record, which is also written to ``--output``.
-    """
-    from detectron2.data import MetadataCatalog, build_detection_test_loader
+def run(args: argparse.Namespace, command: str) -> None:
+    """Measure all datasets, write the record to ``--output`` and print a table."""
+    from detectron2.data import build_detection_test_loader
 
     from hierkd.data.coco import check_datasets
     from hierkd.data.mapper import HierKDDatasetMapper, check_images
-    from hierkd.evaluation.direct_inference import DirectInference, clip_direct_inference
+    from hierkd.evaluation.direct_inference import CLIPScoring, DirectInference
     from hierkd.experiments.results import collect_record, figures_table, write_results
     from hierkd.experiments.runs import git_commit
     from hierkd.inference.predictor import OpenVocabularyPredictor
     from hierkd.load_config import load_config
 
-    scorings = parse_scorings(args.tau, args.background, args.with_iou)
+    scorings = [
+        CLIPScoring(scale, background, args.with_iou)
+        for scale in dict.fromkeys(args.tau)
+        for background in dict.fromkeys(args.background)
+    ]
     cfg = load_config(args.config_file, args.opts)
     datasets = list(args.datasets or cfg.DATASETS.TEST)
-    if not datasets:
-        raise ValueError("--datasets: none given, and DATASETS.TEST of the config is empty")
     images = check_datasets(datasets)
     if cfg.DATALOADER.CHECK_IMAGES:
         check_images(images)
@@ -152,37 +96,31 @@ def run(args: argparse.Namespace, command: str) -> dict[str, Any]:
         background_prompt=cfg.MODEL.TEXT_CLASSIFIER.BACKGROUND_PROMPT,
     )
     commit = git_commit(ROOT)  # before: files may change during a long measurement
-    rows = {
-        name: clip_direct_inference(
-            direct_inference,
-            build_detection_test_loader(
-                cfg,
-                name,
-                mapper=HierKDDatasetMapper(cfg, is_train=False),
-                batch_size=args.images_per_batch,
-            ),
+    rows = {}
+    for name in datasets:
+        loader = build_detection_test_loader(
+            cfg,
             name,
-            MetadataCatalog.get(name).thing_classes,
-            max_detections=cfg.TEST.DETECTIONS_PER_IMAGE,
+            mapper=HierKDDatasetMapper(cfg, is_train=False),
+            batch_size=args.images_per_batch,
         )
-        for name in datasets
+        rows[name] = direct_inference.evaluate(loader, name, cfg.TEST.DETECTIONS_PER_IMAGE)
+    own = direct_inference.model.teacher.logit_scale
+    options = {
+        "tau": {s.name: s.logit_scale or own for s in scorings},
+        "background": {s.name: s.background for s in scorings},
+        "fuse_iou": args.with_iou,
+        "crop_scale": args.crop_scale,
+        "max_anchors": args.max_anchors,
+        "teacher": cfg.MODEL.TEACHER.WEIGHTS,
+        "opts": args.opts,
     }
     record = collect_record(
         command=command,
         config=args.config_file,
         weights=cfg.MODEL.WEIGHTS,
         dataset=datasets,
-        options={
-            "tau": {
-                s.name: s.logit_scale or direct_inference.teacher.logit_scale for s in scorings
-            },
-            "background": {s.name: s.background for s in scorings},
-            "fuse_iou": args.with_iou,
-            "crop_scale": args.crop_scale,
-            "max_anchors": args.max_anchors,
-            "teacher": cfg.MODEL.TEACHER.WEIGHTS,
-            "opts": args.opts,
-        },
+        options=options,
         rows=rows,
         main_row=scorings[0].name,
         commit=commit,
@@ -190,14 +128,16 @@ def run(args: argparse.Namespace, command: str) -> dict[str, Any]:
     if args.output is not None:
         write_results(args.output, record)
     print(figures_table(rows, COLUMNS))
-    return record
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line; errors of the user's end it with a message and status 2."""
     parser = get_parser()
     args = parser.parse_args(argv)
-
+    if args.crop_scale <= 0 or args.images_per_batch < 1 or args.max_anchors < 0:
+        parser.error(
+            "--crop-scale and --images-per-batch must be positive, --max-anchors 0 or more"
+        )
     from detectron2.utils.logger import setup_logger
 
     setup_logger(name="hierkd", abbrev_name="hierkd")

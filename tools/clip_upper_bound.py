@@ -18,7 +18,6 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import hierkd  # noqa: F401  (first of what imports PyTorch: it quiets two warnings)
 
@@ -31,37 +30,22 @@ def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config-file", required=True, metavar="YAML")
-    parser.add_argument(
-        "--datasets", nargs="+", metavar="NAME", help="default: DATASETS.TEST of the config"
-    )
-    parser.add_argument(
-        "--crop-scales",
-        nargs="+",
-        type=float,
-        metavar="FACTOR",
-        help="sides of the crops over sides of the boxes; default: MODEL.IKD.CROP_SCALE",
-    )
-    parser.add_argument(
-        "--images-per-batch", type=int, default=16, metavar="N", help="default: %(default)s"
-    )
-    parser.add_argument("--output", type=Path, metavar="JSON", help="file for the figures")
-    parser.add_argument(
-        "--opts",
-        nargs=argparse.REMAINDER,
-        default=[],
-        metavar="KEY VALUE",
-        help="config overrides, last on the line, e.g. MODEL.TEACHER.WEIGHTS RN50",
-    )
+    add = parser.add_argument
+    # fmt: off
+    add("--config-file", required=True, metavar="YAML")
+    add("--datasets", nargs="+", metavar="NAME", help="default: DATASETS.TEST of the config")
+    add("--crop-scales", nargs="+", type=float, metavar="FACTOR",
+        help="sides of the crops over sides of the boxes; default: MODEL.IKD.CROP_SCALE")
+    add("--images-per-batch", type=int, default=16, metavar="N", help="default: %(default)s")
+    add("--output", type=Path, metavar="JSON", help="file for the figures")
+    add("--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE",
+        help="config overrides, last on the line, e.g. MODEL.TEACHER.WEIGHTS RN50")
+    # fmt: on
     return parser
 
 
-def run(args: argparse.Namespace, command: str) -> dict[str, Any]:
-    """Measure all datasets at all crop scales.
-
-    Returns:
-        The record, which is also written to ``--output``.
-    """
+def run(args: argparse.Namespace, command: str) -> None:
+    """Measure all datasets at all crop scales, write ``--output`` and print a table."""
     from hierkd.data.coco import check_datasets
     from hierkd.data.mapper import check_images
     from hierkd.evaluation.upper_bound import clip_upper_bound
@@ -73,12 +57,6 @@ def run(args: argparse.Namespace, command: str) -> dict[str, Any]:
     cfg = load_config(args.config_file, args.opts)
     datasets = list(args.datasets or cfg.DATASETS.TEST)
     scales = list(dict.fromkeys(args.crop_scales or [cfg.MODEL.IKD.CROP_SCALE]))
-    if not datasets:
-        raise ValueError("--datasets: none given, and DATASETS.TEST of the config is empty")
-    if not all(scale > 0 for scale in scales):
-        raise ValueError(f"--crop-scales must be positive, got {scales}")
-    if args.images_per_batch < 1:
-        raise ValueError(f"--images-per-batch must be at least 1, got {args.images_per_batch}")
     images = check_datasets(datasets)
     if cfg.DATALOADER.CHECK_IMAGES:
         check_images(images)
@@ -116,14 +94,14 @@ def run(args: argparse.Namespace, command: str) -> dict[str, Any]:
     if args.output is not None:
         write_results(args.output, record)
     print(figures_table(rows, COLUMNS))
-    return record
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line; errors of the user's end it with a message and status 2."""
     parser = get_parser()
     args = parser.parse_args(argv)
-
+    if min(args.images_per_batch, *(args.crop_scales or [1])) <= 0:
+        parser.error("--crop-scales and --images-per-batch must be positive")
     from detectron2.utils.logger import setup_logger
 
     setup_logger(name="hierkd", abbrev_name="hierkd")

@@ -18,16 +18,11 @@ import argparse
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from hierkd.inference.predictor import OpenVocabularyPredictor
 
 logger = logging.getLogger("hierkd.export")
 
-PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"}
 # The graph is of float32 on a CPU, whatever the config chose for its own runs.
-_PLAIN = ["MODEL.DEVICE", "cpu", "TEST.AMP.ENABLED", "False", "TEST.COMPILE", "False"]
+PLAIN = ["MODEL.DEVICE", "cpu", "TEST.AMP.ENABLED", "False", "TEST.COMPILE", "False"]
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -35,70 +30,22 @@ def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config-file", required=True, metavar="YAML")
-    parser.add_argument(
-        "--output", required=True, type=Path, metavar="FILE", help="ends in .onnx or .pt2"
-    )
-    vocabulary = parser.add_mutually_exclusive_group()
-    vocabulary.add_argument(
-        "--vocabulary",
-        metavar="NAMES",
-        help="class names separated by commas, or a registered dataset's name; "
-        "default: the largest vocabulary among the config's test datasets",
-    )
-    vocabulary.add_argument(
-        "--vocabulary-as-input",
-        action="store_true",
-        help="class embeddings are a second input of the graph, instead of part of it",
-    )
-    parser.add_argument(
-        "--check",
-        nargs="+",
-        type=Path,
-        metavar="PICTURE",
-        help="pictures, or folders of them, whose detections are compared with PyTorch's",
-    )
-    parser.add_argument(
-        "--opts",
-        nargs=argparse.REMAINDER,
-        default=[],
-        metavar="KEY VALUE",
-        help="config overrides, last on the line, e.g. MODEL.WEIGHTS model.pth",
-    )
+    add = parser.add_argument
+    vocabulary = parser.add_mutually_exclusive_group().add_argument
+    # fmt: off
+    add("--config-file", required=True, metavar="YAML")
+    add("--output", required=True, type=Path, metavar="FILE", help="ends in .onnx or .pt2")
+    vocabulary("--vocabulary", metavar="NAMES",
+               help="class names separated by commas, or a registered dataset's name; default: "
+               "the largest vocabulary among the config's test datasets")
+    vocabulary("--vocabulary-as-input", action="store_true",
+               help="class embeddings are a second input of the graph, instead of part of it")
+    add("--check", nargs="+", default=[], metavar="PICTURE",
+        help="pictures, or folders of them, whose detections are compared with PyTorch's")
+    add("--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE",
+        help="config overrides, last on the line, e.g. MODEL.WEIGHTS model.pth")
+    # fmt: on
     return parser
-
-
-def find_pictures(paths: Sequence[Path]) -> list[Path]:
-    """List pictures, and the pictures in folders.
-
-    Raises:
-        FileNotFoundError: a path does not exist.
-        ValueError: a folder has no pictures.
-    """
-    found: list[Path] = []
-    for path in paths:
-        if path.is_dir():
-            inside = [p for p in sorted(path.iterdir()) if p.suffix.lower() in PICTURE_SUFFIXES]
-            if not inside:
-                raise ValueError(f"--check: no pictures in the folder {path}")
-            found += inside
-        elif path.is_file():
-            found.append(path)
-        else:
-            raise FileNotFoundError(f"--check: no such picture or folder: {path}")
-    return found
-
-
-def load_predictor(config_file: str, opts: Sequence[str]) -> OpenVocabularyPredictor:
-    """Build the detector; a config without named weights finds its run's own beside it."""
-    from hierkd.inference.predictor import OpenVocabularyPredictor
-    from hierkd.load_config import load_config
-
-    overrides = [*opts, *_PLAIN]
-    trained = Path(config_file).parent / "model_final.pth"
-    if "MODEL.WEIGHTS" not in overrides[::2] and trained.is_file():
-        overrides += ["MODEL.WEIGHTS", str(trained)]
-    return OpenVocabularyPredictor(load_config(config_file, overrides))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -110,39 +57,32 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from hierkd.data.mapper import read_picture
-    from hierkd.inference import export
+    from hierkd.inference.detectors import load_detectors
+    from hierkd.inference.export import check_output, export_graph, load_graph, same_detections
     from hierkd.inference.predictor import resolve_vocabulary
+    from hierkd.inference.video import find_inputs
 
-    export.check_output(args.output)
-    if args.check and args.output.suffix == ".onnx":
-        export.require_packages("onnxruntime")
-    pictures = find_pictures(args.check or [])
+    check_output(args.output)
+    pictures = find_inputs(args.check)
     names = None if args.vocabulary is None else resolve_vocabulary(args.vocabulary)
-    predictor = load_predictor(args.config_file, args.opts)
+    (predictor,) = load_detectors(None, args.config_file, [*args.opts, *PLAIN]).values()
     if names is not None:
         predictor.set_vocabulary(names)
     as_input = args.vocabulary_as_input
-    export.export_graph(predictor, args.output, vocabulary_as_input=as_input)
-    megabytes = args.output.stat().st_size / 1e6
+    export_graph(predictor, args.output, vocabulary_as_input=as_input)
     vocabulary = (
         "class embeddings as an input" if as_input else f"{len(predictor.vocabulary)} classes"
     )
+    megabytes = args.output.stat().st_size / 1e6
     logger.info("wrote %s: %.1f MB, %s", args.output, megabytes, vocabulary)
     if not pictures:
         return 0
-    graph, _ = export.load_graph(args.output)
-    progress = tqdm(pictures, unit="picture", disable=None)
-    read = (read_picture(str(path)) for path in progress)
-    agreement = export.compare_detections(predictor, graph, read, vocabulary_as_input=as_input)
-    logger.info("%s", agreement)
-    if not agreement.complete:
-        logger.error(
-            "the exported graph does not detect what PyTorch does within %g pixels and %g in score",
-            export.BOX_TOLERANCE,
-            export.SCORE_TOLERANCE,
-        )
-        return 1
-    return 0
+    read = (read_picture(str(path)) for path in tqdm(pictures, unit="picture", disable=None))
+    graph = load_graph(args.output)
+    if same_detections(predictor, graph, read, vocabulary_as_input=as_input):
+        return 0
+    logger.error("the exported graph does not detect what PyTorch does")
+    return 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -29,46 +29,26 @@ def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config-file", required=True, metavar="YAML")
-    parser.add_argument("--input", nargs="+", required=True, type=Path, metavar="PICTURE")
-    parser.add_argument(
-        "--classes",
-        required=True,
-        metavar="NAMES",
-        help="classes to draw: names separated by commas, or a registered dataset's name",
-    )
-    parser.add_argument(
-        "--vocabulary",
-        metavar="NAMES",
+    add = parser.add_argument
+    # fmt: off
+    add("--config-file", required=True, metavar="YAML")
+    add("--input", nargs="+", required=True, type=Path, metavar="PICTURE")
+    add("--classes", required=True, metavar="NAMES",
+        help="classes to draw: names separated by commas, or a registered dataset's name")
+    add("--vocabulary", metavar="NAMES",
         help="classes that compete, likewise; default: the largest vocabulary among the config's "
-        "test datasets, with --classes added to it",
-    )
-    parser.add_argument(
-        "--output", type=Path, default=Path("output/figure4"), metavar="DIR", help="%(default)s"
-    )
-    parser.add_argument(
-        "--panel-px", type=int, default=400, metavar="N", help="longer side of a panel; %(default)s"
-    )
-    parser.add_argument(
-        "--opts",
-        nargs=argparse.REMAINDER,
-        default=[],
-        metavar="KEY VALUE",
-        help="config overrides, last on the line, e.g. MODEL.WEIGHTS model.pth",
-    )
+        "test datasets, with --classes added to it")
+    add("--output", type=Path, default="output/figure4", metavar="DIR", help="%(default)s")
+    add("--panel-px", type=int, default=400, metavar="N",
+        help="longer side of a panel; %(default)s")
+    add("--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE",
+        help="config overrides, last on the line, e.g. MODEL.WEIGHTS model.pth")
+    # fmt: on
     return parser
 
 
-def run(args: argparse.Namespace) -> list[Path]:
-    """Draw all pictures.
-
-    Returns:
-        The files written.
-
-    Raises:
-        FileNotFoundError: A picture, the config or the weights are missing.
-        ValueError: Wrong names, a picture that cannot be decoded, or two of one name.
-    """
+def run(args: argparse.Namespace) -> None:
+    """Draw all pictures."""
     from tqdm import tqdm
 
     from hierkd.data.mapper import read_picture
@@ -95,7 +75,6 @@ def run(args: argparse.Namespace) -> list[Path]:
         sheet = draw_heat_map_sheet(picture[:, :, ::-1], maps, panel_px=args.panel_px)
         save_picture(output, sheet)
     logger.info("wrote %s", ", ".join(map(str, outputs)))
-    return outputs
 
 
 def main(argv: Sequence[str] | None = None) -> None:

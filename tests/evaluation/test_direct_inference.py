@@ -1,12 +1,11 @@
 """CLIP direct inference against a slow loop over Algorithm 1, and its options."""
 
 import json
-import math
 from typing import Any
 
 import pytest
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, BoxMode, pairwise_iou
 from torch.nn.functional import normalize
@@ -18,7 +17,6 @@ from hierkd.evaluation.direct_inference import (
     DETECTOR,
     CLIPScoring,
     DirectInference,
-    clip_direct_inference,
 )
 from hierkd.load_config import load_config
 from hierkd.modeling.detector import ForeAnchors, HierKD
@@ -180,19 +178,6 @@ def test_with_the_detectors_own_probabilities_it_is_the_detector(build, monkeypa
             assert found.image_size == wanted.image_size
 
 
-@torch.no_grad()
-def test_boxes_come_back_in_the_stored_pictures_pixels(build):
-    model = build()
-    direct = DirectInference(model)
-    small = picture(1)
-    large = small | {"height": 3 * SIZE, "width": 2 * SIZE}
-    (one,), (other,) = (direct([given])[direct.scorings[0].name] for given in (small, large))
-    assert other["instances"].image_size == (3 * SIZE, 2 * SIZE)
-    stretch = torch.tensor([2.0, 3.0, 2.0, 3.0])
-    boxes = one["instances"].pred_boxes.tensor * stretch
-    torch.testing.assert_close(other["instances"].pred_boxes.tensor, boxes)
-
-
 def test_clip_sees_the_raw_network_input_at_the_asked_scale_once_for_all_scorings(build):
     model = build()
     scorings = [CLIPScoring(tau, b) for tau in (None, 100.0) for b in ("learned", "none")]
@@ -243,20 +228,6 @@ def test_the_probabilities_by_hand(build):
     for background, probs in expected.items():
         found = direct.class_probabilities(basis[:1], CLIPScoring(tau, background))
         assert found.tolist() == [pytest.approx(probs)]
-
-
-def test_without_a_quality_branch_the_probability_is_the_score(build):
-    cfg = load_config(
-        CONFIG,
-        ["MODEL.DEVICE", "cpu", "DATASETS.TRAIN", "()", "MODEL.ATSS.QUALITY", "none"],
-    )
-    build()  # patches the teacher
-    model = build_model(cfg).eval()
-    model.set_vocabulary(CLASSES)
-    fused, plain = CLIPScoring(fuse_quality=True), CLIPScoring()
-    outputs = DirectInference(model, scorings=[fused, plain])([picture(1)])
-    one, other = (outputs[s.name][0]["instances"] for s in (fused, plain))
-    assert torch.equal(one.scores, other.scores)
 
 
 # ------------------------------------------------------------------------------ a dataset
@@ -310,10 +281,9 @@ def world(build, tmp_path, monkeypatch):
 
 def test_true_boxes_and_a_teacher_that_knows_score_one_hundred(world):
     model, dataset, batches = world
-    vocabulary = MetadataCatalog.get(dataset).thing_classes
     scorings = [CLIPScoring(100.0, "none"), CLIPScoring(100.0, "learned")]
     direct = DirectInference(model, scorings=scorings)
-    figures = clip_direct_inference(direct, batches, dataset, vocabulary)
+    figures = direct.evaluate(batches, dataset, 100)
     assert set(figures) == {DETECTOR, *(s.name for s in scorings)}
     for scoring in scorings:
         for group in ("base", "novel", "all"):
@@ -323,43 +293,3 @@ def test_true_boxes_and_a_teacher_that_knows_score_one_hundred(world):
     assert figures[DETECTOR]["all/AP50"] < 60
     assert model.vocabulary_names == tuple(CLASSES)  # put back
     assert json.dumps(figures)
-
-
-# ------------------------------------------------------------------------------ bad input
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        *(({"logit_scale": tau}, "tau must be a positive") for tau in (0.0, -1.0, math.nan)),
-        ({"background": "sky"}, r"none.*'sky'"),
-    ],
-)
-def test_wrong_scorings(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        CLIPScoring(**arguments)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"crop_scale": 0.0}, "crop scale must be positive, got 0.0"),
-        ({"max_anchors": -1}, "max_anchors must be 0"),
-        ({"scorings": []}, r"different scorings, got \[\]"),
-        ({"scorings": [CLIPScoring(), CLIPScoring()]}, "tau own, background none"),
-        ({}, "built with CLIP"),
-    ],
-)
-def test_wrong_options(build, arguments, message):
-    model = build()
-    if not arguments:
-        model.teacher = None
-    with pytest.raises((ValueError, RuntimeError), match=message):
-        DirectInference(model, **arguments)
-
-
-def test_an_empty_vocabulary_is_refused_and_the_old_one_stays(world):
-    model, dataset, batches = world
-    with pytest.raises(ValueError, match="the vocabulary: no names"):
-        clip_direct_inference(DirectInference(model), batches, dataset, [])
-    assert model.vocabulary_names == tuple(CLASSES)

@@ -17,23 +17,16 @@ RGB = np.array(
     ],
     np.uint8,
 )
-BLUE_OF_FIRST_ROW = [0, 0, 255]
 
 
-def test_pillow_and_paths_know_their_own_order(tmp_path):
+@pytest.mark.parametrize("channels", ["BGR", "RGB"])
+def test_every_kind_of_picture_becomes_bgr(tmp_path, channels):
     path = tmp_path / "picture.png"
     Image.fromarray(RGB).save(path)
-    for channels in ("BGR", "RGB"):
-        for image in (Image.fromarray(RGB), path, str(path)):
-            assert as_bgr(image, channels)[0, :, 0].tolist() == BLUE_OF_FIRST_ROW
-            assert as_bgr(image, channels).shape == (2, 3, 3)
-
-
-def test_arrays_and_tensors_follow_the_argument():
-    tensor = torch.from_numpy(RGB.transpose(2, 0, 1).copy())
-    for image in (RGB, tensor):
-        assert as_bgr(image, "RGB")[0, :, 0].tolist() == BLUE_OF_FIRST_ROW
-        assert as_bgr(image, "BGR")[0, :, 2].tolist() == BLUE_OF_FIRST_ROW
+    array = RGB if channels == "RGB" else RGB[:, :, ::-1]
+    tensor = torch.from_numpy(array.transpose(2, 0, 1).copy())
+    for image in (Image.fromarray(RGB), path, str(path), array, tensor):
+        assert as_bgr(image, channels).tolist() == RGB[:, :, ::-1].tolist()
 
 
 @pytest.mark.parametrize("mode", ["L", "1", "P", "RGBA", "CMYK"])
@@ -73,8 +66,8 @@ DEEP = Image.fromarray(np.full((4, 5), 20_000, np.uint16))
         (RGB[:, :, 0], ValueError, r"\(H, W, 3\) .* got shape \(2, 3\)"),
         (torch.from_numpy(RGB), ValueError, r"\(3, H, W\) .* got shape \(2, 3, 3\)"),
         (torch.rand(3, 4, 5), ValueError, "float32"),
-        (np.zeros((0, 5, 3), np.uint8), ValueError, "no pixels: 5 x 0"),
-        (Image.new("RGB", (0, 3)), ValueError, "no pixels: 0 x 3"),
+        (np.zeros((0, 5, 3), np.uint8), ValueError, r"got shape \(0, 5, 3\)"),
+        (Image.new("RGB", (0, 3)), ValueError, "no pixels"),
         # would become white
         (DEEP, ValueError, "'I;16', more than 8 bits"),
         (DEEP.convert("F"), ValueError, "'F', more than 8 bits"),

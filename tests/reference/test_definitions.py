@@ -428,13 +428,11 @@ def registered(folder, image_ids, truth):
         MetadataCatalog.remove(name)
 
 
-def check_evaluation(folder, seed, images, on_grid, max_dets, fast):
+def check_evaluation(folder, seed, images, on_grid, max_dets):
     rng = np.random.default_rng(seed)
     image_ids, truth, found = random_problem(rng, images, on_grid)
     with registered(folder, image_ids, truth) as name:
-        evaluator = SplitCOCOEvaluator(
-            name, distributed=False, max_dets_per_image=max_dets, use_fast_impl=fast
-        )
+        evaluator = SplitCOCOEvaluator(name, distributed=False, max_dets_per_image=max_dets)
         evaluator.reset()
         evaluator._predictions = [
             {"image_id": i, "instances": [dict(f) for f in found if f["image_id"] == i]}
@@ -547,9 +545,7 @@ EVALUATION = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("fast", [True, False], ids=["faster-coco-eval", "pycocotools"])
 @pytest.mark.parametrize("cases", [12, pytest.param(1000, marks=pytest.mark.slow)])
-def test_evaluation(tmp_path, fast, cases):
-    """Both libraries, through the evaluator, against COCO's definition."""
-    check = {**EVALUATION, "folder": st.just(tmp_path), "fast": st.just(fast)}
-    hold(check_evaluation, check, cases)
+def test_evaluation(tmp_path, cases):
+    """The evaluator against COCO's definition."""
+    hold(check_evaluation, {**EVALUATION, "folder": st.just(tmp_path)}, cases)

@@ -25,12 +25,12 @@ Letters: A fore anchors of an image · K classes · D embedding size.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from detectron2.data import MetadataCatalog
 from detectron2.modeling.postprocessing import detector_postprocess
 from torch import Tensor
 from torch.nn import functional as F
@@ -41,16 +41,12 @@ from hierkd.modeling.detector import ForeAnchors, HierKD
 from hierkd.modeling.inference import ClassProbabilities
 from hierkd.teachers.protocol import Teacher
 
-__all__ = ["BACKGROUNDS", "DETECTOR", "CLIPScoring", "DirectInference", "clip_direct_inference"]
+__all__ = ["DETECTOR", "CLIPScoring", "DirectInference"]
 
 logger = logging.getLogger(__name__)
 
-BACKGROUNDS = ("none", "learned", "text")
 DETECTOR = "detector"
 """Name of the row of the detector's own probabilities among the results."""
-
-# What :func:`clip_direct_inference` is given for each dataset and each scoring of it.
-Figures = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -70,13 +66,6 @@ class CLIPScoring:
     background: str = "none"
     fuse_quality: bool = False
 
-    def __post_init__(self) -> None:
-        scale = self.logit_scale
-        if scale is not None and not (math.isfinite(scale) and scale > 0):
-            raise ValueError(f"tau must be a positive number, got {scale}")
-        if self.background not in BACKGROUNDS:
-            raise ValueError(f"background must be one of {BACKGROUNDS}, got {self.background!r}")
-
     @property
     def name(self) -> str:
         """A short name for tables, e.g. "tau own, background none"."""
@@ -85,6 +74,7 @@ class CLIPScoring:
         return f"tau {tau}, background {self.background}{factor}"
 
 
+@dataclass
 class DirectInference:
     """Algorithm 1 for batches of images, under any number of scorings at once.
 
@@ -95,47 +85,26 @@ class DirectInference:
     Crops come from the network input, the resized raw image without normalisation and padding:
     the boxes are in that frame, it is the one that the distillation crops (§3.2) and the release
     look at, and no box has to be mapped back and forth.
+
+    Attributes:
+        model: The detector in eval mode, with its teacher. How many anchors a level keeps, how many
+            (box, class) pairs go to NMS, and its threshold, are its own settings (``*_TEST``).
+        scorings: The ways to score; their names differ.
+        crop_scale: Side of the crop over side of the box. [Algorithm 1: the box itself]
+        max_anchors: Fore anchors of an image over all levels, the best ones; 0 sets no limit, as in
+            the paper. [ours: a CPU can afford about 100]
+        background_prompt: Text of the background "text".
     """
 
-    def __init__(
-        self,
-        model: HierKD,
-        *,
-        scorings: Sequence[CLIPScoring] = (CLIPScoring(),),
-        crop_scale: float = 1.0,
-        max_anchors: int = 0,
-        background_prompt: str = "a photo of background.",
-    ) -> None:
-        """Join a detector in eval mode and its teacher.
+    model: HierKD
+    scorings: Sequence[CLIPScoring] = (CLIPScoring(),)
+    crop_scale: float = 1.0
+    max_anchors: int = 0
+    background_prompt: str = "a photo of background."
 
-        Args:
-            model: The detector. How many anchors a level keeps, how many (box, class) pairs go to
-                NMS, and its threshold, are the detector's own settings (``*_TEST``).
-            scorings: The ways to score, at least one; their names differ.
-            crop_scale: Side of the crop over side of the box. [Algorithm 1: the box itself]
-            max_anchors: Fore anchors of an image over all levels, the best ones; 0 sets no limit,
-                as in the paper. [ours: a CPU can afford about 100]
-            background_prompt: Text of the background "text".
-
-        Raises:
-            ValueError: A number is out of range, there are no scorings, or two are the same.
-            RuntimeError: The detector has no teacher.
-        """
-        if not crop_scale > 0:
-            raise ValueError(f"the crop scale must be positive, got {crop_scale}")
-        if max_anchors < 0:
-            raise ValueError(f"max_anchors must be 0 (no limit) or more, got {max_anchors}")
-        if not scorings or len({scoring.name for scoring in scorings}) < len(scorings):
-            names = [scoring.name for scoring in scorings]
-            raise ValueError(f"expected one or more different scorings, got {names}")
-        if model.teacher is None:
-            raise RuntimeError("CLIP direct inference needs a detector that was built with CLIP")
-        self.model = model
-        self.teacher: Teacher = model.teacher
-        self.scorings = tuple(scorings)
-        self.crop_scale = crop_scale
-        self.max_anchors = max_anchors
-        self.background_prompt = background_prompt
+    @property
+    def _teacher(self) -> Teacher:
+        return self.model.teacher  # type: ignore[return-value]  # a config always builds one
 
     @torch.no_grad()
     def __call__(self, batched_inputs: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -151,7 +120,7 @@ class DirectInference:
         fore = self.model.fore_anchors(batched_inputs)  # lines 3 and 4
         if self.max_anchors:
             fore = [of_image.best(self.max_anchors) for of_image in fore]
-        regions = self.teacher.encode_regions(  # line 5
+        regions = self._teacher.encode_regions(  # line 5
             [x["image"] for x in batched_inputs],
             [of_image.boxes for of_image in fore],
             self.crop_scale,
@@ -175,13 +144,13 @@ class DirectInference:
         Returns:
             (A, K) probabilities of the model's vocabulary; a background's is left out.
         """
-        classifier = self.model.text_classifier
+        classifier, teacher = self.model.text_classifier, self._teacher
         texts = [classifier.text_embeddings]  # line 1
         if scoring.background == "learned":
             texts.append(F.normalize(classifier.background_embedding, dim=0)[None])
         elif scoring.background == "text":
-            texts.append(self.teacher.encode_captions([self.background_prompt]).to(texts[0]))
-        scale = self.teacher.logit_scale if scoring.logit_scale is None else scoring.logit_scale
+            texts.append(teacher.encode_captions([self.background_prompt]).to(texts[0]))
+        scale = teacher.logit_scale if scoring.logit_scale is None else scoring.logit_scale
         logits = scale * region_embeddings @ torch.cat(texts).T
         return logits.softmax(dim=1)[:, : classifier.num_classes]
 
@@ -203,39 +172,34 @@ class DirectInference:
             outputs.append({"instances": detector_postprocess(found, height, width)})
         return outputs
 
+    def evaluate(
+        self, data_loader: Iterable[list[dict[str, Any]]], dataset_name: str, max_detections: int
+    ) -> dict[str, dict[str, float]]:
+        """Measure on a registered dataset, with its vocabulary; the model's own comes back.
 
-def clip_direct_inference(
-    direct_inference: DirectInference,
-    data_loader: Iterable[list[dict[str, Any]]],
-    dataset_name: str,
-    vocabulary: Sequence[str],
-    *,
-    max_detections: int = 100,
-) -> dict[str, Figures]:
-    """Measure direct inference on a dataset.
+        Args:
+            data_loader: Batches of the dataset, as for testing.
+            dataset_name: Its name.
+            max_detections: Detections that count per image.
 
-    Args:
-        direct_inference: What to measure; the vocabulary of its model is put back afterwards.
-        data_loader: Batches of the dataset, as for testing.
-        dataset_name: The registered dataset.
-        vocabulary: Its class names.
-        max_detections: Detections that count per image; COCO's 100.
-
-    Returns:
-        :data:`DETECTOR` and the name of each scoring to :class:`SplitCOCOEvaluator`'s figures.
-    """
-    names = (DETECTOR, *(scoring.name for scoring in direct_inference.scorings))
-    evaluators = {
-        name: SplitCOCOEvaluator(dataset_name, distributed=False, max_dets_per_image=max_detections)
-        for name in names
-    }
-    with direct_inference.model.vocabulary(vocabulary):
-        for batched_inputs in tqdm(data_loader, desc=f"CLIP on {dataset_name}", unit="batch"):  # 2
-            outputs = direct_inference(batched_inputs)
-            for name, evaluator in evaluators.items():
-                evaluator.process(batched_inputs, outputs[name])
-    figures = {}
-    for name, evaluator in evaluators.items():
-        logger.info("%s, %s:", dataset_name, name)  # the evaluator logs its table
-        figures[name] = dict(evaluator.evaluate()["bbox"])
-    return figures
+        Returns:
+            :data:`DETECTOR` and the name of each scoring to :class:`SplitCOCOEvaluator`'s figures.
+        """
+        names = (DETECTOR, *(scoring.name for scoring in self.scorings))
+        evaluators = {
+            name: SplitCOCOEvaluator(
+                dataset_name, distributed=False, max_dets_per_image=max_detections
+            )
+            for name in names
+        }
+        with self.model.vocabulary(MetadataCatalog.get(dataset_name).thing_classes):
+            progress = tqdm(data_loader, desc=f"CLIP on {dataset_name}", unit="batch")
+            for batched_inputs in progress:  # line 2
+                outputs = self(batched_inputs)
+                for name, evaluator in evaluators.items():
+                    evaluator.process(batched_inputs, outputs[name])
+        figures = {}
+        for name, evaluator in evaluators.items():
+            logger.info("%s, %s:", dataset_name, name)  # the evaluator logs its table
+            figures[name] = dict(evaluator.evaluate()["bbox"])
+        return figures

@@ -11,9 +11,8 @@ import matplotlib
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-__all__ = ["HeatMap", "overlay_heat_map", "sample_score_map", "score_heat_maps"]
+__all__ = ["HeatMap", "overlay_heat_map", "score_heat_maps"]
 
 Image = NDArray[np.uint8]
 Map = NDArray[np.float32]
@@ -43,64 +42,32 @@ class HeatMap:
 def score_heat_maps(
     model: Any, batched_input: dict[str, Any], class_names: Sequence[str]
 ) -> list[list[HeatMap]]:
-    """Compute the heat maps of some classes for one picture, under the current vocabulary.
+    """Compute the heat maps of some classes of a model's vocabulary for one picture.
 
     Args:
         model: A :class:`hierkd.modeling.detector.HierKD` in eval mode.
         batched_input: One of the model's inputs, with ``image`` (3, h, w).
-        class_names: Which classes of the model's vocabulary.
+        class_names: Which classes.
 
     Returns:
         A list per class of one :class:`HeatMap` per level, finest first.
-
-    Raises:
-        ValueError: A class is not in the model's vocabulary.
     """
-    vocabulary = list(model.vocabulary_names)
-    unknown = [name for name in class_names if name not in vocabulary]
-    if unknown:
-        raise ValueError(f"classes {unknown} are not in the vocabulary {vocabulary}")
-    size = (batched_input["image"].shape[1], batched_input["image"].shape[2])
-    shapes = model.backbone.output_shape()
-    levels = [(name, shapes[name].stride) for name in model.head_in_features]
-    offset = model.anchor_generator.offset
-    classes = [vocabulary.index(name) for name in class_names]
-    maps: list[Tensor] = [m[0].float().cpu() for m in model.score_maps([batched_input], classes)]
-    return [
-        [
-            HeatMap(
-                name,
-                level,
-                stride,
-                sample_score_map(scores[index].numpy(), stride, offset, size),
-            )
-            for (level, stride), scores in zip(levels, maps, strict=True)
-        ]
-        for index, name in enumerate(class_names)
-    ]
-
-
-def sample_score_map(scores: Map, stride: int, offset: float, size: tuple[int, int]) -> Map:
-    """Interpolate a level's scores bilinearly at the pixels of the network input.
-
-    Args:
-        scores: (H_l, W_l); point (y, x) lies at pixel ((x + offset) stride, (y + offset) stride).
-        stride: Pixels between two points.
-        offset: Offset of the points in strides, the anchor generator's (0 in ATSS).
-        size: (h, w) of the input without the batch's padding, in pixels.
-
-    Returns:
-        (h, w) scores; outside the outermost points, the nearest one's.
-    """
-    ys, xs = np.meshgrid(*(np.arange(n, dtype=np.float32) for n in size), indexing="ij")
-    sampled = cv2.remap(
-        np.ascontiguousarray(scores, dtype=np.float32),
-        xs / stride - offset,
-        ys / stride - offset,
-        cv2.INTER_LINEAR,
-        borderMode=cv2.BORDER_REPLICATE,
-    )
-    return np.asarray(sampled, np.float32)
+    shapes, offset = model.backbone.output_shape(), model.anchor_generator.offset
+    height, width = batched_input["image"].shape[1:]
+    grid = np.mgrid[:height, :width].astype(np.float32)
+    classes = [model.vocabulary_names.index(name) for name in class_names]
+    by_class: list[list[HeatMap]] = [[] for _ in class_names]
+    score_maps = model.score_maps([batched_input], classes)
+    for level, maps in zip(model.head_in_features, score_maps, strict=True):
+        stride = shapes[level].stride
+        ys, xs = grid / stride - offset  # a point (y, x) lies at pixel ((x + offset) stride, ...)
+        for name, scores, found in zip(
+            class_names, maps[0].float().cpu().contiguous().numpy(), by_class, strict=True
+        ):
+            # Outside the outermost points, the nearest one's.
+            sampled = cv2.remap(scores, xs, ys, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+            found.append(HeatMap(name, level, stride, np.asarray(sampled, np.float32)))
+    return by_class
 
 
 def overlay_heat_map(image: Image, scores: Map, max_score: float) -> Image:
@@ -113,12 +80,7 @@ def overlay_heat_map(image: Image, scores: Map, max_score: float) -> Image:
 
     Returns:
         RGB picture of ``image``'s size.
-
-    Raises:
-        ValueError: ``max_score`` is not positive.
     """
-    if max_score <= 0:
-        raise ValueError(f"max_score must be positive, got {max_score}")
     height, width = image.shape[:2]
     resized = cv2.resize(scores, (width, height), interpolation=cv2.INTER_LINEAR)
     level = np.clip(resized / max_score, 0.0, 1.0)

@@ -17,10 +17,10 @@ from typing import Any
 
 from tabulate import tabulate  # type: ignore[import-untyped]
 
+from hierkd.data.coco_json import some
 from hierkd.teachers.texts import comparable_name
 
 __all__ = [
-    "COLUMNS",
     "Overlap",
     "detection_limit",
     "find_overlap",
@@ -28,10 +28,8 @@ __all__ = [
     "transfer_table",
 ]
 
-COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
-FREQUENCIES = {"rare": "APr", "common": "APc", "frequent": "APf"}
-_GROUPS = ("all", "novel", "base")
-_MAX_NAMED = 12
+_COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+_FREQUENCIES = {"rare": "APr", "common": "APc", "frequent": "APf"}
 
 
 @dataclass(frozen=True)
@@ -50,53 +48,35 @@ class Overlap:
     new: tuple[str, ...]
 
     def __str__(self) -> str:
-        total = len(self.known) + len(self.new)
-        text = f"{len(self.known)} of {total} names are in the training vocabulary"
-        if self.known:
-            text += f" ({_some(list(self.known))})"
+        text = f"{len(self.known)} of {len(self.known) + len(self.new)} names are in the training "
+        text += f"vocabulary ({some(self.known, 12)})" if self.known else "vocabulary"
         if self.related:
-            pairs = [f"{name} ~ {other}" for name, other in self.related.items()]
-            text += f"; {len(pairs)} others are related to one of its names ({_some(pairs)})"
+            pairs = some((f"{name} ~ {other}" for name, other in self.related.items()), 12)
+            text += f"; {len(self.related)} others are related to one of its names ({pairs})"
         return text
-
-
-def _some(names: Sequence[str]) -> str:
-    more = len(names) - _MAX_NAMED
-    return ", ".join(names[:_MAX_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def find_overlap(vocabulary: Sequence[str], training: Sequence[str]) -> Overlap:
     """Compare names by spelling: capitals, "_", "-", parentheses and a plural s do not count.
 
     Synonyms ("sofa" and "couch") are not noticed.
-
-    Args:
-        vocabulary: Of the dataset to evaluate on.
-        training: Names that training had boxes of.
     """
     trained = {comparable_name(name): name for name in training}
     known, related = {}, {}
     for name in vocabulary:
         plain = comparable_name(name)
+        near = (n for n in trained if plain.endswith(f" {n}") or n.endswith(f" {plain}"))
         if plain in trained:
             known[name] = trained[plain]
-            continue
-        for other, original in trained.items():
-            if plain.endswith(f" {other}") or other.endswith(f" {plain}"):
-                related[name] = original
-                break
+        elif other := next(near, None):
+            related[name] = trained[other]
     return Overlap(known, related, tuple(name for name in vocabulary if name not in known))
 
 
 @contextmanager
 def detection_limit(detector: Any, limit: int | None) -> Iterator[None]:
-    """Let a detector return up to ``limit`` detections per image inside a ``with`` block.
-
-    Args:
-        detector: With ``inference_settings``; others are left as they are.
-        limit: None leaves the detector as it is.
-    """
-    settings = getattr(detector, "inference_settings", None)
+    """Let a detector return up to ``limit`` detections per image; None leaves it as it is."""
+    settings = getattr(detector, "inference_settings", None)  # an RPN has none
     if limit is None or settings is None:
         yield
         return
@@ -112,60 +92,34 @@ def transfer_record(
     overlaps: Mapping[str, Overlap],
     **provenance: Any,
 ) -> dict[str, Any]:
-    """Arrange figures and overlaps for a JSON file.
-
-    Args:
-        results: Dataset -> an evaluator's figures ("<group>/<metric>", percent).
-        overlaps: Dataset -> its overlap with the training vocabulary.
-        **provenance: Whatever else belongs to them: config, weights, command.
-    """
+    """Arrange figures ("<group>/<metric>", percent) and overlaps by dataset for a JSON file."""
     return {
         **provenance,
         "figures": {
             dataset: {key: None if math.isnan(v) else round(v, 3) for key, v in figures.items()}
             for dataset, figures in results.items()
         },
-        "overlap": {
-            dataset: {
-                "known": dict(overlap.known),
-                "related": dict(overlap.related),
-                "new": list(overlap.new),
-            }
-            for dataset, overlap in overlaps.items()
-        },
+        "overlap": {dataset: dataclasses.asdict(each) for dataset, each in overlaps.items()},
     }
 
 
 def transfer_table(
     results: Mapping[str, Mapping[str, float]], overlaps: Mapping[str, Overlap]
 ) -> str:
-    """Lay the figures out as a Markdown table: one row per dataset and group of classes.
-
-    Args:
-        results: As for :func:`transfer_record`.
-        overlaps: Likewise; they give the numbers of classes.
-    """
-    with_frequencies = any(
-        f"{group}/AP" in figures for figures in results.values() for group in FREQUENCIES
-    )
+    """Lay the figures out as a Markdown table: one row per dataset and group of classes."""
+    headers = ["dataset", "group", "classes", *_COLUMNS]
+    if any(f"{each}/AP" in figures for figures in results.values() for each in _FREQUENCIES):
+        headers += _FREQUENCIES.values()
     rows = []
     for dataset, figures in results.items():
-        overlap = overlaps[dataset]
-        number = {"base": len(overlap.known), "novel": len(overlap.new)}
-        number["all"] = sum(number.values())
-        for group in _GROUPS:
-            if f"{group}/AP" not in figures:
-                continue
-            cells = [_cell(figures[f"{group}/{metric}"]) for metric in COLUMNS]
-            if with_frequencies:
-                is_whole = group == "all" or "all/AP" not in figures
-                cells += [
-                    _cell(figures.get(f"{each}/AP", math.nan) if is_whole else math.nan)
-                    for each in FREQUENCIES
-                ]
-            rows.append([dataset, group, str(number[group]), *cells])
-    headers = ["dataset", "group", "classes", *COLUMNS]
-    headers += FREQUENCIES.values() if with_frequencies else ()
+        base, novel = len(overlaps[dataset].known), len(overlaps[dataset].new)
+        frequencies = [_cell(figures.get(f"{each}/AP", math.nan)) for each in _FREQUENCIES]
+        for group, number in (("all", base + novel), ("novel", novel), ("base", base)):
+            if f"{group}/AP" in figures:
+                cells = [_cell(figures[f"{group}/{metric}"]) for metric in _COLUMNS]
+                row = [dataset, group, str(number), *cells, *frequencies]
+                rows.append(row[: len(headers)])
+                frequencies = ["–"] * len(frequencies)  # they belong to the whole vocabulary
     alignment = ("left", "left", *("right" for _ in headers[2:]))
     return str(
         tabulate(rows, headers, tablefmt="github", disable_numparse=True, colalign=alignment)

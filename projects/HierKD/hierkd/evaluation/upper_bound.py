@@ -38,9 +38,8 @@ def clip_upper_bound(
     Every box is detected once, as the class that CLIP's softmax over the vocabulary prefers (there
     is no background: the box is known to hold something), with its probability as the score. The
     paper's AR50 of 70.7 beside its AP50 of 68.0 says so: with every class of every box the recall
-    would be 100. As for a detector, the ``max_detections`` best of an image count. Crops come from
-    the images at their stored resolution; crowd regions, which are no single object, are not
-    classified.
+    would be 100. Crops come from the images at their stored resolution. Crowd regions, which are no
+    single object, are not classified.
 
     Args:
         teacher: CLIP.
@@ -54,10 +53,8 @@ def clip_upper_bound(
         The figures of :class:`SplitCOCOEvaluator`, e.g. ``"novel/AP50"``, in percent.
 
     Raises:
-        ValueError: The crop scale is not positive, or a picture cannot be decoded.
+        ValueError: A picture cannot be decoded.
     """
-    if not crop_scale > 0:
-        raise ValueError(f"the crop scale must be positive, got {crop_scale}")
     evaluator = SplitCOCOEvaluator(
         dataset_name, distributed=False, max_dets_per_image=max_detections
     )
@@ -66,7 +63,10 @@ def clip_upper_bound(
     progress = tqdm(dataset, desc=f"CLIP on the boxes of {dataset_name}", unit="picture")
     batches = iter(progress)
     while records := list(itertools.islice(batches, images_per_batch)):
-        images = [_read_tensor(record["file_name"], image_format) for record in records]
+        images = [
+            torch.from_numpy(read_picture(record["file_name"], image_format)).permute(2, 0, 1)
+            for record in records
+        ]
         boxes = [_ground_truth_boxes(record) for record in records]
         regions = teacher.encode_regions(images, boxes, crop_scale)
         logits = teacher.logit_scale * regions @ class_embeddings.to(regions.device).T
@@ -76,20 +76,13 @@ def clip_upper_bound(
             records, images, boxes, best.values.split(counts), best.indices.split(counts),
             strict=True,
         ):  # fmt: skip
+            size = (image.shape[1], image.shape[2])
             found = Instances(
-                (image.shape[1], image.shape[2]),
-                pred_boxes=Boxes(pred_boxes),
-                scores=scores,
-                pred_classes=classes,
+                size, pred_boxes=Boxes(pred_boxes), scores=scores, pred_classes=classes
             )
             kept = scores.topk(min(max_detections, len(scores))).indices
             evaluator.process([record], [{"instances": found[kept]}])
     return dict(evaluator.evaluate()["bbox"])
-
-
-def _read_tensor(file_name: str, image_format: str) -> Tensor:
-    """Return the stored image as (3, H, W), 0..255."""
-    return torch.from_numpy(read_picture(file_name, image_format)).permute(2, 0, 1)
 
 
 def _ground_truth_boxes(record: dict[str, Any]) -> Tensor:

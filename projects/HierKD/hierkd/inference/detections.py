@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from detectron2.structures import Instances
 
+from hierkd.data.coco_json import some
 from hierkd.teachers.texts import read_text_lines
 
 __all__ = [
@@ -24,7 +24,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class DetectionFilter:
-    """Leaves out weak detections; made of plain values, checked when it is made.
+    """Leaves out weak detections.
 
     Attributes:
         score_threshold: Detections with at least this score, 0..1, are kept.
@@ -33,7 +33,7 @@ class DetectionFilter:
             ``score_threshold``.
 
     Raises:
-        ValueError: A threshold is not within 0..1, or ``top_k`` is not a positive number.
+        ValueError: A threshold is not within 0..1, or ``top_k`` is not positive.
     """
 
     score_threshold: float = 0.0
@@ -41,26 +41,19 @@ class DetectionFilter:
     class_thresholds: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        thresholds = {"the score threshold": self.score_threshold}
-        for name, threshold in self.class_thresholds.items():
-            thresholds[f"the score threshold of class {name!r}"] = threshold
-        for what, value in thresholds.items():
-            # Real: numpy's numbers are as good as Python's.
-            if not isinstance(value, numbers.Real) or not 0 <= value <= 1:
-                raise ValueError(f"{what} must be 0 to 1, got {value!r}")
-        if self.top_k is not None and (
-            not isinstance(self.top_k, numbers.Integral) or self.top_k < 1
-        ):
-            raise ValueError(f"top-k must be a whole number of at least 1, got {self.top_k!r}")
+        for name, threshold in {"": self.score_threshold, **self.class_thresholds}.items():
+            if not 0 <= threshold <= 1:
+                of_class = f" of class {name!r}" if name else ""
+                raise ValueError(f"the score threshold{of_class} must be 0 to 1, got {threshold}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top-k must be at least 1, got {self.top_k}")
 
     def check_vocabulary(self, vocabulary: Sequence[str]) -> None:
         """Raise ValueError if a class with a threshold of its own is not in the vocabulary."""
-        unknown = [name for name in self.class_thresholds if name not in vocabulary]
-        if unknown:
-            listed = ", ".join(vocabulary[:10]) + (", ..." if len(vocabulary) > 10 else "")
+        if unknown := [name for name in self.class_thresholds if name not in vocabulary]:
             raise ValueError(
                 f"thresholds for classes that are not in the vocabulary: {unknown}; it has "
-                f"{len(vocabulary)} classes: {listed}"
+                f"{len(vocabulary)} classes: {some(vocabulary)}"
             )
 
     def __call__(self, instances: Instances, vocabulary: Sequence[str]) -> Instances:
@@ -70,8 +63,7 @@ class DetectionFilter:
             [self.class_thresholds.get(name, self.score_threshold) for name in vocabulary],
             dtype=torch.float64,  # 0.3 is not to become 0.30000001
         )
-        keep = instances.scores.double() >= thresholds[instances.pred_classes]
-        kept = instances[keep]
+        kept = instances[instances.scores.double() >= thresholds[instances.pred_classes]]
         return kept if self.top_k is None else kept[: self.top_k]
 
 
@@ -85,19 +77,14 @@ def scale_boxes(instances: Instances, factor: float, size: tuple[int, int]) -> I
 
 def as_records(instances: Instances, vocabulary: Sequence[str]) -> list[dict[str, Any]]:
     """Write detections as ``class`` (name), ``score`` (0..1) and ``box_xyxy`` (pixels) each."""
-    rows = zip(
-        instances.pred_classes.tolist(),
-        instances.scores.tolist(),
-        instances.pred_boxes.tensor.tolist(),
-        strict=True,
-    )
+    rows = (instances.pred_classes, instances.scores, instances.pred_boxes.tensor)
     return [
         {
             "class": vocabulary[index],
             "score": round(score, 4),
             "box_xyxy": [round(coordinate, 2) for coordinate in box],
         }
-        for index, score, box in rows
+        for index, score, box in zip(*(each.tolist() for each in rows), strict=True)
     ]
 
 

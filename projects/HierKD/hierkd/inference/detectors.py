@@ -11,7 +11,7 @@ from detectron2.structures import Instances
 from numpy.typing import NDArray
 
 from hierkd.inference.detections import DetectionFilter, as_records
-from hierkd.inference.predictor import FINAL_WEIGHTS, OpenVocabularyPredictor
+from hierkd.inference.predictor import FINAL_WEIGHTS, OpenVocabularyPredictor, find_checkpoint
 from hierkd.load_config import load_config
 
 __all__ = ["Detectors", "icons_only", "load_detectors"]
@@ -51,19 +51,14 @@ def load_detectors(
         if not Path(run, "config.yaml").is_file():
             raise FileNotFoundError(f"no detector in {run!r}: run `make demo` first, or name one")
     first = _title_of(run or config_file or "")
-    paths: dict[str, str] = {}
+    detectors = {first: _load(run, config_file, [*opts, *opts_of_all], device)}
     for text in compared:
         title, equals, path = text.partition("=")
         if not equals or Path(text).exists():
             title, path = _title_of(text), text
-        if title == first or title in paths:
+        if title in detectors:
             raise ValueError(f"two detectors are called {title!r}: name one, TITLE=PATH")
-        paths[title] = path
-    detectors = {first: _load(run, config_file, [*opts, *opts_of_all], device)}
-    for title, path in paths.items():
-        detectors[title] = OpenVocabularyPredictor.from_checkpoint(
-            path, device=device, opts=opts_of_all
-        )
+        detectors[title] = _load(path, None, opts_of_all, device)
     return detectors
 
 
@@ -73,14 +68,12 @@ def _load(
     if run is None and "MODEL.WEIGHTS" not in opts[::2]:
         trained = Path(config_file or "").parent / FINAL_WEIGHTS
         run = str(trained) if trained.is_file() else None
-    predictor: OpenVocabularyPredictor
     if run is not None:
-        predictor = OpenVocabularyPredictor.from_checkpoint(
-            run, config_file, device=device, opts=opts
-        )
-    else:
-        overrides = [*opts, *(("MODEL.DEVICE", device) if device else ())]
-        predictor = OpenVocabularyPredictor(load_config(config_file or "", overrides))
+        config_file, weights = find_checkpoint(run, config_file)
+        opts = ["MODEL.WEIGHTS", weights, *opts]
+    overrides = [*opts, *(("MODEL.DEVICE", device) if device else ())]
+    predictor: OpenVocabularyPredictor
+    predictor = OpenVocabularyPredictor(load_config(config_file or "", overrides))
     return predictor
 
 
@@ -95,12 +88,11 @@ def _title_of(path: str) -> str:
 def icons_only(predictors: Mapping[str, OpenVocabularyPredictor]) -> str:
     """Say which detectors saw the miniature alone and find noise in photographs; "" if none."""
     titles = [title for title, predictor in predictors.items() if predictor.knows_icons_only]
-    if not titles:
-        return ""
-    return (
+    text = (
         f"Trained on the miniature's rendered icons only: {', '.join(titles)}. Detections in "
         "photographs are noise; these need a detector that was trained on photographs."
     )
+    return text if titles else ""
 
 
 class Detectors:
@@ -112,11 +104,7 @@ class Detectors:
         keep: DetectionFilter,
         vocabulary: Sequence[str] | None = None,
     ) -> None:
-        """Give all of them, the first of which is the main one, its vocabulary or another one.
-
-        Raises:
-            ValueError: The vocabulary is unusable, or a class with a threshold is not in it.
-        """
+        """Give all of them, the first of which is the main one, its vocabulary or another one."""
         self.predictors = dict(predictors)
         self.main = next(iter(self.predictors.values()))
         self.vocabulary = tuple(self.main.vocabulary if vocabulary is None else vocabulary)

@@ -12,11 +12,9 @@ import importlib.util
 import io
 import json
 import logging
-import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from importlib import metadata as distributions
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,22 +29,18 @@ from hierkd.inference.exportable import ExportableDetector
 from hierkd.inference.predictor import OpenVocabularyPredictor
 
 __all__ = [
-    "Agreement",
     "Detections",
     "check_output",
-    "compare_detections",
-    "describe_graph",
+    "count_agreeing",
     "export_graph",
     "load_graph",
-    "require_packages",
-    "trace",
+    "same_detections",
 ]
 
 logger = logging.getLogger(__name__)
 
 OPSET = 18  # of ONNX: what PyTorch's exporter translates to by itself; onnxruntime >= 1.14 runs it
 OUTPUTS = ("boxes", "scores", "classes")
-SUFFIXES = (".onnx", ".pt2")
 METADATA_FILE = "hierkd.json"  # of a .pt2
 BOX_TOLERANCE = 0.5  # pixels of the picture
 SCORE_TOLERANCE = 1e-3
@@ -60,76 +54,84 @@ class Detections(NamedTuple):
     classes: NDArray[np.int64]  # (n,)
 
 
-Graph = Callable[[NDArray[np.uint8], "NDArray[np.float32] | None"], Detections]
-
-
-def require_packages(*names: str) -> None:
-    """Make sure that optional packages are there.
-
-    Raises:
-        ImportError: some are not; the message names them and the command that installs them.
-    """
-    if missing := [name for name in names if importlib.util.find_spec(name) is None]:
-        raise ImportError(
-            f"not installed: {', '.join(missing)}; pip install {' '.join(missing)}, or "
-            "pip install -e '.[export]'"
-        )
+Graph = Callable[..., Detections]
 
 
 def check_output(path: Path) -> None:
-    """Make sure that a graph can be written to ``path``, before it is made.
+    """Make sure that a graph can be written to ``path``, and run from there, before it is made.
 
     Raises:
-        ValueError: the file name's ending is no format, or the path is a folder.
-        ImportError: a package that the format needs is missing.
-        OSError: the folder cannot be made or written to.
+        ValueError: The file name's ending is no format.
+        ImportError: A package that the format needs is missing.
+        OSError: The folder cannot be made.
     """
-    if path.suffix not in SUFFIXES:
-        raise ValueError(f"{path} must end in {' or '.join(SUFFIXES)}")
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder")
-    if path.suffix == ".onnx":
-        require_packages("onnx", "onnxscript")
+    if path.suffix not in (".onnx", ".pt2"):
+        raise ValueError(f"{path} must end in .onnx or .pt2")
+    needed = ("onnx", "onnxscript", "onnxruntime") if path.suffix == ".onnx" else ()
+    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
+        raise ImportError(f"not installed: {', '.join(missing)}; pip install -e '.[export]'")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=path.parent):
-        pass
 
 
-def trace(
-    predictor: OpenVocabularyPredictor,
-    *,
-    vocabulary_as_input: bool = False,
-    with_nms_operator: bool = False,
-) -> ExportedProgram:
-    """Record a detector's inference as a graph for pictures of any size.
+def export_graph(
+    predictor: OpenVocabularyPredictor, path: Path, *, vocabulary_as_input: bool = False
+) -> None:
+    """Write a detector's inference to a file, whole or not at all.
+
+    The metadata are ``class_names`` (null if the vocabulary is an input), ``min_size`` and
+    ``max_size`` (the shorter side is resized to the first unless the longer one would exceed the
+    second), ``embed_dim``, ``nms_thresh``, ``max_detections``, and the version of ``hierkd``, each
+    as JSON.
 
     Args:
-        predictor: of a detector on the CPU, with the vocabulary that the graph will have.
-        vocabulary_as_input: the class embeddings are a second input of the graph instead.
-        with_nms_operator: for ONNX; see :class:`hierkd.inference.exportable.ExportableDetector`.
+        predictor: Of a detector on the CPU, with the vocabulary that the graph will have.
+        path: Ends in ".onnx" or ".pt2".
+        vocabulary_as_input: The class embeddings are a second input of the graph instead.
 
     Raises:
-        ValueError: the detector cannot be exported like that.
+        ValueError: The detector cannot be exported like that.
+        OSError: The file cannot be written.
     """
-    detector = predictor.model
+    settings = predictor.model.inference_settings
+    content = {
+        "class_names": None if vocabulary_as_input else list(predictor.vocabulary),
+        "min_size": predictor.resize.short_edge_length[0],
+        "max_size": predictor.resize.max_size,
+        "embed_dim": predictor.model.text_classifier.embed_dim,
+        "nms_thresh": settings.nms_thresh,
+        "max_detections": settings.max_detections,
+        "hierkd": distributions.version("hierkd"),
+    }
+    metadata = {name: json.dumps(value) for name, value in content.items()}
     graph = ExportableDetector(
-        detector,
+        predictor.model,
         image_format=predictor.image_format,
         vocabulary_as_input=vocabulary_as_input,
-        with_nms_operator=with_nms_operator,
-    ).eval()
-    stride = detector.backbone.size_divisibility
+        with_nms_operator=path.suffix == ".onnx",
+    )
+    with _quiet(), replacing(path) as making:
+        program = _trace(graph.eval())
+        if path.suffix == ".onnx":
+            making.write_bytes(_onnx_bytes(program, metadata))
+        else:
+            buffer = io.BytesIO()
+            extra = {METADATA_FILE: json.dumps(metadata)}
+            torch.export.save(program, buffer, extra_files=extra)
+            making.write_bytes(buffer.getvalue())
+
+
+def _trace(graph: ExportableDetector) -> ExportedProgram:
+    """Record inference as a graph for pictures of any size."""
     # Sides of an example that are no multiples, and so large that no level is a single point: a
     # tracer takes a size of one for a constant.
-    coarsest = max(stride, *detector.anchor_generator.strides)
-    height, width = 2 * coarsest + 5, 3 * coarsest + 9
+    coarsest = max(graph.backbone.size_divisibility, *graph.anchor_generator.strides)
     sides = {0: Dim("height", min=coarsest + 1), 1: Dim("width", min=coarsest + 1)}
-    examples = [torch.zeros(height, width, 3, dtype=torch.uint8)]
+    examples = [torch.zeros(2 * coarsest + 5, 3 * coarsest + 9, 3, dtype=torch.uint8)]
     shapes: dict[str, Any] = {"image": sides}
-    if vocabulary_as_input:
-        examples.append(torch.randn(7, detector.text_classifier.embed_dim))
+    if graph.vocabulary_as_input:
+        examples.append(torch.randn(7, graph.text_classifier.embed_dim))
         shapes["text_embeddings"] = {0: Dim("num_classes", min=1)}
-    with torch.no_grad(), _quiet():
+    with torch.no_grad():
         return torch.export.export(
             graph,
             tuple(examples),
@@ -139,76 +141,22 @@ def trace(
         )
 
 
-def describe_graph(
-    predictor: OpenVocabularyPredictor, *, vocabulary_as_input: bool = False
-) -> dict[str, str]:
-    """What a consumer has to know of a graph: its metadata; every value is JSON.
-
-    ``class_names`` (null if the vocabulary is an input), ``min_size`` and ``max_size`` (the shorter
-    side is resized to the first unless the longer one would exceed the second), ``embed_dim``,
-    ``nms_thresh``, ``max_detections``, and the version of ``hierkd``.
-    """
-    settings = predictor.model.inference_settings
-    (min_size, *_), max_size = predictor.resize.short_edge_length, predictor.resize.max_size
-    content = {
-        "class_names": None if vocabulary_as_input else list(predictor.vocabulary),
-        "min_size": min_size,
-        "max_size": max_size,
-        "embed_dim": predictor.model.text_classifier.embed_dim,
-        "nms_thresh": settings.nms_thresh,
-        "max_detections": settings.max_detections,
-        "hierkd": distributions.version("hierkd"),
-    }
-    return {name: json.dumps(value) for name, value in content.items()}
-
-
-def export_graph(
-    predictor: OpenVocabularyPredictor, path: Path, *, vocabulary_as_input: bool = False
-) -> None:
-    """Write a detector's inference to a file, whole or not at all.
-
-    Args:
-        predictor: see :func:`trace`.
-        path: ends in ".onnx" or ".pt2".
-        vocabulary_as_input: see :func:`trace`.
-
-    Raises:
-        ValueError, ImportError, OSError: see :func:`check_output` and :func:`trace`.
-    """
-    check_output(path)
-    metadata = describe_graph(predictor, vocabulary_as_input=vocabulary_as_input)
-    as_onnx = path.suffix == ".onnx"
-    program = trace(predictor, vocabulary_as_input=vocabulary_as_input, with_nms_operator=as_onnx)
-    content = _onnx_bytes(program, metadata) if as_onnx else _pt2_bytes(program, metadata)
-    with replacing(path) as making:
-        making.write_bytes(content)
-
-
-def _pt2_bytes(program: ExportedProgram, metadata: dict[str, str]) -> bytes:
-    buffer = io.BytesIO()
-    with _quiet():
-        torch.export.save(program, buffer, extra_files={METADATA_FILE: json.dumps(metadata)})
-    return buffer.getvalue()
-
-
 def _onnx_bytes(program: ExportedProgram, metadata: dict[str, str]) -> bytes:
     """Translate to ONNX."""
     import onnx
 
     user_input = torch.export.graph_signature.InputKind.USER_INPUT
     specs = program.graph_signature.input_specs
-    inputs = [spec.arg.name for spec in specs if spec.kind == user_input]
-    with _quiet():
-        translated: Any = torch.onnx.export(
-            program,
-            (),
-            dynamo=True,
-            verbose=False,
-            opset_version=OPSET,
-            input_names=inputs,
-            output_names=OUTPUTS,
-            custom_translation_table={torch.ops.hierkd.nms_of_classes.default: _onnx_nms},
-        )
+    translated: Any = torch.onnx.export(
+        program,
+        (),
+        dynamo=True,
+        verbose=False,
+        opset_version=OPSET,
+        input_names=[spec.arg.name for spec in specs if spec.kind == user_input],
+        output_names=OUTPUTS,
+        custom_translation_table={torch.ops.hierkd.nms_of_classes.default: _onnx_nms},
+    )
     model = translated.model_proto
     _name_sizes(model.graph)
     for name, value in metadata.items():
@@ -270,155 +218,77 @@ def _quiet() -> Iterator[None]:
         logging.disable(disabled)
 
 
-# --- Running what was written ---------------------------------------------------------------------
-
-
-def load_graph(path: Path, *, threads: int | None = None) -> tuple[Graph, dict[str, Any]]:
+def load_graph(path: Path) -> Graph:
     """Load an exported file to run it on the CPU.
 
-    Args:
-        path: ends in ".onnx" or ".pt2".
-        threads: of onnxruntime; by default as many as PyTorch uses.
-
     Returns:
-        A function of a picture (H, W, 3) RGB, resized, and of class embeddings (K, D) or None; and
-        the metadata of :func:`describe_graph`, decoded.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ImportError: onnxruntime is missing.
+        A function of a picture (H, W, 3) uint8, RGB, resized, and, where the vocabulary is an
+        input, of class embeddings (K, D) float32.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"no exported detector {str(path)!r}")
-    run, metadata = (
-        _load_onnx(path, threads or torch.get_num_threads())
-        if path.suffix == ".onnx"
-        else _load_pt2(path)
-    )
-    return run, {name: json.loads(value) for name, value in metadata.items()}
+    if path.suffix == ".onnx":
+        import onnxruntime
 
-
-def _load_onnx(path: Path, threads: int) -> tuple[Graph, dict[str, str]]:
-    require_packages("onnxruntime")
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3  # errors
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-    def run(image: NDArray[np.uint8], embeddings: NDArray[np.float32] | None) -> Detections:
-        feed: dict[str, Any] = {"image": image}
-        if embeddings is not None:
-            feed["text_embeddings"] = embeddings
-        return Detections(*session.run(list(OUTPUTS), feed))
-
-    return run, session.get_modelmeta().custom_metadata_map
-
-
-def _load_pt2(path: Path) -> tuple[Graph, dict[str, str]]:
-    files = {METADATA_FILE: ""}
-    module = torch.export.load(path, extra_files=files).module()
-
-    def run(image: NDArray[np.uint8], embeddings: NDArray[np.float32] | None) -> Detections:
-        inputs = [torch.from_numpy(image)]
-        if embeddings is not None:
-            inputs.append(torch.from_numpy(embeddings))
-        with torch.no_grad():
-            return Detections(*(each.numpy() for each in module(*inputs)))
-
-    return run, json.loads(files[METADATA_FILE])
-
-
-# --- Comparing with the detector ------------------------------------------------------------------
-
-
-@dataclass
-class Agreement:
-    """Detections of a graph beside those of the detector that it was made of.
-
-    Attributes:
-        sizes: (height, width) of the network inputs, one a picture.
-        expected: number of the detector's detections.
-        found: of the graph's.
-        agreeing: pairs of one class within the tolerances.
-        box_difference: largest of these, in pixels of the picture.
-        score_difference: largest of these.
-    """
-
-    sizes: list[tuple[int, int]] = field(default_factory=list)
-    expected: int = 0
-    found: int = 0
-    agreeing: int = 0
-    box_difference: float = 0.0
-    score_difference: float = 0.0
-
-    @property
-    def complete(self) -> bool:
-        """Whether each detection of the one is one of the other, one in 1000 aside.
-
-        Of two boxes whose scores differ by rounding only, chance says which suppresses the other.
-        """
-        missing = self.expected - self.agreeing
-        return bool(self.sizes) and self.expected == self.found and missing * 1000 <= self.expected
-
-    def add(self, expected: Detections, found: Detections) -> None:
-        """Compare the detections in one picture: each with the nearest that is left."""
-        self.expected += len(expected.scores)
-        self.found += len(found.scores)
-        free = np.ones(len(found.scores), dtype=bool)
-        for box, score, label in zip(*expected, strict=True):
-            boxes = np.abs(found.boxes - box).max(axis=1, initial=0)
-            scores = np.abs(found.scores - score)
-            fits = free & (found.classes == label)
-            fits &= (boxes <= BOX_TOLERANCE) & (scores <= SCORE_TOLERANCE)
-            if fits.any():
-                nearest = int(np.where(fits, boxes, np.inf).argmin())
-                free[nearest] = False
-                self.agreeing += 1
-                self.box_difference = max(self.box_difference, float(boxes[nearest]))
-                self.score_difference = max(self.score_difference, float(scores[nearest]))
-
-    def __str__(self) -> str:
-        return (
-            f"{len(self.sizes)} pictures of {len(set(self.sizes))} sizes; detections: "
-            f"{self.expected} by PyTorch, {self.found} by the exported graph, {self.agreeing} the "
-            f"same; largest differences: {self.box_difference:.2g} pixels, "
-            f"{self.score_difference:.2g} in score"
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        names = [each.name for each in session.get_inputs()]
+        return lambda *inputs: Detections(
+            *session.run(list(OUTPUTS), dict(zip(names, inputs, strict=True)))
         )
+    module = torch.export.load(path).module()
+
+    def run(*inputs: NDArray[Any]) -> Detections:
+        with torch.no_grad():
+            return Detections(*(each.numpy() for each in module(*map(torch.from_numpy, inputs))))
+
+    return run
 
 
-def compare_detections(
+def same_detections(
     predictor: OpenVocabularyPredictor,
     graph: Graph,
     pictures: Iterable[NDArray[np.uint8]],
     *,
     vocabulary_as_input: bool = False,
-) -> Agreement:
-    """Run a graph beside the detector that it was made of.
+) -> bool:
+    """Run a graph beside the detector that it was made of, and log how well they agree.
 
     Args:
-        predictor: with the vocabulary of the graph.
-        graph: of :func:`load_graph`.
+        predictor: With the vocabulary of the graph.
+        graph: Of :func:`load_graph`.
         pictures: (H, W, 3), BGR.
-        vocabulary_as_input: give the graph the predictor's class embeddings.
+        vocabulary_as_input: Give the graph the predictor's class embeddings.
+
+    Returns:
+        Whether each detection of the one is one of the other, one in 1000 aside: of two boxes whose
+        scores differ by rounding only, chance says which suppresses the other.
     """
-    agreement = Agreement()
-    texts = predictor.model.text_classifier.text_embeddings.numpy() if vocabulary_as_input else None
+    texts = [predictor.model.text_classifier.text_embeddings.numpy()] if vocabulary_as_input else []
+    number = expected = found = agreeing = 0
     for picture in pictures:
-        size = np.array(picture.shape[1::-1], np.float32)
         prepared = predictor.prepare(picture)["image"].permute(1, 2, 0).numpy()
-        if predictor.image_format == "BGR":
-            prepared = prepared[:, :, ::-1]
-        found = graph(np.ascontiguousarray(prepared), texts)
-        height, width = prepared.shape[:2]
-        scale = np.tile(size / np.array([width, height], np.float32), 2).astype(np.float32)
-        instances = predictor(picture)
-        expected = Detections(
-            instances.pred_boxes.tensor.numpy(),
-            instances.scores.numpy(),
-            instances.pred_classes.numpy(),
-        )
-        agreement.sizes.append((height, width))
-        agreement.add(expected, found._replace(boxes=found.boxes * scale))
-    return agreement
+        rgb = prepared if predictor.image_format == "RGB" else prepared[:, :, ::-1]
+        given = graph(np.ascontiguousarray(rgb), *texts)
+        scale = np.divide(picture.shape[1::-1], prepared.shape[1::-1]).astype(np.float32)
+        given = given._replace(boxes=given.boxes * np.tile(scale, 2))
+        wanted = predictor(picture)
+        fields = (wanted.pred_boxes.tensor, wanted.scores, wanted.pred_classes)
+        number, found = number + 1, found + len(given.scores)
+        expected += len(wanted)
+        agreeing += count_agreeing(Detections(*(each.numpy() for each in fields)), given)
+    logger.info(
+        "%d pictures; detections: %d by PyTorch, %d by the exported graph, %d the same within %g "
+        "pixels and %g in score",
+        *(number, expected, found, agreeing, BOX_TOLERANCE, SCORE_TOLERANCE),
+    )
+    return expected == found and (expected - agreeing) * 1000 <= expected
+
+
+def count_agreeing(expected: Detections, found: Detections) -> int:
+    """Pair the detections in one picture, each with the nearest that is left, and count pairs."""
+    free = np.ones(len(found.scores), dtype=bool)
+    for box, score, label in zip(*expected, strict=True):
+        boxes = np.abs(found.boxes - box).max(axis=1, initial=0)
+        fits = free & (found.classes == label) & (boxes <= BOX_TOLERANCE)
+        fits &= np.abs(found.scores - score) <= SCORE_TOLERANCE
+        if fits.any():
+            free[np.where(fits, boxes, np.inf).argmin()] = False
+    return int((~free).sum())

@@ -50,29 +50,28 @@ class ExportableDetector(nn.Module):
         """Wrap a detector, whose current vocabulary becomes part of the graph.
 
         Args:
-            detector: in eval mode, float32.
-            image_format: channel order that the detector was trained with, "RGB" or "BGR"; the
+            detector: In eval mode, float32.
+            image_format: Channel order that the detector was trained with, "RGB" or "BGR"; the
                 graph itself takes RGB.
-            vocabulary_as_input: take the class embeddings with every picture instead.
-            with_nms_operator: leave non-maximum suppression as one operator, :func:`nms_operator`,
+            vocabulary_as_input: Take the class embeddings with every picture instead.
+            with_nms_operator: Leave non-maximum suppression as one operator, :func:`nms_operator`,
                 for which an exporter has operators of its own.
 
         Raises:
-            ValueError: the vocabulary is an input, but inference depends on its names; there is no
+            ValueError: The vocabulary is an input, but inference depends on its names; there is no
                 vocabulary; or the backbone wants square pictures.
         """
         super().__init__()
-        settings = detector.inference_settings
         if (detector.backbone.padding_constraints or {}).get("square_size", 0):
             raise ValueError("backbones that pad pictures to a square cannot be exported")
-        if vocabulary_as_input and settings.novel_logit_shift:
+        if vocabulary_as_input and detector.inference_settings.novel_logit_shift:
             raise ValueError(
                 "MODEL.ATSS.NOVEL_LOGIT_SHIFT depends on the class names, so that the vocabulary "
                 "has to be part of the exported graph, or the shift 0"
             )
         if not vocabulary_as_input and not detector.vocabulary_names:
             raise ValueError("the vocabulary is empty: set one before exporting")
-        self.settings = settings
+        self.settings = detector.inference_settings
         self.is_bgr = image_format == "BGR"
         self.vocabulary_as_input = vocabulary_as_input
         self.with_nms_operator = with_nms_operator
@@ -92,8 +91,7 @@ class ExportableDetector(nn.Module):
 
         Args:
             image: (H, W, 3) uint8, RGB, resized as for testing.
-            text_embeddings: (K, D) class embeddings, of any length; only if the vocabulary is an
-                input.
+            text_embeddings: (K, D) class embeddings, of any length, if they are an input.
 
         Returns:
             boxes (n, 4) XYXY in pixels of ``image``, scores (n,) best first, classes (n,) int64.
@@ -102,8 +100,11 @@ class ExportableDetector(nn.Module):
         by_name = self.backbone(self._pixels(image))
         features = [by_name[name] for name in self.head_in_features]
         predictions = flatten_maps(self.head(features)).of_image(0)
-        logits = self.text_classifier(predictions.embeddings, self._weight(text_embeddings))
-        suppress = partial(_nms_of_moved_boxes, width + height)
+        weight = self.text_classifier.weight()
+        if text_embeddings is not None:
+            rows = F.normalize(text_embeddings, dim=1)
+            weight = torch.cat([rows, self.text_classifier.background()[None]])
+        logits = self.text_classifier(predictions.embeddings, weight)
         fore = rank_points(
             predictions,
             ClassProbabilities.of(class_probabilities(logits, self.novel_shift)),
@@ -112,13 +113,9 @@ class ExportableDetector(nn.Module):
             (height, width),
             self.settings.topk_anchors,
         )
-        boxes, scores, classes = best_detections(
-            fore.boxes,
-            fore.classes,
-            fore.qualities,
-            self.settings,
-            nms_operator if self.with_nms_operator else suppress,
-        )
+        moving = partial(_nms_of_moved_boxes, width + height)
+        suppress = nms_operator if self.with_nms_operator else moving
+        boxes, scores, classes = best_detections(*fore, self.settings, suppress)
         nonempty = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
         (found,) = nonempty.nonzero(as_tuple=True)
         return boxes[found], scores[found], classes[found]
@@ -137,15 +134,6 @@ class ExportableDetector(nn.Module):
             )
             pixels = F.pad(pixels, (0, right, 0, bottom))
         return pixels[None]
-
-    def _weight(self, text_embeddings: Tensor | None) -> Tensor:
-        """(K+1, D) what embeddings are compared with."""
-        if not self.vocabulary_as_input:
-            return self.text_classifier.weight()
-        if text_embeddings is None:
-            raise ValueError("the vocabulary is an input of this graph: give text_embeddings")
-        rows = F.normalize(text_embeddings, dim=1)
-        return torch.cat([rows, self.text_classifier.background()[None]])
 
 
 def _nms_of_moved_boxes(

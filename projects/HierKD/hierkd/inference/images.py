@@ -6,7 +6,6 @@ import os
 from typing import TypeAlias
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -50,33 +49,26 @@ def as_bgr(image: ImageInput, channels: str = "BGR") -> NDArray[np.uint8]:
         return read_picture(path)
     if isinstance(image, Image.Image):
         return _from_pillow(image)
-    if not isinstance(image, Tensor | np.ndarray):
+    expected, given = "an array of shape (H, W, 3)", image
+    if isinstance(image, Tensor):
+        expected = "a tensor of shape (3, H, W)"
+        image = image.detach().cpu().numpy()
+        image = np.moveaxis(image, 0, -1) if image.ndim else image
+    if not isinstance(image, np.ndarray):
         raise TypeError(
             "an image must be a path, a Pillow image, an array (H, W, 3) or a tensor (3, H, W), "
             f"got {type(image).__name__}"
         )
-    is_tensor = isinstance(image, Tensor)
-    channel_axis = 0 if is_tensor else 2
-    if (
-        image.ndim != 3
-        or image.shape[channel_axis] != 3
-        or image.dtype not in (torch.uint8, np.uint8)
-    ):
-        expected = "a tensor of shape (3, H, W)" if is_tensor else "an array of shape (H, W, 3)"
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
         raise ValueError(
             f"an image must be {expected} and type uint8 with values 0 to 255, got shape "
-            f"{tuple(image.shape)} and type {image.dtype}"
+            f"{tuple(given.shape)} and type {given.dtype}"
         )
-    array = image.detach().cpu().permute(1, 2, 0).numpy() if isinstance(image, Tensor) else image
-    if not array.size:
-        raise ValueError(f"the image has no pixels: {array.shape[1]} x {array.shape[0]}")
-    return array if channels == "BGR" else array[:, :, ::-1]
+    return image if channels == "BGR" else image[:, :, ::-1]
 
 
 def _from_pillow(image: Image.Image) -> NDArray[np.uint8]:
-    if 0 in image.size:
-        raise ValueError(f"the image has no pixels: {image.width} x {image.height}")
-    problem = problem_of_picture(image)
+    problem = problem_of_picture(image) if all(image.size) else "no pixels"
     if not problem:
         try:
             return np.asarray(image.convert("RGB"), np.uint8)[:, :, ::-1]

@@ -11,15 +11,14 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
 import threading
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,6 +31,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from hierkd.checkpoint import HierKDCheckpointer
+from hierkd.data.coco import closest_dataset
 from hierkd.data.resizing import ResizeShortestEdge
 from hierkd.inference.detections import DetectionFilter
 from hierkd.inference.images import ImageInput, as_bgr
@@ -56,12 +56,9 @@ _BATCH_SIZE = 8
 class OpenVocabularyPredictor:
     """Pictures in, detections of the current vocabulary out.
 
-    In the manner of :class:`detectron2.engine.DefaultPredictor` (BGR picture, shorter side resized
-    as for testing), with a vocabulary that can be changed between calls, and other kinds of
-    pictures, lists of them and thresholds in :meth:`predict`.
-
-    Threads may share a predictor: calls take turns. Where other threads change the vocabulary, pass
-    ``vocabulary`` to :meth:`predict`. For speed use one predictor per process.
+    In the manner of :class:`detectron2.engine.DefaultPredictor`, with a vocabulary that can be
+    changed between calls. Threads may share a predictor: calls take turns. Where other threads
+    change the vocabulary, pass ``vocabulary`` to :meth:`predict`.
     """
 
     @configurable
@@ -78,13 +75,11 @@ class OpenVocabularyPredictor:
 
         Args:
             model: A :class:`hierkd.modeling.detector.HierKD`; put into eval mode.
-            min_size: Length the shorter side is resized to, in pixels.
+            min_size: What the shorter side is resized to, in pixels.
             max_size: Limit of the longer side, in pixels.
             image_format: Channel order the model was trained with, "RGB" or "BGR".
             trained_on: Names of the datasets it was trained on; none are not known.
         """
-        if image_format not in ("RGB", "BGR"):
-            raise ValueError(f"INPUT.FORMAT must be 'RGB' or 'BGR', got {image_format!r}")
         self.model: Any = model.eval()
         self.resize = ResizeShortestEdge([min_size, min_size], max_size)
         self.image_format = image_format
@@ -102,6 +97,8 @@ class OpenVocabularyPredictor:
     ) -> OpenVocabularyPredictor:
         """Load a trained detector.
 
+        Its vocabulary is the largest among those of the config's datasets.
+
         Args:
             path: A training's folder, a checkpoint with its config.yaml beside it, or, with
                 ``config_file``, any checkpoint or URL that ``MODEL.WEIGHTS`` takes.
@@ -110,13 +107,9 @@ class OpenVocabularyPredictor:
                 device, the CPU is used, and a warning logged.
             opts: Config overrides: KEY, VALUE, KEY, VALUE, ...; the last word on everything.
 
-        Returns:
-            The predictor, with the largest vocabulary among the config's datasets.
-
         Raises:
             FileNotFoundError: There is no such folder, checkpoint, config or CLIP.
-            ValueError: The config or an override is wrong, or the file holds no trained detector
-                of this config.
+            ValueError: The config or an override is wrong, or the file holds no such detector.
         """
         config, weights = find_checkpoint(path, config_file)
         overrides = ["MODEL.WEIGHTS", weights, *map(str, opts)]
@@ -132,12 +125,6 @@ class OpenVocabularyPredictor:
             raise ValueError("MODEL.WEIGHTS is empty: detecting needs trained weights")
         model: Any = build_model(_for_inference(cfg))
         HierKDCheckpointer(model).load_detector(cfg.MODEL.WEIGHTS)
-        if unknown := [name for name in cfg.DATASETS.TEST if name not in DatasetCatalog.list()]:
-            logger.warning(
-                "DATASETS.TEST names %s, which are not registered here (DATASETS.DEFINITIONS): "
-                "their class names are not known, choose a vocabulary",
-                unknown,
-            )
         vocabularies = [MetadataCatalog.get(n).get("thing_classes", []) for n in cfg.DATASETS.TEST]
         largest: list[str] = max(vocabularies, key=len, default=[])
         if largest:
@@ -158,33 +145,25 @@ class OpenVocabularyPredictor:
     @property
     def knows_icons_only(self) -> bool:
         """Whether it was trained on the miniature alone: what it finds in photographs is noise."""
-        return bool(self.trained_on) and all(
-            name.startswith(_MINIATURE) for name in self.trained_on
-        )
+        return bool(self.trained_on) and all(n.startswith(_MINIATURE) for n in self.trained_on)
 
     @property
     def device(self) -> torch.device:
         """Where the model runs; detections come back on the CPU."""
         return torch.device(self.model.device)
 
-    def set_vocabulary(self, names: Iterable[str]) -> None:
+    def set_vocabulary(self, names: Sequence[str]) -> None:
         """Detect these classes, each named once, from now on; CLIP is loaded if a name is new.
 
         Raises:
-            ValueError: Something is no list of names (:func:`hierkd.teachers.texts.check_names`);
-                or the file ``MODEL.TEXT_CLASSIFIER.EMBEDDINGS`` lacks one.
+            ValueError: They are no names, or ``MODEL.TEXT_CLASSIFIER.EMBEDDINGS`` lacks one.
             FileNotFoundError: CLIP is needed, and its weights are not there.
         """
-        chosen = _as_names(names)
         with self._lock:
-            self.model.set_vocabulary(chosen)
+            self.model.set_vocabulary(names)
 
     def prepare(self, image: ImageInput, channels: str = "BGR") -> dict[str, Any]:
-        """Turn a picture into a dataset dict for the model's ``batched_inputs``.
-
-        Args:
-            image: See :func:`hierkd.inference.images.as_bgr`, also for what it raises.
-            channels: Order of the channels of an array or tensor, "BGR" or "RGB".
+        """Turn a picture into one of the model's ``batched_inputs``; see :func:`as_bgr`.
 
         Returns:
             ``image`` (3, h, w) resized and in the model's channel order, ``height`` H, ``width`` W.
@@ -200,13 +179,7 @@ class OpenVocabularyPredictor:
         """Detect in one picture (H, W, 3), BGR, 0..255, as detectron2's predictor does."""
         return self.predict(image)
 
-    @overload
-    def predict(self, images: ImageInput, **options: Any) -> Instances: ...
-
-    @overload
-    def predict(self, images: Sequence[ImageInput], **options: Any) -> list[Instances]: ...
-
-    @torch.no_grad()  # type: ignore[misc]  # it names the options
+    @torch.no_grad()
     def predict(
         self,
         images: ImageInput | Sequence[ImageInput],
@@ -217,7 +190,7 @@ class OpenVocabularyPredictor:
         class_thresholds: Mapping[str, float] | None = None,
         channels: str = "BGR",
         batch_size: int = _BATCH_SIZE,
-    ) -> Instances | list[Instances]:
+    ) -> Any:
         """Detect in one picture or in several.
 
         Args:
@@ -237,56 +210,38 @@ class OpenVocabularyPredictor:
             in the vocabulary). At most ``TEST.DETECTIONS_PER_IMAGE`` each.
 
         Raises:
-            FileNotFoundError: A path names no file.
-            ValueError: A picture cannot be decoded or has another shape or type; in a list, its
-                position is named. Or a threshold, ``top_k``, ``channels``, ``batch_size`` or the
-                vocabulary is wrong.
-            TypeError: Something is no picture.
+            FileNotFoundError, ValueError, TypeError: Something is no picture (see :func:`as_bgr`;
+                in a list, its position is named), or an option is wrong.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         keep = DetectionFilter(score_threshold, top_k, dict(class_thresholds or {}))
         several = _is_several(images)
-        pictures: Sequence[Any] = images if several else [images]  # type: ignore[assignment]
-        for_this_call = (
-            nullcontext() if vocabulary is None else self.model.vocabulary(_as_names(vocabulary))
-        )
+        pictures: Any = images if several else [images]
+        with_names = self.model.vocabulary if vocabulary is not None else nullcontext
         found: dict[int, Instances] = {}
-        with self._lock, for_this_call:
+        with self._lock, with_names(vocabulary):
             names = self.vocabulary
             keep.check_vocabulary(names)
             for start in range(0, len(pictures), batch_size):
-                part = range(start, min(start + batch_size, len(pictures)))
-                inputs = {i: self._prepare_nth(pictures, i, channels, several) for i in part}
-                for indices in _of_one_size(inputs):
-                    outputs = self.model([inputs[index] for index in indices])
-                    for index, output in zip(indices, outputs, strict=True):
-                        found[index] = keep(output["instances"].to("cpu"), names)
-        return [found[index] for index in range(len(pictures))] if several else found[0]
-
-    def _prepare_nth(
-        self, pictures: Sequence[Any], index: int, channels: str, several: bool
-    ) -> dict[str, Any]:
-        """:meth:`prepare`, with the picture's position in the errors, if there are several."""
-        try:
-            return self.prepare(pictures[index], channels)
-        except (FileNotFoundError, ValueError, TypeError) as error:
-            raise type(error)(f"image {index}: {error}" if several else str(error)) from error
-
-
-def _of_one_size(inputs: Mapping[int, dict[str, Any]]) -> Iterable[list[int]]:
-    """Group the positions of inputs whose ``image`` has one shape."""
-    by_size = defaultdict(list)
-    for index, each in inputs.items():
-        by_size[each["image"].shape].append(index)
-    return by_size.values()
+                by_size: dict[Any, dict[int, Any]] = defaultdict(dict)
+                for i in range(start, min(start + batch_size, len(pictures))):
+                    try:
+                        one = self.prepare(pictures[i], channels)
+                    except (FileNotFoundError, ValueError, TypeError) as error:
+                        raise type(error)(
+                            f"image {i}: {error}" if several else str(error)
+                        ) from error
+                    by_size[one["image"].shape][i] = one
+                for inputs in by_size.values():
+                    outputs = self.model(list(inputs.values()))
+                    for i, output in zip(inputs, outputs, strict=True):
+                        found[i] = keep(output["instances"].to("cpu"), names)
+        return [found[i] for i in range(len(pictures))] if several else found[0]
 
 
 def _for_inference(cfg: Any) -> Any:
-    """The config without what training alone needs: a detector also runs where it was not trained.
-
-    Of a cache of the teacher only the texts count, and CLIP takes its place where it is missing.
-    """
+    """The config without what training alone needs; CLIP takes the place of a missing cache."""
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.IKD.LOSS_WEIGHT = 0.0  # no look at the regions, nor at the annotations they are of
@@ -296,12 +251,6 @@ def _for_inference(cfg: Any) -> Any:
         cfg.MODEL.TEACHER.CACHE = ""
     cfg.freeze()
     return cfg
-
-
-def _as_names(names: Iterable[str]) -> list[str]:
-    if isinstance(names, str):
-        raise ValueError(f"a vocabulary is a list of class names, got the text {names!r}")
-    return list(names)
 
 
 def _is_several(images: Any) -> bool:
@@ -322,40 +271,35 @@ def find_checkpoint(
             model_final.pth - or a checkpoint. May be a URL, if ``config_file`` is given.
         config_file: The config; None is the config.yaml in the folder, or beside the checkpoint.
 
-    Returns:
-        Paths of the config and of the weights.
-
     Raises:
-        FileNotFoundError: One of them does not exist; says where it was looked for.
+        FileNotFoundError: One of them does not exist.
         ValueError: ``path`` is a YAML file.
     """
     text = os.fspath(path)
     if text.lower().endswith((".yaml", ".yml")):
         raise ValueError(f"{text!r} is a config: give the checkpoint, and this as config_file")
-    is_folder = os.path.isdir(text)
-    if not is_folder and not os.path.isfile(text) and "://" not in text:
+    folder = Path(text)
+    weights = text
+    if folder.is_dir():
+        last = folder / LAST_CHECKPOINT
+        # It names model_final.pth, unless a training went on or began anew after it.
+        noted = last.read_text(encoding="utf-8", errors="replace").strip() if last.is_file() else ""
+        there = [n for n in (noted, FINAL_WEIGHTS) if n and (folder / n).is_file()]
+        if not there:
+            raise FileNotFoundError(
+                f"{folder}: there is no {noted or FINAL_WEIGHTS}: is it a training's folder?"
+            )
+        weights = str(folder / there[0])
+    elif not folder.is_file() and "://" not in text:
         raise FileNotFoundError(
             f"no checkpoint and no training's folder {text!r} (looked from {os.getcwd()!r})"
         )
-    folder = Path(text) if is_folder else Path(text).parent
-    weights = str(_weights_in(folder)) if is_folder else text
-    config = folder / CONFIG_NAME if config_file is None else Path(config_file)
+    config = Path(weights).parent / CONFIG_NAME if config_file is None else Path(config_file)
     if not config.is_file():
         raise FileNotFoundError(
             f"no config {str(config)!r}: give the one that {text} was trained with as config_file"
         )
     return str(config), weights
-
-
-def _weights_in(folder: Path) -> Path:
-    last = folder / LAST_CHECKPOINT
-    # It names model_final.pth, unless a training went on or began anew after it.
-    noted = last.read_text(encoding="utf-8", errors="replace").strip() if last.is_file() else ""
-    for name in filter(None, (noted, FINAL_WEIGHTS)):
-        if (folder / name).is_file():
-            return folder / name
-    found = f"{LAST_CHECKPOINT} names {noted!r}, but" if noted else "is it a training's folder?"
-    raise FileNotFoundError(f"{folder}: {found} there is no {noted or FINAL_WEIGHTS}")
 
 
 def resolve_vocabulary(text: str) -> list[str]:
@@ -364,9 +308,6 @@ def resolve_vocabulary(text: str) -> list[str]:
     Args:
         text: Names separated by commas, or the name of a registered dataset, or the path of a file
             with one name a line (or, in a .json, a list of names).
-
-    Returns:
-        The class names, or the dataset's or the file's vocabulary.
 
     Raises:
         ValueError: They are no names (:func:`hierkd.teachers.texts.check_names`), or look like
@@ -385,11 +326,10 @@ def resolve_vocabulary(text: str) -> list[str]:
             f"the vocabulary {text!r} is neither a file nor names between commas; names with ';' "
             "or '/' go into a text file"
         )
-    near = difflib.get_close_matches(text, DatasetCatalog.list(), 1, 0.8)
-    if len(names) == 1 and "_" in text and near:
+    if "_" in text and (near := closest_dataset(text, 0.8)):
         raise ValueError(
-            f"the vocabulary {text!r} is no registered dataset; did you mean {near[0]!r}? A class "
-            "of this name goes into a text file"
+            f"the vocabulary {text!r} is no registered dataset; did you mean {near!r}? A class of "
+            "this name goes into a text file"
         )
     check_names(names, "the vocabulary")
     return names

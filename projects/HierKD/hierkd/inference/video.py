@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import glob
-import logging
-import math
 import os
 import time
 from collections.abc import Iterable, Iterator
@@ -18,8 +16,6 @@ from numpy.typing import NDArray
 
 __all__ = ["VIDEO_CODECS", "Frame", "Video", "VideoFile", "find_inputs", "is_video"]
 
-logger = logging.getLogger(__name__)
-
 PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"}
 VIDEO_SUFFIXES = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg"}
 # What the OpenCV of PyPI can write without further libraries. Browsers play WebM only. [ours]
@@ -28,9 +24,6 @@ VIDEO_CODECS = {".mp4": "mp4v", ".avi": "MJPG", ".webm": "VP80"}
 # Frames per second of videos that do not say. [ours]
 _DEFAULT_FPS = 25.0
 _MAX_FPS = 1000.0
-# Frames that a container may announce and not have before it is worth a warning. [ours] Containers
-# estimate; a truncated file lacks more.
-_TOLERATED_MISSING = 0.02
 
 
 def is_video(path: Path) -> bool:
@@ -94,10 +87,9 @@ class Video:
             why = "there is none, or it is in use" if self.live else "broken, or no known codec"
             raise ValueError(f"{self.name} cannot be read as a video: {why}")
         fps = self._capture.get(cv2.CAP_PROP_FPS)
-        self.fps = fps if math.isfinite(fps) and 0 < fps <= _MAX_FPS else _DEFAULT_FPS
+        self.fps = fps if 0 < fps <= _MAX_FPS else _DEFAULT_FPS
         announced = self._capture.get(cv2.CAP_PROP_FRAME_COUNT)
-        usable = not self.live and math.isfinite(announced) and announced > 0
-        self.num_frames = int(announced) if usable else 0
+        self.num_frames = 0 if self.live else max(0, int(announced))
 
     def __enter__(self) -> Video:
         return self
@@ -122,11 +114,6 @@ class Video:
             index += 1
         if index == 0:
             raise ValueError(f"{self.name}: not a single frame can be read")
-        if self.num_frames - index > max(2, _TOLERATED_MISSING * self.num_frames):
-            logger.warning(
-                "%s: it announces %d frames, but ends after %d: truncated or broken",
-                *(self.name, self.num_frames, index),
-            )
 
 
 class VideoFile:
@@ -154,25 +141,20 @@ class VideoFile:
             ValueError: OpenCV cannot write such a video here.
         """
         if self._writer is None:
-            self._open(image)
+            # Codecs that halve the colours' resolution want even sides.
+            self._size = (image.shape[1] // 2 * 2 or 2, image.shape[0] // 2 * 2 or 2)
+            codec = cv2.VideoWriter.fourcc(*VIDEO_CODECS[self.path.suffix])
+            self._writer = cv2.VideoWriter(str(self._making), codec, self.fps, self._size)
+            if not self._writer.isOpened():
+                raise ValueError(
+                    f"{self.path}: this OpenCV cannot write such video of {self._size[0]} x "
+                    f"{self._size[1]} pixels, or the folder is not writable"
+                )
         bgr = cv2.resize(cv2.cvtColor(image, cv2.COLOR_RGB2BGR), self._size)
         wanted = self._num_frames + 1 if until is None else int(until * self.fps) + 1
         while self._num_frames < wanted:
             self._writer.write(bgr)
             self._num_frames += 1
-
-    def _open(self, image: NDArray[np.uint8]) -> None:
-        # Codecs that halve the colours' resolution want even sides.
-        self._size = (image.shape[1] // 2 * 2 or 2, image.shape[0] // 2 * 2 or 2)
-        codec = VIDEO_CODECS[self.path.suffix]
-        self._writer = cv2.VideoWriter(
-            str(self._making), cv2.VideoWriter.fourcc(*codec), self.fps, self._size
-        )
-        if not self._writer.isOpened():
-            raise ValueError(
-                f"{self.path}: this OpenCV cannot write {codec} video of {self._size[0]} x "
-                f"{self._size[1]} pixels, or the folder is not writable"
-            )
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._writer is not None:
