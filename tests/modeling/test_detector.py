@@ -8,16 +8,12 @@ import torch
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances, pairwise_iou
 from detectron2.utils.events import EventStorage
-from torch._dynamo.exc import TorchDynamoException
 
 import hierkd.modeling.detector as meta_arch
 from fake_teacher import FakeTeacher
-from hierkd.benchmarks.timing import peak_memory
 from hierkd.load_config import load_config
 from hierkd.modeling import inference
 from hierkd.modeling.detector import HierKD
-from hierkd.modeling.detector_settings import InferenceSettings
-from hierkd.modeling.distillation import PositivePoints
 
 SIZE = 128
 CLASSES = [f"thing {i}" for i in range(5)]
@@ -398,46 +394,6 @@ def test_a_cache_holds_ground_truth_boxes_only(build):
         build("MODEL.TEACHER.CACHE", "somewhere", "MODEL.IKD.BOXES", "predicted")
 
 
-def test_the_memory_of_many_positives_grows_with_their_number_at_most(build):
-    """The distilled points and their losses, without the network before them."""
-    model, number = build(*EVERY_POSITIVE), 45_000
-    generator = torch.Generator().manual_seed(0)
-    embed_dim, images = model.text_classifier.embed_dim, 8
-
-    def step(number: int) -> None:
-        points = number // images
-        corners = torch.rand(images * points, 2, generator=generator) * 400
-        gt_boxes = torch.cat([corners, corners + 40], dim=1)
-        pred_boxes = (gt_boxes + 1).requires_grad_()
-        shape = images, points
-        positives = PositivePoints(
-            torch.arange(images).repeat_interleave(points),
-            torch.arange(points).repeat(images),
-            pred_boxes,
-            gt_boxes,
-            torch.arange(points).repeat(images),
-            torch.full((images * points,), 0.9),
-        )
-        predictions = meta_arch.DensePredictions(
-            torch.nn.functional.normalize(torch.rand(*shape, embed_dim, requires_grad=True), dim=2),
-            torch.zeros(*shape, 4, requires_grad=True),
-            torch.zeros(*shape, requires_grad=True),
-        )
-        inputs = [{"image": torch.zeros(3, 8, 8), "instances": Instances((8, 8))}] * images
-        labels = torch.zeros(shape, dtype=torch.int64)
-        with EventStorage():
-            pairs = model.distill_regions(inputs, predictions, positives, [points, 0, 0])
-            assert len(pairs.student) == images * points
-            anchors = Boxes(torch.rand(points, 4))
-            losses = model.losses(predictions, anchors, labels, positives, pairs, None)
-            sum(losses.values()).backward()
-
-    step(450)
-    few, many = (peak_memory(lambda n=n: step(n), torch.device("cpu")) for n in (450, number))
-    # an array of all pairs would be 7.5 GiB
-    assert many < few + 64 + number * 8 / 1024
-
-
 # ---------------------------------------------------------------------------- vocabularies
 
 
@@ -506,14 +462,6 @@ def test_inference_without_a_vocabulary_says_what_to_do(build):
         build(vocabulary=[]).eval()([sample([])])
 
 
-def test_the_training_vocabulary_is_that_of_the_training_set(build):
-    model = build("DATASETS.TRAIN", "('miniature_ovd_train_base',)", vocabulary=[])
-    assert model.training_vocabulary == model.vocabulary_names
-    assert len(model.training_vocabulary) == 24
-    model.set_vocabulary(["another"])
-    assert len(model.training_vocabulary) == 24
-
-
 def all_scores(model: HierKD) -> torch.Tensor:
     """(points, K) scores before any selection."""
     maps = model.score_maps([sample([], seed=1)])
@@ -531,22 +479,6 @@ def test_novel_names_alone_are_shifted_and_only_beside_base_names(build, names):
     if names == CLASSES:
         assert shifted.novel_logit_shifts().tolist() == [0, 0, 0, 2, 2]
         assert (after[:, 3:] > before[:, 3:]).all()
-
-
-def test_a_shift_is_finite_and_needs_to_know_the_training_vocabulary(build):
-    model = build("MODEL.ATSS.NOVEL_LOGIT_SHIFT", 2.0).eval()
-    with pytest.raises(ValueError, match="NOVEL_LOGIT_SHIFT needs the class names of the training"):
-        all_scores(model)
-    for shift in (float("nan"), float("-inf")):
-        with pytest.raises(ValueError, match=f"MODEL.ATSS.NOVEL_LOGIT_SHIFT.*{shift}"):
-            InferenceSettings(novel_logit_shift=shift)
-
-
-def test_names_are_novel_as_in_the_evaluation_of_transfer(build):
-    model = build()
-    model.training_vocabulary = ("tv", "car", "wine glass")
-    names = ["TV", "cars", "wine_glass", "kite", "sports car"]
-    assert model.are_novel(names) == [False, False, False, True, True]
 
 
 # ---------------------------------------------------------------------------- inference
@@ -696,22 +628,6 @@ def test_half_precision_moves_the_scores_a_little(build):
     found = half(inputs)[0]["instances"]
     assert found.scores.dtype == found.pred_boxes.tensor.dtype == torch.float32
     train_losses(half, batch())  # training is not concerned
-
-
-@torch.no_grad()
-def test_compiling_falls_back_with_a_warning(build, monkeypatch, caplog):
-    def fails(*_):
-        raise TorchDynamoException("no compiler\nand more")
-
-    monkeypatch.setattr(meta_arch, "_compiled_maps_of", lambda: fails)
-    inputs = [sample([], seed=1)]
-    model = build("TEST.COMPILE", True).eval()
-    for _ in range(2):
-        found = model(inputs)[0]["instances"]
-    assert [r.getMessage() for r in caplog.records if r.name == meta_arch.__name__] == [
-        "TEST.COMPILE: torch.compile does not work here, running without it: no compiler"
-    ]
-    assert torch.equal(found.scores, build().eval()(inputs)[0]["instances"].scores)
 
 
 @torch.no_grad()

@@ -196,8 +196,7 @@ def _add_miniature_and_training_keys(cfg: CN) -> None:
     cfg.TEST.AMP = CN()
     cfg.TEST.AMP.ENABLED = False
     # Inference with backbone and head compiled by torch.compile, which takes a minute at the first
-    # image and at the first of another size. Needs a C++ compiler on a CPU, Triton on a GPU; where
-    # that is missing, a warning is logged and nothing is compiled. [ours]
+    # image and at the first of another size. Needs a C++ compiler on a CPU, Triton on a GPU. [ours]
     cfg.TEST.COMPILE = False
 
     # "SGD" [release] or "ADAMW" (the miniature).

@@ -36,17 +36,14 @@ from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from detectron2.utils.logger import log_first_n
 from torch import Tensor, nn
-from torch._dynamo.exc import TorchDynamoException
 
 from hierkd.modeling.atss import ATSSMatcher
 from hierkd.modeling.detector_settings import (
     IKD,
     DetectionSettings,
     InferenceSettings,
-    build_detection_settings,
-    build_ikd,
-    build_inference_settings,
     check_choice,
+    read_settings,
 )
 from hierkd.modeling.distillation import (
     PositivePoints,
@@ -82,11 +79,10 @@ from hierkd.modeling.sampling import subsample_negatives
 from hierkd.modeling.text_classifier import TextClassifier
 from hierkd.teachers.clip import build_teacher, check_embed_dim
 from hierkd.teachers.protocol import Teacher
+from hierkd.teachers.region_cache import check_cached_boxes
 from hierkd.teachers.texts import check_names, comparable_name
 
 __all__ = ["DensePredictions", "ForeAnchors", "HierKD"]
-
-logger = logging.getLogger(__name__)
 
 # Pixels. [ours] Far beyond any picture, and far from where areas leave float32's range.
 _LARGEST_COORDINATE = 1e7
@@ -193,6 +189,8 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
         teacher = build_teacher(cfg)
         text, atss, gkd = cfg.MODEL.TEXT_CLASSIFIER, cfg.MODEL.ATSS, cfg.MODEL.GKD
         check_embed_dim(teacher, text.EMBED_DIM)
+        if cfg.MODEL.IKD.LOSS_WEIGHT > 0 and cfg.MODEL.TEACHER.CACHE:
+            check_cached_boxes(cfg.MODEL.IKD.BOXES)
         check_choice("MODEL.GKD.LOSS_TYPE", gkd.LOSS_TYPE, ("contrastive", "positive_only"))
         contrastive = gkd.LOSS_TYPE == "contrastive"
         trained_on = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]) if cfg.DATASETS.TRAIN else None
@@ -217,9 +215,17 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
             "box2box_transform": Box2BoxTransform(weights=atss.BBOX_REG_WEIGHTS),
             "anchor_matcher": ATSSMatcher(atss.TOPK),
             "teacher": teacher,
-            "detection": build_detection_settings(cfg),
-            "inference": build_inference_settings(cfg),
-            "ikd": build_ikd(cfg),
+            "detection": read_settings(DetectionSettings, atss),
+            "inference": InferenceSettings(
+                score_thresh=atss.SCORE_THRESH_TEST,
+                topk_anchors=atss.TOPK_ANCHORS_TEST,
+                topk_pairs=atss.TOPK_PAIRS_TEST,
+                nms_thresh=atss.NMS_THRESH_TEST,
+                max_detections=cfg.TEST.DETECTIONS_PER_IMAGE,
+                class_agnostic_nms=atss.CLASS_AGNOSTIC_NMS,
+                novel_logit_shift=atss.NOVEL_LOGIT_SHIFT,
+            ),
+            "ikd": read_settings(IKD, cfg.MODEL.IKD) if cfg.MODEL.IKD.LOSS_WEIGHT > 0 else None,
             "mlca": MLCA(
                 grid_size=gkd.GRID_SIZE,
                 pooling=gkd.POOLING,
@@ -348,17 +354,8 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
             return _maps_of(*arguments)
         # the half precision that is fast there; without it, what somebody else's autocast says
         half = torch.bfloat16 if self.device.type == "cpu" else torch.float16
-        autocast = torch.autocast(self.device.type, half) if self.amp_test else nullcontext()
-        with autocast:
-            try:
-                return (_compiled_maps_of() if self.compile_test else _maps_of)(*arguments)
-            except TorchDynamoException as error:
-                self.compile_test = False
-                logger.warning(
-                    "TEST.COMPILE: torch.compile does not work here, running without it: %s",
-                    str(error).strip().split("\n")[0],
-                )
-                return _maps_of(*arguments)
+        with torch.autocast(self.device.type, half) if self.amp_test else nullcontext():
+            return (_compiled_maps_of() if self.compile_test else _maps_of)(*arguments)
 
     @torch.no_grad()
     def label_anchors(
