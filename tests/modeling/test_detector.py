@@ -349,6 +349,40 @@ def test_the_levels_of_the_points_and_the_mean_over_them_by_hand(build):
     assert loss != loss_of_levels
 
 
+def test_proposals_join_the_regions_from_their_iteration_on(build):
+    model = build("MODEL.IKD.PROPOSALS_PER_IMAGE", 2, "MODEL.IKD.PROPOSALS_START", 5)
+    torch.nn.init.normal_(model.head.anchor_deltas.weight, std=0.02)
+    inputs = batch()
+    inputs[0]["image"] = inputs[0]["image"][:, :100, :90]  # the batch is padded
+    inputs[0]["instances"]._image_size = (100, 90)
+    model.train()
+    chosen = {}
+    original = model.distill_regions
+    for iteration in (4, 5):
+        model.distill_regions = lambda *args, i=iteration: chosen.setdefault(
+            i, (args[3], original(*args))
+        )[1]
+        with EventStorage(iteration):
+            losses = model(inputs)
+    assert chosen[4][0] is None
+    proposals, pairs = chosen[5]
+    assert proposals.image_idxs.tolist() == [0, 0, 1, 1, 2, 2]
+    assert (proposals.boxes[:2].amax(dim=0)[2:] <= torch.tensor([90.0, 100.0])).all()
+    for image, box in zip(proposals.image_idxs, proposals.boxes, strict=True):
+        overlaps = pairwise_iou(Boxes(box[None]), inputs[image]["instances"].gt_boxes)
+        assert not (overlaps >= 0.3).any()
+    _, regions, _ = model.teacher.regions[-1]
+    assert sum(map(len, regions)) == len(pairs.student) == len(pairs.teacher)
+    assert all(
+        (regions[image] == box).all(dim=1).any()
+        for image, box in zip(proposals.image_idxs, proposals.boxes, strict=True)
+    )
+    assert not pairs.teacher.requires_grad
+    losses["loss_ikd"].backward()
+    assert model.head.embedding.weight.grad.abs().sum() > 0
+    assert model.head.anchor_deltas.weight.grad is None
+
+
 def with_embeddings(inputs: list[dict]) -> list[dict]:
     """What the mapper attaches where the teacher's embeddings are cached."""
     generator = torch.Generator().manual_seed(7)
@@ -392,6 +426,9 @@ def test_embeddings_of_the_batch_give_the_losses_of_asking_the_teacher(build):
 def test_a_cache_holds_ground_truth_boxes_only(build):
     with pytest.raises(ValueError, match=r"MODEL\.IKD\.BOXES is 'predicted'"):
         build("MODEL.TEACHER.CACHE", "somewhere", "MODEL.IKD.BOXES", "predicted")
+    cached = ("MODEL.TEACHER.CACHE", "somewhere", "MODEL.IKD.BOXES", "gt")
+    with pytest.raises(ValueError, match=r"PROPOSALS_PER_IMAGE must be 0 with it, got 2"):
+        build(*cached, "MODEL.IKD.PROPOSALS_PER_IMAGE", 2)
 
 
 # ---------------------------------------------------------------------------- vocabularies

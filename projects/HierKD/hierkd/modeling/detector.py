@@ -47,8 +47,10 @@ from hierkd.modeling.detector_settings import (
 )
 from hierkd.modeling.distillation import (
     PositivePoints,
+    Proposals,
     RegionPairs,
     choose_points,
+    choose_proposals,
     encode_crops,
     look_up_regions,
     region_loss,
@@ -86,6 +88,8 @@ __all__ = ["DensePredictions", "ForeAnchors", "HierKD"]
 
 # Pixels. [ours] Far beyond any picture, and far from where areas leave float32's range.
 _LARGEST_COORDINATE = 1e7
+# Best points of an image that proposals are chosen among. [ours]
+_PROPOSAL_CANDIDATES = 100
 
 
 @META_ARCH_REGISTRY.register()
@@ -191,6 +195,11 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
         check_embed_dim(teacher, text.EMBED_DIM)
         if cfg.MODEL.IKD.LOSS_WEIGHT > 0 and cfg.MODEL.TEACHER.CACHE:
             check_cached_boxes(cfg.MODEL.IKD.BOXES)
+            if cfg.MODEL.IKD.PROPOSALS_PER_IMAGE > 0:
+                raise ValueError(
+                    "MODEL.TEACHER.CACHE holds labelled boxes only: MODEL.IKD.PROPOSALS_PER_IMAGE "
+                    f"must be 0 with it, got {cfg.MODEL.IKD.PROPOSALS_PER_IMAGE}"
+                )
         check_choice("MODEL.GKD.LOSS_TYPE", gkd.LOSS_TYPE, ("contrastive", "positive_only"))
         contrastive = gkd.LOSS_TYPE == "contrastive"
         trained_on = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]) if cfg.DATASETS.TRAIN else None
@@ -330,8 +339,11 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
             )
             level_sizes = [len(level) for level in anchors]
             gt_labels = self.sample_negatives(gt_labels, level_sizes)  # §3.4
-            # §3.2: what CLIP sees in the regions of the positive points
-            region_pairs = self.distill_regions(batched_inputs, predictions, positives, level_sizes)
+            # §3.2: what CLIP sees in the regions of the positive points, and of our proposals
+            proposals = self.propose_regions(predictions, anchors, gt_instances)
+            region_pairs = self.distill_regions(
+                batched_inputs, predictions, positives, proposals, level_sizes
+            )
             # §3.3: how well each image matches each caption
             match_scores = self.match_captions(batched_inputs, pred_maps[0])
             return self.losses(
@@ -443,16 +455,51 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
             image_idxs, point_idxs, pred_boxes, gt_boxes, matched_idxs[places], ious
         )
 
+    @torch.no_grad()
+    def propose_regions(
+        self, predictions: DensePredictions, anchors: list[Boxes], gt_instances: list[Instances]
+    ) -> Proposals | None:
+        """Find boxes that the detector takes for objects and that nobody has labelled.
+
+        How much a point is taken for an object of any kind, 1 - p(background) times the predicted
+        quality, knows no names, so that novel objects are among the best.
+
+        Returns:
+            Proposals of all images; None where they are off, or not on yet.
+        """
+        if self.ikd is None or self.ikd.proposals_per_image == 0:
+            return None
+        if get_event_storage().iter < self.ikd.proposals_start:
+            return None
+        scores = 1 - self.text_classifier(predictions.embeddings).softmax(dim=-1)[..., -1]
+        if predictions.qualities is not None:
+            scores = scores * predictions.qualities.sigmoid()
+        top, point_idxs = scores.topk(min(_PROPOSAL_CANDIDATES, scores.shape[1]), dim=1)  # (N, A)
+        image_idxs = torch.arange(len(top), device=top.device).repeat_interleave(top.shape[1])
+        point_idxs = point_idxs.flatten()
+        boxes = self.box2box_transform.apply_deltas(
+            predictions.anchor_deltas[image_idxs, point_idxs],
+            Boxes.cat(anchors).tensor[point_idxs],
+        )
+        sizes = boxes.new_tensor([each.image_size[::-1] for each in gt_instances]).repeat(1, 2)
+        boxes = torch.minimum(boxes.clamp(min=0), sizes[image_idxs])
+        candidates = Proposals(image_idxs, point_idxs, boxes)
+        return choose_proposals(
+            candidates, top.flatten(), gt_instances, self.ikd.proposals_per_image
+        )
+
     def distill_regions(
         self,
         batched_inputs: list[dict[str, Any]],
         predictions: DensePredictions,
         positives: PositivePoints,
+        proposals: Proposals | None,
         level_sizes: list[int],
     ) -> RegionPairs | None:
         """Pair the embeddings of well-localised positives with CLIP's of their regions (§3.2).
 
-        CLIP looks at the regions, unless what it sees in the objects came with the batch.
+        Proposals follow the positives. CLIP looks at the regions, unless what it sees in the
+        objects came with the batch.
 
         Returns:
             The pairs, or None if IKD is off.
@@ -463,12 +510,16 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
         teacher = look_up_regions([x["instances"] for x in batched_inputs], points)
         if teacher is None:
             images = [x["image"].to(self.device) for x in batched_inputs]
-            teacher = encode_crops(self._teacher_or_raise(), self.ikd, images, points)
+            teacher = encode_crops(self._teacher_or_raise(), self.ikd, images, points, proposals)
+        image_idxs, point_idxs = points.image_idxs, points.point_idxs
+        if proposals is not None:
+            image_idxs = torch.cat([image_idxs, proposals.image_idxs])
+            point_idxs = torch.cat([point_idxs, proposals.point_idxs])
         level_ends = torch.tensor(level_sizes, device=teacher.device).cumsum(0)
         return RegionPairs(
-            student=predictions.embeddings[points.image_idxs, points.point_idxs],
+            student=predictions.embeddings[image_idxs, point_idxs],
             teacher=teacher,
-            levels=torch.bucketize(points.point_idxs, level_ends, right=True),
+            levels=torch.bucketize(point_idxs, level_ends, right=True),
         )
 
     def match_captions(

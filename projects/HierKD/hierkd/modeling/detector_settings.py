@@ -57,6 +57,8 @@ class IKD:
     iou_thresh: float = 0.5
     max_crops_per_image: int = 0
     average_over: str = "points"
+    proposals_per_image: int = 0
+    proposals_start: int = 0
 
     def __post_init__(self) -> None:
         check_choice("MODEL.IKD.LOSS_TYPE", self.loss_type, ("l1", "l2"))
