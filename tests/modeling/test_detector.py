@@ -654,6 +654,39 @@ def test_fore_anchors_are_the_best_of_each_level(build):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("exponents", [(0.0, 0.0), (0.3, 0.6), (1.0, 1.0)])
+def test_the_teachers_own_look_is_joined_by_a_geometric_mean(build, exponents):
+    model = build("TEST.TEACHER.BOXES", 7, "TEST.TEACHER.EXPONENTS", exponents).eval()
+    model.training_vocabulary = tuple(CLASSES[:3])
+    inputs = [sample([], seed=1), sample([], seed=2)]
+    fores = model.fore_anchors(inputs)
+    joined = model.ask_teacher(inputs, fores)
+    images, boxes, scale = model.teacher.regions[-1]
+    assert scale == 1.5
+    assert torch.equal(images[1], inputs[1]["image"])
+    regions = model.teacher._embed([f"region {i}" for i in range(14)])
+    texts = model.text_classifier.text_embeddings
+    for index, (fore, new) in enumerate(zip(fores, joined, strict=True)):
+        top = fore.best(7)
+        assert torch.equal(new.boxes, top.boxes)
+        assert torch.equal(boxes[index], top.boxes)
+        for row in range(7):
+            own = top.probs[row]
+            looks = (10.0 * texts @ regions[7 * index + row]).softmax(0)
+            for k, probability in enumerate(own):
+                e = exponents[0] if k < 3 else exponents[1]
+                share = (probability / own.sum()) ** (1 - e) * looks[k] ** e
+                torch.testing.assert_close(new.probs[row, k], own.sum() * share)
+    best = [float(new.scores.max()) for new in joined]
+    assert [float(each["instances"].scores[0]) for each in model(inputs)] == pytest.approx(best)
+
+
+def test_exponents_are_shares(build):
+    with pytest.raises(ValueError, match=r"TEST\.TEACHER\.EXPONENTS must be in \[0, 1\], got \(0"):
+        build("TEST.TEACHER.EXPONENTS", (0.5, 1.5))
+
+
+@torch.no_grad()
 def test_half_precision_moves_the_scores_a_little(build):
     plain, half = build().eval(), build("TEST.AMP.ENABLED", True).eval()
     inputs = [sample([], seed=1)]

@@ -205,6 +205,14 @@ def _add_miniature_and_training_keys(cfg: CN) -> None:
     # image and at the first of another size. Needs a C++ compiler on a CPU, Triton on a GPU. [ours]
     cfg.TEST.COMPILE = False
 
+    # Inference in which the teacher looks at so many best boxes of each picture, too, in crops of
+    # MODEL.IKD.CROP_SCALE; 0 = it does not [paper]. Where there is an object, the probability of a
+    # class is p(detector)^(1 - e) p(teacher)^e, with one e for base and one for novel names. [ours,
+    # after ViLD and F-VLM, whose exponents these are; docs/lab/miniature.md]
+    cfg.TEST.TEACHER = CN()
+    cfg.TEST.TEACHER.BOXES = 0
+    cfg.TEST.TEACHER.EXPONENTS = (0.35, 0.65)
+
     # "SGD" [release] or "ADAMW" (the miniature).
     cfg.SOLVER.OPTIMIZER = "SGD"
     # CLIP_GRADIENTS.CLIP_TYPE "full_model" clips the norm of all gradients together, as the release

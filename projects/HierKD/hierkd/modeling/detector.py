@@ -233,6 +233,9 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
                 max_detections=cfg.TEST.DETECTIONS_PER_IMAGE,
                 class_agnostic_nms=atss.CLASS_AGNOSTIC_NMS,
                 novel_logit_shift=atss.NOVEL_LOGIT_SHIFT,
+                teacher_boxes=cfg.TEST.TEACHER.BOXES,
+                teacher_exponents=tuple(cfg.TEST.TEACHER.EXPONENTS),
+                teacher_crop_scale=cfg.MODEL.IKD.CROP_SCALE,
             ),
             "ikd": read_settings(IKD, cfg.MODEL.IKD) if cfg.MODEL.IKD.LOSS_WEIGHT > 0 else None,
             "mlca": MLCA(
@@ -294,8 +297,9 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
         """
         if not self.training_vocabulary:
             raise ValueError(
-                "MODEL.ATSS.NOVEL_LOGIT_SHIFT needs the class names of the training: DATASETS."
-                "TRAIN must name a dataset that is registered here (DATASETS.DEFINITIONS)"
+                "MODEL.ATSS.NOVEL_LOGIT_SHIFT and TEST.TEACHER.EXPONENTS need the class names of "
+                "the training: DATASETS.TRAIN must name a dataset that is registered here "
+                "(DATASETS.DEFINITIONS)"
             )
         known = {comparable_name(name) for name in self.training_vocabulary}
         return [comparable_name(name) not in known for name in names]
@@ -659,7 +663,10 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
     def _detect(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Instances]]:
         """Inference: detectron2's standard output."""
         outputs = []
-        for given, fore in zip(batched_inputs, self.fore_anchors(batched_inputs), strict=True):
+        fores = self.fore_anchors(batched_inputs)
+        if self.inference_settings.teacher_boxes > 0:
+            fores = self.ask_teacher(batched_inputs, fores)
+        for given, fore in zip(batched_inputs, fores, strict=True):
             size = (given["image"].shape[1], given["image"].shape[2])
             found = _as_instances(size, *best_detections(*fore, self.inference_settings))
             height, width = given.get("height", size[0]), given.get("width", size[1])
@@ -693,6 +700,44 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
             )
             for i, size in enumerate(images.image_sizes)
         ]
+
+    @torch.no_grad()
+    def ask_teacher(
+        self, batched_inputs: list[dict[str, Any]], fores: Sequence[ForeAnchors]
+    ) -> list[ForeAnchors]:
+        """Join the class probabilities of each image's best boxes with the teacher's own.
+
+        Where there is an object, the probability of each class becomes a geometric mean of the two,
+        as in ViLD and F-VLM; whether there is one stays the detector's to say. Other boxes go.
+
+        Args:
+            batched_inputs: N, as in inference.
+            fores: of each image.
+
+        Returns:
+            At most ``TEST.TEACHER.BOXES`` of each image.
+        """
+        settings, teacher = self.inference_settings, self._teacher_or_raise()
+        texts = self.text_classifier.text_embeddings
+        of_base, of_novel = settings.teacher_exponents
+        exponents = texts.new_full((len(texts),), of_base)  # (K,)
+        if of_novel != of_base:
+            is_novel = self.are_novel(self.vocabulary_names)
+            exponents[torch.tensor(is_novel, device=texts.device)] = of_novel
+        fores = [fore.best(settings.teacher_boxes) for fore in fores]
+        regions = teacher.encode_regions(
+            [x["image"].to(self.device) for x in batched_inputs],
+            [fore.boxes for fore in fores],
+            settings.teacher_crop_scale,
+        )
+        joined = []
+        for fore, seen in zip(fores, regions.split([len(f.boxes) for f in fores]), strict=True):
+            own = fore.probs  # (A, K)
+            is_object = own.sum(dim=1, keepdim=True)
+            looks = (teacher.logit_scale * seen.to(texts) @ texts.T).softmax(dim=1)
+            probs = is_object * (own / is_object) ** (1 - exponents) * looks**exponents
+            joined.append(fore._replace(classes=ClassProbabilities.of(probs)))
+        return joined
 
     def _classify(self) -> Callable[[Tensor], Tensor]:
         """A function of (n, D) embeddings: the (n, K) probabilities of the vocabulary's classes."""

@@ -77,8 +77,15 @@ class InferenceSettings:
     max_detections: int = 100
     class_agnostic_nms: bool = False
     novel_logit_shift: float = 0.0
+    teacher_boxes: int = 0
+    teacher_exponents: tuple[float, float] = (0.35, 0.65)
+    teacher_crop_scale: float = 1.5
 
     def __post_init__(self) -> None:
+        if not all(0 <= each <= 1 for each in self.teacher_exponents):
+            raise ValueError(
+                f"TEST.TEACHER.EXPONENTS must be in [0, 1], got {self.teacher_exponents}"
+            )
         if not math.isfinite(self.novel_logit_shift):
             raise ValueError(
                 f"MODEL.ATSS.NOVEL_LOGIT_SHIFT must be finite, got {self.novel_logit_shift}"
