@@ -388,17 +388,17 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
             (N, R, 4): of the positives, zero elsewhere; matched_idxs (N, R): their positions among
             the image's M boxes, of the positives.
         """
-        background = self.text_classifier.num_classes
-        assigned = []
+        background, assigned = self.text_classifier.num_classes, []
         for gt in gt_instances:
             matches, match_labels = self.anchor_matcher(gt.gt_boxes, anchors)
             labels = torch.full_like(matches, background)
             boxes = gt.gt_boxes.tensor.new_zeros(len(matches), 4)
-            positive = match_labels == 1
-            labels[positive] = gt.gt_classes[matches[positive]]
-            boxes[positive] = gt.gt_boxes.tensor[matches[positive]]
+            if len(gt) > 0:  # by `where`, for which a GPU does not wait
+                positive = match_labels == 1
+                labels = torch.where(positive, gt.gt_classes[matches], labels)
+                boxes = torch.where(positive[:, None], gt.gt_boxes.tensor[matches], boxes)
             if self.detection.ignore_padding:
-                labels[self._in_padding(anchors, gt.image_size)] = -1
+                labels = labels.masked_fill(self._in_padding(anchors, gt.image_size), -1)
             assigned.append((labels, boxes, matches))
         gt_labels, gt_boxes, gt_idxs = (torch.stack(each) for each in zip(*assigned, strict=True))
         return gt_labels, gt_boxes, gt_idxs
