@@ -14,6 +14,7 @@ from fake_teacher import FakeTeacher
 from hierkd.load_config import load_config
 from hierkd.modeling import inference
 from hierkd.modeling.detector import HierKD
+from hierkd.modeling.losses import similarity_kl_loss
 
 SIZE = 128
 CLASSES = [f"thing {i}" for i in range(5)]
@@ -381,6 +382,22 @@ def test_proposals_join_the_regions_from_their_iteration_on(build):
     losses["loss_ikd"].backward()
     assert model.head.embedding.weight.grad.abs().sum() > 0
     assert model.head.anchor_deltas.weight.grad is None
+
+
+@pytest.mark.parametrize("gkd", [0.0, 1.0])
+def test_the_kl_loss_compares_with_the_names_and_the_captions_of_the_batch(build, gkd):
+    weights = ("MODEL.IKD.LOSS_WEIGHT", 0.5, "MODEL.GKD.LOSS_WEIGHT", gkd)
+    model, inputs = build(*EVERY_POSITIVE, *weights, "MODEL.IKD.LOSS_TYPE", "kl"), batch()
+    _, pairs = distilled(model, inputs)
+    texts = model.text_classifier.text_embeddings
+    if gkd:
+        captions = model.teacher._embed([each["caption"] for each in inputs])
+        texts = torch.cat([texts, captions])
+    torch.testing.assert_close(pairs.texts, 10.0 * texts)  # the fake teacher's own factor
+    loss = train_losses(model, inputs)["loss_ikd"]
+    expected = similarity_kl_loss(pairs.student, pairs.teacher, pairs.texts)
+    torch.testing.assert_close(loss, 0.5 * expected / len(pairs.student), rtol=1e-4, atol=1e-5)
+    assert without_gradient(model, train_losses(model, inputs)) == []
 
 
 def with_embeddings(inputs: list[dict]) -> list[dict]:

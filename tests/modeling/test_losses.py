@@ -15,6 +15,7 @@ from hierkd.modeling.losses import (
     image_caption_contrastive_loss,
     positive_pairs_loss,
     quality_loss,
+    similarity_kl_loss,
     softmax_focal_loss,
     weighted_giou_loss,
 )
@@ -260,6 +261,42 @@ def test_embedding_losses_limits_symmetry_and_edges(loss):
     assert_zero_attached(loss(student, student.detach().clone()), student)
     empty = random(0, 4)
     assert_zero_attached(loss(empty, torch.zeros(0, 4, dtype=torch.float64)), empty)
+
+
+def test_similarity_kl_by_hand_and_by_a_slow_loop():
+    # texts along the axes: shares 3/4 and 1/4 against 1/2 and 1/2
+    texts = torch.eye(2)
+    student, teacher = torch.tensor([[0.0, 0.0]]), torch.tensor([[math.log(3), 0.0]])
+    expected = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)
+    assert similarity_kl_loss(student, teacher, texts).item() == pytest.approx(expected, rel=1e-6)
+    student, teacher, texts = (random(n, 6, seed=n, grad=False) for n in (4, 4, 5))
+    total = 0.0
+    for f, v in zip(student.tolist(), random(4, 6, seed=9, grad=False).tolist(), strict=True):
+        found, wanted = (
+            [math.exp(sum(a * b for a, b in zip(x, t, strict=True))) for t in texts.tolist()]
+            for x in (f, v)
+        )
+        for q, p in zip(found, wanted, strict=True):
+            total += p / sum(wanted) * math.log(p / sum(wanted) / (q / sum(found)))
+    loss = similarity_kl_loss(student, random(4, 6, seed=9, grad=False), texts)
+    assert loss.item() == pytest.approx(total, rel=1e-9)
+
+
+def test_similarity_kl_limits_and_edges():
+    student, teacher = random(5, 4, seed=1), random(5, 4, seed=2, grad=False)
+    texts = random(7, 4, seed=3, grad=False)
+    assert gradcheck(lambda x: similarity_kl_loss(x, teacher, texts), student)
+    equal = similarity_kl_loss(student, student.detach().clone(), texts)
+    assert equal.item() == 0.0
+    assert torch.autograd.grad(equal, student)[0].abs().max() < 1e-12
+    # what no text sees is free, and one text says nothing
+    free = F.pad(student, (0, 3)), F.pad(teacher, (0, 3), value=2.0), F.pad(texts, (0, 3))
+    torch.testing.assert_close(
+        similarity_kl_loss(*free), similarity_kl_loss(student, teacher, texts)
+    )
+    assert similarity_kl_loss(student, teacher, texts[:1]).item() == 0.0
+    empty = random(0, 4)
+    assert_zero_attached(similarity_kl_loss(empty, torch.zeros(0, 4).double(), texts), empty)
 
 
 # ---------------------------------------------------------------------- GKD (Eq. 5)

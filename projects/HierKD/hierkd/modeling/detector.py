@@ -344,12 +344,13 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
             level_sizes = [len(level) for level in anchors]
             gt_labels = self.sample_negatives(gt_labels, level_sizes)  # §3.4
             # §3.2: what CLIP sees in the regions of the positive points, and of our proposals
+            captions = self.caption_embeddings(batched_inputs)
             proposals = self.propose_regions(predictions, anchors, gt_instances)
             region_pairs = self.distill_regions(
-                batched_inputs, predictions, positives, proposals, level_sizes
+                batched_inputs, predictions, positives, proposals, level_sizes, captions
             )
             # §3.3: how well each image matches each caption
-            match_scores = self.match_captions(batched_inputs, pred_maps[0])
+            match_scores = self.match_captions(pred_maps[0], captions)
             return self.losses(
                 predictions, Boxes.cat(anchors), gt_labels, positives, region_pairs, match_scores
             )
@@ -499,6 +500,7 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
         positives: PositivePoints,
         proposals: Proposals | None,
         level_sizes: list[int],
+        captions: Tensor | None,
     ) -> RegionPairs | None:
         """Pair the embeddings of well-localised positives with CLIP's of their regions (§3.2).
 
@@ -519,15 +521,32 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
         if proposals is not None:
             image_idxs = torch.cat([image_idxs, proposals.image_idxs])
             point_idxs = torch.cat([point_idxs, proposals.point_idxs])
+        texts = None
+        if self.ikd.loss_type == "kl":
+            names = self.text_classifier.text_embeddings
+            texts = names if captions is None else torch.cat([names, captions])
+            texts = self._teacher_or_raise().logit_scale * texts
         level_ends = torch.tensor(level_sizes, device=teacher.device).cumsum(0)
         return RegionPairs(
             student=predictions.embeddings[image_idxs, point_idxs],
             teacher=teacher,
             levels=torch.bucketize(point_idxs, level_ends, right=True),
+            texts=texts,
         )
 
+    def caption_embeddings(self, batched_inputs: list[dict[str, Any]]) -> Tensor | None:
+        """(N, D) the teacher's embeddings of the images' captions; None if GKD is off."""
+        if self.mlca is None:
+            return None
+        if all("caption_embedding" in x for x in batched_inputs):
+            captions = torch.stack([x["caption_embedding"] for x in batched_inputs])
+        else:
+            teacher = self._teacher_or_raise()
+            captions = teacher.encode_captions([x["caption"] for x in batched_inputs])
+        return captions.to(self.device)
+
     def match_captions(
-        self, batched_inputs: list[dict[str, Any]], embedding_maps: list[Tensor]
+        self, embedding_maps: list[Tensor], captions: Tensor | None
     ) -> Tensor | None:
         """Score every image against every caption of the batch (§3.3).
 
@@ -538,14 +557,8 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
         Returns:
             (N, C) match scores, or None if GKD is off.
         """
-        if self.mlca is None:
+        if self.mlca is None or captions is None:
             return None
-        if all("caption_embedding" in x for x in batched_inputs):
-            captions = torch.stack([x["caption_embedding"] for x in batched_inputs])
-        else:
-            teacher = self._teacher_or_raise()
-            captions = teacher.encode_captions([x["caption"] for x in batched_inputs])
-        captions = captions.to(self.device)
         if not self.gather_captions:
             scores: Tensor = self.mlca(embedding_maps, captions)
             return scores

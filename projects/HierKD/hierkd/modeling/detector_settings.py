@@ -61,7 +61,7 @@ class IKD:
     proposals_start: int = 0
 
     def __post_init__(self) -> None:
-        check_choice("MODEL.IKD.LOSS_TYPE", self.loss_type, ("l1", "l2"))
+        check_choice("MODEL.IKD.LOSS_TYPE", self.loss_type, ("l1", "l2", "kl"))
         check_choice("MODEL.IKD.BOXES", self.boxes, ("predicted", "gt"))
         check_choice("MODEL.IKD.AVERAGE_OVER", self.average_over, ("points", "levels"))
 

@@ -16,7 +16,7 @@ from detectron2.structures import Boxes, Instances, pairwise_iou
 from torch import Tensor
 
 from hierkd.modeling.detector_settings import IKD
-from hierkd.modeling.losses import embedding_l1_loss, embedding_l2_loss
+from hierkd.modeling.losses import embedding_l1_loss, embedding_l2_loss, similarity_kl_loss
 from hierkd.teachers.protocol import Teacher
 
 __all__ = [
@@ -29,8 +29,6 @@ __all__ = [
     "look_up_regions",
     "region_loss",
 ]
-
-_EMBEDDING_LOSSES = {"l1": embedding_l1_loss, "l2": embedding_l2_loss}
 
 
 class PositivePoints(NamedTuple):
@@ -58,6 +56,7 @@ class RegionPairs(NamedTuple):
     student: Tensor  # (P, D), L2-normalised, with gradient
     teacher: Tensor  # (P, D), L2-normalised, without
     levels: Tensor  # (P,) in [0, L)
+    texts: Tensor | None = None  # (B, D) of the loss "kl": times the teacher's factor on cosines
 
 
 def choose_points(ikd: IKD, positives: PositivePoints, num_images: int) -> PositivePoints:
@@ -169,11 +168,16 @@ def region_loss(loss_type: str, pairs: RegionPairs, num_regions: list[Tensor]) -
     """Eq. 2: a mean over all points, or over the points of each level and then over the levels.
 
     Args:
-        loss_type: "l1" or "l2".
+        loss_type: "l1", "l2" or "kl".
         pairs: what is compared.
         num_regions: the normaliser of all points, or of each of the L levels.
     """
-    total = _EMBEDDING_LOSSES[loss_type]
+
+    def total(student: Tensor, teacher: Tensor) -> Tensor:
+        if pairs.texts is not None:
+            return similarity_kl_loss(student, teacher, pairs.texts)
+        return (embedding_l2_loss if loss_type == "l2" else embedding_l1_loss)(student, teacher)
+
     if len(num_regions) == 1:
         return total(pairs.student, pairs.teacher) / num_regions[0]
     of_levels = [
