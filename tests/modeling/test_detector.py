@@ -718,6 +718,19 @@ def test_half_precision_moves_the_scores_a_little(build):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("has_units", [True, False])
+def test_half_precision_on_a_processor_without_it_is_slow_and_said_once(
+    build, monkeypatch, caplog, has_units
+):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_units)
+    model = build("TEST.AMP.ENABLED", True).eval()
+    for _ in range(2):
+        model([sample([], seed=1)])
+    said = [each for each in caplog.messages if each.startswith("TEST.AMP: this processor")]
+    assert len(said) == (0 if has_units else 1)
+
+
+@torch.no_grad()
 def test_compiled_maps_are_used_in_inference_only(build, monkeypatch):
     calls = []
 
