@@ -2,14 +2,12 @@
 
 import math
 import statistics
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
-from detectron2.modeling.meta_arch.retinanet import RetinaNet
-from detectron2.structures import Boxes, Instances, pairwise_iou
+from detectron2.structures import Boxes
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -201,32 +199,6 @@ def test_zero_area_and_far_away_boxes_match_nothing(box):
     assert (matches[labels == 1] == 1).all()
 
 
-def test_drops_into_detectron2s_retinanet():
-    # RetinaNet.label_anchors as it is, with another matching call
-    anchors = make_anchors(96, 128)
-    gt_boxes = random_boxes(np.random.default_rng(1), 3, 96, 128)
-    of_image = {3: gt_boxes, 0: gt_boxes[:0]}
-    retinanet = SimpleNamespace(
-        num_classes=48,
-        anchor_matcher=lambda matrix: ATSSMatcher()(of_image[len(matrix)], anchors),
-    )
-    instances = [
-        Instances((96, 128), gt_boxes=gt_boxes, gt_classes=torch.tensor([5, 47, 0])),
-        Instances((96, 128), gt_boxes=gt_boxes[:0], gt_classes=torch.zeros(0, dtype=torch.int64)),
-    ]
-    gt_labels, matched_boxes = RetinaNet.label_anchors(retinanet, anchors, instances)
-    matches, labels = ATSSMatcher()(gt_boxes, anchors)
-    expected = torch.where(labels == 1, torch.tensor([5, 47, 0])[matches], 48)
-    assert torch.equal(gt_labels[0], expected)
-    assert torch.equal(matched_boxes[0][labels == 1], gt_boxes.tensor[matches[labels == 1]])
-    assert (gt_labels[1] == 48).all()
-
-
-def test_at_least_one_candidate():
-    with pytest.raises(ValueError, match="at least one candidate per level, got topk=0"):
-        ATSSMatcher(0)
-
-
 @pytest.mark.parametrize("pairs", [1, 700])
 def test_boxes_in_parts_give_what_all_at_once_do(monkeypatch, pairs):
     for seed in range(5):
@@ -238,19 +210,3 @@ def test_boxes_in_parts_give_what_all_at_once_do(monkeypatch, pairs):
             patch.setattr(atss, "_PAIRS_AT_ONCE", pairs)
             parts = ATSSMatcher()(gt, anchors)
         assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
-
-
-def test_thousands_of_boxes_are_never_compared_with_all_anchors_at_once(monkeypatch):
-    sizes = []
-
-    def recorded(boxes, anchors):
-        sizes.append(len(boxes) * len(anchors))
-        return pairwise_iou(boxes, anchors)
-
-    monkeypatch.setattr(atss, "pairwise_iou", recorded)
-    rng = np.random.default_rng(0)
-    anchors = make_anchors(256, 256)
-    number = sum(map(len, anchors))
-    ATSSMatcher()(random_boxes(rng, 5000, 256, 256), anchors)
-    assert sum(sizes) == 5000 * number
-    assert max(sizes) <= 2**22 < 5000 * number

@@ -8,16 +8,13 @@ import torch
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances, pairwise_iou
 from detectron2.utils.events import EventStorage
-from torch._dynamo.exc import TorchDynamoException
 
 import hierkd.modeling.detector as meta_arch
 from fake_teacher import FakeTeacher
-from hierkd.benchmarks.timing import peak_memory
 from hierkd.load_config import load_config
 from hierkd.modeling import inference
 from hierkd.modeling.detector import HierKD
-from hierkd.modeling.detector_settings import InferenceSettings
-from hierkd.modeling.distillation import PositivePoints
+from hierkd.modeling.losses import similarity_kl_loss
 
 SIZE = 128
 CLASSES = [f"thing {i}" for i in range(5)]
@@ -353,6 +350,56 @@ def test_the_levels_of_the_points_and_the_mean_over_them_by_hand(build):
     assert loss != loss_of_levels
 
 
+def test_proposals_join_the_regions_from_their_iteration_on(build):
+    model = build("MODEL.IKD.PROPOSALS_PER_IMAGE", 2, "MODEL.IKD.PROPOSALS_START", 5)
+    torch.nn.init.normal_(model.head.anchor_deltas.weight, std=0.02)
+    inputs = batch()
+    inputs[0]["image"] = inputs[0]["image"][:, :100, :90]  # the batch is padded
+    inputs[0]["instances"]._image_size = (100, 90)
+    model.train()
+    chosen = {}
+    original = model.distill_regions
+    for iteration in (4, 5):
+        model.distill_regions = lambda *args, i=iteration: chosen.setdefault(
+            i, (args[3], original(*args))
+        )[1]
+        with EventStorage(iteration):
+            losses = model(inputs)
+    assert chosen[4][0] is None
+    proposals, pairs = chosen[5]
+    assert proposals.image_idxs.tolist() == [0, 0, 1, 1, 2, 2]
+    assert (proposals.boxes[:2].amax(dim=0)[2:] <= torch.tensor([90.0, 100.0])).all()
+    for image, box in zip(proposals.image_idxs, proposals.boxes, strict=True):
+        overlaps = pairwise_iou(Boxes(box[None]), inputs[image]["instances"].gt_boxes)
+        assert not (overlaps >= 0.3).any()
+    _, regions, _ = model.teacher.regions[-1]
+    assert sum(map(len, regions)) == len(pairs.student) == len(pairs.teacher)
+    assert all(
+        (regions[image] == box).all(dim=1).any()
+        for image, box in zip(proposals.image_idxs, proposals.boxes, strict=True)
+    )
+    assert not pairs.teacher.requires_grad
+    losses["loss_ikd"].backward()
+    assert model.head.embedding.weight.grad.abs().sum() > 0
+    assert model.head.anchor_deltas.weight.grad is None
+
+
+@pytest.mark.parametrize("gkd", [0.0, 1.0])
+def test_the_kl_loss_compares_with_the_names_and_the_captions_of_the_batch(build, gkd):
+    weights = ("MODEL.IKD.LOSS_WEIGHT", 0.5, "MODEL.GKD.LOSS_WEIGHT", gkd)
+    model, inputs = build(*EVERY_POSITIVE, *weights, "MODEL.IKD.LOSS_TYPE", "kl"), batch()
+    _, pairs = distilled(model, inputs)
+    texts = model.text_classifier.text_embeddings
+    if gkd:
+        captions = model.teacher._embed([each["caption"] for each in inputs])
+        texts = torch.cat([texts, captions])
+    torch.testing.assert_close(pairs.texts, 10.0 * texts)  # the fake teacher's own factor
+    loss = train_losses(model, inputs)["loss_ikd"]
+    expected = similarity_kl_loss(pairs.student, pairs.teacher, pairs.texts)
+    torch.testing.assert_close(loss, 0.5 * expected / len(pairs.student), rtol=1e-4, atol=1e-5)
+    assert without_gradient(model, train_losses(model, inputs)) == []
+
+
 def with_embeddings(inputs: list[dict]) -> list[dict]:
     """What the mapper attaches where the teacher's embeddings are cached."""
     generator = torch.Generator().manual_seed(7)
@@ -396,46 +443,9 @@ def test_embeddings_of_the_batch_give_the_losses_of_asking_the_teacher(build):
 def test_a_cache_holds_ground_truth_boxes_only(build):
     with pytest.raises(ValueError, match=r"MODEL\.IKD\.BOXES is 'predicted'"):
         build("MODEL.TEACHER.CACHE", "somewhere", "MODEL.IKD.BOXES", "predicted")
-
-
-def test_the_memory_of_many_positives_grows_with_their_number_at_most(build):
-    """The distilled points and their losses, without the network before them."""
-    model, number = build(*EVERY_POSITIVE), 45_000
-    generator = torch.Generator().manual_seed(0)
-    embed_dim, images = model.text_classifier.embed_dim, 8
-
-    def step(number: int) -> None:
-        points = number // images
-        corners = torch.rand(images * points, 2, generator=generator) * 400
-        gt_boxes = torch.cat([corners, corners + 40], dim=1)
-        pred_boxes = (gt_boxes + 1).requires_grad_()
-        shape = images, points
-        positives = PositivePoints(
-            torch.arange(images).repeat_interleave(points),
-            torch.arange(points).repeat(images),
-            pred_boxes,
-            gt_boxes,
-            torch.arange(points).repeat(images),
-            torch.full((images * points,), 0.9),
-        )
-        predictions = meta_arch.DensePredictions(
-            torch.nn.functional.normalize(torch.rand(*shape, embed_dim, requires_grad=True), dim=2),
-            torch.zeros(*shape, 4, requires_grad=True),
-            torch.zeros(*shape, requires_grad=True),
-        )
-        inputs = [{"image": torch.zeros(3, 8, 8), "instances": Instances((8, 8))}] * images
-        labels = torch.zeros(shape, dtype=torch.int64)
-        with EventStorage():
-            pairs = model.distill_regions(inputs, predictions, positives, [points, 0, 0])
-            assert len(pairs.student) == images * points
-            anchors = Boxes(torch.rand(points, 4))
-            losses = model.losses(predictions, anchors, labels, positives, pairs, None)
-            sum(losses.values()).backward()
-
-    step(450)
-    few, many = (peak_memory(lambda n=n: step(n), torch.device("cpu")) for n in (450, number))
-    # an array of all pairs would be 7.5 GiB
-    assert many < few + 64 + number * 8 / 1024
+    cached = ("MODEL.TEACHER.CACHE", "somewhere", "MODEL.IKD.BOXES", "gt")
+    with pytest.raises(ValueError, match=r"PROPOSALS_PER_IMAGE must be 0 with it, got 2"):
+        build(*cached, "MODEL.IKD.PROPOSALS_PER_IMAGE", 2)
 
 
 # ---------------------------------------------------------------------------- vocabularies
@@ -506,14 +516,6 @@ def test_inference_without_a_vocabulary_says_what_to_do(build):
         build(vocabulary=[]).eval()([sample([])])
 
 
-def test_the_training_vocabulary_is_that_of_the_training_set(build):
-    model = build("DATASETS.TRAIN", "('miniature_ovd_train_base',)", vocabulary=[])
-    assert model.training_vocabulary == model.vocabulary_names
-    assert len(model.training_vocabulary) == 24
-    model.set_vocabulary(["another"])
-    assert len(model.training_vocabulary) == 24
-
-
 def all_scores(model: HierKD) -> torch.Tensor:
     """(points, K) scores before any selection."""
     maps = model.score_maps([sample([], seed=1)])
@@ -531,22 +533,6 @@ def test_novel_names_alone_are_shifted_and_only_beside_base_names(build, names):
     if names == CLASSES:
         assert shifted.novel_logit_shifts().tolist() == [0, 0, 0, 2, 2]
         assert (after[:, 3:] > before[:, 3:]).all()
-
-
-def test_a_shift_is_finite_and_needs_to_know_the_training_vocabulary(build):
-    model = build("MODEL.ATSS.NOVEL_LOGIT_SHIFT", 2.0).eval()
-    with pytest.raises(ValueError, match="NOVEL_LOGIT_SHIFT needs the class names of the training"):
-        all_scores(model)
-    for shift in (float("nan"), float("-inf")):
-        with pytest.raises(ValueError, match=f"MODEL.ATSS.NOVEL_LOGIT_SHIFT.*{shift}"):
-            InferenceSettings(novel_logit_shift=shift)
-
-
-def test_names_are_novel_as_in_the_evaluation_of_transfer(build):
-    model = build()
-    model.training_vocabulary = ("tv", "car", "wine glass")
-    names = ["TV", "cars", "wine_glass", "kite", "sports car"]
-    assert model.are_novel(names) == [False, False, False, True, True]
 
 
 # ---------------------------------------------------------------------------- inference
@@ -685,6 +671,39 @@ def test_fore_anchors_are_the_best_of_each_level(build):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("exponents", [(0.0, 0.0), (0.3, 0.6), (1.0, 1.0)])
+def test_the_teachers_own_look_is_joined_by_a_geometric_mean(build, exponents):
+    model = build("TEST.TEACHER.BOXES", 7, "TEST.TEACHER.EXPONENTS", exponents).eval()
+    model.training_vocabulary = tuple(CLASSES[:3])
+    inputs = [sample([], seed=1), sample([], seed=2)]
+    fores = model.fore_anchors(inputs)
+    joined = model.ask_teacher(inputs, fores)
+    images, boxes, scale = model.teacher.regions[-1]
+    assert scale == 1.5
+    assert torch.equal(images[1], inputs[1]["image"])
+    regions = model.teacher._embed([f"region {i}" for i in range(14)])
+    texts = model.text_classifier.text_embeddings
+    for index, (fore, new) in enumerate(zip(fores, joined, strict=True)):
+        top = fore.best(7)
+        assert torch.equal(new.boxes, top.boxes)
+        assert torch.equal(boxes[index], top.boxes)
+        for row in range(7):
+            own = top.probs[row]
+            looks = (10.0 * texts @ regions[7 * index + row]).softmax(0)
+            for k, probability in enumerate(own):
+                e = exponents[0] if k < 3 else exponents[1]
+                share = (probability / own.sum()) ** (1 - e) * looks[k] ** e
+                torch.testing.assert_close(new.probs[row, k], own.sum() * share)
+    best = [float(new.scores.max()) for new in joined]
+    assert [float(each["instances"].scores[0]) for each in model(inputs)] == pytest.approx(best)
+
+
+def test_exponents_are_shares(build):
+    with pytest.raises(ValueError, match=r"TEST\.TEACHER\.EXPONENTS must be in \[0, 1\], got \(0"):
+        build("TEST.TEACHER.EXPONENTS", (0.5, 1.5))
+
+
+@torch.no_grad()
 def test_half_precision_moves_the_scores_a_little(build):
     plain, half = build().eval(), build("TEST.AMP.ENABLED", True).eval()
     inputs = [sample([], seed=1)]
@@ -699,19 +718,16 @@ def test_half_precision_moves_the_scores_a_little(build):
 
 
 @torch.no_grad()
-def test_compiling_falls_back_with_a_warning(build, monkeypatch, caplog):
-    def fails(*_):
-        raise TorchDynamoException("no compiler\nand more")
-
-    monkeypatch.setattr(meta_arch, "_compiled_maps_of", lambda: fails)
-    inputs = [sample([], seed=1)]
-    model = build("TEST.COMPILE", True).eval()
+@pytest.mark.parametrize("has_units", [True, False])
+def test_half_precision_on_a_processor_without_it_is_slow_and_said_once(
+    build, monkeypatch, caplog, has_units
+):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_units)
+    model = build("TEST.AMP.ENABLED", True).eval()
     for _ in range(2):
-        found = model(inputs)[0]["instances"]
-    assert [r.getMessage() for r in caplog.records if r.name == meta_arch.__name__] == [
-        "TEST.COMPILE: torch.compile does not work here, running without it: no compiler"
-    ]
-    assert torch.equal(found.scores, build().eval()(inputs)[0]["instances"].scores)
+        model([sample([], seed=1)])
+    said = [each for each in caplog.messages if each.startswith("TEST.AMP: this processor")]
+    assert len(said) == (0 if has_units else 1)
 
 
 @torch.no_grad()

@@ -93,13 +93,6 @@ def test_every_parameter_gets_a_gradient(norm):
         assert parameter.grad.abs().sum() > 0, name
 
 
-def test_without_quality_nothing_is_built():
-    head = make_head(with_quality=False)
-    assert head(features())[2] is None
-    assert not [name for name in head.state_dict() if "quality" in name]
-    assert [name for name in make_head().state_dict() if "quality" in name]
-
-
 def test_initial_weights():
     head = make_head(in_channels=64, embed_dim=64, norm="")
     convs = [m for m in head.modules() if isinstance(m, nn.Conv2d)]
@@ -121,9 +114,3 @@ def test_autocast_keeps_outputs_in_float32():
     for embedding, exact in zip(embeddings, head(features())[0], strict=True):
         torch.testing.assert_close(embedding.norm(dim=1), torch.ones_like(embedding[:, 0]))
         assert (embedding * exact).sum(dim=1).min() > 0.95
-
-
-def test_another_number_of_levels_is_refused():
-    with pytest.raises(ValueError, match="built for 2 levels, got 1"):
-        make_head()(features()[:1])
-    assert make_head().embed_dim == D

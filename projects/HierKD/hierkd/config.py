@@ -122,7 +122,8 @@ def _add_distillation_keys(cfg: CN) -> None:
     cfg.MODEL.IKD = CN()
     # lambda_ins; 0 turns instance-level distillation off. [paper Eq. 6; value ours, see Table 2]
     cfg.MODEL.IKD.LOSS_WEIGHT = 1.0
-    # "l1" [paper Eq. 2] or "l2" (Table 2; the norm is not squared).
+    # "l1" [paper Eq. 2], "l2" (Table 2; the norm is not squared), or "kl": the embeddings are to
+    # say of the class names and the batch's captions what CLIP's say. [ours; docs/lab/miniature.md]
     cfg.MODEL.IKD.LOSS_TYPE = "l1"
     # Which boxes the teacher looks at: "predicted" [paper §3.2] or "gt" (Table 2).
     cfg.MODEL.IKD.BOXES = "predicted"
@@ -138,6 +139,12 @@ def _add_distillation_keys(cfg: CN) -> None:
     # What the loss is a mean of: "points" = all distilled points [paper Eq. 2], or "levels" = the
     # means of the levels, each with the same weight [release].
     cfg.MODEL.IKD.AVERAGE_OVER = "points"
+    # Distil so many of the best boxes of each image that overlap no labelled box, too. What ranks
+    # them knows no names: 1 - p(background), times the predicted IoU. They come on top of
+    # MAX_CROPS_PER_IMAGE. 0 = none [paper]. [ours; docs/lab/miniature.md]
+    cfg.MODEL.IKD.PROPOSALS_PER_IMAGE = 0
+    # Iteration from which on they are: the boxes of an untrained detector show nothing. [ours]
+    cfg.MODEL.IKD.PROPOSALS_START = 0
 
     cfg.MODEL.GKD = CN()
     # lambda_Glo; 0 turns global-level distillation off. [release]
@@ -196,9 +203,16 @@ def _add_miniature_and_training_keys(cfg: CN) -> None:
     cfg.TEST.AMP = CN()
     cfg.TEST.AMP.ENABLED = False
     # Inference with backbone and head compiled by torch.compile, which takes a minute at the first
-    # image and at the first of another size. Needs a C++ compiler on a CPU, Triton on a GPU; where
-    # that is missing, a warning is logged and nothing is compiled. [ours]
+    # image and at the first of another size. Needs a C++ compiler on a CPU, Triton on a GPU. [ours]
     cfg.TEST.COMPILE = False
+
+    # Inference in which the teacher looks at so many best boxes of each picture, too, in crops of
+    # MODEL.IKD.CROP_SCALE; 0 = it does not [paper]. Where there is an object, the probability of a
+    # class is p(detector)^(1 - e) p(teacher)^e, with one e for base and one for novel names. [ours,
+    # after ViLD and F-VLM, whose exponents these are; docs/lab/miniature.md]
+    cfg.TEST.TEACHER = CN()
+    cfg.TEST.TEACHER.BOXES = 0
+    cfg.TEST.TEACHER.EXPONENTS = (0.35, 0.65)
 
     # "SGD" [release] or "ADAMW" (the miniature).
     cfg.SOLVER.OPTIMIZER = "SGD"

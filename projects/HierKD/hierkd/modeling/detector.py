@@ -36,22 +36,21 @@ from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from detectron2.utils.logger import log_first_n
 from torch import Tensor, nn
-from torch._dynamo.exc import TorchDynamoException
 
 from hierkd.modeling.atss import ATSSMatcher
 from hierkd.modeling.detector_settings import (
     IKD,
     DetectionSettings,
     InferenceSettings,
-    build_detection_settings,
-    build_ikd,
-    build_inference_settings,
     check_choice,
+    read_settings,
 )
 from hierkd.modeling.distillation import (
     PositivePoints,
+    Proposals,
     RegionPairs,
     choose_points,
+    choose_proposals,
     encode_crops,
     look_up_regions,
     region_loss,
@@ -82,14 +81,15 @@ from hierkd.modeling.sampling import subsample_negatives
 from hierkd.modeling.text_classifier import TextClassifier
 from hierkd.teachers.clip import build_teacher, check_embed_dim
 from hierkd.teachers.protocol import Teacher
+from hierkd.teachers.region_cache import check_cached_boxes
 from hierkd.teachers.texts import check_names, comparable_name
 
 __all__ = ["DensePredictions", "ForeAnchors", "HierKD"]
 
-logger = logging.getLogger(__name__)
-
 # Pixels. [ours] Far beyond any picture, and far from where areas leave float32's range.
 _LARGEST_COORDINATE = 1e7
+# Best points of an image that proposals are chosen among. [ours]
+_PROPOSAL_CANDIDATES = 100
 
 
 @META_ARCH_REGISTRY.register()
@@ -193,6 +193,13 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
         teacher = build_teacher(cfg)
         text, atss, gkd = cfg.MODEL.TEXT_CLASSIFIER, cfg.MODEL.ATSS, cfg.MODEL.GKD
         check_embed_dim(teacher, text.EMBED_DIM)
+        if cfg.MODEL.IKD.LOSS_WEIGHT > 0 and cfg.MODEL.TEACHER.CACHE:
+            check_cached_boxes(cfg.MODEL.IKD.BOXES)
+            if cfg.MODEL.IKD.PROPOSALS_PER_IMAGE > 0:
+                raise ValueError(
+                    "MODEL.TEACHER.CACHE holds labelled boxes only: MODEL.IKD.PROPOSALS_PER_IMAGE "
+                    f"must be 0 with it, got {cfg.MODEL.IKD.PROPOSALS_PER_IMAGE}"
+                )
         check_choice("MODEL.GKD.LOSS_TYPE", gkd.LOSS_TYPE, ("contrastive", "positive_only"))
         contrastive = gkd.LOSS_TYPE == "contrastive"
         trained_on = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]) if cfg.DATASETS.TRAIN else None
@@ -217,9 +224,20 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
             "box2box_transform": Box2BoxTransform(weights=atss.BBOX_REG_WEIGHTS),
             "anchor_matcher": ATSSMatcher(atss.TOPK),
             "teacher": teacher,
-            "detection": build_detection_settings(cfg),
-            "inference": build_inference_settings(cfg),
-            "ikd": build_ikd(cfg),
+            "detection": read_settings(DetectionSettings, atss),
+            "inference": InferenceSettings(
+                score_thresh=atss.SCORE_THRESH_TEST,
+                topk_anchors=atss.TOPK_ANCHORS_TEST,
+                topk_pairs=atss.TOPK_PAIRS_TEST,
+                nms_thresh=atss.NMS_THRESH_TEST,
+                max_detections=cfg.TEST.DETECTIONS_PER_IMAGE,
+                class_agnostic_nms=atss.CLASS_AGNOSTIC_NMS,
+                novel_logit_shift=atss.NOVEL_LOGIT_SHIFT,
+                teacher_boxes=cfg.TEST.TEACHER.BOXES,
+                teacher_exponents=tuple(cfg.TEST.TEACHER.EXPONENTS),
+                teacher_crop_scale=cfg.MODEL.IKD.CROP_SCALE,
+            ),
+            "ikd": read_settings(IKD, cfg.MODEL.IKD) if cfg.MODEL.IKD.LOSS_WEIGHT > 0 else None,
             "mlca": MLCA(
                 grid_size=gkd.GRID_SIZE,
                 pooling=gkd.POOLING,
@@ -279,8 +297,9 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
         """
         if not self.training_vocabulary:
             raise ValueError(
-                "MODEL.ATSS.NOVEL_LOGIT_SHIFT needs the class names of the training: DATASETS."
-                "TRAIN must name a dataset that is registered here (DATASETS.DEFINITIONS)"
+                "MODEL.ATSS.NOVEL_LOGIT_SHIFT and TEST.TEACHER.EXPONENTS need the class names of "
+                "the training: DATASETS.TRAIN must name a dataset that is registered here "
+                "(DATASETS.DEFINITIONS)"
             )
         known = {comparable_name(name) for name in self.training_vocabulary}
         return [comparable_name(name) not in known for name in names]
@@ -324,10 +343,14 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
             )
             level_sizes = [len(level) for level in anchors]
             gt_labels = self.sample_negatives(gt_labels, level_sizes)  # §3.4
-            # §3.2: what CLIP sees in the regions of the positive points
-            region_pairs = self.distill_regions(batched_inputs, predictions, positives, level_sizes)
+            # §3.2: what CLIP sees in the regions of the positive points, and of our proposals
+            captions = self.caption_embeddings(batched_inputs)
+            proposals = self.propose_regions(predictions, anchors, gt_instances)
+            region_pairs = self.distill_regions(
+                batched_inputs, predictions, positives, proposals, level_sizes, captions
+            )
             # §3.3: how well each image matches each caption
-            match_scores = self.match_captions(batched_inputs, pred_maps[0])
+            match_scores = self.match_captions(pred_maps[0], captions)
             return self.losses(
                 predictions, Boxes.cat(anchors), gt_labels, positives, region_pairs, match_scores
             )
@@ -346,19 +369,20 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
         arguments = self.backbone, self.head, self.head_in_features, images.tensor
         if self.training:
             return _maps_of(*arguments)
+        on_cpu = self.device.type == "cpu"
+        has_bfloat16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+        if self.amp_test and on_cpu and not has_bfloat16():
+            log_first_n(
+                logging.WARNING,
+                "TEST.AMP: this processor has no units for bfloat16, so that a picture takes "
+                "several times as long as in float32",
+                name=__name__,
+                key="message",
+            )
         # the half precision that is fast there; without it, what somebody else's autocast says
-        half = torch.bfloat16 if self.device.type == "cpu" else torch.float16
-        autocast = torch.autocast(self.device.type, half) if self.amp_test else nullcontext()
-        with autocast:
-            try:
-                return (_compiled_maps_of() if self.compile_test else _maps_of)(*arguments)
-            except TorchDynamoException as error:
-                self.compile_test = False
-                logger.warning(
-                    "TEST.COMPILE: torch.compile does not work here, running without it: %s",
-                    str(error).strip().split("\n")[0],
-                )
-                return _maps_of(*arguments)
+        half = torch.bfloat16 if on_cpu else torch.float16
+        with torch.autocast(self.device.type, half) if self.amp_test else nullcontext():
+            return (_compiled_maps_of() if self.compile_test else _maps_of)(*arguments)
 
     @torch.no_grad()
     def label_anchors(
@@ -375,17 +399,17 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
             (N, R, 4): of the positives, zero elsewhere; matched_idxs (N, R): their positions among
             the image's M boxes, of the positives.
         """
-        background = self.text_classifier.num_classes
-        assigned = []
+        background, assigned = self.text_classifier.num_classes, []
         for gt in gt_instances:
             matches, match_labels = self.anchor_matcher(gt.gt_boxes, anchors)
             labels = torch.full_like(matches, background)
             boxes = gt.gt_boxes.tensor.new_zeros(len(matches), 4)
-            positive = match_labels == 1
-            labels[positive] = gt.gt_classes[matches[positive]]
-            boxes[positive] = gt.gt_boxes.tensor[matches[positive]]
+            if len(gt) > 0:  # by `where`, for which a GPU does not wait
+                positive = match_labels == 1
+                labels = torch.where(positive, gt.gt_classes[matches], labels)
+                boxes = torch.where(positive[:, None], gt.gt_boxes.tensor[matches], boxes)
             if self.detection.ignore_padding:
-                labels[self._in_padding(anchors, gt.image_size)] = -1
+                labels = labels.masked_fill(self._in_padding(anchors, gt.image_size), -1)
             assigned.append((labels, boxes, matches))
         gt_labels, gt_boxes, gt_idxs = (torch.stack(each) for each in zip(*assigned, strict=True))
         return gt_labels, gt_boxes, gt_idxs
@@ -446,16 +470,52 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
             image_idxs, point_idxs, pred_boxes, gt_boxes, matched_idxs[places], ious
         )
 
+    @torch.no_grad()
+    def propose_regions(
+        self, predictions: DensePredictions, anchors: list[Boxes], gt_instances: list[Instances]
+    ) -> Proposals | None:
+        """Find boxes that the detector takes for objects and that nobody has labelled.
+
+        How much a point is taken for an object of any kind, 1 - p(background) times the predicted
+        quality, knows no names, so that novel objects are among the best.
+
+        Returns:
+            Proposals of all images; None where they are off, or not on yet.
+        """
+        if self.ikd is None or self.ikd.proposals_per_image == 0:
+            return None
+        if get_event_storage().iter < self.ikd.proposals_start:
+            return None
+        scores = 1 - self.text_classifier(predictions.embeddings).softmax(dim=-1)[..., -1]
+        if predictions.qualities is not None:
+            scores = scores * predictions.qualities.sigmoid()
+        top, point_idxs = scores.topk(min(_PROPOSAL_CANDIDATES, scores.shape[1]), dim=1)  # (N, A)
+        image_idxs = torch.arange(len(top), device=top.device).repeat_interleave(top.shape[1])
+        point_idxs = point_idxs.flatten()
+        boxes = self.box2box_transform.apply_deltas(
+            predictions.anchor_deltas[image_idxs, point_idxs],
+            Boxes.cat(anchors).tensor[point_idxs],
+        )
+        sizes = boxes.new_tensor([each.image_size[::-1] for each in gt_instances]).repeat(1, 2)
+        boxes = torch.minimum(boxes.clamp(min=0), sizes[image_idxs])
+        candidates = Proposals(image_idxs, point_idxs, boxes)
+        return choose_proposals(
+            candidates, top.flatten(), gt_instances, self.ikd.proposals_per_image
+        )
+
     def distill_regions(
         self,
         batched_inputs: list[dict[str, Any]],
         predictions: DensePredictions,
         positives: PositivePoints,
+        proposals: Proposals | None,
         level_sizes: list[int],
+        captions: Tensor | None,
     ) -> RegionPairs | None:
         """Pair the embeddings of well-localised positives with CLIP's of their regions (§3.2).
 
-        CLIP looks at the regions, unless what it sees in the objects came with the batch.
+        Proposals follow the positives. CLIP looks at the regions, unless what it sees in the
+        objects came with the batch.
 
         Returns:
             The pairs, or None if IKD is off.
@@ -466,16 +526,37 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
         teacher = look_up_regions([x["instances"] for x in batched_inputs], points)
         if teacher is None:
             images = [x["image"].to(self.device) for x in batched_inputs]
-            teacher = encode_crops(self._teacher_or_raise(), self.ikd, images, points)
+            teacher = encode_crops(self._teacher_or_raise(), self.ikd, images, points, proposals)
+        image_idxs, point_idxs = points.image_idxs, points.point_idxs
+        if proposals is not None:
+            image_idxs = torch.cat([image_idxs, proposals.image_idxs])
+            point_idxs = torch.cat([point_idxs, proposals.point_idxs])
+        texts = None
+        if self.ikd.loss_type == "kl":
+            names = self.text_classifier.text_embeddings
+            texts = names if captions is None else torch.cat([names, captions])
+            texts = self._teacher_or_raise().logit_scale * texts
         level_ends = torch.tensor(level_sizes, device=teacher.device).cumsum(0)
         return RegionPairs(
-            student=predictions.embeddings[points.image_idxs, points.point_idxs],
+            student=predictions.embeddings[image_idxs, point_idxs],
             teacher=teacher,
-            levels=torch.bucketize(points.point_idxs, level_ends, right=True),
+            levels=torch.bucketize(point_idxs, level_ends, right=True),
+            texts=texts,
         )
 
+    def caption_embeddings(self, batched_inputs: list[dict[str, Any]]) -> Tensor | None:
+        """(N, D) the teacher's embeddings of the images' captions; None if GKD is off."""
+        if self.mlca is None:
+            return None
+        if all("caption_embedding" in x for x in batched_inputs):
+            captions = torch.stack([x["caption_embedding"] for x in batched_inputs])
+        else:
+            teacher = self._teacher_or_raise()
+            captions = teacher.encode_captions([x["caption"] for x in batched_inputs])
+        return captions.to(self.device)
+
     def match_captions(
-        self, batched_inputs: list[dict[str, Any]], embedding_maps: list[Tensor]
+        self, embedding_maps: list[Tensor], captions: Tensor | None
     ) -> Tensor | None:
         """Score every image against every caption of the batch (§3.3).
 
@@ -486,14 +567,8 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
         Returns:
             (N, C) match scores, or None if GKD is off.
         """
-        if self.mlca is None:
+        if self.mlca is None or captions is None:
             return None
-        if all("caption_embedding" in x for x in batched_inputs):
-            captions = torch.stack([x["caption_embedding"] for x in batched_inputs])
-        else:
-            teacher = self._teacher_or_raise()
-            captions = teacher.encode_captions([x["caption"] for x in batched_inputs])
-        captions = captions.to(self.device)
         if not self.gather_captions:
             scores: Tensor = self.mlca(embedding_maps, captions)
             return scores
@@ -611,7 +686,10 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
     def _detect(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Instances]]:
         """Inference: detectron2's standard output."""
         outputs = []
-        for given, fore in zip(batched_inputs, self.fore_anchors(batched_inputs), strict=True):
+        fores = self.fore_anchors(batched_inputs)
+        if self.inference_settings.teacher_boxes > 0:
+            fores = self.ask_teacher(batched_inputs, fores)
+        for given, fore in zip(batched_inputs, fores, strict=True):
             size = (given["image"].shape[1], given["image"].shape[2])
             found = _as_instances(size, *best_detections(*fore, self.inference_settings))
             height, width = given.get("height", size[0]), given.get("width", size[1])
@@ -645,6 +723,44 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
             )
             for i, size in enumerate(images.image_sizes)
         ]
+
+    @torch.no_grad()
+    def ask_teacher(
+        self, batched_inputs: list[dict[str, Any]], fores: Sequence[ForeAnchors]
+    ) -> list[ForeAnchors]:
+        """Join the class probabilities of each image's best boxes with the teacher's own.
+
+        Where there is an object, the probability of each class becomes a geometric mean of the two,
+        as in ViLD and F-VLM; whether there is one stays the detector's to say. Other boxes go.
+
+        Args:
+            batched_inputs: N, as in inference.
+            fores: of each image.
+
+        Returns:
+            At most ``TEST.TEACHER.BOXES`` of each image.
+        """
+        settings, teacher = self.inference_settings, self._teacher_or_raise()
+        texts = self.text_classifier.text_embeddings
+        of_base, of_novel = settings.teacher_exponents
+        exponents = texts.new_full((len(texts),), of_base)  # (K,)
+        if of_novel != of_base:
+            is_novel = self.are_novel(self.vocabulary_names)
+            exponents[torch.tensor(is_novel, device=texts.device)] = of_novel
+        fores = [fore.best(settings.teacher_boxes) for fore in fores]
+        regions = teacher.encode_regions(
+            [x["image"].to(self.device) for x in batched_inputs],
+            [fore.boxes for fore in fores],
+            settings.teacher_crop_scale,
+        )
+        joined = []
+        for fore, seen in zip(fores, regions.split([len(f.boxes) for f in fores]), strict=True):
+            own = fore.probs  # (A, K)
+            is_object = own.sum(dim=1, keepdim=True)
+            looks = (teacher.logit_scale * seen.to(texts) @ texts.T).softmax(dim=1)
+            probs = is_object * (own / is_object) ** (1 - exponents) * looks**exponents
+            joined.append(fore._replace(classes=ClassProbabilities.of(probs)))
+        return joined
 
     def _classify(self) -> Callable[[Tensor], Tensor]:
         """A function of (n, D) embeddings: the (n, K) probabilities of the vocabulary's classes."""

@@ -1,7 +1,8 @@
 """Between detector and teacher (§3.2): which points are distilled, from which regions, and Eq. 2.
 
-Letters: N images · L feature levels · R points of an image · M boxes of an image · D embedding size
-· p positive points of the batch · P distilled points.
+Letters: N images · L feature levels · R points of an image · A candidates of an image · M boxes of
+an image · D embedding size · p positive points of the batch · q proposals of the batch · P = p + q
+distilled points.
 """
 
 from __future__ import annotations
@@ -10,23 +11,24 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from detectron2.structures import Instances
+from detectron2.layers import batched_nms
+from detectron2.structures import Boxes, Instances, pairwise_iou
 from torch import Tensor
 
 from hierkd.modeling.detector_settings import IKD
-from hierkd.modeling.losses import embedding_l1_loss, embedding_l2_loss
+from hierkd.modeling.losses import embedding_l1_loss, embedding_l2_loss, similarity_kl_loss
 from hierkd.teachers.protocol import Teacher
 
 __all__ = [
     "PositivePoints",
+    "Proposals",
     "RegionPairs",
     "choose_points",
+    "choose_proposals",
     "encode_crops",
     "look_up_regions",
     "region_loss",
 ]
-
-_EMBEDDING_LOSSES = {"l1": embedding_l1_loss, "l2": embedding_l2_loss}
 
 
 class PositivePoints(NamedTuple):
@@ -40,12 +42,21 @@ class PositivePoints(NamedTuple):
     ious: Tensor  # (p,) IoU of the two, no gradient
 
 
+class Proposals(NamedTuple):
+    """The q points of the batch that seem to show objects without a label, image by image."""
+
+    image_idxs: Tensor  # (q,)
+    point_idxs: Tensor  # (q,) in [0, R)
+    boxes: Tensor  # (q, 4), decoded, inside the image, no gradient
+
+
 class RegionPairs(NamedTuple):
     """What Eq. 2 compares at the P distilled points, and the level of each."""
 
     student: Tensor  # (P, D), L2-normalised, with gradient
     teacher: Tensor  # (P, D), L2-normalised, without
     levels: Tensor  # (P,) in [0, L)
+    texts: Tensor | None = None  # (B, D) of the loss "kl": times the teacher's factor on cosines
 
 
 def choose_points(ikd: IKD, positives: PositivePoints, num_images: int) -> PositivePoints:
@@ -59,19 +70,64 @@ def choose_points(ikd: IKD, positives: PositivePoints, num_images: int) -> Posit
 
 
 @torch.no_grad()
-def encode_crops(
-    teacher: Teacher, ikd: IKD, images: Sequence[Tensor], points: PositivePoints
-) -> Tensor:
-    """(P, D) what the teacher sees in the region of each point.
+def choose_proposals(
+    candidates: Proposals,
+    scores: Tensor,
+    gt_instances: Sequence[Instances],
+    per_image: int,
+    *,
+    min_side: float = 12.0,
+    labelled_iou: float = 0.3,
+    nms_thresh: float = 0.5,
+) -> Proposals:
+    """The best boxes of each image that overlap no labelled box.
 
-    The region is the predicted box, or the ground truth's, which the points of an object share and
-    which is looked at once.
+    Args:
+        candidates: q of them, image by image.
+        scores: (q,) how much each is taken for an object of any kind.
+        gt_instances: N, with ``gt_boxes``.
+        per_image: proposals of an image, at most.
+        min_side: least width and height, in pixels of the network input.
+        labelled_iou: a box of this IoU with a labelled one shows the labelled object.
+        nms_thresh: of two boxes with a greater IoU the better stays.
+
+    Returns:
+        At most ``per_image`` of each image, image by image, best first.
+    """
+    image_idxs, _, boxes = candidates
+    counts = torch.tensor([len(each) for each in gt_instances], device=boxes.device)
+    owners = torch.arange(len(counts), device=boxes.device).repeat_interleave(counts)
+    ious = pairwise_iou(Boxes(boxes), Boxes.cat([each.gt_boxes for each in gt_instances]))
+    labelled = (ious >= labelled_iou) & (image_idxs[:, None] == owners)
+    usable = (boxes[:, 2:] - boxes[:, :2] >= min_side).all(dim=1) & ~labelled.any(dim=1)
+    rows = usable.nonzero().squeeze(1)
+    rows = rows[batched_nms(boxes[rows], scores[rows], image_idxs[rows], nms_thresh)]
+    rows = rows[image_idxs[rows].argsort(stable=True)]
+    sizes = image_idxs[rows].bincount(minlength=len(counts))
+    rank = torch.arange(len(rows), device=rows.device) - _starts(sizes)[image_idxs[rows]]
+    rows = rows[rank < per_image]
+    return Proposals(*(each[rows] for each in candidates))
+
+
+@torch.no_grad()
+def encode_crops(
+    teacher: Teacher,
+    ikd: IKD,
+    images: Sequence[Tensor],
+    points: PositivePoints,
+    proposals: Proposals | None = None,
+) -> Tensor:
+    """(P, D) what the teacher sees in the regions of the points, and then of the proposals.
+
+    The region of a point is its predicted box, or the ground truth's, which the points of an object
+    share and which is looked at once. The teacher is asked once for all regions.
 
     Args:
         teacher: CLIP.
         ikd: the settings.
         images: N raw images (3, H, W).
-        points: P points.
+        points: p points.
+        proposals: q of them, or none.
     """
     image_idxs, boxes = points.image_idxs, points.pred_boxes.detach()
     own = torch.arange(len(boxes), device=boxes.device)
@@ -80,6 +136,11 @@ def encode_crops(
         distinct, own = objects.unique(dim=0, return_inverse=True)
         image_idxs, boxes = distinct[:, 0], points.gt_boxes.new_zeros(len(distinct), 4)
         boxes[own] = points.gt_boxes
+    if proposals is not None:
+        own = torch.cat([own, len(boxes) + torch.arange(len(proposals.boxes), device=own.device)])
+        boxes = torch.cat([boxes, proposals.boxes])
+        image_idxs, order = torch.cat([image_idxs, proposals.image_idxs]).sort(stable=True)
+        boxes, own = boxes[order], order.argsort()[own]
     counts = image_idxs.bincount(minlength=len(images)).tolist()
     return teacher.encode_regions(images, boxes.split(counts), ikd.crop_scale)[own]
 
@@ -94,20 +155,29 @@ def look_up_regions(instances: Sequence[Instances], points: PositivePoints) -> T
     if not all(each.has("gt_region_embeddings") for each in instances):
         return None
     known = torch.cat([each.gt_region_embeddings for each in instances]).to(points.ious.device)
-    ends = torch.tensor([len(each) for each in instances], device=known.device).cumsum(0)
-    starts = ends.roll(1).index_fill(0, ends.new_zeros(1), 0)
-    return known[starts[points.image_idxs] + points.gt_idxs]
+    sizes = torch.tensor([len(each) for each in instances], device=known.device)
+    return known[_starts(sizes)[points.image_idxs] + points.gt_idxs]
+
+
+def _starts(sizes: Tensor) -> Tensor:
+    """Where each of some groups of these sizes begins when they lie end to end."""
+    return sizes.cumsum(0) - sizes
 
 
 def region_loss(loss_type: str, pairs: RegionPairs, num_regions: list[Tensor]) -> Tensor:
     """Eq. 2: a mean over all points, or over the points of each level and then over the levels.
 
     Args:
-        loss_type: "l1" or "l2".
+        loss_type: "l1", "l2" or "kl".
         pairs: what is compared.
         num_regions: the normaliser of all points, or of each of the L levels.
     """
-    total = _EMBEDDING_LOSSES[loss_type]
+
+    def total(student: Tensor, teacher: Tensor) -> Tensor:
+        if pairs.texts is not None:
+            return similarity_kl_loss(student, teacher, pairs.texts)
+        return (embedding_l2_loss if loss_type == "l2" else embedding_l1_loss)(student, teacher)
+
     if len(num_regions) == 1:
         return total(pairs.student, pairs.teacher) / num_regions[0]
     of_levels = [

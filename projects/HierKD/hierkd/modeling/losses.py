@@ -26,6 +26,7 @@ __all__ = [
     "image_caption_contrastive_loss",
     "positive_pairs_loss",
     "quality_loss",
+    "similarity_kl_loss",
     "softmax_focal_loss",
     "weighted_giou_loss",
 ]
@@ -144,6 +145,25 @@ def embedding_l2_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """
     distances: Tensor = torch.linalg.vector_norm(student - teacher, dim=1)
     return distances.sum()
+
+
+def similarity_kl_loss(student: Tensor, teacher: Tensor, texts: Tensor) -> Tensor:
+    """IKD by what the embeddings say of texts: ``sum_i KL(softmax(T v_i) || softmax(T f_i))``.
+
+    Eq. 2 pulls an embedding to the place of CLIP's image embeddings, which lies apart from that of
+    its texts, where the classifier wants it. This asks no more than the same answers. [ours]
+
+    Args:
+        student: (P, D) as in :func:`embedding_l1_loss`.
+        teacher: (P, D).
+        texts: (B, D) embeddings T of texts, times the teacher's factor on cosines; no gradient.
+
+    Returns:
+        Scalar sum. The gradient at equal inputs is zero.
+    """
+    found = (student @ texts.T).log_softmax(dim=1)
+    expected = (teacher @ texts.T).log_softmax(dim=1)
+    return F.kl_div(found, expected, reduction="sum", log_target=True)
 
 
 def image_caption_contrastive_loss(match_scores: Tensor) -> tuple[Tensor, Tensor]:
