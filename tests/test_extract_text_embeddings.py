@@ -15,7 +15,7 @@ import tiny_training
 from hierkd import __version__
 from hierkd.data.splits import COCO_CATEGORIES, SPLITS
 from hierkd.load_config import load_config
-from hierkd.miniature.world import MINIATURE_BASE, MINIATURE_CLASSES
+from hierkd.miniature.world import MINIATURE_CLASSES
 from hierkd.teachers import openai_clip
 from hierkd.teachers.clip import CLIPTeacher
 from hierkd.teachers.texts import PROMPT_ENSEMBLE, load_text_embeddings
@@ -87,16 +87,6 @@ def test_one_template(extract, clip, capsys):
     assert f"2 names, D = {SIZE}" in capsys.readouterr().out
 
 
-def test_the_config_gives_the_defaults(extract, clip, tmp_path):
-    config = tmp_path / "mine.yaml"
-    text = {"TEMPLATES": ["a {}", "two {}s"], "BACKGROUND_PROMPT": "nothing"}
-    content = {"MODEL": {"TEACHER": {"WEIGHTS": str(clip)}, "TEXT_CLASSIFIER": text}}
-    config.write_text(json.dumps(content))
-    stored = extract("--config-file", config, "--names", "cat")
-    assert stored.templates == ("a {}", "two {}s")
-    assert stored.background_prompt == "nothing"
-
-
 def test_ensembles(extract, clip, tmp_path):
     (tmp_path / "prompts.txt").write_text("a {}\nthe {} there\n")
     mine = extract("--names", "cat", "--weights", clip, "--templates", tmp_path / "prompts.txt")
@@ -133,10 +123,6 @@ def test_names_from_everywhere_count_once(extract, clip, tmp_path):
 )
 def test_unusable_command_lines(refused, arguments, message):
     assert message in refused(*arguments)
-
-
-def test_only_safetensors_are_written(refused):
-    assert "expected a name that ends in .safetensors" in refused("--names", "cat", output="out.pt")
 
 
 # ---------------------------------------------------------------------------------- made elsewhere
@@ -205,16 +191,6 @@ def test_verification_names_the_rows_in_a_wrong_order(refused, theirs, clip, tmp
     assert f"row 70 ({COCO[3]!r})" in message
 
 
-def test_verification_finds_another_clip(refused, theirs, tmp_path):
-    other = tiny_training.write_clip(tmp_path / "other.pt", seed=1)
-    message = refused(
-        *("--from", theirs, "--names", tmp_path / "coco.txt", "--weights", other),
-        *("--template", "a {}", "--verify", "5"),
-    )
-    assert "theirs.npy: made by another CLIP than 'other.pt'" in message
-    assert "5 of 5 compared rows" in message
-
-
 @pytest.mark.parametrize(
     ("names", "difference"),
     [
@@ -246,17 +222,6 @@ def test_unusable_arrays(refused, theirs, tmp_path, spoil, message):
     found = refused("--from", theirs, "--names", names, "--embed-dim", SIZE)
     assert message.format(names=names) in found
     assert str(theirs) in found
-
-
-def test_unusable_names_of_an_array(refused, theirs, tmp_path):
-    missing = refused("--from", theirs, "--names", tmp_path / "gone.txt")
-    assert f"no file '{tmp_path}/gone.txt'" in missing
-    (tmp_path / "coco.txt").write_text("\n".join([*COCO[:79], "cat"]))
-    repeated = refused("--from", theirs, "--names", tmp_path / "coco.txt")
-    assert f"{tmp_path}/coco.txt: repeats 'cat'" in repeated
-    across = refused("--from", theirs, "--names", "cat,dog", "dog")
-    assert "cat,dog, dog: repeats 'dog'" in across
-    assert "gone.npy" in refused("--from", tmp_path / "gone.npy", "--names", "cat")
 
 
 # ---------------------------------------------------------------------------- runs with such a file
@@ -299,19 +264,6 @@ def test_training_and_evaluation_without_clip(world, extract, clip, tmp_path, mo
     assert all(torch.equal(with_clip[key], without_clip[key]) for key in with_clip)
 
 
-def test_distillation_still_needs_clip(world, extract, clip, tmp_path):
-    extract("--names", "miniature_ovd_val_all", "--weights", clip)
-    pairs = (
-        "MODEL.TEXT_CLASSIFIER.EMBEDDINGS",
-        str(tmp_path / "out.safetensors"),
-        "SOLVER.MAX_ITER",
-        "1",
-    )
-    call_main(command_line(tmp_path / "run", clip, *pairs))
-    with pytest.raises(FileNotFoundError, match=r"out\.safetensors does not hold .*gone\.pt"):
-        call_main(command_line(tmp_path / "run2", tmp_path / "gone.pt", *pairs))
-
-
 def test_the_demo_takes_its_vocabulary_from_the_file(world, extract, clip, tmp_path, capsys):
     extract("--names", "miniature_ovd_val_all", "traffic cone", "--weights", clip)
     pairs = without_distillation(tmp_path / "out.safetensors")
@@ -328,22 +280,3 @@ def test_the_demo_takes_its_vocabulary_from_the_file(world, extract, clip, tmp_p
         with pytest.raises(SystemExit):
             demo.main([*call, "traffic cone,submarine"])
     assert "out.safetensors: no embedding of 'submarine'" in capsys.readouterr().err
-
-
-def test_a_file_for_fewer_names_than_a_dataset_has(world, extract, clip, tmp_path):
-    extract("--names", ",".join(MINIATURE_BASE[:-1]), "--weights", clip)
-    pairs = without_distillation(tmp_path / "out.safetensors")
-    with pytest.raises(
-        ValueError, match=rf"out\.safetensors: no embedding of '{MINIATURE_BASE[-1]}'"
-    ):
-        call_main(command_line(tmp_path / "run", clip, *pairs))
-
-
-def test_a_checkpoint_of_another_size_than_the_file(world, extract, clip, tmp_path):
-    extract("--names", "miniature_ovd_val_all", "--weights", clip)
-    checkpoint = tmp_path / "other.pth"
-    torch.save({"model": {"text_classifier.background_embedding": torch.zeros(24)}}, checkpoint)
-    pairs = without_distillation(tmp_path / "out.safetensors", "--eval-only")
-    with pytest.raises(ValueError, match=f"24 dimensions, this detector's {SIZE}") as error:
-        call_main(command_line(tmp_path / "run", clip, *pairs, "MODEL.WEIGHTS", str(checkpoint)))
-    assert "MODEL.TEXT_CLASSIFIER.EMBEDDINGS" in str(error.value)

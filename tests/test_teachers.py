@@ -122,24 +122,6 @@ def test_training_from_a_cache_of_the_teacher(folder, open_clip, tmp_path):
         assert second[loss] == pytest.approx(first[loss], rel=1e-3, abs=1e-3)
 
 
-def test_embeddings_in_a_file_say_which_teacher_made_them(open_clip, tmp_path):
-    stored = extract(
-        tmp_path / "out.safetensors",
-        "--names",
-        "cat,dog",
-        "--weights",
-        open_clip,
-        "--templates",
-        ENSEMBLE,
-    )
-    teacher = CLIPTeacher(open_clip, device="cpu", templates=PROMPT_ENSEMBLE)
-    assert stored.clip == "open_clip:tiny"  # without the folders of this machine
-    assert stored.weights_sha256 == teacher.weights_digest
-    assert stored.templates == PROMPT_ENSEMBLE
-    expected = teacher.encode_classes(["cat", "dog"]).numpy()
-    assert stored.embeddings == pytest.approx(expected, abs=1e-6)
-
-
 def test_the_example_of_the_page_gives_the_same_teacher_twice(tmp_path, monkeypatch):
     """The miniature's CLIP, read by OpenAI's package and by open_clip."""
     pytest.importorskip("open_clip", reason="open_clip_torch is not installed")
@@ -173,15 +155,10 @@ def test_the_example_of_the_page_gives_the_same_teacher_twice(tmp_path, monkeypa
 
 @pytest.mark.parametrize("name", ["RN50", "ViT-L/14", "ViT-L/14@336px"])
 def test_another_width_of_a_published_model_is_known_before_the_download(refused, name):
-    size = OPENAI_MODELS[name].embed_dim
+    size = OPENAI_MODELS[name]
     message = refused("MODEL.TEACHER.WEIGHTS", name, "MODEL.TEXT_CLASSIFIER.EMBED_DIM", "512")
     assert "MODEL.TEXT_CLASSIFIER.EMBED_DIM is 512" in message
     assert f"set MODEL.TEXT_CLASSIFIER.EMBED_DIM to {size}, or MODEL.TEACHER.WEIGHTS" in message
-
-
-def test_another_width_of_an_open_clip_model(refused, open_clip):
-    message = refused("MODEL.TEACHER.WEIGHTS", open_clip)
-    assert "set MODEL.TEXT_CLASSIFIER.EMBED_DIM to 24, or MODEL.TEACHER.WEIGHTS" in message
 
 
 @pytest.mark.parametrize("flags", [(), ("--eval-only",)])
@@ -241,7 +218,7 @@ def test_every_config_names_the_width_of_its_teacher():
         named[cfg.MODEL.TEACHER.WEIGHTS] = cfg.MODEL.TEXT_CLASSIFIER.EMBED_DIM
     others = [name for name in named if name not in OPENAI_MODELS]
     for name in set(named) - set(others):
-        assert named[name] == OPENAI_MODELS[name].embed_dim
+        assert named[name] == OPENAI_MODELS[name]
     assert {"ViT-B/32", "ViT-L/14"} <= set(named)
     assert len(others) == 1
     package = pytest.importorskip("open_clip", reason="open_clip_torch is not installed")
@@ -278,7 +255,6 @@ def test_a_run_writes_down_the_templates_not_the_file(folder, tmp_path):
         ("# only this\n\n", r"prompts\.txt: no templates"),
         ("a {}\na photo\n", r"prompts\.txt, line 2: expected one {}.*'a photo'"),
         ("\n{} and {}\n", r"prompts\.txt, line 2: expected one {}.*'{} and {}'"),
-        ("a {}\n# again\na {} \n", r"prompts\.txt, line 3: repeats line 1, 'a {}'"),
         (b"a {}\n\xff\xfe\n", r"prompts\.txt: cannot be read as text"),
         ("a {}\n" + "very " * 80 + "{}\n", r"reads 77 tokens, which end before the class name"),
     ],

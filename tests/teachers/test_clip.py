@@ -1,6 +1,5 @@
 import hashlib
 import logging
-import sqlite3
 import urllib.error
 import warnings
 from types import SimpleNamespace
@@ -15,7 +14,7 @@ from torch.nn import functional as F
 import clip_files
 from hierkd.teachers import clip as teacher_module
 from hierkd.teachers import openai_clip
-from hierkd.teachers.clip import CLIPTeacher, build_teacher, check_embed_dim
+from hierkd.teachers.clip import CLIPTeacher, build_teacher
 from hierkd.teachers.texts import make_text_embeddings, save_text_embeddings
 
 
@@ -39,7 +38,7 @@ def no_clip(monkeypatch):
     def refuse(*_):
         raise AssertionError("CLIP was loaded")
 
-    return lambda: monkeypatch.setattr(openai_clip, "_read_state_dict", refuse)
+    return lambda: monkeypatch.setattr(openai_clip, "_build", refuse)
 
 
 def smooth_image(height, width, seed=0):
@@ -82,14 +81,6 @@ def test_regions_are_normalised_float32_without_gradient(make_teacher):
     assert not found.requires_grad
     assert not found.is_inference()
     torch.testing.assert_close(found.norm(dim=-1), torch.ones(3))
-
-
-def test_no_parameter_can_be_trained(make_teacher):
-    teacher = make_teacher()
-    teacher.encode_captions(["a"])
-    assert not any(p.requires_grad for p in teacher._clip("a test").model.parameters())
-    assert not teacher._clip("a test").model.training
-    assert not isinstance(teacher, nn.Module)
 
 
 def test_embeddings_made_in_inference_mode_serve_in_a_loss(make_teacher):
@@ -194,12 +185,6 @@ def test_order_and_batch_size_change_nothing(make_teacher, monkeypatch, limit):
     assert (together[0] - together[3]).abs().max() > 1e-3
 
 
-def test_no_regions(make_teacher):
-    teacher = make_teacher()
-    assert teacher.encode_regions([smooth_image(9, 9)], [BOXES[:0]], 1.5).shape == (0, 16)
-    assert teacher.encode_regions([], [], 1.5).shape == (0, 16)
-
-
 def test_autocast_does_not_reach_the_teacher(make_teacher):
     expected = make_teacher().encode_regions([smooth_image(70, 90)], [BOXES], 1.5)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -259,30 +244,6 @@ def test_an_ensemble_is_the_normalised_mean_of_normalised_embeddings(make_teache
     assert (found - alone).abs().max() > 1e-3
 
 
-def test_odd_texts(make_teacher):
-    texts = ["", "naïve café 猫", "it's; DROP TABLE texts", "\ud800"]
-    first = make_teacher().encode_captions(texts)
-    assert first.isfinite().all()
-    assert torch.equal(make_teacher().encode_captions(texts), first)
-
-
-def test_no_texts_and_one_bare_text(make_teacher):
-    assert make_teacher().encode_captions([]).shape == (0, 16)
-    assert make_teacher().encode_classes([]).shape == (0, 16)
-    with pytest.raises(ValueError, match="texts, found 'dog'"):
-        make_teacher().encode_captions("dog")
-    with pytest.raises(ValueError, match="single name 'dog'"):
-        make_teacher().encode_classes("dog")
-
-
-def test_memory_is_bounded(make_teacher, monkeypatch):
-    monkeypatch.setattr(teacher_module, "_TEXTS_IN_MEMORY", 3)
-    teacher = make_teacher()
-    texts = ["a", "b", "c", "d", "e"]
-    assert teacher.encode_captions(texts).shape == (5, 16)
-    assert list(teacher._memory) == ["c", "d", "e"]
-
-
 # --- text cache -----------------------------------------------------------------------------------
 
 
@@ -296,7 +257,7 @@ def test_cache_answers_without_clip(make_teacher, no_clip):
     assert second.embed_dim == 16
     assert second.logit_scale == pytest.approx(scale)
     assert scale == pytest.approx(1 / 0.07, rel=1e-3)
-    assert not second.loaded
+    assert second._loaded is None
     with pytest.raises(AssertionError, match="CLIP was loaded"):
         second.encode_classes(["bird"])
 
@@ -313,21 +274,12 @@ def test_named_model_is_not_needed_when_the_cache_has_the_answer(
     model_file.write_bytes(weights.read_bytes())
     named = make_teacher("Tiny", download_root=str(root))
     expected = named.encode_captions(["a cat"])  # hash-checked by clip, no network needed
-    assert named.loaded
     model_file.unlink()
     no_clip()
     assert torch.equal(
         make_teacher("Tiny", download_root=str(root)).encode_captions(["a cat"]), expected
     )
     assert torch.equal(make_teacher(weights).encode_captions(["a cat"]), expected)  # same weights
-
-
-def test_other_weights_have_another_cache(make_teacher, tmp_path):
-    other = clip_files.write_state_dict(tmp_path / "other.pt", clip_files.random_clip(seed=1))
-    first = make_teacher().encode_captions(["a cat"])
-    second = make_teacher(other).encode_captions(["a cat"])
-    assert (first - second).abs().max() > 1e-3
-    assert len(list((tmp_path / "cache").glob("*.sqlite"))) == 2
 
 
 @pytest.mark.parametrize("damage", [b"no database at all " * 300, None])
@@ -343,18 +295,8 @@ def test_corrupted_cache_is_rebuilt(make_teacher, caplog, damage):
     caplog.clear()
     again = make_teacher()
     assert torch.equal(again.encode_captions(["a cat", "a dog"]), expected)
-    assert not again.loaded
+    assert again._loaded is None
     assert not caplog.records
-
-
-def test_row_of_wrong_size_is_encoded_anew(make_teacher):
-    first = make_teacher()
-    expected = first.encode_captions(["a cat"])
-    connection = sqlite3.connect(first._disk.path)
-    connection.execute("UPDATE texts SET embedding = ?", (b"\0" * 8,))
-    connection.commit()
-    connection.close()
-    assert torch.equal(make_teacher().encode_captions(["a cat"]), expected)
 
 
 def test_unusable_cache_folder_is_a_warning(make_teacher, tmp_path, caplog):
@@ -364,17 +306,6 @@ def test_unusable_cache_folder_is_a_warning(make_teacher, tmp_path, caplog):
         teacher.encode_captions(["a cat"])
         teacher.encode_captions(["a dog"])
     assert [r.message for r in caplog.records if "cannot be used" in r.message].__len__() == 1
-
-
-def test_default_cache_folder(weights, tmp_path, monkeypatch):
-    monkeypatch.setenv("HIERKD_CACHE", str(tmp_path / "here"))
-    for folder in ("", None):
-        teacher = CLIPTeacher(str(weights), device="cpu", text_cache_dir=folder)
-        assert teacher._disk.path.parent == tmp_path / "here" / "text_embeddings"
-    monkeypatch.delenv("HIERKD_CACHE")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    teacher = CLIPTeacher(str(weights), device="cpu")
-    assert teacher._disk.path.parent == tmp_path / ".cache" / "hierkd" / "text_embeddings"
 
 
 # --- CLIP's files ---------------------------------------------------------------------------------
@@ -412,11 +343,6 @@ def test_loading_leaves_the_random_numbers_alone(make_teacher):
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_unknown_name(make_teacher):
-    with pytest.raises(FileNotFoundError, match=r"'ViT-Z/9' is neither .* ViT-B/32, "):
-        make_teacher("ViT-Z/9")
-
-
 def test_no_network(make_teacher, tmp_path, monkeypatch):
     def refuse(*_):
         raise urllib.error.URLError("Name or service not known")
@@ -430,27 +356,6 @@ def test_no_network(make_teacher, tmp_path, monkeypatch):
     assert "https://openaipublic" in message
     assert "MODEL.TEACHER.WEIGHTS" in message
     assert "Name or service not known" in message
-
-
-def test_hash_mismatch(make_teacher, tmp_path, monkeypatch):
-    class Source:
-        def __enter__(self):
-            self.rest = [b"", b"something else"]
-            return self
-
-        def __exit__(self, *_):
-            return None
-
-        def info(self):
-            return {"Content-Length": "14"}
-
-        def read(self, _):
-            return self.rest.pop()
-
-    monkeypatch.setattr("urllib.request.urlopen", lambda _: Source())
-    teacher = make_teacher("ViT-B/32", download_root=str(tmp_path))
-    with pytest.raises(ValueError, match=r"ViT-B-32.pt is not the published CLIP 'ViT-B/32'"):
-        teacher.encode_captions(["a cat"])
 
 
 @pytest.mark.parametrize("content", ["text", "tensor", "other_model", "small_vocabulary", "module"])
@@ -470,36 +375,14 @@ def test_file_that_is_not_a_clip(make_teacher, tmp_path, content):
         make_teacher(path).encode_captions(["a cat"])
 
 
-def test_truncated_state_dict(make_teacher, tmp_path):
-    state_dict = clip_files.random_clip().state_dict()
-    del state_dict["visual.positional_embedding"]
-    torch.save(state_dict, tmp_path / "wrong.pt")
-    with pytest.raises(ValueError, match=r"wrong\.pt is not a CLIP.*visual.positional_embedding"):
-        make_teacher(tmp_path / "wrong.pt").encode_captions(["a cat"])
-
-
 # --- construction ---------------------------------------------------------------------------------
 
 
-def test_check_embed_dim(make_teacher):
-    check_embed_dim(make_teacher(), 16)
-    with pytest.raises(ValueError, match=r"MODEL\.X is 512, but .* size 16: set MODEL\.X to 16"):
-        check_embed_dim(make_teacher(), 512, key="MODEL.X")
-
-
-def test_wrong_image_format_and_precision(make_teacher):
+def test_wrong_image_format_and_statistics(make_teacher):
     with pytest.raises(ValueError, match=r"INPUT.FORMAT.*found 'L'"):
         make_teacher(image_format="L")
-    with pytest.raises(ValueError, match="found 'int8'"):
-        make_teacher(precision="int8")
     with pytest.raises(ValueError, match=r"PIXEL_STATISTICS.*'clip', 'imagenet'.*found 'coco'"):
         make_teacher(pixel_statistics="coco")
-
-
-@pytest.mark.parametrize("templates", [("a {}", "a photo"), ("{} {}",), "a {}"])
-def test_wrong_templates(make_teacher, templates):
-    with pytest.raises(ValueError, match=r"MODEL\.TEXT_CLASSIFIER\.TEMPLATES"):
-        make_teacher(templates=templates)
 
 
 def test_a_template_that_leaves_no_room_for_the_name(make_teacher):
@@ -588,9 +471,7 @@ def test_stored_classes_need_no_clip_file(make_cfg, make_file, make_teacher, tmp
         teacher.encode_captions(["nothing", "nothing"]), expected.encode_captions(["nothing"] * 2)
     )
     assert teacher.embed_dim == 16
-    check_embed_dim(teacher, 16)
     assert teacher.encode_captions([]).shape == (0, 16)
-    assert teacher.encode_classes([]).shape == (0, 16)
     assert not isinstance(teacher, nn.Module)
     for call in (
         lambda: teacher.encode_captions(["nothing", "a cat"]),
@@ -601,43 +482,10 @@ def test_stored_classes_need_no_clip_file(make_cfg, make_file, make_teacher, tmp
             call()
 
 
-def test_stored_rows_are_nothing_that_the_teacher_could_change(make_cfg, make_file):
-    teacher = build_teacher(make_cfg(EMBEDDINGS=make_file()))
-    for encode, texts in (
-        (teacher.encode_classes, ["cat"]),
-        (teacher.encode_captions, ["nothing"]),
-    ):
-        before = encode(texts).clone()
-        encode(texts).zero_()
-        assert torch.equal(encode(texts), before)
-
-
-def test_with_clip_everything_else_is_clips(make_cfg, make_file, make_teacher, caplog):
-    with caplog.at_level(logging.WARNING):
-        teacher = build_teacher(make_cfg(EMBEDDINGS=make_file()))
-    assert not caplog.records
-    clip = make_teacher(image_format="BGR", pixel_statistics="imagenet")
-    image = smooth_image(70, 90)
-    assert torch.equal(
-        teacher.encode_regions([image], [BOXES], 1.5), clip.encode_regions([image], [BOXES], 1.5)
-    )
-    texts = ["a cat", "nothing"]
-    assert torch.equal(teacher.encode_captions(texts), clip.encode_captions(texts))
-    assert teacher.logit_scale == clip.logit_scale
-
-
 def test_a_name_that_the_file_lacks_is_not_left_to_clip(make_cfg, make_file):
     teacher = build_teacher(make_cfg(EMBEDDINGS=make_file()))
     with pytest.raises(ValueError, match=r"x\.\w+: no embedding of 'zebra'"):
         teacher.encode_classes(["cat", "zebra"])
-    with pytest.raises(ValueError, match="single name 'cat'"):
-        teacher.encode_classes("cat")
-
-
-def test_a_background_that_the_file_lacks_comes_from_clip(make_cfg, make_file, make_teacher):
-    teacher = build_teacher(make_cfg(EMBEDDINGS=make_file(background="")))
-    expected = make_teacher().encode_captions(["nothing"])
-    assert torch.equal(teacher.encode_captions(["nothing"]), expected)
 
 
 def test_stored_classes_of_another_clip(make_cfg, make_file, tmp_path):
@@ -694,13 +542,6 @@ def test_released_vit_b_32(tmp_path):
     assert cat @ kitten > cat @ train
 
 
-def test_a_text_in_memory_holds_no_other(make_teacher):
-    teacher = make_teacher()
-    teacher.encode_captions([f"text {i}" for i in range(300)])
-    assert len(teacher._memory) == 300
-    assert all(row.base is None for row in teacher._memory.values())
-
-
 def test_crops_of_thousands_of_regions_never_exist_together(make_teacher, monkeypatch):
     """45,000 crops of CLIP's 224 px are 27 GB; 512 are 0.3 GB."""
     counts = []
@@ -739,11 +580,3 @@ def test_a_cache_answers_without_clip_and_names_its_folder_where_it_cannot(make_
     ):
         with pytest.raises(FileNotFoundError, match=r"cached_answers does not hold .*gone\.pt"):
             call()
-
-
-def test_a_cache_serves_ground_truth_boxes_alone(make_cfg):
-    cfg = make_cfg()
-    cfg.MODEL.TEACHER.CACHE = "somewhere"
-    cfg.MODEL.IKD = SimpleNamespace(LOSS_WEIGHT=1.0, BOXES="proposals")
-    with pytest.raises(ValueError, match=r"MODEL\.IKD\.BOXES is 'proposals'"):
-        build_teacher(cfg)

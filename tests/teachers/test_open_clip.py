@@ -2,12 +2,10 @@
 
 import hashlib
 import json
-import logging
 import sys
 import zipfile
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -192,23 +190,6 @@ def test_a_long_text_is_cut_off_where_the_text_encoder_ends(make_teacher, folder
         make_teacher(templates=("very " * 19 + "{}",)).encode_classes(["cat"])
 
 
-def test_embeddings_are_constants_and_the_model_is_frozen(make_teacher):
-    state = torch.random.get_rng_state()
-    teacher = make_teacher()
-    with torch.inference_mode():
-        teacher.encode_captions(["a dog"])
-    assert torch.equal(torch.random.get_rng_state(), state)
-    regions = teacher.encode_regions([smooth_image(70, 90).float().requires_grad_()], [BOXES], 1.5)
-    assert regions.dtype == torch.float32
-    assert not regions.requires_grad
-    assert not regions.is_inference()
-    torch.testing.assert_close(regions.norm(dim=1), torch.ones(3))
-    model = teacher._clip("a test").model
-    assert not model.training
-    assert not any(parameter.requires_grad for parameter in model.parameters())
-    assert not isinstance(teacher, torch.nn.Module)
-
-
 @pytest.mark.parametrize("kind", ["clip", "resnet", "timm"])
 def test_half_precision(make_teacher, tmp_path, kind):
     weights = f"open_clip:{write_folder(tmp_path / kind, **KINDS[kind])}"
@@ -233,22 +214,14 @@ def test_half_precision_on_a_gpu(make_teacher):
     assert F.cosine_similarity(found.cpu(), expected).min() > 0.999
 
 
-def test_loading_leaves_the_root_logger_alone(make_teacher, caplog):
-    root = logging.getLogger()
-    before = root.level, list(root.handlers), list(root.filters)
-    with caplog.at_level(logging.WARNING):
-        make_teacher().encode_captions(["a cat"])
-    assert (root.level, root.handlers, root.filters) == before
-    assert "randomly" not in caplog.text  # what open_clip says while the weights are still to come
-
-
 # --- names ----------------------------------------------------------------------------------------
 
 
 def test_openais_sizes_are_those_that_open_clip_has_written_down():
+    assert list(openai_clip.OPENAI_MODELS) == clip_files.import_clip().available_models()
     for name, size in openai_clip.OPENAI_MODELS.items():
         config = open_clip.get_model_config(name.replace("/", "-").replace("@336px", "-336"))
-        assert (config["embed_dim"], config["vision_cfg"]["image_size"]) == size
+        assert config["embed_dim"] == size
 
 
 def test_a_file_for_a_known_architecture(make_teacher, folder, tiny_architecture, tmp_path):
@@ -286,7 +259,6 @@ def put_into_hub_cache(root, content, name):
     (repository / "refs" / "main").write_text("abc")
     (repository / "blobs" / digest).write_bytes(content)
     (repository / "snapshots" / "abc" / name).symlink_to(Path("../../blobs") / digest)
-    return repository / "blobs" / digest
 
 
 @pytest.mark.parametrize("name", ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"])
@@ -297,15 +269,12 @@ def test_published_weights_in_the_cache_need_no_network(
     monkeypatch.setattr(open_clip, "download_pretrained", None)
     folder = write_folder(tmp_path / "tiny", name=name)
     root = tmp_path / "hub"
-    blob = put_into_hub_cache(root, (folder / name).read_bytes(), name)
+    put_into_hub_cache(root, (folder / name).read_bytes(), name)
     teacher = make_teacher("open_clip:tiny:web", download_root=str(root))
     expected = make_teacher(f"open_clip:{folder}").encode_captions(["a cat"])
     assert torch.equal(teacher.encode_captions(["a cat"]), expected)
     known = known_weights_sha256("open_clip:tiny:web", str(root))
     assert known == teacher.weights_digest
-    blob.write_bytes(blob.read_bytes()[:-1] + b"?")
-    with pytest.raises(ValueError, match=rf"{name}' is not the expected file.*sha256"):
-        make_teacher("open_clip:tiny:web", download_root=str(root))
 
 
 def test_published_weights_without_network(make_teacher, publish, tmp_path, monkeypatch):
@@ -374,14 +343,6 @@ def torchscript(folder):
         archive.writestr("a/constants.pkl", b"")
 
 
-def other_objects(content):
-    def spoil(folder):
-        (folder / "open_clip_model.safetensors").unlink()
-        torch.save(content, folder / "weights.bin")
-
-    return spoil
-
-
 @pytest.mark.parametrize(
     ("spoil", "error", "message"),
     [
@@ -405,11 +366,6 @@ def other_objects(content):
             r"model\.safetensors does not fit open_clip:tiny",
         ),
         (
-            spoil_folder(lambda c: c["model_cfg"]["text_cfg"].update(vocab_size=9)),
-            ValueError,
-            "open_clip:tiny",
-        ),
-        (
             lambda f: (f / "open_clip_model.safetensors").write_bytes(b"no weights at all"),
             ValueError,
             r"open_clip_model\.safetensors does not fit",
@@ -421,9 +377,6 @@ def other_objects(content):
             r"has 2 files of weights: open_clip_model\.safetensors, open_clip_other",
         ),
         (torchscript, ValueError, r"a\.pt is a TorchScript archive"),
-        (other_objects([torch.zeros(2)]), ValueError, "expected a state dict, found a list"),
-        (other_objects({"epoch": 3}), ValueError, "tensors alone, but 'epoch' is none"),
-        (other_objects({"a": torch.zeros(2)}), ValueError, "does not fit open_clip:tiny"),
     ],
 )
 def test_a_folder_that_holds_something_else(make_teacher, tmp_path, spoil, error, message):
@@ -439,12 +392,6 @@ def test_open_clips_own_file_goes_before_another_librarys(make_teacher, tmp_path
     (folder / "model.safetensors").write_bytes(b"another library's")
     (folder / "open_clip_pytorch_model.bin").write_bytes(b"the same, pickled")
     assert torch.equal(make_teacher(f"open_clip:{folder}").encode_captions(["a cat"]), expected)
-
-
-def test_weights_of_an_unknown_kind(make_teacher, tiny_architecture, tmp_path):
-    np.savez(tmp_path / "weights.npz", a=np.zeros(3))
-    with pytest.raises(ValueError, match=r"weights\.npz: expected weights that end in"):
-        make_teacher(f"open_clip:tiny:{tmp_path / 'weights.npz'}").encode_captions(["a cat"])
 
 
 def test_a_tokeniser_that_cannot_be_made(make_teacher, tmp_path):
@@ -464,9 +411,3 @@ def test_options_that_would_run_code_or_draw_at_random(make_teacher, tmp_path, o
     spoil_folder(lambda c: c["model_cfg"].update(text_cfg=text))(folder)
     with pytest.raises(ValueError, match=rf"tokenizer_kwargs \['{option}'\]: only .*clean"):
         make_teacher(f"open_clip:{folder}")
-
-
-def test_openais_files_are_named_without_the_prefix(make_teacher, tiny_architecture, tmp_path):
-    path = clip_files.write_torchscript(tmp_path / "clip.pt", clip_files.random_clip())
-    with pytest.raises(ValueError, match=r"clip\.pt is a TorchScript archive.*without 'open_clip:"):
-        make_teacher(f"open_clip:tiny:{path}").encode_captions(["a cat"])

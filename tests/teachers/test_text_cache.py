@@ -1,7 +1,6 @@
 """The text cache by itself; what a teacher makes of it is in test_teacher.py."""
 
 import multiprocessing
-import sqlite3
 from pathlib import Path
 
 import numpy as np
@@ -46,14 +45,3 @@ def test_the_file_is_hardly_larger_than_what_it_holds(tmp_path):
     held = sum(4 * 512 + 4 + 64 + len(text) for text in texts)  # CRC-32 and key
     assert held < path.stat().st_size < 1.5 * held
     assert len(TextCache(path).read(texts)) == len(texts)
-
-
-def test_a_file_with_smaller_pages_goes_on_being_used(tmp_path, caplog):
-    path, vector = tmp_path / "cache.sqlite", np.array([1, 0], np.float32)
-    with sqlite3.connect(path) as connection:
-        connection.execute("PRAGMA page_size = 4096")
-        connection.execute("CREATE TABLE other (id INTEGER)")
-    connection.close()
-    TextCache(path).write({"a": vector}, 2, 100.0)
-    assert TextCache(path).read(["a"])["a"].tolist() == [1, 0]
-    assert not caplog.records

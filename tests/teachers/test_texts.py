@@ -1,6 +1,5 @@
 import dataclasses
 import json
-import pickle
 
 import numpy as np
 import pytest
@@ -10,11 +9,8 @@ import torch
 from torch import nn
 
 from hierkd.teachers.texts import (
-    PROMPT_ENSEMBLE,
     check_known_order,
-    check_provenance,
     check_same_rows,
-    check_template,
     load_text_embeddings,
     make_text_embeddings,
     read_embedding_array,
@@ -31,15 +27,6 @@ def random_rows(count=5, size=6, seed=0):
 
 def made(names=NAMES, rows=None, **provenance):
     return make_text_embeddings(names, random_rows() if rows is None else rows, **provenance)
-
-
-class Payload:
-    """Leaves a mark when it is unpickled."""
-
-    ran = False
-
-    def __reduce__(self):
-        return (setattr, (Payload, "ran", True))
 
 
 # --- making ---------------------------------------------------------------------------------------
@@ -67,9 +54,9 @@ def test_normalised_rows_stay_to_the_last_bit():
         (random_rows(7, 5), r"7 rows, but n\.txt has 5 names \(it looks transposed"),
         (random_rows()[0], r"shape \(K, D\), found float32 of shape \(6,\)"),
         (np.ones((5, 6), int), r"floating point.*found int"),
-        (np.where(np.arange(5)[:, None] == 2, np.nan, 1.0), r"not finite: row 2 \('polar bear'\)"),
-        (np.where(np.arange(5)[:, None] == 4, np.inf, 1.0), r"not finite: row 4 \('elk'\)"),
-        (np.where(np.arange(5)[:, None] < 2, 0.0, 1.0), r"all zero: row 0 \('ant'\), row 1"),
+        (np.where(np.arange(5)[:, None] == 2, np.nan, 1.0), "not finite: the rows of 'polar bear'"),
+        (np.where(np.arange(5)[:, None] == 4, np.inf, 1.0), "not finite: the rows of 'elk'"),
+        (np.where(np.arange(5)[:, None] < 2, 0.0, 1.0), "all zero: the rows of 'ant', 'bee'"),
     ],
 )
 def test_unusable_rows(rows, message):
@@ -78,28 +65,9 @@ def test_unusable_rows(rows, message):
 
 
 @pytest.mark.parametrize(
-    ("names", "message"),
-    [
-        ((), "no names"),
-        (("a", " ", "c", "d", "e"), "blank names at positions 1"),
-        (("a", "b", "a", "d", "b"), "repeats 'a', 'b'"),
-    ],
-)
-def test_unusable_names(names, message):
-    with pytest.raises(ValueError, match=f"n.txt: {message}"):
-        made(names, names_from="n.txt")
-
-
-@pytest.mark.parametrize("shape", [(6,), (1, 6)])
-def test_background(shape):
-    background = np.full(shape, 3.0, np.float32)
-    assert made(background=background).background_embedding == pytest.approx([6**-0.5] * 6)
-
-
-@pytest.mark.parametrize(
     ("background", "message"),
     [
-        (np.ones((1, 4)), "size 4, those of the embeddings 6"),
+        (np.ones((1, 4)), "size 4, expected 6"),
         (np.ones((2, 6)), "2 rows"),
         (np.zeros(6), "all zero"),
     ],
@@ -107,14 +75,6 @@ def test_background(shape):
 def test_unusable_background(background, message):
     with pytest.raises(ValueError, match=f"background.*{message}"):
         made(background=background)
-
-
-def test_the_built_in_ensemble_is_of_templates():
-    assert len(set(PROMPT_ENSEMBLE)) == len(PROMPT_ENSEMBLE) >= 5
-    for template in PROMPT_ENSEMBLE:
-        check_template(template)
-    with pytest.raises(ValueError, match=r"^here: expected one \{\}"):
-        check_template("a photo", "here")
 
 
 # --- order ----------------------------------------------------------------------------------------
@@ -143,12 +103,6 @@ def test_rows_in_another_order_are_named():
     assert "1 of 2 compared rows" in str(error.value)
     assert "row 1 ('bee')" in str(error.value)
     assert "which is row 3 ('dôme')" in str(error.value)
-
-
-def test_order_counts_also_among_rows_that_are_much_alike():
-    alike = 1 + 0.05 * random_rows()  # all cosines above 0.99
-    with pytest.raises(ValueError, match="another order"):
-        check_same_rows(made(rows=alike[::-1]), [0, 1], made(rows=alike).embeddings[[0, 1]])
 
 
 def test_rows_of_another_clip():
@@ -201,11 +155,6 @@ def test_rows_by_name(tmp_path):
         stored.rows_of(["cat", "elk", "Ant"])
 
 
-def test_missing_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"TEXT_CLASSIFIER\.EMBEDDINGS: no file .*gone"):
-        load_text_embeddings(tmp_path / "gone.npz")
-
-
 def rewrite(path, **changes):
     """The same file with other tensors, or entries of its header; None takes one away."""
     with safetensors.safe_open(path, framework="numpy") as file:
@@ -228,7 +177,6 @@ def rewrite(path, **changes):
         ({"background_embedding": np.ones(4, np.float32)}, r"shape \(4,\), expected \(6,\)"),
         ({"provenance": '{"format": 3}'}, "format 3, this package reads 2"),
         ({"provenance": "{"}, "not a file of text embeddings"),
-        ({"provenance": '{"format": 2, "templates": [], "clip": 3}'}, "clip must be of type str"),
     ],
 )
 def test_file_that_contradicts_itself(tmp_path, changes, message):
@@ -237,35 +185,6 @@ def test_file_that_contradicts_itself(tmp_path, changes, message):
     rewrite(path, **changes)
     with pytest.raises(ValueError, match=rf"x\.safetensors.*{message}"):
         load_text_embeddings(path)
-
-
-@pytest.mark.parametrize("content", [b"", b"no header", b"PK\x03\x04 half an archive"])
-def test_file_that_is_something_else(tmp_path, content):
-    (tmp_path / "x.safetensors").write_bytes(content)
-    with pytest.raises(ValueError, match=r"x\.safetensors is not a file of text embeddings"):
-        load_text_embeddings(tmp_path / "x.safetensors")
-
-
-def test_an_npz_of_before_is_refused_with_the_command(tmp_path):
-    np.savez(tmp_path / "x.npz", embeddings=random_rows())
-    with pytest.raises(ValueError, match=r"x\.npz: .*extract_text_embeddings"):
-        load_text_embeddings(tmp_path / "x.npz")
-
-
-def test_provenance_is_compared():
-    stored = made(templates=("a {}",), clip="RN50", weights_sha256="ab" * 32)
-    stored = dataclasses.replace(stored, path="x.npz")
-    right = {"weights": "RN50", "weights_sha256": "ab" * 32, "templates": ("a {}",)}
-    assert check_provenance(stored, **right) == []
-    other = {**right, "weights": "ViT-B/32", "weights_sha256": "cd" * 32}
-    with pytest.raises(ValueError, match=r"x\.npz: made with the CLIP 'RN50'.*'ViT-B/32'.*cdcd"):
-        check_provenance(stored, **other)
-    for templates in (("the {}",), ("a {}", "the {}"), ()):
-        with pytest.raises(ValueError, match=r"x\.npz: made with the templates \['a \{\}'\]"):
-            check_provenance(stored, **{**right, "templates": templates})
-    (text,) = check_provenance(stored, **{**right, "weights_sha256": None})
-    assert "'RN50' is not at hand" in text
-    assert len(check_provenance(made(), **right)) == 2
 
 
 # --- arrays and lists made elsewhere --------------------------------------------------------------
@@ -282,55 +201,6 @@ def test_arrays_made_elsewhere(tmp_path, suffix):
     found, digest = read_embedding_array(path)
     np.testing.assert_allclose(found, rows, rtol=1e-2)
     assert len(digest) == 64
-
-
-def spoilt_array(path, kind):
-    if kind == "objects":
-        np.save(path, np.array([[1.0], [Payload()]], dtype=object), allow_pickle=True)
-    elif kind == "pickle":
-        path.write_bytes(pickle.dumps(Payload(), protocol=2))
-    elif kind == "torch":
-        torch.save({"embeddings": Payload()}, path)
-    elif kind == "module":
-        torch.save(nn.Linear(2, 3), path)
-    elif kind == "dict":
-        torch.save({"base": torch.ones(3, 2), "all": torch.ones(3, 2)}, path)
-    elif kind == "list":
-        torch.save([torch.ones(2)], path)
-    elif kind == "archive":
-        with path.open("wb") as file:
-            np.savez(file, random_rows())
-    else:
-        path.write_bytes({"empty": b"", "text": b"0.1 0.2"}[kind])
-
-
-@pytest.mark.parametrize(
-    ("name", "kind", "message"),
-    [
-        ("x.npy", "objects", "pickled objects is refused"),
-        ("x.npy", "pickle", "pickled objects is refused"),
-        ("x.pt", "pickle", "pickled objects is refused"),
-        ("x.pt", "torch", "pickled objects is refused"),
-        ("x.pth", "module", "pickled objects is refused"),
-        ("x.pt", "dict", r"one array of shape \(K, D\), found a dict with the keys \['base', 'all"),
-        ("x.pt", "list", "found a list"),
-        ("x.npy", "archive", "found a NpzFile"),
-        ("x.npy", "empty", "cannot be read"),
-        ("x.pt", "text", "cannot be read"),
-        ("x.csv", "text", r"expected embeddings as \.npy"),
-    ],
-)
-def test_files_that_are_refused(tmp_path, name, kind, message):
-    spoilt_array(tmp_path / name, kind)
-    Payload.ran = False
-    with pytest.raises(ValueError, match=rf"(?s)x\.\w+.*{message}"):
-        read_embedding_array(tmp_path / name)
-    assert not Payload.ran
-
-
-def test_missing_array(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"gone\.npy"):
-        read_embedding_array(tmp_path / "gone.npy")
 
 
 @pytest.mark.parametrize(
@@ -363,8 +233,3 @@ def test_unusable_lists(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=rf"n\.\w+: {message}"):
         read_text_lines(tmp_path / name)
-
-
-def test_missing_list(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"gone\.txt"):
-        read_text_lines(tmp_path / "gone.txt")

@@ -5,15 +5,14 @@ normalisation, input size and tokeniser; `openai_clip` and `open_clip` load the 
 packages. A teacher is a plain object, not an ``nn.Module``: ``state_dict``, ``model.train()``, the
 optimiser and DDP cannot see it.
 
-CLIP is loaded on the first call that really needs it. Texts come from what is at hand: stored class
-embeddings (``MODEL.TEXT_CLASSIFIER.EMBEDDINGS``), a cache of the teacher
-(``MODEL.TEACHER.CACHE``), the text cache on disk, and only then from CLIP.
+CLIP is loaded on the first call that needs it. Texts come from stored class embeddings
+(``MODEL.TEXT_CLASSIFIER.EMBEDDINGS``), a cache of the teacher (``MODEL.TEACHER.CACHE``), the text
+cache on disk, and only then from CLIP.
 """
 
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -67,10 +66,7 @@ _PIXEL_STATISTICS = {
 _REGIONS_PER_CALL = 512  # 0.3 GB of pixels at 224 x 224
 _TEXTS_PER_CALL = 256
 _TEXTS_WITHOUT_PROGRESS = 2000  # more show a progress bar
-_TEXTS_IN_MEMORY = 65_536  # 128 MB at D = 512; the least recently used goes first
-# Characters of a text that reach CLIP's tokeniser, white space collapsed: CLIP reads some 300, and
-# the tokeniser's time grows with the square of the length of a word.
-_TEXT_LENGTH = 2000
+_TEXTS_IN_MEMORY = 65_536  # 128 MB at D = 512
 
 
 class CLIPTeacher:
@@ -91,9 +87,9 @@ class CLIPTeacher:
         cache: embeddings of texts, looked up before CLIP is asked.
 
     Raises:
-        ValueError: a wrong `image_format`, `precision`, `pixel_statistics` or template.
-        FileNotFoundError: `weights` names nothing that is known or exists, and neither `stored` nor
-            `cache` is given. With one of them this is raised when CLIP is first needed.
+        ValueError: a wrong `image_format`, `pixel_statistics` or template.
+        FileNotFoundError: `weights` names nothing that is known or exists. With `stored` or `cache`
+            this is raised when CLIP is first needed.
     """
 
     def __init__(
@@ -112,15 +108,10 @@ class CLIPTeacher:
     ) -> None:
         for key, value, choices in (
             ("INPUT.FORMAT", image_format, ("RGB", "BGR")),
-            ("precision", precision, ("auto", "fp16", "fp32")),
             ("MODEL.TEACHER.PIXEL_STATISTICS", pixel_statistics, tuple(_PIXEL_STATISTICS)),
         ):
             if value not in choices:
                 raise ValueError(f"{key} must be one of {choices}, found {value!r}")
-        if isinstance(templates, str) or not templates:
-            raise ValueError(
-                f"MODEL.TEXT_CLASSIFIER.TEMPLATES: expected a list of texts, found {templates!r}"
-            )
         for template in templates:
             check_template(template, "MODEL.TEXT_CLASSIFIER.TEMPLATES (or TEMPLATE)")
         self.weights = weights
@@ -134,7 +125,7 @@ class CLIPTeacher:
         self._download_root = download_root
         self._text_cache_dir = text_cache_dir
         self._loaded: LoadedCLIP | None = None
-        self._memory: OrderedDict[str, Vector] = OrderedDict()
+        self._memory: dict[str, Vector] = {}
         if stored is None and cache is None:
             _ = self._files  # what is misspelt is found now
 
@@ -143,7 +134,8 @@ class CLIPTeacher:
 
     @cached_property
     def _files(self) -> CLIPFiles:
-        return find_clip(self.weights, self._download_root)
+        kind = OpenCLIPFiles if self.weights.startswith(OPEN_CLIP_PREFIX) else OpenAIFiles
+        return kind(self.weights, self._download_root)
 
     @cached_property
     def _disk(self) -> TextCache:
@@ -167,11 +159,6 @@ class CLIPTeacher:
         return self._files.digest
 
     @property
-    def loaded(self) -> bool:
-        """Whether CLIP itself has been loaded."""
-        return self._loaded is not None
-
-    @property
     def embed_dim(self) -> int:
         """D; known without CLIP of stored embeddings, caches and published models."""
         if self.stored is not None:
@@ -191,7 +178,7 @@ class CLIPTeacher:
             return self.cache.contents.logit_scale
         needing = "CLIP's scale of the logits"
         with self._saying_what_lacks(needing):
-            cached = None if self.loaded else self._disk.properties()
+            cached = None if self._loaded else self._disk.properties()
         return self._clip(needing).logit_scale if cached is None else cached[1]
 
     @torch.no_grad()
@@ -209,13 +196,19 @@ class CLIPTeacher:
             (P, D) float32 on the teacher's device, L2-normalised, without gradient, in the order of
             the images, then of the boxes.
         """
-        if len(images) != len(boxes):
-            raise ValueError(f"found {len(images)} images but {len(boxes)} tensors of boxes")
-        chunks = list(_chunks(images, boxes, _REGIONS_PER_CALL))
-        if not chunks:
+        counts = torch.tensor([len(each) for each in boxes])
+        if not counts.any():
             return torch.zeros((0, self.embed_dim), device=self.device)
+        embeddings = []
+        owners = torch.arange(len(boxes)).repeat_interleave(counts).split(_REGIONS_PER_CALL)
+        parts = torch.cat(list(boxes)).split(_REGIONS_PER_CALL)
         with torch.inference_mode():
-            embeddings = [self._encode_crops(*chunk, crop_scale) for chunk in chunks]
+            for part, owner in zip(parts, owners, strict=True):
+                indices, counts = owner.unique_consecutive(return_counts=True)
+                of_part = [images[index] for index in indices]
+                embeddings.append(
+                    self._encode_crops(of_part, part.split(counts.tolist()), crop_scale)
+                )
         return torch.cat(embeddings)  # made out here, it is a tensor that losses may use
 
     def encode_captions(self, captions: Sequence[str]) -> Tensor:
@@ -230,11 +223,8 @@ class CLIPTeacher:
             (C, D) float32 on the teacher's device, L2-normalised, without gradient.
 
         Raises:
-            ValueError: one is not a text.
             FileNotFoundError: CLIP is needed, and its weights are not there.
         """
-        if isinstance(captions, str) or not all(isinstance(each, str) for each in captions):
-            raise ValueError(f"expected a sequence of texts, found {captions!r}")
         if len(captions) == 0:
             return torch.zeros((0, self.embed_dim), device=self.device)
         rows = self._lookup(list(dict.fromkeys(captions)))
@@ -255,8 +245,6 @@ class CLIPTeacher:
         Raises:
             ValueError: stored embeddings are in use, and they lack a name.
         """
-        if isinstance(names, str):
-            raise ValueError(f"expected a list of class names, found the single name {names!r}")
         if self.stored is not None:
             return torch.from_numpy(self.stored.rows_of(names)).to(self.device)
         each = [self.encode_captions([t.format(name) for name in names]) for t in self.templates]
@@ -299,43 +287,30 @@ class CLIPTeacher:
                 rows |= self._disk.read(missing)
             if missing := [text for text in missing if text not in rows]:
                 rows |= self._encode_texts(missing)
-        for text in texts:
-            self._memory[text] = rows[text]
-            self._memory.move_to_end(text)
-        while len(self._memory) > _TEXTS_IN_MEMORY:
-            self._memory.popitem(last=False)
+        if len(self._memory) + len(rows) > _TEXTS_IN_MEMORY:
+            self._memory.clear()
+        self._memory |= rows
         return rows
 
     @torch.no_grad()
     def _encode_texts(self, texts: Sequence[str]) -> dict[str, Vector]:
         clip = self._clip(repr(texts[0]))
         rows: dict[str, Vector] = {}
-        with tqdm(
-            total=len(texts),
-            desc="Encoding texts with CLIP",
-            unit="text",
-            disable=len(texts) <= _TEXTS_WITHOUT_PROGRESS,
-        ) as progress:
-            for start in range(0, len(texts), _TEXTS_PER_CALL):
-                chunk = list(texts[start : start + _TEXTS_PER_CALL])
-                tokens = clip.tokenize([_beginning(text) for text in chunk])
-                with torch.autocast(self.device.type, enabled=False):
-                    embeddings = clip.model.encode_text(tokens.to(self.device))
-                normalised = F.normalize(embeddings.float(), dim=-1).cpu().numpy()
-                # copies: as a view, one row in use would hold all the others of its chunk
-                new = {text: row.copy() for text, row in zip(chunk, normalised, strict=True)}
-                # Written per chunk: what was encoded before an interruption is not lost.
-                self._disk.write(new, clip.embed_dim, clip.logit_scale)
-                rows |= new
-                progress.update(len(chunk))
+        chunks = [texts[i : i + _TEXTS_PER_CALL] for i in range(0, len(texts), _TEXTS_PER_CALL)]
+        quiet = len(texts) <= _TEXTS_WITHOUT_PROGRESS
+        for chunk in tqdm(chunks, desc="Encoding texts with CLIP", disable=quiet):
+            tokens = clip.tokenize(chunk)
+            with torch.autocast(self.device.type, enabled=False):
+                embeddings = clip.model.encode_text(tokens.to(self.device))
+            normalised = F.normalize(embeddings.float(), dim=-1).cpu().numpy()
+            new = dict(zip(chunk, normalised, strict=True))
+            # Written per chunk: what was encoded before an interruption is not lost.
+            self._disk.write(new, clip.embed_dim, clip.logit_scale)
+            rows |= new
         return rows
 
     def _clip(self, needing: str) -> LoadedCLIP:
-        """CLIP, loaded on the first call.
-
-        Args:
-            needing: what asks for it, for messages.
-        """
+        """CLIP, loaded on the first call; `needing` says what asks for it."""
         if self._loaded is None:
             with self._saying_what_lacks(needing):
                 logger.info("Loading CLIP %s", self.weights)
@@ -376,7 +351,7 @@ class CLIPTeacher:
     def _check_templates(self, clip: LoadedCLIP) -> None:
         """Raise ValueError if a template is so long that the class name is cut off."""
         for template in self.templates:
-            cat, dog = clip.tokenize([_beginning(template.format(name)) for name in ("cat", "dog")])
+            cat, dog = clip.tokenize([template.format(name) for name in ("cat", "dog")])
             if torch.equal(cat, dog):
                 raise ValueError(
                     f"MODEL.TEXT_CLASSIFIER.TEMPLATES (or TEMPLATE): {template!r} is too long: "
@@ -426,14 +401,8 @@ def _build_stored(cfg: Any, templates: tuple[str, ...]) -> TextEmbeddings:
             f"MODEL.TEXT_CLASSIFIER.EMBED_DIM is {text.EMBED_DIM}: they are of another CLIP; set "
             f'MODEL.TEXT_CLASSIFIER.EMBEDDINGS to a file of the detector\'s, or to ""'
         )
-    unknown = check_provenance(
-        stored,
-        weights=weights,
-        weights_sha256=known_weights_sha256(weights, cfg.MODEL.TEACHER.DOWNLOAD_ROOT),
-        templates=templates,
-    )
-    if unknown:
-        logger.warning("%s is used unchecked: %s", stored.path, "; ".join(unknown))
+    digest = known_weights_sha256(weights, cfg.MODEL.TEACHER.DOWNLOAD_ROOT)
+    check_provenance(stored, weights=weights, weights_sha256=digest, templates=templates)
     return stored
 
 
@@ -452,45 +421,31 @@ def build_region_cache(cfg: Any) -> RegionCache:
         check_cached_boxes(cfg.MODEL.IKD.BOXES)
     cache = RegionCache(cfg.MODEL.TEACHER.CACHE)
     weights = cfg.MODEL.TEACHER.WEIGHTS
-    unknown = cache.check_source(
+    cache.check_source(
         weights=weights,
         weights_sha256=known_weights_sha256(weights, cfg.MODEL.TEACHER.DOWNLOAD_ROOT),
         embed_dim=cfg.MODEL.TEXT_CLASSIFIER.EMBED_DIM,
     )
     if with_regions:
-        unknown += cache.check_regions(
+        cache.check_regions(
             crop_scale=cfg.MODEL.IKD.CROP_SCALE,
             pixel_statistics=cfg.MODEL.TEACHER.PIXEL_STATISTICS,
             annotation_files={
                 name: MetadataCatalog.get(name).json_file for name in cfg.DATASETS.TRAIN
             },
         )
-    if unknown:
-        logger.warning("%s is used unchecked: %s", cache.folder, "; ".join(unknown))
     return cache
 
 
-def check_embed_dim(
-    teacher: Teacher, expected: int, key: str = "MODEL.TEXT_CLASSIFIER.EMBED_DIM"
-) -> None:
-    """Raise ValueError unless the teacher's embeddings have the size that `key` promises."""
+def check_embed_dim(teacher: Teacher, expected: int) -> None:
+    """Raise ValueError unless the teacher's embeddings have the size EMBED_DIM."""
+    key = "MODEL.TEXT_CLASSIFIER.EMBED_DIM"
     if teacher.embed_dim != expected:
         raise ValueError(
             f"{key} is {expected}, but {teacher!r} gives embeddings of size {teacher.embed_dim}: "
             f"set {key} to {teacher.embed_dim}, or MODEL.TEACHER.WEIGHTS to a CLIP of size "
             f"{expected}"
         )
-
-
-def find_clip(weights: str, download_root: str | None = None) -> CLIPFiles:
-    """Find the files of the CLIP that MODEL.TEACHER.WEIGHTS names.
-
-    Raises:
-        FileNotFoundError: there is no such model or file.
-    """
-    if weights.startswith(OPEN_CLIP_PREFIX):
-        return OpenCLIPFiles(weights, download_root)
-    return OpenAIFiles(weights, download_root)
 
 
 def known_weights_sha256(weights: str, download_root: str | None = None) -> str | None:
@@ -510,30 +465,3 @@ def find_token_counter(weights: str, download_root: str | None = None) -> TokenC
     if weights.startswith(OPEN_CLIP_PREFIX):
         return open_clip_token_counter(weights, download_root)
     return OPENAI_TOKENS
-
-
-def _chunks(
-    images: Sequence[Tensor], boxes: Sequence[Tensor], limit: int
-) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """Split into parts of at most `limit` boxes, in order; images without boxes are left out."""
-    part: list[tuple[Tensor, Tensor]] = []
-    room = limit
-    for image, of_image in zip(images, boxes, strict=True):
-        start = 0
-        while start < len(of_image):
-            piece = of_image[start : start + room]
-            part.append((image, piece))
-            start += len(piece)
-            room -= len(piece)
-            if room == 0:
-                yield [each for each, _ in part], [each for _, each in part]
-                part, room = [], limit
-    if part:
-        yield [each for each, _ in part], [each for _, each in part]
-
-
-def _beginning(text: str) -> str:
-    """As much of a text as can matter to CLIP; one of ordinary length is left as it is."""
-    if len(text) <= _TEXT_LENGTH:
-        return text
-    return " ".join(text.split())[:_TEXT_LENGTH]

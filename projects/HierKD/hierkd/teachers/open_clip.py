@@ -16,16 +16,14 @@ import hashlib
 import json
 import logging
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
-from hierkd.files import check_hash, file_hash, is_torchscript, read_torch_file
+from hierkd.files import file_hash, is_torchscript, read_torch_file
 from hierkd.teachers.protocol import LONGEST_TEXT, LoadedCLIP, TokenCounter
 
 __all__ = ["OPEN_CLIP_PREFIX", "OpenCLIPFiles", "known_open_clip_digest", "open_clip_token_counter"]
@@ -64,8 +62,8 @@ class OpenCLIPFiles:
     """A CLIP of the package open_clip; implements `CLIPFiles`.
 
     Its `digest` is of the weights, the architecture, the pixel statistics and the files of a
-    folder's own tokeniser together: open_clip reads one file into different models, with other
-    embeddings ("ViT-B-32", "ViT-B-32-quickgelu"). A tokeniser of the model hub counts by its name.
+    folder's own tokeniser: open_clip reads one file into different models, with other embeddings
+    ("ViT-B-32", "ViT-B-32-quickgelu").
 
     Args:
         weights: "open_clip:...", as this module describes. Published weights that are not there are
@@ -105,22 +103,12 @@ class OpenCLIPFiles:
             )
         _load_weights(open_clip, model, found)
         model = model.eval().requires_grad_(False)
-        if getattr(tokenizer, "vocab_size", 0) > model.vocab_size:
-            raise ValueError(
-                f"{found.title}: the tokeniser knows {tokenizer.vocab_size} tokens, the model "
-                f"{model.vocab_size}"
-            )
-
-        def tokenize(texts: Sequence[str]) -> Tensor:
-            tokens: Tensor = tokenizer(list(texts))
-            return tokens
-
         return LoadedCLIP(
             model=model,
-            tokenize=tokenize,
+            tokenize=tokenizer,
             embed_dim=int(found.config["embed_dim"]),
             logit_scale=model.logit_scale.detach().float().exp().item(),
-            input_size=_side(model.visual.image_size, found.title),
+            input_size=_side(model.visual.image_size),
             context_length=int(tokenizer.context_length),
             pixel_mean=found.mean,
             pixel_std=found.std,
@@ -142,7 +130,7 @@ def known_open_clip_digest(weights: str, download_root: str | None = None) -> st
 
 
 def open_clip_token_counter(weights: str, download_root: str | None = None) -> TokenCounter:
-    """The tokeniser of a model; downloads no weights, but a tokeniser may come from the model hub.
+    """The tokeniser of a model, without weights; it may come from the model hub.
 
     Raises:
         FileNotFoundError: there is no such model, or its tokeniser cannot be made.
@@ -225,16 +213,14 @@ def _find_folder(folder: Path) -> _Weights:
         std = _colour(pixels.get("std") or open_clip.OPENAI_DATASET_STD)
     except FileNotFoundError as error:
         if path.exists():
-            raise  # open_clip is not installed
+            raise  # the package is not installed
         raise FileNotFoundError(f"{_KEY}: the folder {str(folder)!r} has no {_CONFIG}") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} is no config of an open_clip model ({type(error).__name__}: {error})"
         ) from error
     title = f"{OPEN_CLIP_PREFIX}{folder.resolve().name}"
-    return _Weights(
-        title, f"{_LOCAL}{folder}", config, mean, std, _weights_in(folder), published={}
-    )
+    return _Weights(title, f"{_LOCAL}{folder}", config, mean, std, _weights_in(folder), {})
 
 
 def _weights_in(folder: Path) -> Path:
@@ -275,11 +261,8 @@ def _colour(values: Sequence[float]) -> _Colour:
     return red, green, blue
 
 
-def _side(size: int | Sequence[int], title: str) -> int:
-    sides = {int(each) for each in (size if isinstance(size, Sequence) else [size])}
-    if len(sides) != 1:
-        raise ValueError(f"{title}: takes pictures of {size} px; only square ones are cut out")
-    return sides.pop()
+def _side(size: int | Sequence[int]) -> int:
+    return size if isinstance(size, int) else int(size[0])
 
 
 # --- Files ----------------------------------------------------------------------------------------
@@ -322,14 +305,14 @@ def _cached(published: Mapping[str, Any], download_root: str | None) -> Path | N
     for name in names if repository else ():
         path = try_to_load_from_cache(repository, name, cache_dir=download_root or None)
         if isinstance(path, str):
-            return _checked(Path(path))
+            return Path(path)
     return None
 
 
 def _download(found: _Weights, download_root: str | None) -> Path:
     open_clip, (repository, _) = _import_open_clip(), _hub_names(found.published)
     try:
-        path = open_clip.download_pretrained(found.published, cache_dir=download_root or None)
+        return Path(open_clip.download_pretrained(found.published, cache_dir=download_root or None))
     # the hub's client raises its HTTP library's errors, which are no OSErrors
     except Exception as error:
         raise FileNotFoundError(
@@ -337,15 +320,6 @@ def _download(found: _Weights, download_root: str | None) -> Path:
             f"downloaded ({error}); get them from https://huggingface.co/{repository}, and set "
             f"{_KEY} to {OPEN_CLIP_PREFIX}{found.model}:FILE"
         ) from error
-    return _checked(Path(path))
-
-
-def _checked(path: Path) -> Path:
-    """Compare a file of the hub's cache with its hash, which is the name of what it links to."""
-    name = path.resolve().name
-    if re.fullmatch("[0-9a-f]{64}", name):
-        check_hash(path, name)
-    return path
 
 
 def _load_weights(open_clip: ModuleType, model: Any, found: _Weights) -> None:
@@ -360,13 +334,7 @@ def _load_weights(open_clip: ModuleType, model: Any, found: _Weights) -> None:
                 f"without {OPEN_CLIP_PREFIX!r}"
             )
         # open_clip reads a file again without this guard where reading it raises a TypeError
-        content = read_torch_file(path)
-        content = content.get("state_dict", content) if isinstance(content, dict) else content
-        if not isinstance(content, dict) or not content:
-            raise ValueError(f"{path}: expected a state dict, found a {type(content).__name__}")
-        if others := [key for key, each in content.items() if not isinstance(each, Tensor)]:
-            raise ValueError(f"{path}: expected tensors alone, but {others[0]!r} is none")
-        del content
+        read_torch_file(path)
     with _quiet_root_logger(), _as_value_error(f"{path} does not fit {found.title}"):
         open_clip.load_checkpoint(model, str(path), strict=True, weights_only=True)
 
@@ -407,17 +375,17 @@ def _import_open_clip() -> ModuleType:
 def _quiet_root_logger() -> Iterator[None]:
     """Keep open_clip, which logs to the root logger, from configuring it and from being heard."""
     root, quiet = logging.getLogger(), logging.NullHandler()
+
+    def is_error(record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.ERROR
+
     root.addHandler(quiet)  # with a handler there, logging.info() adds none
-    root.addFilter(_is_error)
+    root.addFilter(is_error)
     try:
         yield
     finally:
-        root.removeFilter(_is_error)
+        root.removeFilter(is_error)
         root.removeHandler(quiet)
-
-
-def _is_error(record: logging.LogRecord) -> bool:
-    return record.levelno >= logging.ERROR
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from iopath.common.file_io import file_lock
@@ -33,8 +33,6 @@ __all__ = [
     "OPENAI_MODELS",
     "OPENAI_TOKENS",
     "OpenAIFiles",
-    "OpenAIModel",
-    "count_tokens",
     "import_clip",
     "known_openai_digest",
 ]
@@ -45,35 +43,18 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-class OpenAIModel(NamedTuple):
-    """Size of a released model: D, and the side of its square input in px."""
-
-    embed_dim: int
-    input_size: int
-
-
-# What ``clip.available_models()`` lists.
 OPENAI_MODELS = {
-    "RN50": OpenAIModel(1024, 224),
-    "RN101": OpenAIModel(512, 224),
-    "RN50x4": OpenAIModel(640, 288),
-    "RN50x16": OpenAIModel(768, 384),
-    "RN50x64": OpenAIModel(1024, 448),
-    "ViT-B/32": OpenAIModel(512, 224),
-    "ViT-B/16": OpenAIModel(512, 224),
-    "ViT-L/14": OpenAIModel(768, 224),
-    "ViT-L/14@336px": OpenAIModel(768, 336),
+    "RN50": 1024,
+    "RN101": 512,
+    "RN50x4": 640,
+    "RN50x16": 768,
+    "RN50x64": 1024,
+    "ViT-B/32": 512,
+    "ViT-B/16": 512,
+    "ViT-L/14": 768,
+    "ViT-L/14@336px": 768,
 }
-
-# Entries of OpenAI's state dict from which `clip.model.build_model` reads the shape of the model.
-_CLIP_ENTRIES = (
-    "visual.conv1.weight",
-    "text_projection",
-    "positional_embedding",
-    "token_embedding.weight",
-    "ln_final.weight",
-    "logit_scale",
-)
+"""D of what ``clip.available_models()`` lists."""
 
 
 class OpenAIFiles:
@@ -97,17 +78,13 @@ class OpenAIFiles:
     @property
     def embed_dim(self) -> int | None:
         """D of a released model, None of a file."""
-        named = None if os.path.isfile(self.weights) else OPENAI_MODELS.get(self.weights)
-        return None if named is None else named.embed_dim
+        return None if os.path.isfile(self.weights) else OPENAI_MODELS.get(self.weights)
 
     def load(self, device: torch.device, half: bool) -> LoadedCLIP:
         """Load it, see `CLIPFiles.load`."""
         path = _find_weights(self.weights, self._download_root)
         clip = import_clip()
-        state_dict = _read_state_dict(path)
-        vocabulary = len(clip.clip._tokenizer.encoder)
-        _check_state_dict(path, state_dict, vocabulary)
-        model: Any = _build(clip, path, state_dict)
+        model: Any = _build(clip, path)
         model = model.float().to(device).eval().requires_grad_(False)
         _fold_batch_norms(model.visual)
         if half:
@@ -123,17 +100,13 @@ class OpenAIFiles:
             model=model,
             tokenize=tokenize,
             embed_dim=int(model.text_projection.shape[1]),
-            logit_scale=_scale(model.logit_scale),
+            logit_scale=float(model.logit_scale.exp()),
             input_size=int(model.visual.input_resolution),
             context_length=int(model.context_length),
             pixel_mean=CLIP_MEAN,
             pixel_std=CLIP_STD,
             dtype=model.dtype,
         )
-
-
-def _scale(logarithm: Tensor) -> float:
-    return float(logarithm.detach().float().exp())
 
 
 def known_openai_digest(weights: str) -> str | None:
@@ -143,13 +116,12 @@ def known_openai_digest(weights: str) -> str | None:
     return None
 
 
-def count_tokens(texts: Sequence[str]) -> list[int]:
-    """How many tokens CLIP makes of each text, start and end included; needs no weights."""
+def _count_tokens(texts: Sequence[str]) -> list[int]:
     tokens = import_clip().tokenize(list(texts), context_length=LONGEST_TEXT, truncate=True)
     return [int(end) + 1 for end in tokens.argmax(dim=1)]  # the end has the highest number of all
 
 
-OPENAI_TOKENS = TokenCounter(count_tokens, context_length=77)
+OPENAI_TOKENS = TokenCounter(_count_tokens, context_length=77)
 """The tokeniser of all of OpenAI's models."""
 
 
@@ -219,26 +191,17 @@ def _read_state_dict(path: Path) -> dict[str, Tensor]:
     return dict(loaded)
 
 
-def _check_state_dict(path: Path, state_dict: dict[str, Tensor], vocabulary: int) -> None:
-    missing = [key for key in _CLIP_ENTRIES if not isinstance(state_dict.get(key), Tensor)]
-    if missing:
-        raise ValueError(
-            f"{path} is not a CLIP in OpenAI's format: it has no {', '.join(missing)}; it has "
-            f"{', '.join(list(map(str, state_dict))[:5])}{', ...' if len(state_dict) > 5 else ''}"
-        )
-    rows = len(state_dict["token_embedding.weight"])
-    if rows != vocabulary:
-        raise ValueError(
-            f"{path}: token_embedding.weight has {rows} rows, CLIP's tokeniser knows {vocabulary} "
-            f"tokens"
-        )
-
-
-def _build(clip: ModuleType, path: Path, state_dict: dict[str, Tensor]) -> nn.Module:
+def _build(clip: ModuleType, path: Path) -> nn.Module:
+    state_dict = _read_state_dict(path)
     try:
-        model: nn.Module = clip.model.build_model(dict(state_dict))
-    except (AssertionError, KeyError, RuntimeError, ZeroDivisionError) as error:
-        raise ValueError(f"{path} is not a CLIP in OpenAI's format: {error}") from error
+        rows, known = len(state_dict["token_embedding.weight"]), len(clip.clip._tokenizer.encoder)
+        if rows != known:
+            raise ValueError(f"it has {rows} tokens, the tokeniser {known}")
+        model: nn.Module = clip.model.build_model(state_dict)
+    except (AssertionError, LookupError, RuntimeError, ValueError, ZeroDivisionError) as error:
+        raise ValueError(
+            f"{path} is not a CLIP in OpenAI's format: {type(error).__name__}: {error}"
+        ) from error
     return model
 
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -39,6 +40,8 @@ __all__ = [
     "keys_sha256",
     "sorted_texts",
 ]
+
+logger = logging.getLogger(__name__)
 
 MANIFEST, _PROGRESS = "manifest.json", "progress.json"
 _IDS, _REGIONS, _KEYS, _TEXTS = "annotation_ids.npy", "regions.npy", "text_keys.npy", "texts.npy"
@@ -115,13 +118,22 @@ def _text_key(text: str) -> tuple[int, int]:
 class RegionCacheWriter:
     """Writes a cache, from the beginning or from where an interrupted run has got to.
 
-    Rows reach the disk before ``progress.json`` counts them, and that file is replaced as a whole,
-    so that after a kill at any moment the rows that it counts are there. The manifest comes last.
+    Rows reach the disk before ``progress.json`` counts them; the manifest comes last.
+
+    Args:
+        folder: made if missing.
+        contents: what the cache will hold.
+        annotation_ids: (B,), each once.
+        text_keys: (T, 2), of :func:`sorted_texts`.
+        overwrite: begin anew, whatever the folder holds.
 
     Attributes:
         boxes_done: rows of regions that are written.
         texts_done: rows of texts that are written.
         complete: whether the folder holds the whole cache already.
+
+    Raises:
+        ValueError: an annotation id occurs twice, or the folder holds something else.
     """
 
     def __init__(
@@ -133,18 +145,6 @@ class RegionCacheWriter:
         *,
         overwrite: bool = False,
     ) -> None:
-        """Open a folder.
-
-        Args:
-            folder: made if missing.
-            contents: what the cache will hold.
-            annotation_ids: (B,), each once.
-            text_keys: (T, 2), of :func:`sorted_texts`.
-            overwrite: begin anew, whatever the folder holds.
-
-        Raises:
-            ValueError: an annotation id occurs twice, or the folder holds something else.
-        """
         ids, counts = np.unique(annotation_ids, return_counts=True)
         if (counts > 1).any():
             raise ValueError(
@@ -161,8 +161,7 @@ class RegionCacheWriter:
         if self.complete:
             self.boxes_done, self.texts_done = contents.num_boxes, contents.num_texts
             return
-        progress = self._found(_PROGRESS)
-        if progress is None:
+        if (progress := self._found(_PROGRESS)) is None:
             self._begin(annotation_ids, text_keys)
         else:
             self.boxes_done, self.texts_done = progress["boxes_done"], progress["texts_done"]
@@ -183,22 +182,12 @@ class RegionCacheWriter:
 
     def finish(self) -> None:
         """Declare the cache complete."""
-        done = (self.boxes_done, self.texts_done)
-        expected = (self.contents.num_boxes, self.contents.num_texts)
-        if done != expected:
-            raise ValueError(
-                f"{self.folder}: {done} boxes and texts are written, expected {expected}"
-            )
         write_json_atomically(self.folder / MANIFEST, self.contents.as_json())
         (self.folder / _PROGRESS).unlink(missing_ok=True)
         self.complete = True
 
     def _found(self, name: str) -> dict[str, Any] | None:
-        """The state that a file describes, None without the file.
-
-        Raises:
-            ValueError: it is that of other contents.
-        """
+        """The state that a file describes, None without the file."""
         path = self.folder / name
         if not path.exists():
             return None
@@ -235,15 +224,14 @@ class RegionCacheWriter:
                 np.lib.format.open_memmap(making, mode="w+", dtype=np.float16, shape=shape).flush()
         self._save_progress()
 
-    def _reopen(self, name: str) -> npt.NDArray[np.float16]:
+    def _reopen(self, name: str) -> Any:
         path = self.folder / name
         try:
-            rows: npt.NDArray[np.float16] = np.load(path, mmap_mode="r+", allow_pickle=False)
+            return np.load(path, mmap_mode="r+", allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
             raise ValueError(
                 f"{path} cannot be read ({error}); replace the cache with --overwrite"
             ) from error
-        return rows
 
     @staticmethod
     def _write(target: npt.NDArray[np.float16], start: int, rows: FloatRows) -> None:
@@ -263,17 +251,14 @@ class RegionCache:
     """A complete cache, opened for reading.
 
     Attributes:
-        folder: where it lies.
         contents: its manifest.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or the cache in it is not complete.
+        ValueError: a file is broken, or not what the manifest says.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        """Open a cache; the large files are mapped, not read.
-
-        Raises:
-            FileNotFoundError: there is no such folder, or the cache in it is not complete.
-            ValueError: a file is broken, or not what the manifest says.
-        """
         self.folder = Path(folder)
         self.contents = found = self._read_manifest()
         self._ids = np.array(self._load(_IDS, np.int64, (found.num_boxes,)))
@@ -283,36 +268,29 @@ class RegionCache:
         self._id_order = self._ids.argsort()
         self._sorted_ids = self._ids[self._id_order]
 
-    def __repr__(self) -> str:
-        return f"RegionCache({str(self.folder)!r})"
-
-    def check_source(
-        self, *, weights: str, weights_sha256: str | None, embed_dim: int
-    ) -> list[str]:
+    def check_source(self, *, weights: str, weights_sha256: str | None, embed_dim: int) -> None:
         """Refuse a cache of another CLIP than a config names.
 
         Args:
             weights: MODEL.TEACHER.WEIGHTS.
-            weights_sha256: of that file, hex; None if it is not at hand.
+            weights_sha256: of that file, hex; None, with a warning, if it is not at hand.
             embed_dim: MODEL.TEXT_CLASSIFIER.EMBED_DIM.
-
-        Returns:
-            What could not be compared, one text each.
 
         Raises:
             ValueError: names the file, both sides, and the command that makes the cache anew.
         """
         found = self.contents
         self._expect("embed_dim", found.embed_dim, embed_dim, "MODEL.TEXT_CLASSIFIER.EMBED_DIM")
+        key = f"MODEL.TEACHER.WEIGHTS {weights!r}"
         if weights_sha256 is None:
-            return [f"MODEL.TEACHER.WEIGHTS {weights!r} is not at hand"]
-        key = f"MODEL.TEACHER.WEIGHTS {weights!r}; the cache is of {found.clip!r}"
-        self._expect("weights_sha256", found.weights_sha256, weights_sha256, key)
-        return []
+            logger.warning("%s is used unchecked: %s is not at hand", self.folder, key)
+        else:
+            key += f"; the cache is of {found.clip!r}"
+            self._expect("weights_sha256", found.weights_sha256, weights_sha256, key)
 
     def check_regions(
         self, *, crop_scale: float, pixel_statistics: str, annotation_files: Mapping[str, str]
-    ) -> list[str]:
+    ) -> None:
         """Refuse a cache of other regions, or of another look at them, than a config names.
 
         Args:
@@ -320,64 +298,42 @@ class RegionCache:
             pixel_statistics: MODEL.TEACHER.PIXEL_STATISTICS.
             annotation_files: name of each training dataset -> path of its annotations.
 
-        Returns:
-            What could not be compared, one text each.
-
         Raises:
             ValueError: names the file, both sides, and the command that makes the cache anew.
         """
-        found, unknown = self.contents, []
+        found = self.contents
         self._expect("crop_scale", found.crop_scale, crop_scale, "MODEL.IKD.CROP_SCALE")
         key = "MODEL.TEACHER.PIXEL_STATISTICS"
         self._expect("pixel_statistics", found.pixel_statistics, pixel_statistics, key)
         for name, path in annotation_files.items():
-            if not os.path.isfile(path):
-                unknown.append(f"the annotations {path} of {name} are not at hand")
-            elif (digest := file_hash(path)) not in found.annotations_sha256:
+            if not os.path.isfile(path):  # evaluation does without
+                continue
+            if (digest := file_hash(path)) not in found.annotations_sha256:
                 known = dict(zip(found.datasets, found.annotations_sha256, strict=True))
                 key = f"{path}, DATASETS.TRAIN {name!r}"
                 self._expect("annotations_sha256", known, digest, key)
-        return unknown
 
     def regions(self, annotation_ids: npt.NDArray[np.int64], *, flipped: bool) -> FloatRows:
-        """Embeddings of the annotated regions of an image.
-
-        Args:
-            annotation_ids: (M,).
-            flipped: whether the image is mirrored.
-
-        Returns:
-            (M, D) float32, L2-normalised.
+        """Embeddings of M regions of an image, or of its mirror image -> (M, D), L2-normalised.
 
         Raises:
-            ValueError: an id is not in the cache, its image could not be read when it was made, or
-                its row is not finite.
+            ValueError: an id is not in the cache, or its image could not be read when it was made.
         """
-        if len(annotation_ids) == 0:
-            return np.zeros((0, self.contents.embed_dim), np.float32)
         places = self._sorted_ids.searchsorted(annotation_ids).clip(max=len(self._ids) - 1)
         absent = self._sorted_ids[places] != annotation_ids
         rows = _normalised(self._regions[self._id_order[places], int(flipped)])
-        absent |= ~_are_embeddings(rows)
+        absent |= ~(np.isfinite(rows).all(axis=1) & rows.any(axis=1))
         if absent.any():
             named = annotation_ids[absent][:_MAX_NAMED].tolist()
             raise self._broken(_REGIONS, f"no embeddings of the annotations {named}")
         return rows
 
     def texts(self, texts: Sequence[str]) -> dict[str, FloatRows]:
-        """Embeddings (D,) float32, L2-normalised, of those texts that the cache holds.
-
-        Raises:
-            ValueError: a row is zero or not finite.
-        """
+        """Embeddings (D,), L2-normalised, of those texts that the cache holds."""
         wanted, keys = sorted_texts(texts)
-        if len(self._keys) == 0 or not wanted:
-            return {}
         places = self._keys[:, 0].searchsorted(keys[:, 0]).clip(max=len(self._keys) - 1)
         present = (self._keys[places] == keys).all(axis=1)
         rows = _normalised(self._texts[places[present]])
-        if not _are_embeddings(rows).all():
-            raise self._broken(_TEXTS, "some rows are zero or not finite")
         return dict(zip(np.array(wanted, dtype=object)[present].tolist(), rows, strict=True))
 
     def _read_manifest(self) -> CacheContents:
@@ -406,9 +362,7 @@ class RegionCache:
             raise self._broken(name, f"cannot be read ({error})") from error
         if array.dtype != dtype or array.shape != shape:
             raise self._broken(
-                name,
-                f"found {array.dtype} of shape {array.shape}, expected {np.dtype(dtype)} of shape "
-                f"{shape}",
+                name, f"found {array.dtype} {array.shape}, expected {np.dtype(dtype)} {shape}"
             )
         return array
 
@@ -428,11 +382,6 @@ class RegionCache:
             "python tools/cache_teacher.py --config-file <YAML of the training> "
             f"[its KEY VALUE pairs] --output {self.folder}"
         )
-
-
-def _are_embeddings(rows: FloatRows) -> npt.NDArray[np.bool_]:
-    """(n,) whether the rows are finite and not zero."""
-    return np.asarray(np.isfinite(rows).all(axis=1) & rows.any(axis=1))
 
 
 def _normalised(rows: npt.NDArray[np.float16]) -> FloatRows:

@@ -5,7 +5,6 @@ import hashlib
 import logging
 import os
 import sqlite3
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -16,12 +15,9 @@ __all__ = ["TextCache", "Vector"]
 
 logger = logging.getLogger(__name__)
 
-# Seconds to wait while another process writes to the text cache. [ours]
-_CACHE_TIMEOUT = 30.0
-# Texts looked up in one SQL statement; SQLite before 3.32 allows 999 parameters.
-_CACHE_LOOKUP = 900
-# Bytes of a page of a new file. SQLite's own 4,096 hold one row of 512 numbers and stay half empty.
-_PAGE_SIZE = 16384
+_TIMEOUT = 30.0  # seconds to wait while another process writes. [ours]
+_TEXTS_PER_QUERY = 900  # SQLite allows 32,766 parameters, before 3.32 only 999
+_PAGE_SIZE = 16384  # bytes; of SQLite's own 4,096, one row of 512 numbers leaves half empty
 
 Vector = npt.NDArray[np.float32]
 
@@ -30,14 +26,12 @@ class TextCache:
     """Normalised text embeddings of one set of CLIP weights in an SQLite file.
 
     Rows hold the SHA-256 of the exact text, the text itself for inspection, and D float32 values
-    (little-endian, L2-normalised, in the precision of the process that wrote them first), followed
-    by a CRC-32 of both, since SQLite does not notice what happens to its pages.  A second table
-    holds the model's D and exp(logit_scale).
+    (little-endian, L2-normalised). A second table holds the model's D and exp(logit_scale).
 
-    Any number of processes may share the file.  It keeps SQLite's rollback journal, which unlike
-    the write-ahead log works on network file systems, and is opened anew for each operation, so
-    that nothing is carried through a fork.  A cache is never worth a crash: a corrupted file is set
-    aside and begun anew, one that cannot be used is passed over, each with a warning.
+    Any number of processes may share the file. It keeps SQLite's rollback journal, which unlike the
+    write-ahead log works on network file systems, and is opened anew for each operation, so that
+    nothing is carried through a fork. A corrupted file is set aside and begun anew, one that cannot
+    be used is passed over, each with a warning.
 
     Args:
         path: the file; it and its folder are created by the first write.
@@ -52,13 +46,10 @@ class TextCache:
         """(D, exp(logit_scale)) of the model, or None when nothing is stored yet."""
         if self._properties is None and self.path.exists():
             with self._guard(), self._connect() as connection:
-                # The other process may not have got further than creating the file.
-                query = "SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'model'"
-                if connection.execute(query).fetchone() is not None:
+                # Another process may not have got further than creating the file.
+                if connection.execute("SELECT 1 FROM sqlite_master").fetchone() is not None:
                     query = "SELECT embed_dim, logit_scale FROM model"
                     embed_dim, logit_scale = connection.execute(query).fetchone()
-                    if not (int(embed_dim) > 0 and 0 < float(logit_scale) < np.inf):
-                        raise ValueError(f"a model of D = {embed_dim}, scale {logit_scale}")
                     self._properties = (int(embed_dim), float(logit_scale))
         return self._properties
 
@@ -71,21 +62,25 @@ class TextCache:
         by_key = {_text_key(text): text for text in texts}
         keys = list(by_key)
         with self._guard(), self._connect() as connection:
-            for start in range(0, len(keys), _CACHE_LOOKUP):
-                part = keys[start : start + _CACHE_LOOKUP]
+            for start in range(0, len(keys), _TEXTS_PER_QUERY):
+                part = keys[start : start + _TEXTS_PER_QUERY]
                 marks = ",".join("?" * len(part))
                 query = f"SELECT key, embedding FROM texts WHERE key IN ({marks})"
                 for key, blob in connection.execute(query, part):
-                    vector = _checked_vector(key, blob, properties[0])
-                    length = np.linalg.norm(vector.astype(np.float64))
-                    if len(vector) and abs(length - 1) < 0.01:  # not NaN
+                    # bytes after the values are a checksum that earlier files have
+                    vector = np.frombuffer(blob[: 4 * properties[0]], "<f4").astype(np.float32)
+                    if len(vector) == properties[0] and abs(np.linalg.norm(vector) - 1) < 0.01:
                         found[by_key[key]] = vector
         return found
 
     def write(self, embeddings: dict[str, Vector], embed_dim: int, logit_scale: float) -> None:
         """Store embeddings; texts that are there already are replaced."""
         rows = [
-            (key := _text_key(text), _encodable(text), _with_checksum(key, vector))
+            (
+                _text_key(text),
+                text.encode("utf-8", "replace").decode("utf-8"),
+                vector.astype("<f4").tobytes(),
+            )
             for text, vector in embeddings.items()
         ]
         with self._guard():
@@ -107,15 +102,12 @@ class TextCache:
 
     @contextlib.contextmanager
     def _connect(self) -> Iterator[sqlite3.Connection]:
-        connection = sqlite3.connect(self.path, timeout=_CACHE_TIMEOUT, isolation_level=None)
-        try:
+        connection = sqlite3.connect(self.path, timeout=_TIMEOUT, isolation_level=None)
+        with contextlib.closing(connection):
             # Without waiting for the disk: what a power cut may corrupt can be computed again.
             connection.execute("PRAGMA synchronous = OFF")
-            # Of a file that is still empty; any other keeps its own.
-            connection.execute(f"PRAGMA page_size = {_PAGE_SIZE}")
+            connection.execute(f"PRAGMA page_size = {_PAGE_SIZE}")  # of a file that is still empty
             yield connection
-        finally:
-            connection.close()
 
     @contextlib.contextmanager
     def _guard(self) -> Iterator[None]:
@@ -137,25 +129,5 @@ class TextCache:
                 self.path.with_name(f"{self.path.name}-journal").unlink(missing_ok=True)
 
 
-def _with_checksum(key: str, vector: Vector) -> bytes:
-    """What is stored of an embedding."""
-    values = vector.astype("<f4").tobytes()
-    return values + zlib.crc32(key.encode() + values).to_bytes(4, "little")
-
-
-def _checked_vector(key: str, blob: bytes, embed_dim: int) -> Vector:
-    """The embedding (D,) in `blob`; empty if it is of another size or not as it was written."""
-    values = blob[: 4 * embed_dim]
-    checksum = zlib.crc32(key.encode() + values).to_bytes(4, "little")
-    # Rows of before there were checksums have none.
-    if len(values) < 4 * embed_dim or blob[4 * embed_dim :] not in (b"", checksum):
-        return np.zeros(0, np.float32)
-    return np.frombuffer(values, dtype="<f4").astype(np.float32)
-
-
 def _text_key(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def _encodable(text: str) -> str:
-    return text.encode("utf-8", "replace").decode("utf-8")

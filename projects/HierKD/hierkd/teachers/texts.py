@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import re
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -23,15 +25,13 @@ import numpy as np
 import numpy.typing as npt
 import safetensors
 import safetensors.numpy
-import torch
 from torch import Tensor
 
-from hierkd.files import file_hash, replacing
+from hierkd.files import file_hash, read_torch_file, replacing
 
 __all__ = [
     "PROMPT_ENSEMBLE",
     "TextEmbeddings",
-    "as_clip_reads",
     "check_known_order",
     "check_names",
     "check_provenance",
@@ -44,9 +44,10 @@ __all__ = [
     "read_embedding_array",
     "read_templates",
     "read_text_lines",
-    "repeated_names",
     "save_text_embeddings",
 ]
+
+logger = logging.getLogger(__name__)
 
 # Plain phrasings whose embeddings are averaged. [ours; averaging is what CLIP's authors do]
 PROMPT_ENSEMBLE = (
@@ -68,7 +69,8 @@ _TIE_COSINE = 1e-4
 _FORMAT = 2
 _SUFFIX = ".safetensors"
 _MAX_NAMED = 5  # offenders that a message names before it only counts them
-_MAX_SHOWN = 100  # characters of something that is no name
+# Characters. A longer name is a list that was not taken apart: CLIP reads some 300. [ours]
+_MAX_NAME_LENGTH = 500
 _UNIT_TOLERANCE = 1e-3
 _ROUNDING = 1e-6
 
@@ -147,32 +149,28 @@ def make_text_embeddings(
     Args:
         names: K class names.
         rows: (K, D) floating point, normalised or not.
-        background: (D,) or (1, D) embedding of the background prompt.
+        background: (D,) embedding of the background prompt.
         rows_from: what errors call the rows, usually a path.
         names_from: what errors call the names.
         **provenance: other attributes of `TextEmbeddings`.
 
     Raises:
-        ValueError: see `check_rows`; or `background` is not one embedding of the same size.
+        ValueError: see `check_names` and `check_rows`.
     """
     check_names(names, names_from)
     check_rows(rows, names, rows_from=rows_from, names_from=names_from)
-    one = None
     if background is not None:
-        one = background.reshape(1, -1) if background.ndim == 1 else background
-        label = ["the background"]
-        check_rows(one, label, rows_from="background", names_from="the background prompt")
-        if one.shape[1] != rows.shape[1]:
-            raise ValueError(
-                f"the background's embedding has size {one.shape[1]}, those of {rows_from} "
-                f"{rows.shape[1]}"
-            )
-        one = _normalised(one)[0]
+        background = np.atleast_2d(background)
+        check_rows(
+            background,
+            ["the background"],
+            rows_from="the background's embedding",
+            names_from="the background prompt",
+            embed_dim=rows.shape[1],
+        )
+        background = _normalised(background)[0]
     return TextEmbeddings(
-        names=tuple(names),
-        embeddings=_normalised(rows),
-        background_embedding=one,
-        **provenance,
+        tuple(names), _normalised(rows), background_embedding=background, **provenance
     )
 
 
@@ -186,35 +184,42 @@ def check_names(names: Sequence[str], names_from: str) -> None:
     Raises:
         ValueError: there are none; one is not a text, is blank or invisible, holds a control
             character or half a character, or is longer than a name can be; or two are the same to
-            CLIP (:func:`as_clip_reads`), which would share the probability of one class. Positions,
-            or names, are named.
+            CLIP, which would share the probability of one class.
     """
-    if isinstance(names, str):
-        raise ValueError(f"{names_from}: expected a list of names, found the text {_shown(names)}")
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{names_from}: expected a list of names, found {str(names)[:100]!r}")
     if not names:
         raise ValueError(f"{names_from}: no names, the list is empty")
-    for found, is_wrong in _WRONG_NAMES:
-        wrong = [index for index, name in enumerate(names) if is_wrong(name)]
-        if wrong:
-            positions = ", ".join(map(str, wrong[:_MAX_NAMED]))
+    for found, wrong in (
+        (
+            "blank names",
+            [not any(each.isprintable() and not each.isspace() for each in name) for name in names],
+        ),
+        (
+            "names with line breaks, control characters or halves of characters",
+            [any(unicodedata.category(each) in ("Cc", "Cs") for each in name) for name in names],
+        ),
+        (
+            f"names of more than {_MAX_NAME_LENGTH} characters",
+            [len(name) > _MAX_NAME_LENGTH for name in names],
+        ),
+    ):
+        if any(wrong):
+            positions = np.flatnonzero(wrong)[:_MAX_NAMED].tolist()
+            first = names[positions[0]][:100]
             raise ValueError(
-                f"{names_from}: {found} at positions {positions}: {_shown(names[wrong[0]])}"
+                f"{names_from}: {found} at positions {', '.join(map(str, positions))}: {first!r}"
             )
-    pairs = repeated_names(names)
-    if repeated := list(dict.fromkeys(first for first, second in pairs if first == second)):
+    if repeated := [name for name, count in Counter(names).items() if count > 1]:
         raise ValueError(f"{names_from}: repeats {_some(repeated)}; each name must occur once")
-    if pairs:
-        first, second = pairs[0]
-        more = f"; so are {len(pairs) - 1} more pairs" if len(pairs) > 1 else ""
-        raise ValueError(
-            f"{names_from}: {first!r} and {second!r} are one name to CLIP, which reads neither "
-            f"capitals, surplus blanks nor ways to write an accent; keep one{more}"
-        )
-
-
-def as_clip_reads(name: str) -> str:
-    """A name as OpenAI's CLIP reads it: NFC, lower case, and one blank for white space."""
-    return " ".join(unicodedata.normalize("NFC", name).lower().split())
+    first_of: dict[str, str] = {}
+    for name in names:
+        read = " ".join(unicodedata.normalize("NFC", name).lower().split())
+        if (other := first_of.setdefault(read, name)) != name:
+            raise ValueError(
+                f"{names_from}: {other!r} and {name!r} are one name to CLIP, which reads neither "
+                "capitals, surplus blanks nor ways to write an accent; keep one"
+            )
 
 
 @lru_cache(maxsize=2**16)
@@ -229,40 +234,6 @@ def comparable_name(name: str) -> str:
     return plain[:-1] if is_plural else plain
 
 
-def repeated_names(names: Sequence[str]) -> list[tuple[str, str]]:
-    """Pairs of names that CLIP cannot tell apart: one, and another that comes later."""
-    first: dict[str, str] = {}
-    pairs = []
-    for name in names:
-        read = as_clip_reads(name)
-        if read in first:
-            pairs.append((first[read], name))
-        first.setdefault(read, name)
-    return pairs
-
-
-def _is_blank(name: str) -> bool:
-    """Whether nothing of the name can be seen: white space, zero-width characters, ..."""
-    return not any(character.isprintable() and not character.isspace() for character in name)
-
-
-# What a name can be instead of a name. A longer one than this is a list that was not taken apart:
-# CLIP reads some 300 characters. [ours]
-_MAX_NAME_LENGTH = 500
-_WRONG_NAMES: tuple[tuple[str, Callable[[Any], bool]], ...] = (
-    ("names that are no texts", lambda name: not isinstance(name, str)),
-    ("blank names", _is_blank),
-    (
-        "names with line breaks, control characters or halves of characters",
-        lambda name: any(unicodedata.category(each) in ("Cc", "Cs") for each in name),
-    ),
-    (
-        f"names of more than {_MAX_NAME_LENGTH} characters",
-        lambda name: len(name) > _MAX_NAME_LENGTH,
-    ),
-)
-
-
 def check_rows(
     rows: npt.NDArray[Any],
     names: Sequence[str],
@@ -273,12 +244,8 @@ def check_rows(
 ) -> None:
     """Raise ValueError unless `rows` can be the embeddings of `names`.
 
-    Args:
-        rows: (K, D) expected: floating point, every row finite and not zero.
-        names: K of them.
-        rows_from: what errors call the rows.
-        names_from: what errors call the names.
-        embed_dim: D, if known.
+    They must be floating point numbers (K, D), every row finite and not zero. Errors call the rows
+    `rows_from`, the names `names_from`.
     """
     if rows.ndim != 2 or rows.dtype.kind != "f":
         raise ValueError(
@@ -293,12 +260,13 @@ def check_rows(
         )
     if embed_dim is not None and size != embed_dim:
         raise ValueError(f"{rows_from}: embeddings of size {size}, expected {embed_dim}")
-    finite = np.isfinite(rows).all(axis=1)
-    if not finite.all():
-        raise ValueError(f"{rows_from}: not finite: {_some_rows(~finite, names)}")
-    zero = np.linalg.norm(rows.astype(np.float64), axis=1) == 0
-    if zero.any():
-        raise ValueError(f"{rows_from}: all zero: {_some_rows(zero, names)}")
+    for what, wrong in (
+        ("not finite", ~np.isfinite(rows).all(axis=1)),
+        ("all zero", ~rows.any(axis=1)),
+    ):
+        if wrong.any():
+            found = [name for name, is_wrong in zip(names, wrong, strict=True) if is_wrong]
+            raise ValueError(f"{rows_from}: {what}: the rows of {_some(found)}")
 
 
 def check_known_order(
@@ -306,8 +274,7 @@ def check_known_order(
 ) -> None:
     """Raise ValueError if the names are those of a known list, but in another order.
 
-    Arrays of a dataset's class embeddings come in the order of the category ids, so names in
-    another order (most often: the alphabet's) are very likely not those of the rows.
+    Arrays of a dataset's class embeddings come in the order of the category ids.
 
     Args:
         names: as given for an array.
@@ -316,9 +283,7 @@ def check_known_order(
     """
     for title, order in known.items():
         if len(names) == len(order) and set(names) == set(order) and tuple(names) != tuple(order):
-            row = next(
-                i for i, pair in enumerate(zip(names, order, strict=True)) if len({*pair}) > 1
-            )
+            row = next(i for i, name in enumerate(order) if names[i] != name)
             raise ValueError(
                 f"{names_from}: the names of {title}, but not in the order of the category ids, "
                 f"in which such arrays come: row {row} is {names[row]!r} instead of "
@@ -330,7 +295,7 @@ def check_known_order(
 def check_same_rows(
     stored: TextEmbeddings, rows: Sequence[int], expected: npt.NDArray[np.float32]
 ) -> None:
-    """Raise ValueError if rows are not what CLIP itself gives for their names.
+    """Compare rows with what CLIP itself gives for their names.
 
     Args:
         stored: the embeddings in question.
@@ -425,8 +390,6 @@ def load_text_embeddings(path: str | os.PathLike[str]) -> TextEmbeddings:
             f"MODEL.TEXT_CLASSIFIER.EMBEDDINGS: no file {path!r} (looked from {os.getcwd()!r}); "
             f"{make}"
         )
-    if Path(path).suffix == ".npz":
-        raise ValueError(f"{path}: text embeddings are {_SUFFIX} files now, no .npz; {make}")
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no dict)
@@ -436,52 +399,39 @@ def load_text_embeddings(path: str | os.PathLike[str]) -> TextEmbeddings:
             raise ValueError(f"format {version}, this package reads {_FORMAT}")
         about |= {"names": tuple(json.loads(header["names"])), "path": path}
         stored = TextEmbeddings(**arrays, **about | {"templates": tuple(about["templates"])})
-        _check_provenance_types(stored)
     # safetensors raises an error of its own; a file of others lacks keys or has other ones
     except Exception as error:
         raise ValueError(
             f"{path} is not a file of text embeddings ({type(error).__name__}: {error}); {make}"
         ) from error
     check_names(stored.names, path)
-    vectors, labels = stored.embeddings, list(stored.names)
-    check_rows(vectors, labels, rows_from=path, names_from="its list")
-    if (background := stored.background_embedding) is not None:
-        if background.shape != vectors.shape[1:]:
+    rows, background = stored.embeddings, stored.background_embedding
+    check_rows(rows, stored.names, rows_from=path, names_from="its list")
+    if background is not None:
+        if background.shape != rows.shape[1:]:
             raise ValueError(
                 f"{path}: the background's embedding has shape {background.shape}, expected "
-                f"{vectors.shape[1:]}; {make}"
+                f"{rows.shape[1:]}; {make}"
             )
-        vectors, labels = np.vstack([vectors, background]), [*labels, "the background"]
-        check_rows(vectors, labels, rows_from=path, names_from="its list")
-    norms = np.linalg.norm(vectors, axis=1)
-    if vectors.dtype != np.float32 or abs(norms - 1).max() > _UNIT_TOLERANCE:
+        rows = np.vstack([rows, background])
+    norms = np.linalg.norm(rows, axis=1)
+    if rows.dtype != np.float32 or not (abs(norms - 1) < _UNIT_TOLERANCE).all():
         raise ValueError(f"{path}: the embeddings are not normalised float32; {make}")
     return stored
 
 
-def _check_provenance_types(stored: TextEmbeddings) -> None:
-    for field in dataclasses.fields(stored):
-        expected = {"str": str, "int": int}.get(str(field.type))
-        value = getattr(stored, field.name)
-        if expected is not None and type(value) is not expected:
-            raise TypeError(f"{field.name} must be of type {expected.__name__}, found {value!r}")
-    if not all(isinstance(template, str) for template in stored.templates):
-        raise TypeError(f"templates must be texts, found {stored.templates!r}")
-
-
 def check_provenance(
     stored: TextEmbeddings, *, weights: str, weights_sha256: str | None, templates: Sequence[str]
-) -> list[str]:
+) -> None:
     """Refuse embeddings that were made with another CLIP or other prompts than a config names.
+
+    What cannot be compared is a warning.
 
     Args:
         stored: embeddings with their provenance.
         weights: MODEL.TEACHER.WEIGHTS.
         weights_sha256: SHA-256 (hex) of these weights, None if they are not at hand.
         templates: the config's.
-
-    Returns:
-        What could not be compared, one text each.
 
     Raises:
         ValueError: names the file and both sides.
@@ -506,7 +456,8 @@ def check_provenance(
             f"MODEL.TEXT_CLASSIFIER.TEMPLATES (or TEMPLATE) says {list(templates)}: make "
             "the file anew with datasets/extract_text_embeddings.py, or set the key to its own"
         )
-    return unknown
+    if unknown:
+        logger.warning("%s is used unchecked: %s", stored.path, "; ".join(unknown))
 
 
 def read_embedding_array(path: str | os.PathLike[str]) -> tuple[npt.NDArray[Any], str]:
@@ -527,24 +478,18 @@ def read_embedding_array(path: str | os.PathLike[str]) -> tuple[npt.NDArray[Any]
     if path.suffix not in (".npy", ".pt", ".pth"):
         raise ValueError(f"{path}: expected embeddings as .npy, .pt or .pth")
     try:
-        loaded: Any = (
-            np.load(path, allow_pickle=False)
-            if path.suffix == ".npy"
-            else torch.load(path, map_location="cpu", weights_only=True)
-        )
-    # numpy and torch raise anything from EOFError to UnpicklingError
-    except Exception as error:
+        is_numpy = path.suffix == ".npy"
+        loaded: Any = np.load(path, allow_pickle=False) if is_numpy else read_torch_file(path)
+    except (OSError, ValueError, EOFError) as error:
         raise ValueError(
             f"{path} cannot be read as a plain array; a file with pickled objects is refused "
-            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+            f"({error})"
         ) from error
-    if isinstance(loaded, Tensor) and loaded.layout == torch.strided:
-        loaded = loaded.detach()
-        loaded = (loaded.float() if loaded.is_floating_point() else loaded).numpy()
+    if isinstance(loaded, Tensor):
+        loaded = loaded.detach().float().numpy()
     if not isinstance(loaded, np.ndarray):
-        keys = f" with the keys {list(loaded)[:_MAX_NAMED]}" if isinstance(loaded, Mapping) else ""
         raise ValueError(
-            f"{path}: expected one array of shape (K, D), found a {type(loaded).__name__}{keys}"
+            f"{path}: expected one array of shape (K, D), found a {type(loaded).__name__}"
         )
     return loaded, file_hash(path)
 
@@ -555,7 +500,7 @@ def read_templates(path: str | os.PathLike[str]) -> tuple[str, ...]:
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is no text or holds no template, or a line, which is named, has not exactly
-            one "{}" or repeats another.
+            one "{}".
     """
     path = Path(path)
     if not path.is_file():
@@ -567,21 +512,14 @@ def read_templates(path: str | os.PathLike[str]) -> tuple[str, ...]:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: cannot be read as text ({error})") from error
-    line_of: dict[str, int] = {}
+    templates = []
     for number, line in enumerate(lines, start=1):
-        template = line.strip()
-        if not template or template.startswith("#"):
-            continue
-        check_template(template, f"{path}, line {number}")
-        if template in line_of:
-            raise ValueError(
-                f"{path}, line {number}: repeats line {line_of[template]}, {template!r}; each "
-                "template counts once"
-            )
-        line_of[template] = number
-    if not line_of:
+        if line.strip() and not line.strip().startswith("#"):
+            check_template(line.strip(), f"{path}, line {number}")
+            templates.append(line.strip())
+    if not templates:
         raise ValueError(f"{path}: no templates; expected one a line, with {{}} for the class name")
-    return tuple(line_of)
+    return tuple(templates)
 
 
 def read_text_lines(path: str | os.PathLike[str]) -> list[str]:
@@ -618,17 +556,6 @@ def _normalised(rows: npt.NDArray[Any]) -> FloatArray:
     return normalised
 
 
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}... ({len(text)} characters)"
-
-
 def _some(names: Sequence[str]) -> str:
     more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
     return ", ".join(map(repr, names[:_MAX_NAMED])) + more
-
-
-def _some_rows(bad: npt.NDArray[np.bool_], names: Sequence[str]) -> str:
-    rows = np.flatnonzero(bad)
-    more = f" and {len(rows) - _MAX_NAMED} more" if len(rows) > _MAX_NAMED else ""
-    return ", ".join(f"row {row} ({names[row]!r})" for row in rows[:_MAX_NAMED]) + more

@@ -35,10 +35,7 @@ __all__ = ["fill_cache"]
 
 _LOGGER = logging.getLogger(__name__)
 
-# Images, each also mirrored, that are encoded and written together. [ours] On COCO about 220 crops.
-IMAGES_PER_CHUNK = 16
-# Texts that are encoded and written together. [ours]
-_TEXTS_PER_CHUNK = 1024
+_TEXTS_PER_CHUNK = 1024  # encoded and written together. [ours]
 
 DatasetDict = dict[str, Any]
 
@@ -47,9 +44,9 @@ def fill_cache(
     cfg: Any,
     folder: str | os.PathLike[str],
     *,
-    images_per_chunk: int = IMAGES_PER_CHUNK,
-    num_threads: int | None = None,
-    overwrite: bool = False,
+    images_per_chunk: int,
+    num_threads: int | None,
+    overwrite: bool,
 ) -> RegionCache:
     """Embed all boxes and captions of ``DATASETS.TRAIN``, and the prompts of all vocabularies.
 
@@ -60,7 +57,7 @@ def fill_cache(
         cfg: config of the training.
         folder: of the cache.
         images_per_chunk: images encoded together; what an interruption may cost.
-        num_threads: that read images ahead; by default one per core.
+        num_threads: that read images ahead; None: one per core.
         overwrite: begin anew whatever the folder holds.
 
     Returns:
@@ -79,7 +76,7 @@ def fill_cache(
         if record["annotations"]
     ]
     with_boxes = [record for record in records if _boxes_of(record)]
-    ids = _annotation_ids(with_boxes)
+    ids = [annotation["id"] for record in with_boxes for annotation in _boxes_of(record)]
     if not ids:
         raise ValueError(f"{', '.join(cfg.DATASETS.TRAIN)}: no boxes but crowd regions")
     texts, keys = sorted_texts(_texts(cfg, records))
@@ -149,13 +146,6 @@ def _boxes_of(record: DatasetDict) -> list[DatasetDict]:
     return [each for each in record["annotations"] if not each.get("iscrowd", 0)]
 
 
-def _annotation_ids(records: Sequence[DatasetDict]) -> list[int]:
-    ids = [annotation["id"] for record in records for annotation in _boxes_of(record)]
-    if strings := [each for each in ids if not isinstance(each, int)]:
-        raise ValueError(f"a cache needs annotations with integer ids, found {strings[0]!r}")
-    return ids
-
-
 def _encode_texts(teacher: CLIPTeacher, texts: Sequence[str], writer: RegionCacheWriter) -> None:
     with tqdm(total=len(texts), initial=writer.texts_done, desc="texts", unit="text") as progress:
         for start in range(writer.texts_done, len(texts), _TEXTS_PER_CHUNK):
@@ -222,15 +212,12 @@ def _read_ahead(
     """Images (3, H, W) in order, decoded by threads a little ahead of their use."""
     with ThreadPoolExecutor(num_threads) as pool:
         pending: deque[Future[Tensor | None]] = deque()
-        try:
-            for record in records:
-                pending.append(pool.submit(_read, record, image_format, skip_broken))
-                if len(pending) > 4 * num_threads:
-                    yield pending.popleft().result()
-            while pending:
+        for record in records:
+            pending.append(pool.submit(_read, record, image_format, skip_broken))
+            if len(pending) > 4 * num_threads:
                 yield pending.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+        while pending:
+            yield pending.popleft().result()
 
 
 def _read(record: DatasetDict, image_format: str, skip_broken: bool) -> Tensor | None:
