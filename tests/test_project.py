@@ -20,14 +20,8 @@ PACKAGE = ROOT / "projects" / "HierKD" / "hierkd"
 # `files` and `checkpoint` are modules that know none of the folders.
 BASE = {"config", "files", "checkpoint"}
 DETECTOR = BASE | {"teachers", "modeling", "data"}
-ANYTHING = DETECTOR | {
-    "load_config",
-    "inference",
-    "evaluation",
-    "reports",
-    "training",
-    "experiments",
-}
+ANYTHING = DETECTOR | {"load_config", "inference", "evaluation", "reports", "training"}
+ANYTHING |= {"experiments"}
 ALLOWED = {
     "config": set(),
     "files": set(),
@@ -89,24 +83,6 @@ def layer_violations(name: str, source: str) -> list[str]:
     return sorted(rooms - ALLOWED[room] - {room, "__version__"})
 
 
-def forbidden_constructs(source: str) -> list[str]:
-    """Return the constructs that the package does without, each with its line."""
-    found = []
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-            if node.func.id == "print":
-                found.append(f"{node.lineno}: print (log instead)")
-        elif isinstance(node, ast.Assert):
-            found.append(f"{node.lineno}: assert (raise an error that names the cause)")
-        elif isinstance(node, ast.Attribute) and ast.unparse(node) == "sys.path":
-            found.append(f"{node.lineno}: sys.path")
-        elif isinstance(node, ast.ImportFrom) and node.module == "sys":
-            found += [f"{node.lineno}: sys.path" for a in node.names if a.name == "path"]
-        elif isinstance(node, ast.ExceptHandler) and node.type is None:
-            found.append(f"{node.lineno}: bare except")
-    return found
-
-
 def functions_with_cfg(source: str) -> list[str]:
     """Return the functions that take a ``cfg`` although they do not build from one."""
     found = []
@@ -137,7 +113,9 @@ def test_imports_only_what_its_folder_may(path: Path) -> None:
 @pytest.mark.parametrize("path", SOURCES, ids=module_name)
 def test_package_has_no_forbidden_constructs(path: Path) -> None:
     assert path.name not in {"utils.py", "util.py", "misc.py", "helpers.py"}
-    assert forbidden_constructs(path.read_text()) == []
+    for node in ast.walk(ast.parse(path.read_text())):  # ruff finds print and a bare except
+        assert not isinstance(node, ast.Assert), f"{node.lineno}: raise an error with its cause"
+        assert not (isinstance(node, ast.Attribute) and ast.unparse(node) == "sys.path")
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=module_name)
@@ -157,18 +135,6 @@ def test_only_one_module_imports_a_clip(package: str) -> None:
     assert importers == {CLIP_IMPORTERS[package]}
 
 
-def test_the_checks_above_can_fail() -> None:
-    assert layer_violations("data.splits", "from hierkd.modeling import head") == ["modeling"]
-    assert layer_violations("data.coco", "import hierkd.data.splits") == []
-    assert layer_violations("modeling.head", "import hierkd.evaluation.x") == ["evaluation"]
-    assert layer_violations("data", "from hierkd import training") == ["training"]
-    assert layer_violations("training.trainer", "from hierkd import files") == []
-    source = "def f(cfg):\n try:\n  print(1); assert 0; sys.path.append(2)\n except:\n  pass"
-    assert len(forbidden_constructs(source)) == 4
-    assert functions_with_cfg(source) == ["1: f"]
-    assert functions_with_cfg("def build_head(cfg): ...") == []
-
-
 def test_every_third_party_import_is_declared(project: dict) -> None:
     declared = {
         canonicalize_name(Requirement(text).name)
@@ -177,8 +143,6 @@ def test_every_third_party_import_is_declared(project: dict) -> None:
     }
     sources = [*SOURCES, ROOT / "train_net.py", ROOT / "demo.py", *ROOT.glob("tools/*.py")]
     for path in sources:
-        if not path.exists():
-            continue
         top_level = {m.split(".")[0] for m in imported_modules(ast.parse(path.read_text()))}
         for module in top_level - sys.stdlib_module_names - {"hierkd", "detectron2", "train_net"}:
             distribution = canonicalize_name(DISTRIBUTIONS.get(module, module))
@@ -240,13 +204,3 @@ def test_commands_of_the_readme_are_targets_of_the_makefile() -> None:
     named = set(re.findall(r"(?:^|`)make ([a-z][a-z-]*)", readme, re.MULTILINE))
     assert {"demo", "test"} <= named
     assert named <= targets
-
-
-def test_scripts_of_the_makefile_exist() -> None:
-    for script in re.findall(r"\$\(PY\) (\S+\.py)", (ROOT / "Makefile").read_text()):
-        assert (ROOT / script).is_file(), f"the Makefile runs {script}"
-
-
-@pytest.mark.parametrize("folder", ["datasets", "tools", "configs", "tests"])
-def test_folders_of_scripts_are_not_packages(folder: str) -> None:
-    assert list((ROOT / folder).rglob("__init__.py")) == []

@@ -1,7 +1,6 @@
 """``tools/reproduce.py``: which commands a table needs, and that only what was run has a figure."""
 
 import json
-import shlex
 
 import pytest
 
@@ -132,13 +131,3 @@ def test_what_is_wrong_is_named(tmp_path, capsys, trained):
     assert "reproduce.py: error: --rows ['5x5']: table 3 has" in message
     assert "4x4 patches" in message
     assert trained == []
-
-
-def test_the_commands_of_the_usage_are_accepted():
-    parser = reproduce.get_parser()
-    lines = [line.strip() for line in reproduce.__doc__.splitlines()]
-    used = [shlex.split(line)[2:] for line in lines if line.startswith("python tools/reproduce.py")]
-    assert len(used) == 5
-    for words in used:
-        args = parser.parse_args(words)
-        assert reproduce.choose_rows(TABLES[args.table], args.rows)

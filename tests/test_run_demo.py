@@ -53,11 +53,3 @@ def test_a_training_that_fails_shows_its_last_words_and_forgets_earlier_metrics(
     assert "line 99" in printed
     assert "line 50" not in printed
     assert not (folder / "metrics.json").exists()
-
-
-def test_stages_are_numbered_and_timed(capsys):
-    stages = run_demo.Stages()
-    with stages("train", "Training"):
-        pass
-    assert f"[2/{len(run_demo.STAGES)}] Training" in capsys.readouterr().out
-    assert 0 <= stages.seconds["train"] < 1

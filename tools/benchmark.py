@@ -22,14 +22,6 @@ import hierkd  # noqa: F401  (first of what imports PyTorch: it quiets two depre
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def positive(text: str) -> int:
-    """A number of things, at least one."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
-
-
 def get_parser() -> argparse.ArgumentParser:
     """Build the command line; what it holds beside the first four goes to the module's ``run``."""
     parser = argparse.ArgumentParser(
@@ -37,22 +29,22 @@ def get_parser() -> argparse.ArgumentParser:
     )
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--device", help="default: the GPU if there is one")
-    common.add_argument("--threads", type=positive, metavar="N", help="of PyTorch on the CPU")
+    common.add_argument("--threads", type=int, metavar="N", help="of PyTorch on the CPU")
     common.add_argument(
         "--output", type=Path, default=ROOT / "output" / "benchmark", metavar="FOLDER"
     )
-    common.add_argument("--rounds", type=positive, metavar="N", help="default: as fits")
+    common.add_argument("--rounds", type=int, metavar="N", help="default: as fits")
     parts = parser.add_subparsers(dest="subcommand", required=True, metavar="SUBCOMMAND")
 
     step = parts.add_parser("step", parents=[common], help="a training step of each row of Table 4")
     step.add_argument(
         "--miniature", action="store_true", help="configs/miniature, a tiny CLIP, 16 x 128 x 128"
     )
-    step.add_argument("--images", type=positive, metavar="N", help="of a step; default: as fits")
-    step.add_argument("--boxes", type=positive, metavar="N", help="of an image; default: as fits")
+    step.add_argument("--images", type=int, metavar="N", help="of a step; default: as fits")
+    step.add_argument("--boxes", type=int, metavar="N", help="of an image; default: as fits")
 
     infer = parts.add_parser("infer", parents=[common], help="detection beside RetinaNet's")
-    infer.add_argument("--batch", type=positive, default=4, help="default: %(default)s")
+    infer.add_argument("--batch", type=int, default=4, help="default: %(default)s")
     infer.add_argument(
         "--no-compile", dest="compiled", action="store_false", help="leave out what is compiled"
     )
@@ -62,7 +54,7 @@ def get_parser() -> argparse.ArgumentParser:
     )
     vocabulary.add_argument(
         "--names",
-        type=positive,
+        type=int,
         nargs="+",
         default=[17, 65, 1203, 20_000],
         metavar="K",
@@ -83,14 +75,14 @@ def get_parser() -> argparse.ArgumentParser:
     for part in (step, infer, vocabulary):
         part.add_argument(
             "--size",
-            type=positive,
+            type=int,
             nargs=2,
             metavar=("HEIGHT", "WIDTH"),
             default=(800, 1333) if part is vocabulary else None,
             help="of a picture, pixels",
         )
     for part in (infer, peers):
-        part.add_argument("--classes", type=positive, default=65, help="default: %(default)s")
+        part.add_argument("--classes", type=int, default=65, help="default: %(default)s")
     for part in (infer, vocabulary, peers):
         part.add_argument("--config-file", default="configs/hierkd_R50.yaml", metavar="YAML")
     return parser

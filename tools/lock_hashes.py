@@ -29,7 +29,7 @@ OPTIONS = [
 ]
 
 
-def split(lock: str) -> "tuple[str, str]":
+def split(lock: str) -> tuple[str, str]:
     """Split a lock into the comments at its top and its requirements, the latter without hashes."""
     lines = lock.splitlines(keepends=True)
     start = next((i for i, line in enumerate(lines) if not line.startswith("#")), len(lines))
@@ -50,7 +50,7 @@ def add_hashes(lock: Path) -> None:
     lock.write_text(header + done.stdout)
 
 
-def main(argv: "Sequence[str] | None" = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -59,9 +59,6 @@ def main(argv: "Sequence[str] | None" = None) -> None:
     args = parser.parse_args(argv)
     if shutil.which("uv") is None:
         parser.error("uv is not installed: pip install uv")
-    for lock in args.locks:
-        if not lock.is_file():
-            parser.error(f"no file {lock}")
     for lock in args.locks:
         add_hashes(lock)
 

@@ -12,6 +12,7 @@ import argparse
 import json
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,24 +26,25 @@ logger = logging.getLogger("hierkd.prepare_miniature")
 CONFIG = "configs/miniature/hierkd.yaml"
 
 
-def is_current(path: Path, recipe: dict[str, Any]) -> bool:
-    """Whether a file is there and was made by this recipe."""
+def make_once(path: Path, recipe: dict[str, Any], train: Callable[[], dict[str, float]]) -> None:
+    """Train a file unless it is there and its stamp says that it was made by this recipe."""
+    from hierkd.files import write_json_atomically
+
     stamp = path.with_suffix(".json")
-    return path.is_file() and stamp.is_file() and json.loads(stamp.read_text())["recipe"] == recipe
+    recipe = json.loads(json.dumps(recipe))
+    if path.is_file() and stamp.is_file() and json.loads(stamp.read_text())["recipe"] == recipe:
+        logger.info("%s is up to date", path)
+        return
+    stamp.unlink(missing_ok=True)  # it speaks of the old file
+    write_json_atomically(stamp, {"recipe": recipe, "figures": train()})
 
 
 def make_teacher(path: Path, spec: TinyCLIPSpec, world: MiniatureSpec) -> None:
     """Train the tiny CLIP unless it is there."""
-    recipe = {"clip": json.loads(json.dumps(asdict(spec))), "world": asdict(world)}
-    if is_current(path, recipe):
-        logger.info("The tiny CLIP %s is up to date", path)
-        return
-    from hierkd.files import write_json_atomically
     from hierkd.miniature.clip import train_tiny_clip
 
-    path.with_suffix(".json").unlink(missing_ok=True)  # it speaks of the old file
-    figures = train_tiny_clip(path, spec, world)
-    write_json_atomically(path.with_suffix(".json"), {"recipe": recipe, "figures": figures})
+    recipe = {"clip": asdict(spec), "world": asdict(world)}
+    make_once(path, recipe, lambda: train_tiny_clip(path, spec, world))
 
 
 def make_warm_start(path: Path, world: MiniatureSpec, config_file: str) -> None:
@@ -51,27 +53,23 @@ def make_warm_start(path: Path, world: MiniatureSpec, config_file: str) -> None:
     from detectron2.layers import ShapeSpec
     from detectron2.modeling.backbone import build_backbone
 
-    from hierkd.files import write_json_atomically
     from hierkd.load_config import load_config
     from hierkd.miniature.warm_start import train_warm_start
 
     cfg = load_config(config_file)
     keys = (cfg.MODEL.BACKBONE, cfg.MODEL.SLIM_RESNET, cfg.MODEL.RESNETS.NORM, cfg.MODEL.FPN)
     pixels = (cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD)
+
+    def train() -> dict[str, float]:
+        torch.manual_seed(world.seed)  # of the backbone's initial weights
+        backbone = build_backbone(cfg, ShapeSpec(channels=3)).bottom_up
+        mean, std = pixels
+        return train_warm_start(
+            backbone, path, cfg.DATASETS.TRAIN[0], pixel_mean=mean, pixel_std=std
+        )
+
     recipe = {"backbone": [str(key) for key in (*keys, *pixels)], "world": asdict(world)}
-    if is_current(path, recipe):
-        logger.info("The warm start %s is up to date", path)
-        return
-    path.with_suffix(".json").unlink(missing_ok=True)  # it speaks of the old file
-    torch.manual_seed(world.seed)  # of the backbone's initial weights
-    figures = train_warm_start(
-        build_backbone(cfg, ShapeSpec(channels=3)).bottom_up,
-        path,
-        cfg.DATASETS.TRAIN[0],
-        pixel_mean=cfg.MODEL.PIXEL_MEAN,
-        pixel_std=cfg.MODEL.PIXEL_STD,
-    )
-    write_json_atomically(path.with_suffix(".json"), {"recipe": recipe, "figures": figures})
+    make_once(path, recipe, train)
 
 
 def prepare(
@@ -82,14 +80,11 @@ def prepare(
     from hierkd.miniature.world import ensure_miniature, miniature_root
 
     root = miniature_root()
+    stages = {"world": lambda: ensure_miniature(root, world)}
+    if not world_only:
+        stages["teacher"] = lambda: make_teacher(root / "teacher.pt", TinyCLIPSpec(), world)
+        stages["warm start"] = lambda: make_warm_start(root / "backbone.pth", world, config_file)
     seconds = {}
-    stages = {
-        "world": lambda: ensure_miniature(root, world),
-        "teacher": lambda: make_teacher(root / "teacher.pt", TinyCLIPSpec(), world),
-        "warm start": lambda: make_warm_start(root / "backbone.pth", world, config_file),
-    }
-    if world_only:
-        stages = {"world": stages["world"]}
     for name, stage in stages.items():
         started = time.monotonic()
         stage()

@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from subprocess import Popen
 from typing import Any
@@ -31,32 +32,14 @@ STAGES = ("prepare", "train", "evaluate", "upper bound", "report")
 LINES_OF_A_FAILURE = 25
 
 
-class Stages:
-    """Announces the stages and keeps their wall times."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, name: str, announcement: str) -> Iterator[None]:
-        """Time a stage; its place in STAGES is its number."""
-        print(f"\n[{STAGES.index(name) + 1}/{len(STAGES)}] {announcement}", flush=True)
-        started = time.monotonic()
-        yield
-        self.seconds[name] = round(time.monotonic() - started, 1)
-        print(f"      done in {self.seconds[name]:.0f} s", flush=True)
-
-
-def prepare(config_file: str) -> None:
-    """Run ``prepare_miniature.py``, which shows its own progress.
-
-    Raises:
-        SystemExit: It failed.
-    """
-    script = str(ROOT / "tools" / "prepare_miniature.py")
-    status = subprocess.call([sys.executable, script, "--config-file", config_file])
-    if status != 0:
-        raise SystemExit(f"{script} failed with status {status}")
+@contextmanager
+def stage(seconds: dict[str, float], name: str, announcement: str) -> Iterator[None]:
+    """Announce a stage and keep its wall time; its place in STAGES is its number."""
+    print(f"\n[{STAGES.index(name) + 1}/{len(STAGES)}] {announcement}", flush=True)
+    started = time.monotonic()
+    yield
+    seconds[name] = round(time.monotonic() - started, 1)
+    print(f"      done in {seconds[name]:.0f} s", flush=True)
 
 
 def start_training(config_file: str, folder: Path, overrides: Sequence[str]) -> Popen[bytes]:
@@ -140,10 +123,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         *args.opts,
     ]
     cfg = load_config(args.config_file, overrides)
-    stages, started = Stages(), time.monotonic()
+    seconds: dict[str, float] = {}
+    stages, started = partial(stage, seconds), time.monotonic()
 
     with stages("prepare", "The miniature world, its tiny CLIP and the detector's warm start"):
-        prepare(args.config_file)
+        script = str(ROOT / "tools" / "prepare_miniature.py")
+        if subprocess.call([sys.executable, script, "--config-file", args.config_file]) != 0:
+            raise SystemExit(f"{script} failed")
     process = start_training(args.config_file, folder, overrides)
     with stages("train", f"Training HierKD, {cfg.SOLVER.MAX_ITER} iterations"):
         follow_training(process, folder, cfg.SOLVER.MAX_ITER)
@@ -159,24 +145,17 @@ def main(argv: Sequence[str] | None = None) -> None:
             for protocol, name in DATASETS.items()
         }
     with stages("report", "Writing the report"):
-        seconds = {**stages.seconds, "total": round(time.monotonic() - started, 1)}
         provenance: dict[str, Any] = {
             "config": args.config_file,
             "seed": args.seed,
             "commit": git_commit(ROOT) or "unknown",
-            "seconds": seconds,
+            "seconds": {**seconds, "total": round(time.monotonic() - started, 1)},
         }
         results = collect_results(figures, bounds, **provenance)
         write_results(args.output / "results.json", results)
         rows, report = summary_rows(results), args.output / "report.html"
-        write_demo_report(
-            report,
-            rows,
-            provenance,
-            run_dir=folder,
-            predictor=predictor,
-            dataset_name=DATASETS["gzsd"],
-        )
+        shown = {"run_dir": folder, "predictor": predictor, "dataset_name": DATASETS["gzsd"]}
+        write_demo_report(report, rows, provenance, **shown)
 
     headers = ("test", "classes", "AP50", "AR50", "AP50 upper bound")
     print("\n" + tabulate(rows, headers=headers, floatfmt=".1f"))

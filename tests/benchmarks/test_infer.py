@@ -60,14 +60,6 @@ def test_a_row_for_each_vocabulary(tmp_path):
         vocabulary.run(CPU, embeddings=tmp_path / "none.npy", **options)
 
 
-def test_vocabularies_share_the_network_and_nothing_else():
-    model = random_hierkd(MINIATURE, 65, CPU)
-    one, other = (vocabulary._with_vocabulary(model, n, None) for n in (5, 9))
-    assert one.backbone is other.backbone is model.backbone
-    sizes = [m.text_classifier.num_classes for m in (one, other, model)]
-    assert sizes == [len(m.vocabulary_names) for m in (one, other, model)] == [5, 9, 65]
-
-
 def test_peers_without_transformers_say_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ImportError, match="pip install 'transformers>=5'"):

@@ -1,7 +1,6 @@
 """Timing in turns, ratios within rounds, the report, and detectors of random weights."""
 
 import json
-import time
 
 import pytest
 import torch
@@ -14,14 +13,9 @@ CPU = torch.device("cpu")
 def test_alternatives_take_turns_in_rotating_order():
     calls = []
     candidates = {name: lambda name=name: calls.append(name) for name in "abc"}
-    times = measure(candidates, device=CPU, rounds=2, warmup=1)
+    times = measure(candidates, CPU, 2)
     assert "".join(calls) == "abc" + "bca" + "cab"
     assert {name: len(taken) for name, taken in times.items()} == {"a": 2, "b": 2, "c": 2}
-
-
-def test_measured_time_is_that_of_the_call():
-    times = measure({"sleep": lambda: time.sleep(0.02)}, device=CPU, rounds=3, warmup=0)
-    assert all(0.02 <= taken < 0.5 for taken in times["sleep"])
 
 
 def test_ratio_ignores_a_machine_that_slows_down_for_a_while():
@@ -30,19 +24,17 @@ def test_ratio_ignores_a_machine_that_slows_down_for_a_while():
 
 def test_peak_memory_sees_what_is_gone_afterwards():
     def needs_64_mib():
-        block = torch.ones(64 * 2**18)  # float32
-        time.sleep(0.05)
-        del block
+        torch.ones(64 * 2**18)  # float32
 
     assert 55 < peak_memory(needs_64_mib, CPU) < 100
 
 
 def test_report_is_written_as_markdown_and_json(tmp_path):
-    rows = [{"what": "loop", "seconds": 0.123456, "ratio": 1.0}, {"what": "ours", "seconds": 150.0}]
+    rows = [{"what": "loop", "seconds": 0.123456}, {"what": "ours", "seconds": 150.0}]
     report = Report("Crops", CPU, {"boxes": 450}, rows, ["Random pixels."])
     markdown, data = report.write(tmp_path / "new", "crops")
     lines = [[c.strip() for c in x.split("|")[1:-1]] for x in markdown.read_text().split("\n")]
-    for line in (["what", "seconds", "ratio"], ["loop", "0.123", "1"], ["ours", "150", "-"]):
+    for line in (["what", "seconds"], ["loop", "0.123"], ["ours", "150"]):
         assert line in lines
     assert "- boxes: 450" in markdown.read_text()
     assert markdown.read_text().endswith("Random pixels.\n")

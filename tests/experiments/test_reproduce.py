@@ -3,7 +3,6 @@
 import csv
 import io
 
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -78,10 +77,8 @@ def test_without_any_run_every_table_is_written_with_all_figures_of_the_paper(tm
 
 
 def test_the_picture_shows_what_was_run(tmp_path):
-    write_table(TABLE, RESULTS, "miniature", tmp_path, "a title")
-    first = np.asarray(Image.open(tmp_path / "table4.png").convert("RGB"))
-    assert first.shape[0] > 200
-    assert len(np.unique(first.reshape(-1, 3), axis=0)) > 10
-    write_table(TABLE, {**RESULTS, "bound": {0: {"novel": 30.0}}}, "miniature", tmp_path, "a title")
-    second = np.asarray(Image.open(tmp_path / "table4.png").convert("RGB"))
-    assert first.shape != second.shape or (first != second).any()
+    pictures = []
+    for results in (RESULTS, {**RESULTS, "bound": {0: {"novel": 30.0}}}):
+        write_table(TABLE, results, "miniature", tmp_path, "a title")
+        pictures.append(Image.open(tmp_path / "table4.png").convert("RGB").tobytes())
+    assert pictures[0] != pictures[1]

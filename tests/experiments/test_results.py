@@ -21,10 +21,8 @@ ROWS = {
 
 def metrics(start):
     """Distinct figures: novel AP50 is ``start``, AR50 ``start + .5``, the next group one more."""
-    values = {"novel/AP": 99.0, "AP50-ant": 98.0}
-    for k, group in enumerate(("novel", "base", "all")):
-        values |= {f"{group}/AP50": start + k, f"{group}/AR50": start + k + 0.5}
-    return values
+    groups = enumerate(("novel", "base", "all"))
+    return {f"{g}/{m}": start + k + h for k, g in groups for m, h in (("AP50", 0), ("AR50", 0.5))}
 
 
 def test_results_have_the_promised_layout(tmp_path):

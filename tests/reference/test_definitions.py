@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import functools
 import itertools
 import math
 from fractions import Fraction
@@ -197,15 +198,11 @@ def check_match(seed, n, size, grid, pooling, heights, widths):
     captions = units(rng, n, size)
     model = MLCA(grid_size=grid, pooling=pooling, logit_scale=7.0).double()
     scores = model([torch.tensor(m) for m in maps], torch.tensor(captions))
+    images = [definitions.patches([m[i].tolist() for m in maps], grid, pooling) for i in range(n)]
     expected = [
-        [
-            definitions.match_score(image, caption, 7.0)
-            for caption in captions.tolist()
-        ]
-        for image in (
-            definitions.patches([m[i].tolist() for m in maps], grid, pooling) for i in range(n)
-        )
-    ]  # fmt: skip
+        [definitions.match_score(image, caption, 7.0) for caption in captions.tolist()]
+        for image in images
+    ]
     np.testing.assert_allclose(scores.detach().numpy(), np.array(expected), atol=1e-9)
     terms = image_caption_contrastive_loss(scores)
     for term, value in zip(terms, definitions.contrast(expected), strict=True):
@@ -220,7 +217,7 @@ def check_match(seed, n, size, grid, pooling, heights, widths):
     assert_slope(code, np.array(expected), definition, rng)
 
 
-def make_detector(loss_type="l1", inference=None):
+def make_detector(loss_type="l1"):
     """A HierKD without a backbone worth the name: its losses and its inference are called alone."""
     torch.manual_seed(0)
     model = HierKD(
@@ -235,7 +232,7 @@ def make_detector(loss_type="l1", inference=None):
         anchor_matcher=ATSSMatcher(),
         teacher=FakeTeacher(5),
         detection=DetectionSettings(learn_cls_loss_weight=False, cls_loss_weight=1.5),
-        inference=inference or InferenceSettings(),
+        inference=InferenceSettings(),
         ikd=IKD(loss_weight=0.7, loss_type=loss_type),
         mlca=MLCA(),
         gkd_loss_weight=0.3,
@@ -319,15 +316,16 @@ def check_detections(seed, boxes, classes, pairs, limit, threshold):
     corners = random_boxes(rng, boxes).astype(np.float32)
     probabilities = rng.dirichlet(np.ones(classes + 1), boxes)[:, :classes].astype(np.float32)
     qualities = rng.uniform(0, 1, boxes).astype(np.float32)
-    overlaps = [
-        definitions.iou(a, b) for a, b in itertools.combinations(corners.tolist(), 2)
-    ]  # fmt: skip
+    overlaps = [definitions.iou(a, b) for a, b in itertools.combinations(corners.tolist(), 2)]
     assume(all(abs(overlap - 0.4) > 1e-4 for overlap in overlaps))
     scores = np.sort((probabilities * qualities[:, None]).flatten())
     assume(len(scores) < 2 or (np.diff(scores) > 1e-7).all())
     options = {"score_thresh": threshold, "topk_pairs": pairs}
     settings_ = InferenceSettings(nms_thresh=0.4, max_detections=limit, **options)
-    found = DETECTOR.detect_with(settings_, corners, probabilities, qualities)
+    model = DETECTOR()
+    model.inference_settings = settings_
+    arrays = map(torch.from_numpy, (corners, probabilities, qualities))
+    found = model.detect_classes(*arrays, (200, 200))
     expected = definitions.detections(
         corners.tolist(), probabilities.tolist(), qualities.tolist(), nms=0.4, limit=limit,
         **options,
@@ -338,20 +336,7 @@ def check_detections(seed, boxes, classes, pairs, limit, threshold):
     np.testing.assert_array_equal(found.pred_boxes.tensor, boxes_of)
 
 
-class _Detector:
-    """One detector for all cases, with the settings of each."""
-
-    def __init__(self):
-        self.model = None
-
-    def detect_with(self, inference, boxes, probabilities, qualities):
-        self.model = self.model or make_detector()
-        self.model.inference_settings = inference
-        arrays = map(torch.from_numpy, (boxes, probabilities, qualities))
-        return self.model.detect_classes(*arrays, (200, 200))
-
-
-DETECTOR = _Detector()
+DETECTOR = functools.cache(make_detector)  # one for all cases, with the settings of each
 
 
 # ------------------------------------------------------------------------------------ evaluation
@@ -526,17 +511,11 @@ def hold(check, varied, cases):
     run()
 
 
+@pytest.mark.parametrize("number", [0, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", PROPERTIES)
-def test_some_cases(name):
-    check, varied, cases, _ = PROPERTIES[name]
-    hold(check, varied, cases)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", PROPERTIES)
-def test_thousands_of_cases(name):
-    check, varied, _, cases = PROPERTIES[name]
-    hold(check, varied, cases)
+def test_cases(name, number):
+    check, varied, *cases = PROPERTIES[name]
+    hold(check, varied, cases[number])
 
 
 EVALUATION = {

@@ -53,16 +53,10 @@ def run(
     compiled: bool,
     config_file: str,
 ) -> Report:
-    """Time one picture, and a batch, with each variant.
+    """Time one picture, and a batch of it, with each variant.
 
-    Args:
-        device: where they run.
-        rounds: None: as fits.
-        size: (height, width) of the picture; None: 800 x 1333 on a GPU, 320 x 533 on a CPU.
-        batch: pictures of a batch.
-        classes: names of HierKD's vocabulary.
-        compiled: whether to time what is compiled.
-        config_file: of HierKD.
+    ``size`` is (height, width) of the picture; None: 800 x 1333 on a GPU, 320 x 533 on a CPU.
+    ``classes`` is the number of names in HierKD's vocabulary.
     """
     gpu = device.type == "cuda"
     height, width = size or ((800, 1333) if gpu else (320, 533))
@@ -139,7 +133,7 @@ def _rows(
         if _COMPILE[0] not in _VARIANTS.get(name, ()):
             jobs[f"{name}, batch of {size}"] = model, inputs * size
     calls = {name: (lambda m=m, given=given: m(given)) for name, (m, given) in jobs.items()}
-    times = measure(calls, device=device, rounds=rounds)
+    times = measure(calls, device, rounds)
     return [
         {
             "detector": name,

@@ -25,6 +25,7 @@ __all__ = ["run"]
 _SIZE = (800, 1333)  # of HierKD, RetinaNet and Grounding DINO
 _OWL_SIDE = 960
 _DETECTIONS = 100
+_OURS = "HierKD-R50, vocabulary set before"
 # Tokens that the names of COCO's 65 base and novel classes take in Grounding DINO's one text,
 # separators included. It reads at most 256, so more classes need several passes.
 _GROUNDING_TOKENS = 165
@@ -39,14 +40,7 @@ def run(
     scale: float | None,
     config_file: str,
 ) -> Report:
-    """Time one picture with each detector.
-
-    Args:
-        device: where they run.
-        rounds: None: as fits.
-        classes: names of the vocabularies.
-        scale: factor on all picture sizes; None: 1 on a GPU, 0.6 on a CPU.
-        config_file: of HierKD.
+    """Time one picture with each detector and ``classes`` names.
 
     Raises:
         ImportError: ``transformers`` is missing.
@@ -57,48 +51,39 @@ def run(
     inputs = [{"image": picture, "height": height, "width": width}]
     hierkd = random_hierkd(config_file, classes, device).eval()
     retinanet = random_retinanet(device)
-    owl, owl_calls, owl_side = _owlv2(classes, scale, device)
+    side = round(_OWL_SIDE * scale / 16) * 16
+    owl, owl_calls = _owlv2(classes, side, device)
     dino, dino_call = _grounding_dino((height, width), device)
+    size = f"{height} x {width}"
     candidates: dict[str, tuple[nn.Module, str, Callable[[], object]]] = {
-        "RetinaNet-R50-FPN (closed: 80 classes)": (
-            retinanet,
-            f"{height} x {width}",
-            lambda: retinanet(inputs),
-        ),
-        "HierKD-R50, vocabulary set before": (
-            hierkd,
-            f"{height} x {width}",
-            lambda: hierkd(inputs),
-        ),
+        "RetinaNet-R50-FPN (closed: 80 classes)": (retinanet, size, lambda: retinanet(inputs)),
+        _OURS: (hierkd, size, lambda: hierkd(inputs)),
         **{
-            f"OWLv2 base/16, {how}": (owl, f"{owl_side} x {owl_side}", call)
+            f"OWLv2 base/16, {how}": (owl, f"{side} x {side}", call)
             for how, call in owl_calls.items()
         },
-        "Grounding DINO tiny, texts with every picture": (dino, f"{height} x {width}", dino_call),
+        "Grounding DINO tiny, texts with every picture": (dino, size, dino_call),
     }
+    calls = {name: call for name, (_, _, call) in candidates.items()}
+    rounds = rounds or (20 if device.type == "cuda" else 5)
     with torch.inference_mode():
-        times = measure(
-            {name: call for name, (_, _, call) in candidates.items()},
-            device=device,
-            rounds=rounds or (20 if device.type == "cuda" else 5),
-        )
-        memory = {name: peak_memory(call, device) for name, (_, _, call) in candidates.items()}
-    ours = times["HierKD-R50, vocabulary set before"]
+        times = measure(calls, device, rounds)
+        memory = {name: peak_memory(call, device) for name, call in calls.items()}
     rows = [
         {
             "detector": name,
-            "picture": size,
+            "picture": shown,
             "seconds": median(times[name]),
-            "over HierKD": ratio(times[name], ours),
+            "over HierKD": ratio(times[name], times[_OURS]),
             "peak MiB": memory[name],
             "10^6 parameters": sum(p.numel() for p in model.parameters()) / 1e6,
         }
-        for name, (model, size, _) in candidates.items()
+        for name, (model, shown, _) in candidates.items()
     ]
     return Report(
         "Open-vocabulary detectors on one picture",
         device,
-        {"classes": classes, "scale": scale, "rounds": len(ours)},
+        {"classes": classes, "scale": scale, "rounds": rounds},
         rows,
         [
             "Random weights: speed only, nothing is said about accuracy.",
@@ -109,10 +94,9 @@ def run(
 
 
 def _owlv2(
-    classes: int, scale: float, device: torch.device
-) -> tuple[nn.Module, dict[str, Callable[[], object]], int]:
+    classes: int, side: int, device: torch.device
+) -> tuple[nn.Module, dict[str, Callable[[], object]]]:
     transformers = _import_transformers()
-    side = round(_OWL_SIDE * scale / 16) * 16
     sizes = {"vision_config": {"image_size": side, "patch_size": 16}}
     config = transformers.Owlv2Config.from_dict(sizes)
     model: Any = transformers.Owlv2ForObjectDetection(config).eval().to(device)
@@ -133,11 +117,8 @@ def _owlv2(
         logits = model.class_predictor(features, texts.reshape(1, classes, -1))[0]
         return _best(logits[0], model.box_predictor(features, grid)[0])
 
-    calls = {
-        "texts encoded before": with_cached_texts,
-        "texts with every picture": with_texts,
-    }
-    return model, calls, side
+    calls = {"texts encoded before": with_cached_texts, "texts with every picture": with_texts}
+    return model, calls
 
 
 def _grounding_dino(

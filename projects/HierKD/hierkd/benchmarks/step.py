@@ -21,7 +21,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -73,15 +73,9 @@ def run(
     size: tuple[int, int] | None,
     boxes: int | None,
 ) -> Report:
-    """Time the steps in turns.
+    """Time the steps in turns; on a GPU with AMP and without.
 
-    Args:
-        device: where training runs; on a GPU with AMP and without.
-        rounds: None, here and below: as fits.
-        miniature: with the miniature's configs and a tiny CLIP.
-        images: of a step.
-        size: (height, width) of an image.
-        boxes: of an image.
+    ``size`` is (height, width) of an image, ``boxes`` are those of an image; None: as fits.
     """
     gpu = device.type == "cuda"
     sizes = _MINIATURE_SIZES if miniature else _GPU_SIZES if gpu else _CPU_SIZES
@@ -89,15 +83,15 @@ def run(
     rounds = rounds or (20 if gpu else 8 if miniature else 2)
     batch = _random_batch(images, size, boxes)
     with tempfile.TemporaryDirectory() as scratch, EventStorage() as storage:
-        steps = build_steps(batch, device, Path(scratch), miniature=miniature, amp=gpu)
-        times = measure(steps, device=device, rounds=rounds)
-        plain = {step.amp: times[name] for name, step in reversed(steps.items())}
+        steps = build_steps(batch, device, Path(scratch), miniature=miniature)
+        times = measure(steps, device, rounds)
+        atss = next(iter(steps))
         rows = [
             {
                 "row of Table 4": name,
                 "s/step": median(times[name]),
                 "images/s": images / median(times[name]),
-                "over ATSS": ratio(times[name], plain[step.amp]),
+                "over ATSS": ratio(times[name], times[atss + ", AMP" * name.endswith(", AMP")]),
                 "peak MiB": peak_memory(step, device),
                 **{f"{part} %": share for part, share in _shares(step, device).items()},
             }
@@ -126,68 +120,41 @@ def run(
 
 @dataclass
 class TrainingStep:
-    """One training step; each call makes one.
+    """One training step; each call makes one."""
 
-    Attributes:
-        model: in training mode.
-        optimizer: of the model.
-        batch: the samples; each call puts other captions into them.
-        captions: endless.
-        amp: whether the forward pass runs in mixed precision.
-    """
-
-    model: HierKD
+    model: HierKD  # in training mode
     optimizer: torch.optim.Optimizer
-    batch: list[dict[str, Any]]
-    captions: Iterator[str]
-    amp: bool = False
-    scaler: Any = field(init=False)
+    batch: list[dict[str, Any]]  # each call puts other captions into the samples
+    captions: Iterator[str]  # endless
+    scaler: Any  # enabled where the forward pass runs in mixed precision
 
-    def __post_init__(self) -> None:
-        self.scaler = torch.amp.GradScaler("cuda", enabled=self.amp)
-
-    def __call__(
-        self, part: Callable[[str], AbstractContextManager[Any]] = nullcontext
-    ) -> dict[str, float]:
-        """Make a step; ``part`` is entered around ``backward`` and ``optimiser``.
-
-        Returns:
-            The losses.
-        """
+    def __call__(self, part: Callable[[str], AbstractContextManager[Any]] = nullcontext) -> None:
+        """Make a step; ``part`` is entered around ``backward`` and ``optimiser``."""
         inputs = [{**sample, "caption": next(self.captions)} for sample in self.batch]
         self.optimizer.zero_grad()
-        with torch.autocast(self.model.device.type, enabled=self.amp):
+        with torch.autocast(self.model.device.type, enabled=self.scaler.is_enabled()):
             losses = self.model(inputs)
         with part("backward"):
             self.scaler.scale(sum(losses.values())).backward()
         with part("optimiser"):
-            if self.amp:
+            if self.scaler.is_enabled():
                 self.scaler.unscale_(self.optimizer)
             self.scaler.step(self.optimizer)
             self.scaler.update()
-        return {name: loss.item() for name, loss in losses.items()}
 
 
 def build_steps(
-    batch: list[dict[str, Any]], device: torch.device, scratch: Path, *, miniature: bool, amp: bool
+    batch: list[dict[str, Any]], device: torch.device, scratch: Path, *, miniature: bool
 ) -> dict[str, TrainingStep]:
     """Build all rows, the one without distillation first; they share one CLIP.
 
-    Args:
-        batch: the samples of a step.
-        device: where they run.
-        scratch: folder for the random CLIP; needed as long as the steps.
-        miniature: of the miniature's configs and with a tiny CLIP.
-        amp: also in mixed precision.
+    ``scratch`` is a folder for the random CLIP, needed as long as the steps.
     """
     torch.manual_seed(0)
-    spec = TinyCLIPSpec()
-    clip = build_tiny_clip(spec) if miniature else import_clip().model.CLIP(*_VIT_B_32)
+    clip = build_tiny_clip(TinyCLIPSpec()) if miniature else import_clip().model.CLIP(*_VIT_B_32)
     save_clip(clip, scratch / "clip.pt")
-    trainings = {
-        row.label: training
-        for row in TABLES[4].rows
-        if (training := row.miniature if miniature else row.coco) is not None
+    trainings: dict[str, Any] = {
+        row.label: row.miniature if miniature else row.coco for row in TABLES[4].rows
     }
     trainings[_LOOKED_UP] = list(trainings.values())[-1]
     common = [
@@ -198,23 +165,24 @@ def build_steps(
     ]
     steps: dict[str, TrainingStep] = {}
     teacher = None
-    for precision in ("", ", AMP") if amp else ("",):
+    for precision in ("", ", AMP") if device.type == "cuda" else ("",):
         for label, training in trainings.items():
             cfg = load_config(training.config, [*training.opts, *common])
             torch.manual_seed(0)
             model: Any = build_model(cfg)
             tame(model)
             model.set_vocabulary([f"class {number}" for number in range(_NUM_CLASSES)])
-            teacher = teacher or model.teacher
-            is_known = label == _LOOKED_UP
-            dim = cfg.MODEL.TEXT_CLASSIFIER.EMBED_DIM
-            model.teacher = RandomTeacher(dim, cfg.MODEL.DEVICE) if is_known else teacher
-            steps[label + precision] = TrainingStep(
+            model.teacher = teacher = teacher or model.teacher
+            if label == _LOOKED_UP:
+                dim = cfg.MODEL.TEXT_CLASSIFIER.EMBED_DIM
+                model.teacher = RandomTeacher(dim, cfg.MODEL.DEVICE)
+            name = label + precision
+            steps[name] = TrainingStep(
                 model.train(),
                 build_optimizer(cfg, model),
                 batch,
-                (f"{label + precision}, picture {number}" for number in itertools.count()),
-                bool(precision),
+                (f"{name}, picture {number}" for number in itertools.count()),
+                torch.amp.GradScaler("cuda", enabled=bool(precision)),
             )
     return steps
 
@@ -256,16 +224,9 @@ def _shares(step: TrainingStep, device: torch.device) -> dict[str, float]:
         yield
         seconds[name] += synchronized(device) - start  # type: ignore[assignment]
 
-    def timed(function: Callable[..., Any], name: str) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            with part(name):
-                return function(*args, **kwargs)
-
-        return call
-
     with ExitStack() as stack:
-        for owner, method, name in places:
-            replaced = timed(getattr(owner, method), name)
+        for owner, method, name in places:  # a context manager of contextlib decorates, too
+            replaced = part(name)(getattr(owner, method))
             stack.enter_context(mock.patch.object(owner, method, replaced))
         with part("all"):
             for _ in range(_STEPS_FOR_SHARES):

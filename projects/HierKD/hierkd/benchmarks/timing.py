@@ -12,15 +12,15 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
+import math
 import os
 import platform
 import statistics
 import sys
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -55,38 +55,32 @@ Seconds = tuple[float, ...]
 """What one alternative took in each round."""
 
 _PACKAGES = ("torch", "torchvision", "detectron2", "sal-detectron2", "numpy")
-_SAMPLING_INTERVAL = 0.002  # seconds between two looks at the resident memory of the process
 _MIB = 2**20
 
 median = statistics.median
 
 
 def measure(
-    candidates: Mapping[str, Callable[[], object]],
-    *,
-    device: torch.device,
-    rounds: int,
-    warmup: int = 1,
+    candidates: Mapping[str, Callable[[], object]], device: torch.device, rounds: int
 ) -> dict[str, Seconds]:
-    """Time alternatives in turns.
+    """Time alternatives in turns, after a round that is not timed.
 
     Args:
-        candidates: name to what is timed; each is called ``warmup + rounds`` times.
+        candidates: name to what is timed.
         device: waited for inside the timed region.
         rounds: how many times each is timed.
-        warmup: how many rounds go before, untimed.
 
     Returns:
         Name to its times; round i of every candidate was taken next to round i of the others.
     """
     names = list(candidates)
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for number in tqdm(range(warmup + rounds), desc="rounds", unit="round", leave=False):
+    for number in tqdm(range(1 + rounds), desc="rounds", unit="round", leave=False):
         start = number % len(names)
         for name in names[start:] + names[:start]:
             started = synchronized(device)
             candidates[name]()
-            if number >= warmup:
+            if number > 0:
                 seconds[name].append(synchronized(device) - started)
     return {name: tuple(taken) for name, taken in seconds.items()}
 
@@ -106,62 +100,43 @@ def ratio(seconds: Seconds, reference: Seconds) -> float:
 def peak_memory(call: Callable[[], object], device: torch.device) -> float:
     """Memory that a call needs on top of what is there before it, at its peak, in MiB.
 
-    On a GPU what PyTorch's allocator hands out; on a CPU the resident memory of the process, looked
-    at every two milliseconds, so that what lives for less may be missed.
+    On a GPU what PyTorch's allocator hands out; on a CPU the resident memory of the process, which
+    Linux alone tells: NaN elsewhere.
     """
     gc.collect()
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        synchronized(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         call()
-        torch.cuda.synchronize(device)
+        synchronized(device)
         return (torch.cuda.max_memory_allocated(device) - before) / _MIB
-    with suppress(OSError, AttributeError):  # memory kept for reuse would hide what is needed
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-    sizes, done = [_resident_bytes()], threading.Event()
-
-    def watch() -> None:
-        while not done.wait(_SAMPLING_INTERVAL):
-            sizes.append(_resident_bytes())
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
     try:
-        call()
-    finally:
-        done.set()
-        thread.join()
-    return (max(*sizes, _resident_bytes()) - sizes[0]) / _MIB
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # memory kept for reuse would hide what is needed
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is now what there is
+    except OSError:
+        return math.nan
+    before = _peak_kib()
+    call()
+    return (_peak_kib() - before) / 1024
 
 
-def _resident_bytes() -> int:
-    """Resident memory; 0 where the system does not say."""
-    with suppress(OSError):
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    return 0
+def _peak_kib() -> int:
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 
 
 @dataclass
 class Report:
-    """A table of figures with everything that is needed to repeat it.
-
-    Attributes:
-        title: what was measured.
-        device: where.
-        settings: of the run: sizes, rounds, configs, commit.
-        rows: the table; the keys of the first are its columns.
-        notes: what a reader has to know, a sentence each.
-    """
+    """A table of figures with everything that is needed to repeat it."""
 
     title: str
     device: torch.device
-    settings: dict[str, Any]
-    rows: list[dict[str, Any]]
-    notes: list[str] = field(default_factory=list)
+    settings: dict[str, Any]  # of the run: sizes, rounds, configs, commit
+    rows: list[dict[str, Any]]  # the keys of the first are the columns
+    notes: list[str]  # what a reader has to know, a sentence each
 
-    def machine(self) -> dict[str, str]:
-        """Hardware, threads and versions that the figures belong to."""
+    def content(self) -> dict[str, Any]:
+        """The report as data, with the hardware, threads and versions that it belongs to."""
         machine = {
             "processor": f"{processor_name()}, {os.cpu_count()} CPUs",
             "threads": str(torch.get_num_threads()),
@@ -174,16 +149,24 @@ class Report:
         for package in _PACKAGES:
             with suppress(metadata.PackageNotFoundError):
                 machine[package] = metadata.version(package)
-        return machine
+        return {
+            "title": self.title,
+            "command": " ".join(["python", *sys.argv]),
+            "machine": machine,
+            "settings": self.settings,
+            "rows": self.rows,
+            "notes": self.notes,
+        }
 
     def markdown(self) -> str:
         """The report as Markdown."""
-        facts = {**self.machine(), **self.settings}
+        content = self.content()
+        facts = {**content["machine"], **self.settings}
         columns = list(self.rows[0])
-        cells = [[_cell(row.get(column)) for column in columns] for row in self.rows]
+        cells = [[_cell(row[column]) for column in columns] for row in self.rows]
         parts = (
             f"# {self.title}",
-            f"`{_command_line()}`",
+            f"`{content['command']}`",
             "\n".join(f"- {key}: {value}" for key, value in facts.items()),
             tabulate(cells, columns, tablefmt="github", disable_numparse=True),
             *self.notes,
@@ -192,39 +175,22 @@ class Report:
 
     def write(self, folder: Path, name: str) -> tuple[Path, Path]:
         """Write ``<name>.md`` and ``<name>.json``; returns their paths."""
-        folder.mkdir(parents=True, exist_ok=True)
-        content: dict[str, Any] = {
-            "title": self.title,
-            "command": _command_line(),
-            "machine": self.machine(),
-        }
-        content |= {"settings": self.settings, "rows": self.rows, "notes": self.notes}
         markdown, data = folder / f"{name}.md", folder / f"{name}.json"
-        for path, text in (markdown, self.markdown()), (data, json.dumps(content, indent=1) + "\n"):
+        text = json.dumps(self.content(), indent=1) + "\n"
+        for path, written in ((markdown, self.markdown()), (data, text)):
             with replacing(path) as temporary:
-                temporary.write_text(text, encoding="utf-8")
+                temporary.write_text(written, encoding="utf-8")
         return markdown, data
 
 
-def _command_line() -> str:
-    return " ".join(["python", *sys.argv])
-
-
 def _cell(value: Any) -> str:
-    if value is None:
-        return "-"
     if isinstance(value, float):
         return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
     return str(value)
 
 
 class RandomTeacher:
-    """A ``Teacher`` that looks random embeddings up instead of asking CLIP.
-
-    Args:
-        embed_dim: D.
-        device: of the embeddings.
-    """
+    """A ``Teacher`` that looks random embeddings up instead of asking CLIP: unit rows of D."""
 
     logit_scale = 100.0
 
@@ -235,21 +201,18 @@ class RandomTeacher:
     def encode_regions(
         self, images: Sequence[Tensor], boxes: Sequence[Tensor], crop_scale: float
     ) -> Tensor:
-        """(P, D), L2-normalised, one for each of the P boxes of all images."""
+        """(P, D), one for each of the P boxes of all images."""
         return self._first(sum(map(len, boxes)))
 
-    def encode_captions(self, captions: Sequence[str]) -> Tensor:
-        """(C, D), L2-normalised."""
-        return self._first(len(captions))
-
     def encode_classes(self, names: Sequence[str]) -> Tensor:
-        """(K, D), L2-normalised."""
+        """(K, D); of captions likewise."""
         return self._first(len(names))
+
+    encode_captions = encode_classes
 
     def _first(self, count: int) -> Tensor:
         if len(self._rows) < count:
-            generator = torch.Generator().manual_seed(0)
-            rows = torch.randn(count, self.embed_dim, generator=generator)
+            rows = torch.randn(count, self.embed_dim, generator=torch.Generator().manual_seed(0))
             self._rows = F.normalize(rows, dim=1).to(self._rows)
         return self._rows[:count]
 
@@ -259,14 +222,7 @@ def random_hierkd(
 ) -> detector.HierKD:
     """Build HierKD with random weights and a vocabulary of random embeddings, without CLIP.
 
-    Args:
-        config_file: path of a YAML.
-        num_classes: size of the vocabulary.
-        device: where it runs.
-        opts: KEY VALUE ... on top of the config.
-
-    Returns:
-        The detector in training mode.
+    ``opts`` are KEY VALUE ... on top of the config. The detector is in training mode.
     """
     own = ("MODEL.DEVICE", str(device), "MODEL.WEIGHTS", "", "DATASETS.TRAIN", "()")
     cfg = load_config(config_file, [*opts, *own])

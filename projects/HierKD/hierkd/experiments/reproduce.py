@@ -1,7 +1,8 @@
 """A table of the paper made again: its runs, its evaluations, and its figures beside the paper's.
 
 A cell without a run says "not run", one that the paper leaves empty "-", and a figure over no
-object at all (NaN) "no objects".
+object at all (NaN) "no objects". A scale is ``"coco"`` or ``"miniature"``: what the figures are
+measured on.
 """
 
 from __future__ import annotations
@@ -25,15 +26,8 @@ from hierkd.experiments.tables import Column, Row, Table
 from hierkd.files import replacing
 from hierkd.load_config import load_config
 
-__all__ = [
-    "Reproduction",
-    "Results",
-    "format_csv",
-    "format_markdown",
-    "plot_table",
-    "read_evaluation",
-    "write_table",
-]
+__all__ = ["Reproduction", "Results", "format_csv", "format_markdown", "plot_table"]
+__all__ += ["read_evaluation", "write_table"]
 
 Results = Mapping[str, Mapping[int, Mapping[str, float]]]
 """Row label -> seed -> column label -> percent; what was not run is not in it."""
@@ -45,27 +39,16 @@ EMPTY = "-"
 
 @dataclass(frozen=True)
 class Reproduction:
-    """The runs of some rows of a table, and the evaluations that follow them.
-
-    Attributes:
-        table: of the paper.
-        rows: of it.
-        seeds: of each row.
-        root: of the project; commands run there.
-        folder: of this scale's runs.
-        scale: ``"coco"`` or ``"miniature"``.
-        num_gpus: of each run.
-        opts: KEY VALUE ... on top of each row's own.
-    """
+    """The runs of some rows of a table, and the evaluations that follow them."""
 
     table: Table
     rows: Sequence[Row]
-    seeds: Sequence[int]
-    root: Path
-    folder: Path
+    seeds: Sequence[int]  # of each row
+    root: Path  # of the project; commands run there
+    folder: Path  # of this scale's runs
     scale: str
-    num_gpus: int = 0
-    opts: tuple[str, ...] = ()
+    num_gpus: int = 0  # of each run
+    opts: tuple[str, ...] = ()  # KEY VALUE ... on top of each row's own
 
     def run_of(self, row: Row, seed: int) -> Run | None:
         """The training of a row; None if the row has none at this scale."""
@@ -111,7 +94,7 @@ class Reproduction:
     def missing_evaluations(self) -> list[list[str]]:
         """Commands of the evaluations that have not been made."""
         found = [self.evaluation(row, seed) for seed in self.seeds for row in self.rows]
-        unique = {file: command for command, file in [each for each in found if each]}
+        unique = {file: command for command, file in filter(None, found)}
         return [command for file, command in unique.items() if not file.is_file()]
 
     def figures(self, row: Row, seed: int) -> dict[str, float]:
@@ -146,36 +129,22 @@ def read_evaluation(path: Path) -> dict[str, float]:
 
 def _values(results: Results, row: Row, column: Column) -> list[float]:
     """The figures of a cell, one a seed, in the order of the seeds; NaN: over no object."""
-    by_seed = results.get(row.label, {})
-    return [
-        by_seed[seed][column.label] for seed in sorted(by_seed) if column.label in by_seed[seed]
-    ]
+    by_seed = sorted(results.get(row.label, {}).items())
+    return [cells[column.label] for _, cells in by_seed if column.label in cells]
 
 
-def _missing(row: Row) -> str:
-    """What stands for a figure that is not there: rows of other methods are never run."""
-    is_ours = row.coco or row.miniature or row.evaluation == "upper_bound"
-    return NOT_RUN if is_ours else EMPTY
-
-
-def _cell(row: Row, values: Sequence[float]) -> str:
-    """Mean and range, such as ``65.4 (64.7-65.8)``; the value alone if there is one."""
+def _summary(row: Row, values: Sequence[float], digits: int = 1) -> list[str]:
+    """Mean, minimum and maximum, or what stands for them; rows of other methods are never run."""
     if not values:
-        return _missing(row)
+        is_ours = row.coco or row.miniature or row.evaluation == "upper_bound"
+        return [NOT_RUN if is_ours else EMPTY] * 3
     if any(map(math.isnan, values)):
-        return NO_OBJECTS
-    mean = f"{statistics.mean(values):.1f}"
-    return mean if len(values) == 1 else f"{mean} ({min(values):.1f}-{max(values):.1f})"
+        return [NO_OBJECTS] * 3
+    return [f"{v:.{digits}f}" for v in (statistics.mean(values), min(values), max(values))]
 
 
 def format_markdown(table: Table, results: Results, scale: str) -> str:
-    """A Markdown table: a row a row, the paper's figure beside each of ours.
-
-    Args:
-        table: what the paper prints.
-        results: what was run.
-        scale: ``"coco"`` or ``"miniature"``: what the figures were measured on.
-    """
+    """A line a row: mean (range) over the seeds, such as ``65.4 (64.7-65.8)``, and the paper's."""
     headers = ["row", "seeds"]
     for column in table.columns:
         headers.append(f"{column.label}, {scale}")
@@ -185,7 +154,10 @@ def format_markdown(table: Table, results: Results, scale: str) -> str:
     for row in table.rows:
         line = [row.label, str(len(results.get(row.label, {})))]
         for column in table.columns:
-            line.append(_cell(row, _values(results, row, column)))
+            values = _values(results, row, column)
+            mean, low, high = _summary(row, values)
+            has_range = len(values) > 1 and mean != NO_OBJECTS
+            line.append(f"{mean} ({low}-{high})" if has_range else mean)
             if column.label in table.printed:
                 line.append(str(row.paper.get(column.label, EMPTY)))
         lines.append(line)
@@ -193,26 +165,15 @@ def format_markdown(table: Table, results: Results, scale: str) -> str:
 
 
 def format_csv(table: Table, results: Results, scale: str) -> str:
-    """The same as CSV, a line a cell: row, column, paper, number of seeds, mean, minimum, maximum.
-
-    Args:
-        table: what the paper prints.
-        results: what was run.
-        scale: as in :func:`format_markdown`.
-    """
+    """A line a cell: row, column, paper, scale, number of seeds, mean, minimum, maximum."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["row", "column", "paper_coco", "scale", "seeds", "mean", "min", "max"])
     for row in table.rows:
         for column in table.columns:
             values = _values(results, row, column)
-            figures = [_missing(row)] * 3
-            if any(map(math.isnan, values)):
-                figures = [NO_OBJECTS] * 3
-            elif values:
-                summary = statistics.mean(values), min(values), max(values)
-                figures = [f"{value:.2f}" for value in summary]
             paper = row.paper.get(column.label, EMPTY)
+            figures = _summary(row, values, digits=2)
             writer.writerow([row.label, column.label, paper, scale, len(values), *figures])
     return text.getvalue()
 
@@ -222,27 +183,30 @@ def plot_table(table: Table, results: Results, scale: str, path: Path) -> None:
 
     The paper's figures (COCO) have a panel of their own: unless they were measured on COCO, ours
     are of another world and only the order of the rows can be compared. Dots are seeds.
-
-    Args:
-        table: what the paper prints.
-        results: what was run; at least one row.
-        scale: as in :func:`format_markdown`.
-        path: of the PNG.
     """
     columns = [c for c in table.columns if c.metric.endswith(("AP50", "AR75@100", "AR75@1000"))]
+    first = columns[0].label
+    paper = [[row.paper[first]] if first in row.paper else [] for row in table.rows]
+    panels = [(f"paper, COCO:\n{first}", paper, "#9aa5b1")]
+    for column in columns:
+        cells = [_values(results, row, column) for row in table.rows]
+        panels.append((f"{scale}:\n{column.label}", cells, "#4c86c6"))
     with mpl.rc_context({"font.size": 8}):
         size = 4.3 + 1.9 * len(columns), 1.1 + 0.34 * len(table.rows)
         figure = Figure(figsize=size, layout="constrained")
-        axes = figure.subplots(1, 1 + len(columns), sharey=True, squeeze=False)[0]
-        paper = [row.paper.get(columns[0].label) for row in table.rows]
-        _draw_bars(
-            axes[0], [[] if v is None else [v] for v in paper], [EMPTY] * len(paper), "#9aa5b1"
-        )
-        axes[0].set_title(f"paper, COCO:\n{columns[0].label}")
-        for axis, column in zip(axes[1:], columns, strict=True):
-            cells = [_values(results, row, column) for row in table.rows]
-            _draw_bars(axis, cells, [_missing(row) for row in table.rows], "#4c86c6")
-            axis.set_title(f"{scale}:\n{column.label}")
+        axes = figure.subplots(1, len(panels), sharey=True)
+        for axis, (title, cells, colour) in zip(axes, panels, strict=True):
+            largest = max((value for values in cells for value in values), default=1.0)
+            for place, (row, values) in enumerate(zip(table.rows, cells, strict=True)):
+                axis.barh(place, statistics.mean(values) if values else 0.0, color=colour)
+                if len(values) > 1:
+                    axis.plot(values, [place] * len(values), "o", color="#1b3350", markersize=2.5)
+                text = EMPTY if cells is paper and not values else _summary(row, values)[0]
+                end = max(values, default=0.0) + 0.03 * largest
+                axis.text(end, place, text, va="center", fontsize=7)
+            axis.set_xlim(0, 1.3 * largest)
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.set_title(title)
         axes[0].set_yticks(range(len(table.rows)), [row.label for row in table.rows])
         axes[0].invert_yaxis()
         figure.suptitle(f"Table {table.number}: {table.title}")
@@ -250,34 +214,11 @@ def plot_table(table: Table, results: Results, scale: str, path: Path) -> None:
             figure.savefig(temporary, dpi=150, format="png")
 
 
-def _draw_bars(
-    axis: mpl.axes.Axes, cells: Sequence[Sequence[float]], missing: Sequence[str], colour: str
-) -> None:
-    """A bar a row to the mean of its figures, with its value behind it and a dot a seed."""
-    largest = max((value for values in cells for value in values), default=1.0)
-    for place, values in enumerate(cells):
-        mean = statistics.mean(values) if values else 0.0
-        axis.barh(place, mean, color=colour)
-        if len(values) > 1:
-            axis.plot(values, [place] * len(values), "o", color="#1b3350", markersize=2.5)
-        text = f"{mean:.1f}" if values else missing[place]
-        end = max(values, default=0.0) + 0.03 * largest
-        axis.text(end, place, text, va="center", fontsize=7)
-    axis.set_xlim(0, 1.3 * largest)
-    axis.spines[["top", "right"]].set_visible(False)
-
-
 def write_table(table: Table, results: Results, scale: str, folder: Path, title: str) -> str:
     """Write ``table<N>.md``, ``.csv`` and, if anything was run, ``.png``; returns the Markdown.
 
-    Args:
-        table: what the paper prints.
-        results: what was run.
-        scale: as in :func:`format_markdown`.
-        folder: made if it is not there.
-        title: above the table, one line.
+    ``title`` is one line, above the table.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     markdown = f"{title}\n\n{format_markdown(table, results, scale)}"
     stem = folder / f"table{table.number}"
     for suffix, text in ((".md", markdown + "\n"), (".csv", format_csv(table, results, scale))):

@@ -12,17 +12,8 @@ from tabulate import tabulate  # type: ignore[import-untyped]
 
 from hierkd.files import replacing
 
-__all__ = [
-    "Figures",
-    "Results",
-    "collect_record",
-    "collect_results",
-    "figures_table",
-    "summary_rows",
-    "write_results",
-]
-
-Results = dict[str, Any]
+__all__ = ["Figures", "collect_record", "collect_results", "figures_table", "summary_rows"]
+__all__ += ["write_results"]
 
 # Dataset to name of a row ("crop 1.5") to "<group>/<metric>" to percent.
 Figures = Mapping[str, Mapping[str, Mapping[str, float]]]
@@ -35,59 +26,50 @@ def collect_results(
     figures: Mapping[str, Mapping[str, float]],
     upper_bounds: Mapping[str, Mapping[str, float]],
     **provenance: Any,
-) -> Results:
+) -> dict[str, Any]:
     """Arrange the figures of a run as ``results.json`` holds them, to two decimals, NaN as None.
 
     Args:
         figures: "zsd" (novel vocabulary) and "gzsd" (all classes) to an evaluator's, in percent.
         upper_bounds: CLIP's on the ground-truth boxes, likewise.
-        provenance: Config, seed, commit and the like, by name.
+        provenance: config, seed, commit and the like, by name.
     """
-
-    def pick(of_protocols: Mapping[str, Mapping[str, float]]) -> Results:
-        return {
+    ours, bounds = (
+        {
             protocol: {
-                group: {
-                    name: _rounded(of_protocols[protocol][f"{group}/{name}"])
-                    for name in ("AP50", "AR50")
-                }
+                group: {m: _rounded(found[protocol][f"{group}/{m}"]) for m in ("AP50", "AR50")}
                 for group in groups
             }
             for protocol, groups in _GROUPS.items()
         }
-
-    return {**pick(figures), "upper_bound": pick(upper_bounds), **provenance}
+        for found in (figures, upper_bounds)
+    )
+    return {**ours, "upper_bound": bounds, **provenance}
 
 
 def _rounded(value: float) -> float | None:
     return None if math.isnan(value) else round(value, 2)  # JSON knows no NaN
 
 
-def write_results(path: str | os.PathLike[str], results: Results) -> None:
-    """Write ``results.json``, whole or not at all."""
-    text = json.dumps(results, indent=2, allow_nan=False) + "\n"
+def write_results(path: str | os.PathLike[str], results: dict[str, Any]) -> None:
+    """Write a JSON file for people to read, whole or not at all."""
     with replacing(path) as making:
-        making.write_text(text, encoding="utf-8")
+        making.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def summary_rows(
-    results: Results,
+    results: dict[str, Any],
 ) -> list[tuple[str, str, float | None, float | None, float | None]]:
-    """List (protocol, classes, AP50, AR50, upper bound's AP50) for a table."""
+    """List (protocol, classes, AP50, AR50, upper bound's AP50) of ``results.json``, in percent."""
+    bounds = results["upper_bound"]
     return [
-        (
-            protocol.upper(),
-            group,
-            results[protocol][group]["AP50"],
-            results[protocol][group]["AR50"],
-            results["upper_bound"][protocol][group]["AP50"],
-        )
-        for protocol, groups in _GROUPS.items()
-        for group in groups
+        (protocol.upper(), group, found["AP50"], found["AR50"], bounds[protocol][group]["AP50"])
+        for protocol in _GROUPS
+        for group, found in results[protocol].items()
     ]
 
 
-def collect_record(*, rows: Figures, main_row: str, **provenance: Any) -> Results:
+def collect_record(*, rows: Figures, main_row: str, **provenance: Any) -> dict[str, Any]:
     """Arrange a measurement for :func:`write_results`, to two decimals, NaN as None.
 
     ``figures`` is added: dataset to the figures of ``main_row``, the one that a table takes.
@@ -106,17 +88,11 @@ def collect_record(*, rows: Figures, main_row: str, **provenance: Any) -> Result
 def figures_table(rows: Figures, metrics: Sequence[str]) -> str:
     """Lay figures out in Markdown: a line per dataset, row and group; a dash for NaN."""
     lines = [
-        [dataset, row, group, *(_cell(of_row[f"{group}/{metric}"]) for metric in metrics)]
+        [dataset, row, group, *(_rounded(of_row[f"{group}/{metric}"]) for metric in metrics)]
         for dataset, of_dataset in rows.items()
         for row, of_row in of_dataset.items()
         for group in dict.fromkeys(key.split("/")[0] for key in of_row if "/" in key)
     ]
     headers = ["dataset", "row", "classes", *metrics]
-    alignment = ("left", "left", "left", *("right" for _ in metrics))
-    return str(
-        tabulate(lines, headers, tablefmt="github", disable_numparse=True, colalign=alignment)
-    )
-
-
-def _cell(value: float) -> str:
-    return "–" if math.isnan(value) else f"{value:.1f}"
+    style = {"tablefmt": "github", "floatfmt": ".1f", "missingval": "–", "numalign": "right"}
+    return str(tabulate(lines, headers, **style))

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,23 +32,14 @@ RECORD = "run.json"
 
 @dataclass(frozen=True)
 class Run:
-    """One config with one seed in one folder.
+    """One config with one seed in one folder."""
 
-    Attributes:
-        name: what the run is called in messages.
-        config: path of the YAML, relative to the project's root.
-        opts: KEY VALUE ... on top of it.
-        seed: ``SEED``.
-        folder: ``OUTPUT_DIR``.
-        num_gpus: of this machine; 0 = one process on whatever ``MODEL.DEVICE`` says.
-    """
-
-    name: str
-    config: str
-    opts: tuple[str, ...]
+    name: str  # in messages
+    config: str  # path of the YAML, relative to the project's root
+    opts: tuple[str, ...]  # KEY VALUE ... on top of it
     seed: int
-    folder: Path
-    num_gpus: int = 0
+    folder: Path  # OUTPUT_DIR
+    num_gpus: int = 0  # of this machine; 0: one process on whatever MODEL.DEVICE says
 
     def command(self) -> list[str]:
         """The command line that trains and evaluates it, or goes on with it."""
@@ -85,51 +76,37 @@ def read_record(run: Run) -> dict[str, Any] | None:
 
 
 def find_figure(metrics: Mapping[str, float], part: str, metric: str) -> float | None:
-    """One figure of an evaluation.
+    """One figure of an evaluation, in percent; None if the run was not evaluated so.
 
     Args:
         metrics: what detectron2 wrote: ``<dataset>/<task>/<metric>`` -> value.
         part: ``"base"``, ``"novel"`` or ``"all"``: the last part of the dataset's name.
         metric: such as ``"novel/AP50"``.
-
-    Returns:
-        The value, in percent, or None if the run was not evaluated so.
-
-    Raises:
-        ValueError: several datasets have that part.
     """
-    found = {}
     for key, value in metrics.items():
         dataset, *rest = key.split("/", 2)
         if dataset.endswith(f"_{part}") and rest[1:] == [metric]:
-            found[key] = value
-    if len(found) > 1:
-        raise ValueError(f"{metric} on '{part}' is ambiguous: {sorted(found)}")
-    return next(iter(found.values()), None)
+            return value
+    return None
 
 
 def execute(runs: Sequence[Run], root: Path, *, jobs: int, threads: int) -> None:
-    """Do the runs that are not complete, some at a time.
+    """Do the runs that are not complete, ``jobs`` at a time, each with ``threads`` of the CPU.
 
-    Args:
-        runs: what to do, in this order.
-        root: of the project, where ``train_net.py`` lies.
-        jobs: runs at a time.
-        threads: CPU threads of each run.
+    ``root`` is the project's, where ``train_net.py`` lies.
 
     Raises:
         RuntimeError: runs failed, after the others have ended; names their logs.
         ValueError: a folder holds another run; before anything starts.
     """
     missing = [run for run in runs if read_record(run) is None]
-    failed: list[str] = []
-    with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(missing), desc="runs") as progress:
-        futures = {pool.submit(_train, run, root, threads): run for run in missing}
-        for future in as_completed(futures):
-            if future.result() != 0:
-                run = futures[future]
-                failed.append(f"{run.name}, seed {run.seed} (see {run.folder / 'stdout.txt'})")
-            progress.update()
+    with ThreadPoolExecutor(jobs) as pool:
+        codes = pool.map(lambda run: _train(run, root, threads), missing)
+        failed = [
+            f"{run.name}, seed {run.seed} (see {run.folder / 'stdout.txt'})"
+            for run, code in zip(missing, tqdm(codes, "runs", len(missing)), strict=True)
+            if code != 0
+        ]
     if failed:
         raise RuntimeError("failed: " + "; ".join(failed))
 

@@ -18,17 +18,11 @@ __all__ = ["TABLES", "Column", "Row", "Table", "Training"]
 
 @dataclass(frozen=True)
 class Training:
-    """A training that a row needs: ``train_net.py`` with a config.
-
-    Attributes:
-        name: of its folder; rows that share the name share the training.
-        config: the YAML.
-        opts: KEY VALUE ... on top of it.
-    """
+    """A training that a row needs; rows that share the name (of its folder) share the training."""
 
     name: str
     config: str
-    opts: tuple[str, ...] = ()
+    opts: tuple[str, ...] = ()  # KEY VALUE ... on top of the config
 
 
 @dataclass(frozen=True)
@@ -62,21 +56,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """A table.
-
-    Attributes:
-        number: in the paper.
-        title: one line.
-        columns: the paper's in its order, then what is ours alone.
-        rows: in the paper's order.
-        seeds: of the miniature study.
-    """
+    """A table: its columns are the paper's in its order, then what is ours alone."""
 
     number: int
     title: str
     columns: tuple[Column, ...]
     rows: tuple[Row, ...]
-    seeds: tuple[int, ...] = (0,)
+    seeds: tuple[int, ...] = (0,)  # of the miniature study
 
     @property
     def printed(self) -> set[str]:
@@ -87,42 +73,39 @@ class Table:
 def _read_tables() -> dict[int, Table]:
     text = resources.files(__package__).joinpath("tables.yaml").read_text(encoding="utf-8")
     content = yaml.safe_load(text)
-    tables = {}
-    for number, table in content["tables"].items():
-        labels = [*table["paper"], *table.get("ours", ())]
-        tables[number] = Table(
+    return {
+        number: Table(
             number,
             table["title"],
-            tuple(Column(label, *content["columns"][label]) for label in labels),
+            tuple(
+                Column(label, *content["columns"][label])
+                for label in [*table["paper"], *table.get("ours", ())]
+            ),
             tuple(_row(row, table["paper"], content["settings"]) for row in table["rows"]),
             tuple(table.get("seeds", (0,))),
         )
-    return tables
+        for number, table in content["tables"].items()
+    }
 
 
 def _row(row: Mapping[str, Any], columns: Sequence[str], settings: Mapping[str, Any]) -> Row:
+    def training(name: str, config: str, changes: Sequence[Any]) -> Training:
+        pairs = [settings[each] if isinstance(each, str) else each for each in changes]
+        opts = [str(word) for mapping in pairs for pair in mapping.items() for word in pair]
+        return Training(name, f"configs/{config}.yaml", tuple(opts))
+
     trainings: dict[str, Training] = {}
     if "coco" in row:
         config, *changes = [row["coco"]] if isinstance(row["coco"], str) else row["coco"]
         name = config.removeprefix("ablations/").replace("/", "_")
-        trainings["coco"] = Training(name, f"configs/{config}.yaml", _opts(changes, settings))
+        trainings["coco"] = training(name, config, changes)
     for name, (config, *changes) in row.get("miniature", {}).items():
-        trainings["miniature"] = Training(
-            name, f"configs/miniature/{config}.yaml", _opts(changes, settings)
-        )
+        trainings["miniature"] = training(name, f"miniature/{config}", changes)
     figures = zip(columns, row["paper"], strict=True)
+    paper = {label: value for label, value in figures if value is not None}
     return Row(
-        row["label"],
-        **trainings,
-        paper={label: value for label, value in figures if value is not None},
-        evaluation=row.get("evaluation", "train_net"),
+        row["label"], **trainings, paper=paper, evaluation=row.get("evaluation", "train_net")
     )
-
-
-def _opts(changes: Sequence[Any], settings: Mapping[str, Any]) -> tuple[str, ...]:
-    """KEY VALUE ... of changes, each the name of a setting or a mapping."""
-    pairs = [settings[each] if isinstance(each, str) else each for each in changes]
-    return tuple(str(word) for mapping in pairs for pair in mapping.items() for word in pair)
 
 
 TABLES: Mapping[int, Table] = _read_tables()

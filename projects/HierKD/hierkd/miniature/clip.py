@@ -20,13 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from hierkd.files import replacing
-from hierkd.miniature.world import (
-    MINIATURE_CLASSES,
-    MiniatureSpec,
-    Scene,
-    make_captions,
-    render_scene,
-)
+from hierkd.miniature.world import MINIATURE_CLASSES, MiniatureSpec, make_captions, render_scene
 from hierkd.teachers.crops import crop_regions
 from hierkd.teachers.openai_clip import CLIP_MEAN, CLIP_STD, import_clip
 
@@ -78,7 +72,7 @@ class _Samples:
         self._spec = spec
         self._rng = np.random.default_rng((spec.seed, 1))
         self._named = world.named_probability
-        self._scenes: list[Scene] = []
+        self._scenes = []
         for index in tqdm(range(spec.scenes), desc="rendering for CLIP", unit="picture"):
             rng = np.random.default_rng((spec.seed, 0, index))
             number = rng.integers(world.min_objects, world.max_objects + 1)
@@ -89,13 +83,9 @@ class _Samples:
         ]
 
     def draw(self, windows: float) -> tuple[Tensor, list[str], Tensor]:
-        """One batch.
+        """Crops (B, 3, S, S), captions (B,), multi-hot classes named by the caption (B, 32).
 
-        Args:
-            windows: share of whole pictures; the others are crops around one object.
-
-        Returns:
-            crops (B, 3, S, S), captions (B,), multi-hot classes named by the caption (B, 32).
+        ``windows`` is the share of whole pictures; the others are crops around one object.
         """
         images, boxes, texts = [], [], []
         for index in self._rng.integers(0, len(self._scenes), self._spec.batch_size):
@@ -148,17 +138,10 @@ def _encode_texts(model: Any, texts: Sequence[str]) -> Tensor:
     return embeddings[torch.tensor([unique.index(text) for text in texts])]
 
 
-def _multi_positive_loss(logits: Tensor, same: Tensor) -> Tensor:
-    """Symmetric InfoNCE in which pairs that name the same classes are positives together."""
-    targets = same / same.sum(dim=1, keepdim=True)
-    by_image = F.cross_entropy(logits, targets)
-    return (by_image + F.cross_entropy(logits.T, targets)) / 2
-
-
 def train_tiny_clip(
     path: str | os.PathLike[str],
-    spec: TinyCLIPSpec | None = None,
-    world: MiniatureSpec | None = None,
+    spec: TinyCLIPSpec,
+    world: MiniatureSpec,
 ) -> dict[str, float]:
     """Train the tiny CLIP and save it as a state dict that ``clip.load(path)`` reads.
 
@@ -166,18 +149,14 @@ def train_tiny_clip(
     class: captions that name the same classes count as positives together, and a classifier shared
     by both towers, dropped afterwards, pulls the text embeddings apart.
 
-    Args:
-        path: of the file.
-        spec: size and training.
-        world: how pictures look; its seed and numbers of pictures are not used.
+    Pictures look as those of ``world``, whose seed and numbers of pictures are not used.
 
     Returns:
         ``seconds``, ``accuracy`` (of the last tenth of training, images among the captions' class
         sets of the batch) and ``logit_scale``.
     """
-    spec = TinyCLIPSpec() if spec is None else spec
     started = time.monotonic()
-    samples = _Samples(spec, MiniatureSpec() if world is None else world)
+    samples = _Samples(spec, world)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)
         model = build_tiny_clip(spec).train()
@@ -198,7 +177,9 @@ def train_tiny_clip(
         image, text = F.normalize(image, dim=1), F.normalize(text, dim=1)
         same = (classes[:, None] == classes[None]).all(dim=2).float()
         logits = model.logit_scale.exp() * image @ text.T
-        loss = _multi_positive_loss(logits, same)
+        # Symmetric InfoNCE; pairs that name the same classes are positives together.
+        targets = same / same.sum(dim=1, keepdim=True)
+        loss = (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
         for embedding in (image, text):
             named = 10 * classifier(embedding) - 3
             entropy = F.binary_cross_entropy_with_logits(named, classes, reduction="none")

@@ -37,7 +37,6 @@ def train_warm_start(
     batch_size: int = 96,
     size: int = 64,
     lr: float = 3e-3,
-    seed: int = 0,
 ) -> dict[str, float]:
     """Train a bottom-up backbone as a classifier of ground-truth boxes and save its weights.
 
@@ -51,20 +50,15 @@ def train_warm_start(
 
     Returns:
         ``seconds`` and ``accuracy`` over the last tenth of the steps.
-
-    Raises:
-        ValueError: if the dataset has no box.
     """
     started = time.monotonic()
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     images, regions = _load_regions(dataset_name)
-    if not regions:
-        raise ValueError(f"{dataset_name}: expected boxes to learn from, found no box")
     num_classes = len(MetadataCatalog.get(dataset_name).thing_classes)
-    last = max(bottom_up.output_shape().items(), key=lambda item: item[1].stride)
+    last, shape = max(bottom_up.output_shape().items(), key=lambda item: item[1].stride)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        classifier = nn.Linear(last[1].channels, num_classes)
+        torch.manual_seed(0)
+        classifier = nn.Linear(shape.channels, num_classes)
     bottom_up.train().to(memory_format=torch.channels_last)
     parameters = [*bottom_up.parameters(), *classifier.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.02)
@@ -83,14 +77,17 @@ def train_warm_start(
         flip = torch.from_numpy(rng.random(len(crops)) < 0.5)
         crops[flip] = crops[flip].flip(3)
         labels = torch.tensor([region[2] for region in chosen])
-        features = bottom_up(crops.contiguous(memory_format=torch.channels_last))[last[0]]
+        features = bottom_up(crops.contiguous(memory_format=torch.channels_last))[last]
         logits = classifier(features.mean(dim=(2, 3)))
         optimizer.zero_grad()
         F.cross_entropy(logits, labels, label_smoothing=0.1).backward()
         optimizer.step()
         schedule.step()
         accuracies.append(float((logits.argmax(dim=1) == labels).float().mean()))
-    _save(bottom_up, path)
+    model = {f"backbone.bottom_up.{key}": value for key, value in bottom_up.state_dict().items()}
+    with replacing(path) as making:
+        # detectron2 fits the names to a model's by their endings where this is set
+        torch.save({"model": model, "__author__": "hierkd", "matching_heuristics": True}, making)
     tail = accuracies[-max(1, steps // 10) :]
     return {"seconds": time.monotonic() - started, "accuracy": sum(tail) / len(tail)}
 
@@ -116,11 +113,3 @@ def _jitter(box: Tensor, rng: np.random.Generator) -> Tensor:
     center = center + torch.from_numpy(rng.uniform(-0.1, 0.1, 2)).float() * side
     half = side * rng.uniform(0.9, 1.5) / 2
     return torch.cat([center - half, center + half])[None]
-
-
-def _save(bottom_up: Backbone, path: str | os.PathLike[str]) -> None:
-    """Write a checkpoint under the detector's parameter names, whole or not at all."""
-    model = {f"backbone.bottom_up.{key}": value for key, value in bottom_up.state_dict().items()}
-    with replacing(path) as making:
-        # detectron2 fits the names to a model's by their endings where this is set
-        torch.save({"model": model, "__author__": "hierkd", "matching_heuristics": True}, making)

@@ -25,7 +25,6 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 import numpy.typing as npt
-from detectron2.data import DatasetCatalog
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
@@ -33,22 +32,12 @@ from hierkd.data.coco import datasets_root, register_ovd_dataset
 from hierkd.data.definitions import caption_of
 from hierkd.files import write_json_atomically
 
-__all__ = [
-    "MINIATURE_BASE",
-    "MINIATURE_CLASSES",
-    "MINIATURE_NOVEL",
-    "MiniatureSpec",
-    "Scene",
-    "ensure_miniature",
-    "make_captions",
-    "miniature_root",
-    "register_miniature",
-    "render_scene",
-]
+__all__ = ["MINIATURE_BASE", "MINIATURE_CLASSES", "MINIATURE_NOVEL", "MiniatureSpec", "Scene"]
+__all__ += ["ensure_miniature", "make_captions", "miniature_root", "register_miniature"]
+__all__ += ["render_scene"]
 
 logger = logging.getLogger(__name__)
 
-_Picture = npt.NDArray[np.uint8]
 _Mask = npt.NDArray[np.float32]
 
 _FONTS = {
@@ -137,7 +126,7 @@ class MiniatureSpec:
 class Scene(NamedTuple):
     """A rendered picture and what is in it."""
 
-    picture: _Picture  # (H, W, 3) RGB
+    picture: npt.NDArray[np.uint8]  # (H, W, 3) RGB
     names: list[str]  # class of each object
     boxes: npt.NDArray[np.float64]  # (M, 4) XYXY, tight around the glyph's pixels
 
@@ -169,10 +158,7 @@ def _glyph(design: str) -> _Mask:
     canvas = Image.new("L", (2 * _GLYPH_PX, 2 * _GLYPH_PX))
     character = chr(int(table[name], 16))
     ImageDraw.Draw(canvas).text((_GLYPH_PX // 2, _GLYPH_PX // 2), character, 255, font)
-    ink = canvas.getbbox()
-    if ink is None:
-        raise ValueError(f"glyph {design} is empty")
-    return np.asarray(canvas.crop(ink)).astype(np.float32) / np.float32(255)
+    return np.asarray(canvas.crop(canvas.getbbox())).astype(np.float32) / np.float32(255)
 
 
 def _object_mask(name: str, longer_side: int, rng: np.random.Generator) -> _Mask:
@@ -239,18 +225,16 @@ def render_scene(names: Sequence[str], spec: MiniatureSpec, rng: np.random.Gener
         for _ in range(30):
             x = int(rng.integers(0, spec.size - width + 1))
             y = int(rng.integers(0, spec.size - height + 1))
-            box = (x, y, x + width, y + height)
-            if all(_apart(box, other) for other in boxes):
+            if all(
+                x >= x1 or x + width <= x0 or y >= y1 or y + height <= y0
+                for x0, y0, x1, y1 in boxes
+            ):
                 _paint(picture, mask, x, y, rng)
                 drawn.append(name)
-                boxes.append(box)
+                boxes.append((x, y, x + width, y + height))
                 break
     noisy = picture + rng.normal(0, 5, picture.shape)
     return Scene(noisy.clip(0, 255).astype(np.uint8), drawn, np.asarray(boxes, dtype=np.float64))
-
-
-def _apart(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> bool:
-    return a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
 
 
 def make_captions(
@@ -283,31 +267,29 @@ def miniature_root() -> Path:
     return Path(datasets_root()) / "miniature"
 
 
-def ensure_miniature(
-    root: str | os.PathLike[str] | None = None, spec: MiniatureSpec | None = None
-) -> Path:
-    """Render the world, unless a complete one of the same spec is there.
+def ensure_miniature(root: Path, spec: MiniatureSpec) -> None:
+    """Render the world into ``root``, unless a complete one of the same spec is there.
 
     It is written next to its place and then moved, so an interrupted call leaves the old world or
     none. Other files in ``root`` (the teacher, the warm start) stay.
-
-    Args:
-        root: folder of the world; :func:`miniature_root` by default. It is returned.
-        spec: what to render.
     """
-    root = miniature_root() if root is None else Path(root)
-    spec = MiniatureSpec() if spec is None else spec
-    if _is_complete(root, spec):
+    stamp = root / "annotations" / "spec.json"
+    if (
+        stamp.is_file()
+        and json.loads(stamp.read_text()) == asdict(spec)
+        and all(
+            len(list((root / split).glob("*.jpg"))) == getattr(spec, f"{split}_images")
+            for split in _SPLITS
+        )
+    ):
         logger.info("The miniature world in %s is up to date", root)
-        return root
+        return
     root.mkdir(parents=True, exist_ok=True)
     making = root / f".making-{os.getpid()}"
     shutil.rmtree(making, ignore_errors=True)  # of a killed process that had this id
     try:
-        total = spec.train_images + spec.val_images + spec.test_images
-        with tqdm(total=total, desc="rendering the world", unit="picture") as progress:
-            for split in _SPLITS:
-                _write_split(making, split, spec, progress)
+        for split in _SPLITS:
+            _write_split(making, split, spec)
         write_json_atomically(making / "annotations" / "spec.json", asdict(spec))
         # Annotations go last: without their spec.json a world counts as missing.
         shutil.rmtree(root / "annotations", ignore_errors=True)
@@ -316,27 +298,15 @@ def ensure_miniature(
             os.replace(making / name, root / name)
     finally:
         shutil.rmtree(making, ignore_errors=True)
-    return root
 
 
-def _is_complete(root: Path, spec: MiniatureSpec) -> bool:
-    """Whether ``root`` holds the world of ``spec`` with all its pictures."""
-    stamp = root / "annotations" / "spec.json"
-    if not stamp.is_file() or json.loads(stamp.read_text()) != asdict(spec):
-        return False
-    return all(
-        (root / split).is_dir()
-        and len(os.listdir(root / split)) == getattr(spec, f"{split}_images")
-        for split in _SPLITS
-    )
-
-
-def _write_split(folder: Path, split: str, spec: MiniatureSpec, progress: Any) -> None:
-    """Render one split and write its three annotation files (training: base alone)."""
+def _write_split(folder: Path, split: str, spec: MiniatureSpec) -> None:
+    """Render one split and write its annotation files: a part's boxes and their pictures."""
     (folder / split).mkdir(parents=True)
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    for index in range(getattr(spec, f"{split}_images")):
+    number = getattr(spec, f"{split}_images")
+    for index in tqdm(range(number), desc=f"rendering the world: {split}", unit="picture"):
         rng = np.random.default_rng((spec.seed, _SPLITS.index(split), index))
         scene = render_scene(_draw_names(spec, split, rng), spec, rng)
         file_name = f"{index:05d}.jpg"
@@ -355,9 +325,16 @@ def _write_split(folder: Path, split: str, spec: MiniatureSpec, progress: Any) -
                     "iscrowd": 0,
                 }
             )
-        progress.update()
     for part in _parts(split):
-        content = _restrict(images, annotations, _VOCABULARIES[part])
+        ids = {MINIATURE_CLASSES.index(name) + 1: name for name in _VOCABULARIES[part]}
+        kept = [annotation for annotation in annotations if annotation["category_id"] in ids]
+        with_box = {annotation["image_id"] for annotation in kept}
+        content = {
+            "info": {"description": "HierKD miniature"},
+            "categories": [{"id": i, "name": name} for i, name in ids.items()],
+            "images": [image for image in images if image["id"] in with_box],
+            "annotations": kept,
+        }
         write_json_atomically(folder / "annotations" / f"{split}_{part}.json", content)
 
 
@@ -366,37 +343,16 @@ def _parts(split: str) -> tuple[str, ...]:
     return ("base",) if split == "train" else tuple(_VOCABULARIES)
 
 
-def _restrict(
-    images: Sequence[dict[str, Any]],
-    annotations: Sequence[dict[str, Any]],
-    vocabulary: Sequence[str],
-) -> dict[str, Any]:
-    """Keep a vocabulary's categories and boxes, and the pictures that have such a box."""
-    ids = {MINIATURE_CLASSES.index(name) + 1: name for name in vocabulary}
-    kept = [annotation for annotation in annotations if annotation["category_id"] in ids]
-    with_box = {annotation["image_id"] for annotation in kept}
-    return {
-        "info": {"description": "HierKD miniature"},
-        "categories": [{"id": i, "name": name} for i, name in ids.items()],
-        "images": [image for image in images if image["id"] in with_box],
-        "annotations": kept,
-    }
-
-
 def register_miniature(root: str | None = None) -> None:
     """Register ``miniature_ovd_train_base`` and ``miniature_ovd_{val,test}_{base,novel,all}``.
 
-    Args:
-        root: the folder that holds ``miniature``; :func:`datasets_root` unless given. Names that
-            are registered already are left alone.
+    ``root`` holds the folder ``miniature``; by default it is :func:`datasets_root`.
     """
-    folder = os.path.join(datasets_root() if root is None else root, "miniature")
+    folder = os.path.join(root or datasets_root(), "miniature")
     for split, part in [(each, part) for each in _SPLITS for part in _parts(each)]:
-        name, vocabulary = f"miniature_ovd_{split}_{part}", _VOCABULARIES[part]
-        if name in DatasetCatalog.list():
-            continue
+        vocabulary = _VOCABULARIES[part]
         register_ovd_dataset(
-            name,
+            f"miniature_ovd_{split}_{part}",
             json_file=os.path.join(folder, "annotations", f"{split}_{part}.json"),
             image_root=os.path.join(folder, split),
             vocabulary=vocabulary,
