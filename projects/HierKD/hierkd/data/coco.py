@@ -62,7 +62,7 @@ def register_ovd_dataset(
     """Register a dataset with detectron2's catalogs; nothing is read before it is asked for.
 
     Args:
-        name: Name in both catalogs.
+        name: In both catalogs.
         json_file: Annotations in COCO's layout; training files also carry ``captions``.
         image_root: Folder that ``file_name`` in the JSON is relative to.
         vocabulary: Names of the file's categories in category id order.

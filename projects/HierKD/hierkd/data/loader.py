@@ -52,14 +52,8 @@ def _seeded_rng(*seed: int) -> Iterator[None]:
 class TrainingBatchSampler(Sampler[list[_SampleKey]]):
     """Endless batches of one process, each of landscape or of portrait images only.
 
-    Args:
-        is_landscape: per image, whether it is wider than high.
-        batch_size: images per batch of this process.
-        seed: the same on every process.
-
-    Attributes:
-        start_iter: number of batches to leave out at the start of the stream; set it before the
-            first batch is drawn. Leaving out costs no image.
+    ``start_iter`` batches are left out at the start of the stream; set it before the first batch
+    is drawn. Leaving out costs no image. ``seed`` is the same on every process.
     """
 
     def __init__(self, is_landscape: Sequence[bool], batch_size: int, seed: int) -> None:

@@ -52,17 +52,16 @@ class HierKDDatasetMapper(DatasetMapper):  # type: ignore[misc]
         cache: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Create the mapper.
+        """Create the mapper; all but detectron2's own ``kwargs`` is for training alone.
 
         Args:
             is_train: Whether the result is for training (augmented, with ``instances``).
-            with_caption: Whether to draw a caption; ignored unless ``is_train``.
-            skip_broken_images: In training, leave out images that cannot be decoded (another
-                image takes the place) instead of raising. Never at inference, where a result
-                would silently be missing.
+            with_caption: Whether to draw a caption.
+            skip_broken_images: Leave out images that cannot be decoded (another image takes the
+                place) instead of raising. At inference a result would silently be missing.
             with_regions: Whether to look up each box in the cache; ignored without one. Only
                 resizing and mirroring are then possible: a cached embedding is of the whole box.
-            cache: :class:`hierkd.teachers.region_cache.RegionCache`; ignored unless ``is_train``.
+            cache: :class:`hierkd.teachers.region_cache.RegionCache`.
             **kwargs: See :class:`detectron2.data.DatasetMapper`.
         """
         kwargs["augmentations"] = list(map(_for_any_shape, kwargs["augmentations"]))
@@ -177,14 +176,7 @@ def _check_cacheable(key: str, found: object, allowed: tuple[object, ...]) -> No
 
 
 def read_picture(file_name: str, image_format: str = "BGR") -> NDArray[np.uint8]:
-    """Read a picture.
-
-    Args:
-        file_name: Its path.
-        image_format: "BGR" or "RGB".
-
-    Returns:
-        (H, W, 3), 0..255.
+    """Read a picture, (H, W, 3), 0..255, in ``image_format`` "BGR" or "RGB".
 
     Raises:
         ValueError: The file does not exist, cannot be decoded, or has more than 8 bits a channel
@@ -235,12 +227,8 @@ def check_images(
     Takes about 7 ms of one core per COCO image, shared among the processes of a run and the cores
     of the machine (Pillow releases the interpreter's lock).
 
-    Args:
-        dataset_dicts: Images in detectron2's dataset format.
-        skip_broken: Leave out images that cannot be decoded, and log them, instead of raising.
-
     Returns:
-        The dicts whose image can be decoded, in order.
+        The dicts whose image can be decoded, in order; ``skip_broken`` logs the others.
 
     Raises:
         ValueError: An image cannot be decoded, or its size is not what its dict says. The first
