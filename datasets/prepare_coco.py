@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from hierkd.data.prepare import Figure, PartSummary
+    from hierkd.data.prepare import PartSummary
     from hierkd.data.splits import CocoVariant
 
 
@@ -61,19 +61,20 @@ def get_parser() -> argparse.ArgumentParser:
 
 def dry_run(root: Path, variant: CocoVariant, output: Path, names: Sequence[str]) -> None:
     """Say what is there, what is missing and how to get it, and what would be written."""
-    from hierkd.data.prepare import describe_inputs
+    from hierkd.data.prepare import archive_of, describe_inputs
     from hierkd.data.splits import SPLITS
 
-    inputs = describe_inputs(root, variant)
-    for each in inputs:
-        print(f"{each.state:7}  {each.path} ({each.detail})")
-    archives = dict.fromkeys(each.archive for each in inputs if each.state != "found")
+    archives = {}
+    for path, state, detail in describe_inputs(root, variant):
+        print(f"{state:7}  {path} ({detail})")
+        if state != "found":
+            archives[archive_of(path)] = None
     if archives:
         folder = shlex.quote(str(root / "coco"))
         print(f"\nTo get what is missing:\n  mkdir -p {folder} && cd {folder}")
-    for archive in archives:
-        name = archive.url.rsplit("/", 1)[1]
-        print(f"  curl -L -C - -O {archive.url} && unzip -o {name}  # {archive.size}")
+    for url, size in archives:
+        name = url.rsplit("/", 1)[1]
+        print(f"  curl -L -C - -O {url} && unzip -o {name}  # {size}")
     print()
     for name in names:
         for part in SPLITS[name].parts:
@@ -82,23 +83,23 @@ def dry_run(root: Path, variant: CocoVariant, output: Path, names: Sequence[str]
             print(f"{state} {path}")
 
 
-def compare(count: int, expected: Figure | None) -> str:
-    """Return how ``count`` stands to the expected one, in brackets."""
-    if expected is None:
-        return ""
-    if count == expected.value:
-        return f" (as in {expected.source})"
-    return f" (NOT the {expected.value:,} of {expected.source})"
-
-
 def print_summaries(summaries: Sequence[PartSummary]) -> None:
-    """Print a line per file with its counts."""
+    """Print a line per file with its counts, beside those that others state."""
+    from hierkd.data.prepare import EXPECTED_BY
+
     for each in summaries:
-        images = compare(each.num_images, each.expected_images)
-        boxes = compare(each.num_boxes, each.expected_boxes)
+        stated = ["", ""]
+        counts = (each.num_images, each.num_boxes)
+        if each.expected:
+            stated = [
+                f" (as in {source})" if count == figure else f" (NOT the {figure:,} of {source})"
+                for count, figure, source in zip(
+                    counts, each.expected, EXPECTED_BY[each.split], strict=True
+                )
+            ]
         captions = f", {each.num_captions:,} captions" if each.num_captions else ""
         print(
-            f"{each.path}: {each.num_images:,} images{images}, {each.num_boxes:,} boxes{boxes}"
+            f"{each.path}: {counts[0]:,} images{stated[0]}, {counts[1]:,} boxes{stated[1]}"
             f"{captions}{'' if each.changed else '; was there already'}"
         )
 

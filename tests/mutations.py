@@ -27,14 +27,8 @@ _ENCODINGS = ("utf-16", "utf-8-sig", "utf-32", "latin-1", "cp500")
 
 def paths_in(content: Any, path: tuple = ()) -> Iterator[tuple]:
     """Keys and indices that lead to every value inside ``content``."""
-    children = (
-        content.items()
-        if isinstance(content, dict)
-        else enumerate(content)
-        if isinstance(content, list)
-        else ()
-    )
-    for key, value in children:
+    children = enumerate(content) if isinstance(content, list) else ()
+    for key, value in content.items() if isinstance(content, dict) else children:
         yield (*path, key)
         yield from paths_in(value, (*path, key))
 

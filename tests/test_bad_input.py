@@ -69,22 +69,9 @@ def write_config(world):
 
 # What is spoiled, what the command line has more, and what the line must name.
 CASES = {
-    "no image folder": (
-        lambda w: (w / "train").rename(w / "x"),
-        [],
-        "{world}/train does not exist",
-    ),
+    "no images": (lambda w: (w / "train").rename(w / "x"), [], "{world}/train does not exist"),
     "no image": (lambda w: (w / "val" / "3.png").unlink(), [], "{world}/val: '3.png'"),
-    "half an image": (
-        lambda w: truncate(w / "train" / "2.png"),
-        [],
-        "{world}/train/2.png",
-    ),
-    "no annotations": (
-        lambda w: (w / "annotations" / "val_novel.json").unlink(),
-        [],
-        "{world}/annotations/val_novel.json does not exist",
-    ),
+    "half an image": (lambda w: truncate(w / "train" / "2.png"), [], "{world}/train/2.png"),
     "half of the annotations": (
         lambda w: truncate(w / "annotations" / "train_base.json"),
         [],
@@ -100,11 +87,7 @@ CASES = {
         "{world}/other.pth: its embeddings have 24 dimensions",
     ),
     "no weights": (None, ["MODEL.WEIGHTS", "gone.pth"], "MODEL.WEIGHTS: no file 'gone.pth'"),
-    "no dataset": (
-        None,
-        ["DATASETS.TRAIN", "('miniature_ovd_train_bas',)"],
-        "miniature_ovd_train_base",
-    ),
+    "no dataset": (None, ["DATASETS.TRAIN", "('miniature_ovd_bas',)"], "'miniature_ovd_bas'"),
     "no key": (None, ["SOLVR.BASE_LR", "1.0"], "SOLVR.BASE_LR"),
     "no key in the file": (write_config, ["--config-file={world}/mine.yaml"], "mine.yaml"),
     "no pair": (None, ["SEED=1"], "'SEED=1': expected KEY VALUE"),
@@ -136,13 +119,11 @@ def test_what_can_be_mended_is_mended_and_counted(world, clip):
     boxes = [[4, 4, 0, 60], [20, 24, 68, -1], [200, 8, 64, 64], [8, 30, 500, 64]]
 
     def spoil(content):
-        for image in content["images"]:
-            del image["captions"]
         for annotation, box in zip(content["annotations"], boxes, strict=False):
             annotation["bbox"] = box
 
     edit(json_file, spoil)
-    mended = ("DATALOADER.SKIP_BROKEN_IMAGES", "True", "MODEL.GKD.LOSS_WEIGHT", "0.0")
+    mended = ("DATALOADER.SKIP_BROKEN_IMAGES", "True")
     call_main(command_line(world / "output", clip, *mended, "SOLVER.MAX_ITER", "1"))
     log = (world / "output" / "log.txt").read_text()
     assert (

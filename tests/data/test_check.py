@@ -1,6 +1,5 @@
 """Counting what a COCO file holds, on a file of three images, and findings about names."""
 
-import pytest
 import torch
 
 from hierkd.data.check import (
@@ -19,7 +18,7 @@ def box(image, category, *xywh, **more):
 
 CONTENT = {
     "images": [
-        {"id": 1, "width": 100, "height": 50, "captions": ["a cat"]},
+        {"id": 1, "width": 100, "height": 50},
         {"id": 2, "width": 100, "height": 50},
         {"id": 3, "width": 100, "height": 50},
     ],
@@ -43,25 +42,24 @@ def test_counts():
         ("Cat", 1, 1),
     ]
     expected = {"images": 3, "images_without_boxes": 1, "boxes": 6, "crowd": 1, "tiny": 1}
-    expected |= {"outside": 1, "without_area": 1, "non_finite": 1, "images_with_captions": 1}
+    expected |= {"outside": 1, "without_area": 1, "non_finite": 1}
     assert {key: REPORT[key] for key in expected} == expected
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
+def test_what_is_odd_is_said():
+    text = "\n".join(warnings_of("train", REPORT))
+    for words in (
         *("fewer than 10 boxes: cat (2)", "left out with their boxes: Cat (1)", "alone: cat, Cat"),
         *("1 images without any box", "1 boxes reaching out", "1 boxes that are no finite numbers"),
-    ],
-)
-def test_what_is_odd_is_said(words):
-    assert words in "\n".join(warnings_of("train", REPORT))
+    ):
+        assert words in text
+    assert "fewer than" not in "\n".join(warnings_of("val", REPORT))
 
 
 def test_lines_and_table():
-    assert "fewer than" not in "\n".join(warnings_of("val", REPORT))
-    assert "train: 3 images; 1 with captions" in short_line("x", "train", REPORT)
-    assert "3 boxes of 1 novel classes" in short_line("x", "val", REPORT)
+    assert "val: 3 images; 2 boxes of 1 base classes, 3 boxes of 1 novel classes" in short_line(
+        "x", "val", REPORT
+    )
     lines = class_table({"train": REPORT, "val": REPORT}).splitlines()[2:]  # base, novel, ignored
     assert [line.split("|")[1].strip() for line in lines] == ["cat", "dog", "Cat"]
     assert "2 (1)" in lines[0]
@@ -74,9 +72,7 @@ def test_long_prompts_and_empty_names():
     long = "very " * 6 + "long cat"
     too_long, empty = check_tokens(["cat", long, " "], ["{}", "a photo of a {}."], count, 10)
     assert long in too_long
-    assert "10 tokens" in too_long
     assert "anything that CLIP reads:  " in empty
-    assert check_tokens(["cat"], ["a photo of a {}."], count, 7) == []
 
 
 def test_the_same_to_clip():
@@ -86,4 +82,3 @@ def test_the_same_to_clip():
     (found,) = check_embeddings(["sofa", "couch", "cup"], rows)
     assert "sofa = couch (0.995)" in found
     assert "cup" not in found
-    assert check_embeddings(["sofa", "cup"], rows[[0, 2]]) == []

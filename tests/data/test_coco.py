@@ -2,22 +2,14 @@
 
 import copy
 import json
-import logging
 import os
 
 import pytest
-from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 
-import hierkd
-from hierkd.data.coco import (
-    check_captions,
-    check_datasets,
-    load_ovd_json,
-    register_coco_ovd,
-    register_ovd_dataset,
-)
-from hierkd.data.splits import SPLITS
+import hierkd.data  # noqa: F401  (registers the datasets)
+from hierkd.data.coco import check_captions, check_datasets, load_ovd_json, register_ovd_dataset
 
 VOCABULARY = ["person", "tie", "tv"]
 IDS = [1, 32, 72]
@@ -95,7 +87,6 @@ def test_loads_records_in_image_order(load, content, tmp_path):
         ([10, 20, 0, 40], None),
         ([10, 20, 30, -1], None),
         ([200, 20, 30, 40], None),  # touches the right edge from outside
-        ([-30, 20, 30, 40], None),
         ([10, 101, 30, 40], None),
         ([float("nan"), 20, 30, 40], None),
         ([10, 20, float("inf"), 40], None),
@@ -107,35 +98,10 @@ def test_boxes_are_clipped_or_dropped(load, content, box, expected):
     assert boxes == [each for each in (expected, [0.5, 0.5, 10.25, 3]) if each is not None]
 
 
-def test_an_inner_detour_and_a_link_of_the_owner_are_no_escape(load, content, tmp_path):
-    (tmp_path / "out.png").touch()
-    (tmp_path / "images" / "link.png").symlink_to(tmp_path / "out.png")
-    content["images"][0]["file_name"] = "sub/../a.jpg"
-    content["images"][1]["file_name"] = "link.png"
-    assert len(load(content)) == 2
-
-
-def test_counts_are_logged_in_one_line_which_warns_of_lost_boxes(load, content, caplog, tmp_path):
-    caplog.set_level(logging.INFO, logger="hierkd.data.coco")
-    load(content)
-    nan = float("nan")
-    boxes = [[-5, 0, 9, 9], [9, 9, 0, 9], [900, 0, 9, 9], [0, 0, nan, 9], [0, 0, 200.01, 9]]
-    for index, box in enumerate(boxes):
-        annotation = {"id": 10 + index, "image_id": 9, "category_id": 1, "bbox": box}
-        content["annotations"].append(annotation)
-    load(content)
-    assert [record.levelno for record in caplog.records] == [logging.INFO, logging.WARNING]
-    assert caplog.records[1].getMessage() == (
-        f"Loaded 2 images with 4 boxes from {tmp_path / 'set.json'}; clipped 1 boxes to their "
-        "image, dropped 3 (1 without area, 1 outside, 1 non-finite)."
-    )
-
-
 @pytest.mark.parametrize(
     ("categories", "word"),
     [
         ([(72, "tv"), (1, "person")], "missing: 'tie'; unexpected: none"),
-        ([(72, "tv"), (1, "person"), (32, "tie"), (90, "cup")], "unexpected: 'cup'"),
         ([(72, "tv"), (1, "person"), (99, "tie")], "in id order .* found .*'tv', 'tie'"),
         ([(72, "tv"), (1, "person"), (33, "tie")], r"ids \[1, 32, 72\], found \[1, 33, 72\]"),
     ],
@@ -170,16 +136,13 @@ def test_register_sets_metadata_and_loads(catalog, load, content, tmp_path):
     given |= {"base_classes": ["person", "tv"], "novel_classes": ["tie"]}
     register_ovd_dataset("test_ovd_a", json_file=str(tmp_path / "set.json"), **given)
     metadata = MetadataCatalog.get("test_ovd_a")
-    assert metadata.evaluator_type == "split_coco"
     assert metadata.thing_classes == VOCABULARY
     assert (metadata.base_classes, metadata.novel_classes) == (["person", "tv"], ["tie"])
     assert not hasattr(metadata, "thing_dataset_id_to_contiguous_id")  # known once loaded
     assert len(check_datasets(["test_ovd_a", "test_ovd_a"])) == 2
     assert metadata.thing_dataset_id_to_contiguous_id == {1: 0, 32: 1, 72: 2}
-    # detectron2 drops images without a usable box: a.jpg has none, b.jpg one that is no crowd
-    assert [kept["image_id"] for kept in get_detection_dataset_dicts("test_ovd_a")] == [9]
-    with pytest.raises(ValueError, match="'test_ovd_a' is already registered"):
-        register_ovd_dataset("test_ovd_a", json_file="", **given)
+    with pytest.raises(ValueError, match="neither base nor novel: 'tie'"):
+        register_ovd_dataset("test_ovd_b", json_file="", **given | {"novel_classes": []})
     register_ovd_dataset("test_ovd_c", json_file="no.json", **given, missing_hint="Run prepare.")
     with pytest.raises(FileNotFoundError, match="Run prepare"):
         check_datasets(["test_ovd_c"])
@@ -188,31 +151,10 @@ def test_register_sets_metadata_and_loads(catalog, load, content, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("names", "word"),
-    [
-        ({"vocabulary": []}, "expected a vocabulary"),
-        ({"vocabulary": ["a", "b", "a"]}, "vocabulary repeats 'a'"),
-        ({"novel_classes": ["a"]}, "both base and novel: 'a'"),
-        ({"vocabulary": ["a", "z"]}, "neither base nor novel: 'z'"),
-        ({"category_ids": [1]}, r"ascending category ids, found 2 names, ids \[1\]"),
-        ({"category_ids": [2, 1]}, r"ids \[2, 1\]"),
-        ({"category_ids": [1, 1]}, r"ids \[1, 1\]"),
-    ],
-)
-def test_register_refuses_contradicting_names(catalog, names, word):
-    arguments = {"vocabulary": ["a", "b"], "base_classes": ["a"], "novel_classes": ["b"], **names}
-    with pytest.raises(ValueError, match=word):
-        register_ovd_dataset("test_ovd_b", json_file="x", image_root="y", **arguments)
-    assert "test_ovd_b" not in DatasetCatalog.list()
-
-
-@pytest.mark.parametrize(
     ("name", "base", "novel", "images"),
     [("48_17", 48, 17, "2017"), ("65_15", 65, 15, "2017"), ("65_15_2014", 65, 15, "2014")],
 )
 def test_coco_is_registered_on_import(name, base, novel, images):
-    assert hierkd.__version__
-    register_coco_ovd("/somewhere/else")  # changes nothing
     sizes = {"train_base": base, "val_base": base, "val_novel": novel, "val_all": base + novel}
     for part, size in sizes.items():
         metadata = MetadataCatalog.get(f"coco_ovd_{name}_{part}")
@@ -221,18 +163,15 @@ def test_coco_is_registered_on_import(name, base, novel, images):
             os.path.join("coco", "annotations", f"ovd_{name}", f"{part}.json")
         )
         assert metadata.image_root.endswith(os.path.join("coco", part.split("_")[0] + images))
-        assert "somewhere" not in metadata.json_file
         ids = metadata.thing_dataset_id_to_contiguous_id
         assert list(ids.values()) == list(range(size))
-    assert metadata.thing_classes == [category.name for category in SPLITS[name[:5]].all]
     assert metadata.thing_classes[ids[5]] == "airplane"
-    assert "coco_ovd_48_17_2014_train_base" not in DatasetCatalog.list()
 
 
-@pytest.mark.parametrize("captions", [[], [""], ["a cat", "  "], None])
-def test_check_captions(captions):
+@pytest.mark.parametrize("fields", [{}, {"captions": []}, {"captions": ["a cat", "  "]}])
+def test_check_captions(fields):
     good = [{"file_name": "a.jpg", "captions": ["a cat", "two cats"]}]
     check_captions(good, "set.json")
-    bad = {"file_name": "b.jpg"} | ({} if captions is None else {"captions": captions})
+    bad = {"file_name": "b.jpg", **fields}
     with pytest.raises(ValueError, match=r"set\.json: 1 images have no caption.*'b\.jpg'"):
         check_captions([*good, bad], "set.json")

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from hierkd.data.coco_json import read_annotations, read_coco_json, shown, some
+from hierkd.data.coco_json import read_annotations, read_coco_json
 
 GOOD = {
     "images": [
@@ -35,7 +35,7 @@ def read(tmp_path):
         elif path:
             at[path[-1]] = value
         (tmp_path / "set.json").write_text(json.dumps(content), encoding=encoding)
-        return read_annotations(tmp_path / "set.json", encoding=encoding)
+        return read_annotations(tmp_path / "set.json")
 
     return write_and_read
 
@@ -49,22 +49,18 @@ def test_a_good_file_stays_as_it_is(read, encoding):
     ("path", "value", "word"),
     [
         (("images",), GONE, r"'images' is missing; found \['annotations'"),
-        (("annotations",), GONE, "'annotations' is missing"),
         (("categories",), {}, "'categories' must be a list, found a dict"),
         (("images",), [], "'images' is empty"),
         (("categories", 1), 3, r"categories\[1\] must be an object, found 3"),
         (("images", 1, "file_name"), GONE, r"images\[1\] has no 'file_name'"),
         (("images", 1, "file_name"), "../a.jpg", "'file_name' of image 4"),
-        (("images", 1, "file_name"), "/a.jpg", "'file_name' of image 4"),
-        (("images", 1, "file_name"), "s/../../a.jpg", "'file_name' of image 4"),
-        (("images", 1, "file_name"), "..\\a.jpg", "'file_name' of image 4"),
-        (("images", 1, "file_name"), "a\0.jpg", "'file_name' of image 4"),
-        (("images", 1, "file_name"), "", "'file_name' of image 4"),
+        *(
+            (("images", 1, "file_name"), name, "'file_name' of image 4")
+            for name in ("/a.jpg", "s/../../a.jpg", "..\\a.jpg", "a\0.jpg", "")
+        ),
         (("images", 1, "width"), 0, "image 4 must be positive, found 0 x 50"),
-        (("images", 1, "height"), -3, "image 4 must be positive"),
         (("images", 1, "width"), "60", r"images\[1\]\['width'\] .* type int, found '60'"),
         (("images", 1, "width"), True, "type int, found True"),
-        (("images", 1, "width"), 60.5, "type int, found 60.5"),
         (("images", 1, "id"), 9, "id 9 occurs more than once in 'images'"),
         (("images", 1, "id"), "4", "all be numbers or all be strings, found 9, '4'"),
         (("images", 1, "id"), None, r"images\[1\]\['id'\] must be of type int or str"),
@@ -79,7 +75,9 @@ def test_a_good_file_stays_as_it_is(read, encoding):
         (("annotations", 1, "bbox"), [1, 2, 3, "4"], "annotation 2 must be four numbers"),
         (("annotations", 1, "iscrowd"), 2, "annotation 2: 'iscrowd' must be 0 or 1, found 2"),
         (("annotations", 1, "area"), float("nan"), "annotation 2: 'area' must be a finite"),
+        (("annotations", 1, "bbox"), [1, 2, 3, 10**400], "annotation 2 must be four numbers"),
         (("categories", 1, "id"), 72, "id 72 occurs more than once in 'categories'"),
+        (("categories", 1, "name"), "tv", "several 'categories' are called 'tv'"),
         (("categories", 1, "name"), 5, r"categories\[1\]\['name'\] must be of type str, found 5"),
     ],
 )
@@ -89,13 +87,12 @@ def test_what_is_wrong_is_named(read, path, value, word):
     assert "set.json: " in str(caught.value)
 
 
-def test_whole_numbers_may_be_written_with_a_point(read):
-    for path in (("images", 1, "width"), ("annotations", 0, "category_id"), ("images", 1, "id")):
-        at = GOOD
-        for key in path:
-            at = at[key]
-        assert json.dumps(read(*path, value=float(at))) == json.dumps(GOOD)
-    assert read("annotations", 0, "iscrowd", value=1.0) == GOOD
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [(("images", 1, "width"), 60.0), (("annotations", 0, "category_id"), 72.0)],
+)
+def test_whole_numbers_may_be_written_with_a_point(read, path, value):
+    assert json.dumps(read(*path, value=value)) == json.dumps(GOOD)
 
 
 def test_lvis_names_pictures_by_their_address(tmp_path):
@@ -114,8 +111,8 @@ def test_lvis_names_pictures_by_their_address(tmp_path):
         (b"", "not valid JSON"),
         (b"\xff\xfe{}", "not a UTF-8 text file"),
         (b"[1, 2]", "found a list at the top level"),
-        (b"[" * 100_000, "not a usable JSON file"),
-        (b"9" * 5000, "not a usable JSON file"),
+        (b"[" * 100_000, "not valid JSON"),
+        (b"9" * 5000, "not valid JSON"),
     ],
 )
 def test_no_json_object(tmp_path, data, word):
@@ -130,10 +127,3 @@ def test_no_file_says_what_to_do(tmp_path):
         read_coco_json(tmp_path / "none.json", missing_hint="Run make.")
     with pytest.raises(FileNotFoundError, match="is a folder"):
         read_coco_json(tmp_path)
-
-
-def test_messages_stay_short():
-    assert some([1, "b", *range(8)]) == "1, 'b', 0, 1, 2 and 5 more"
-    assert some([1]) == "1"
-    assert len(shown("x" * 9999)) < 300
-    assert "too long to show" in shown(10**5000)

@@ -1,7 +1,6 @@
 """From a YAML and plain COCO files to registered datasets."""
 
 import json
-import logging
 import multiprocessing
 import os
 from pathlib import Path
@@ -12,7 +11,6 @@ from PIL import Image
 
 from hierkd.data import custom
 from hierkd.data.custom import describe_datasets, has_no_captions, register_definitions
-from hierkd.load_config import load_config
 
 NAMES = ("zebra", "apple", "cat", "stop_sign", "junk")  # ids 0, 3, 6, 9, 12
 # Per image: (class, box)
@@ -133,12 +131,9 @@ def test_a_split_of_lvis_keeps_images_that_show_none_of_the_classes(world):
     }
     metadata = MetadataCatalog.get("zoo_val_base")
     assert (metadata.federated, metadata.detections_per_image) == (True, 300)
-    prepared = json.loads(Path(metadata.json_file).read_text())  # what the evaluator reads
-    assert prepared["images"][1]["neg_category_ids"] == [0]
-    assert prepared["categories"][0]["frequency"] == "f"
     del content["categories"][1]["frequency"]
     (world / "all.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=r"all.json: category .* no 'frequency'"):
+    with pytest.raises(ValueError, match=r"all.json: categories\[1\] has no 'frequency'"):
         register_definitions([str(world / "zoo.yaml")])
 
 
@@ -157,18 +152,6 @@ def test_captions_from_a_file_from_names_and_none(world):
     assert found == {1: ["a cat by a zebra"], 4: ["b"]}
 
 
-def test_distillation_of_captions_is_off_where_there_are_none(world, caplog):
-    pairs = ["DATASETS.DEFINITIONS", f"('{world}/zoo.yaml',)", "DATASETS.TRAIN"]
-    with caplog.at_level(logging.WARNING):
-        cfg = load_config("", [*pairs, "('zoo_train_base',)"])
-    assert cfg.MODEL.GKD.LOSS_WEIGHT == 0
-    assert "no captions" in caplog.text
-    write(world, captions=", captions: from_class_names")
-    assert load_config("", [*pairs, "('zoo_train_base',)"]).MODEL.GKD.LOSS_WEIGHT == 1
-    # where captions are missing on COCO, it stays an error of the training
-    assert load_config("", [*pairs, "('coco_ovd_48_17_train_base',)"]).MODEL.GKD.LOSS_WEIGHT == 1
-
-
 def test_a_changed_file_is_prepared_anew(world):
     """Also one that keeps its size: the time of its change counts."""
     register_definitions([str(world / "zoo.yaml")])
@@ -183,27 +166,6 @@ def test_a_changed_file_is_prepared_anew(world):
     assert len(prepared) == 4
     register_definitions([write(world, more="rename: {apple: pomme}\n")])
     assert MetadataCatalog.get("zoo_train_base").thing_classes == ["zebra", "pomme"]
-
-
-def prepare_in_process(path, queue):
-    register_definitions([path])
-    queue.put(len(DatasetCatalog.get("zoo_val_all")))
-
-
-def test_several_processes_prepare_at_once(world):
-    context = multiprocessing.get_context("fork")
-    queue = context.Queue()
-    path = str(world / "zoo.yaml")
-    processes = [context.Process(target=prepare_in_process, args=(path, queue)) for _ in range(3)]
-    for process in processes:
-        process.start()
-    assert [queue.get(timeout=60) for _ in processes] == [3] * 3
-    for process in processes:
-        process.join(60)
-        assert process.exitcode == 0
-    folders = [each.name for each in (world / "cache/datasets").iterdir() if each.is_dir()]
-    assert len(folders) == 2
-    assert not any(name.startswith(".") for name in folders)
 
 
 def kill_while_writing(path):
@@ -238,17 +200,9 @@ def edited(edit):
     ("text", "words"),
     [
         ('{"images": [', "not valid JSON"),
-        (
-            edited(lambda c: c["categories"].append({"id": 99, "name": "cat"})),
-            "'categories' are called 'cat'",
-        ),
         (edited(lambda c: c["categories"].pop(1) and c["annotations"].pop(5)), "stop_sign"),
-        (edited(lambda c: c["annotations"][0].pop("bbox")), "no 'bbox'"),
-        (edited(lambda c: c.pop("categories")), "'categories' is missing"),
         # labels must not be lost in preparation, before the loader sees the file
         (edited(lambda c: c["annotations"][0].update(category_id=7)), "10 has category_id 7"),
-        (edited(lambda c: c["annotations"][0].update(image_id="1")), "'1', .*another type"),
-        (edited(lambda c: c["annotations"][1].update(id=10)), "id 10 occurs more than once"),
         (edited(lambda c: c.update(annotations=[])), "no image has a box of .*'zebra', 'apple'"),
     ],
 )
@@ -262,12 +216,8 @@ def test_broken_files_are_named(world, text, words):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        (
-            {"base": "[zebr, apple]"},
-            r"have 'zebr', which .*zoo.yaml names; it has 'zebra'",
-        ),
+        ({"base": "[zebr, apple]"}, r"have 'zebr', which .*zoo.yaml names; it has 'zebra'"),
         ({"more": "rename: {aple: red apple}\n"}, "does not have 'aple'"),
-        ({"more": "rename: {apple: zebra}\n"}, "both read as 'zebra'"),
         ({"more": "rename: {apple: ' Zebra'}\n"}, "'zebra' and 'apple' .* both read as 'zebra'"),
         ({"captions": ", captions: c.json"}, r"c.json: annotations\[0\]\['image_id'\] .* int"),
         ({"captions": ", captions: all.json"}, r"all.json: annotations\[0\] has no 'caption'"),
@@ -282,16 +232,13 @@ def test_names_and_captions_must_fit_the_annotations(world, changes, words):
         register_definitions([write(world, **changes)])
 
 
-def test_a_name_of_the_projects_own_is_refused(world):
-    (world / "zoo.yaml").write_text("name: coco_ovd_48_17\nval: {json: all.json, images: images}\n")
-    with pytest.raises(ValueError, match="this project's own"):
-        register_definitions([str(world / "zoo.yaml")])
-
-
-def test_two_yamls_of_one_name_are_refused(world):
+def test_a_name_that_is_taken_is_refused(world):
     (world / "other.yaml").write_text((world / "zoo.yaml").read_text())
     with pytest.raises(ValueError, match="have the same 'name'"):
         register_definitions([str(world / "zoo.yaml"), str(world / "other.yaml")])
+    (world / "zoo.yaml").write_text("name: coco_ovd_48_17\nval: {json: all.json, images: images}\n")
+    with pytest.raises(ValueError, match="this project's own"):
+        register_definitions([str(world / "zoo.yaml")])
 
 
 def test_a_deployed_detector_knows_the_names_without_the_files(world, caplog):
@@ -308,13 +255,3 @@ def test_a_cache_that_cannot_be_written_is_named(world, monkeypatch):
     monkeypatch.setenv("HIERKD_CACHE", str(world / "file"))
     with pytest.raises(ValueError, match="HIERKD_CACHE names another folder"):
         register_definitions([str(world / "zoo.yaml")])
-
-
-def test_an_empty_variable_means_the_default_cache(world, monkeypatch):
-    monkeypatch.setenv("HOME", str(world / "home"))
-    monkeypatch.chdir(world)
-    monkeypatch.setenv("HIERKD_CACHE", "")
-    register_definitions([str(world / "zoo.yaml")])
-    folder = world / "home" / ".cache" / "hierkd" / "datasets"
-    assert Path(MetadataCatalog.get("zoo_val_all").json_file).parent.parent == folder
-    assert not (world / "datasets").exists()

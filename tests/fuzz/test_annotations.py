@@ -119,8 +119,6 @@ def check_records(records, content, image_root):
 
 def _shows_something(box, size):
     """Whether a box of the file covers a part of the picture."""
-    if any(isinstance(value, int) and abs(value) > 1e300 for value in box):
-        return False
     if not all(map(math.isfinite, box)) or min(box[2:]) <= 0:
         return False
     return all(min(box[i] + box[2 + i], size[i]) > max(box[i], 0) for i in (0, 1))
@@ -136,7 +134,7 @@ def test_loading(root, dataset, count):
             lambda: load_ovd_json(str(path), str(image_root), VOCABULARY), (path, image_root), seed
         )
         if records is not None:
-            check_records(records, json.loads(path.read_text()), image_root)
+            check_records(records, json.loads(path.read_text("utf-8-sig")), image_root)
             loaded += 1
     print(f"{count} annotation files: {loaded} loaded, {count - loaded} refused")
     assert count / 10 < loaded < count * 9 / 10
@@ -189,14 +187,13 @@ def test_evaluation(root, dataset, count):
 def test_an_annotation_with_the_id_0_can_be_found(root, dataset):
     """COCO's code marks a detection by the id of what it found, and takes 0 for nothing."""
     content = valid()
-    for number, each in enumerate(content["annotations"]):
-        each["id"] = number
-    (root / "broken.json").write_text(json.dumps(content))
-    from_zero = evaluate(dataset)
-    for each in content["annotations"]:
-        each["id"] += 1
-    (root / "broken.json").write_text(json.dumps(content))
-    assert from_zero == pytest.approx(evaluate(dataset), nan_ok=True)
+    figures = []
+    for first in (0, 1):
+        for number, each in enumerate(content["annotations"], start=first):
+            each["id"] = number
+        (root / "broken.json").write_text(json.dumps(content))
+        figures.append(evaluate(dataset))
+    assert figures[0] == pytest.approx(figures[1], nan_ok=True)
 
 
 def test_a_box_that_is_no_number_does_not_count_as_found(root, dataset):

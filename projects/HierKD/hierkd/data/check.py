@@ -10,8 +10,6 @@ from typing import Any
 from tabulate import tabulate  # type: ignore[import-untyped]
 from torch import Tensor
 
-from hierkd.data.coco_json import get_box
-
 __all__ = [
     "check_embeddings",
     "check_tokens",
@@ -50,10 +48,8 @@ def count_contents(content: Mapping[str, Any], kind_of: Mapping[int, str]) -> Re
         kind_of: Category id -> "base", "novel", "all" (no split) or "ignored".
 
     Returns:
-        JSON-able: ``images``, ``images_without_boxes``, ``boxes``, ``crowd``, ``tiny`` (a side
-        below 4 px), ``outside`` (reaching out of the image by more than a pixel), ``without_area``,
-        ``non_finite``, ``images_with_captions`` and ``classes``: a list of ``{"name", "kind",
-        "boxes", "images"}`` in id order.
+        JSON-able: ``images``, ``boxes``, the keys of ``_ODDITIES`` and ``classes``: a list of
+        ``{"name", "kind", "boxes", "images"}`` in id order.
     """
     sizes = {image["id"]: (image["width"], image["height"]) for image in content["images"]}
     boxes: Counter[int] = Counter()
@@ -63,13 +59,12 @@ def count_contents(content: Mapping[str, Any], kind_of: Mapping[int, str]) -> Re
         boxes[annotation["category_id"]] += 1
         pictures[annotation["category_id"]].add(annotation["image_id"])
         counts["crowd"] += annotation.get("iscrowd", 0)
-        counts.update(_oddities(get_box(annotation, ""), *sizes[annotation["image_id"]]))
+        counts.update(_oddities(annotation["bbox"], *sizes[annotation["image_id"]]))
     counts["images_without_boxes"] = len(sizes.keys() - set().union(*pictures.values()))
     return {
         "images": len(sizes),
         "boxes": boxes.total(),
         **{key: counts[key] for key in _ODDITIES},
-        "images_with_captions": sum(bool(image.get("captions")) for image in content["images"]),
         "classes": [
             {
                 "name": category["name"],
@@ -134,36 +129,31 @@ def warnings_of(half: str, report: Report) -> list[str]:
 
 def _listed(findings: Mapping[str, Sequence[str]]) -> list[str]:
     """A sentence per finding that has names, with the first few of them."""
-    sentences = []
-    for text, names in findings.items():
-        if names:
-            more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
-            sentences.append(f"{text}: {', '.join(names[:_MAX_NAMED])}{more}")
-    return sentences
+    more = {t: f" and {len(n) - _MAX_NAMED} more" for t, n in findings.items() if n[_MAX_NAMED:]}
+    return [
+        f"{text}: {', '.join(names[:_MAX_NAMED])}{more.get(text, '')}"
+        for text, names in findings.items()
+        if names
+    ]
 
 
 def class_table(reports: Mapping[str, Report]) -> str:
-    """Boxes (and images) of each class in each half, as a Markdown table.
-
-    Args:
-        reports: "train" and "val", where there are such.
-    """
+    """Boxes (and images) of each class in each half, "train" and "val", as a Markdown table."""
     kinds: dict[str, str] = {}
     cells: dict[str, dict[str, str]] = defaultdict(dict)
     for half, report in reports.items():
         for each in report["classes"]:
             kinds.setdefault(each["name"], each["kind"])
             cells[each["name"]][half] = f"{each['boxes']:,} ({each['images']:,})"
-    order = {"base": 0, "novel": 1, "all": 2, "ignored": 3}
     rows = [
         [name, kind, *(cells[name].get(half, "–") for half in reports)]
-        for name, kind in sorted(kinds.items(), key=lambda pair: order[pair[1]])
+        for order in ("base", "novel", "all", "ignored")
+        for name, kind in kinds.items()
+        if kind == order
     ]
     headers = ["class", "kind", *(f"{half}: boxes (images)" for half in reports)]
     alignment = ("left", "left", *("right" for _ in reports))
-    return str(
-        tabulate(rows, headers, tablefmt="github", disable_numparse=True, colalign=alignment)
-    )
+    return str(tabulate(rows, headers, "github", disable_numparse=True, colalign=alignment))
 
 
 def check_tokens(
@@ -175,9 +165,9 @@ def check_tokens(
     """Names whose prompt is longer than CLIP reads, or that hold nothing it reads.
 
     Args:
-        names: K class names.
+        names: Of classes.
         templates: Prompts with one "{}".
-        count: The teacher's tokeniser: C texts -> the number of tokens of each.
+        count: The teacher's tokeniser: texts -> the number of tokens of each.
         context_length: Tokens that the teacher reads.
     """
     longest = max(templates, key=len)
@@ -196,12 +186,7 @@ def check_tokens(
 
 
 def check_embeddings(names: Sequence[str], embeddings: Tensor) -> list[str]:
-    """Pairs of names that are nearly the same to CLIP.
-
-    Args:
-        names: K class names.
-        embeddings: (K, D) L2-normalised.
-    """
+    """Pairs of the K ``names`` that are nearly the same to CLIP; ``embeddings``: (K, D), unit."""
     cosines = (embeddings @ embeddings.T).triu(diagonal=1)
     pairs = (cosines >= _SAME_COSINE).nonzero().tolist()
     pairs.sort(key=lambda pair: -float(cosines[pair[0], pair[1]]))

@@ -2,11 +2,9 @@
 
 A dataset is a JSON file, a folder of images and three lists of names: its *vocabulary* (the
 categories of the file, in id order; the class index used everywhere else is the position in it)
-and the *base* and *novel* names of its split. The vocabulary of the training file is the base
-names; the validation files hold the base, the novel, or all images and categories.
+and the *base* and *novel* names of its split.
 
-detectron2's ``load_coco_json`` is not called: it reads the file a second time, leaves out boxes
-whose mask has fewer than three points, and fails on fields that no box needs.
+detectron2's ``load_coco_json`` leaves out boxes whose mask has fewer than three points.
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import partial
@@ -24,13 +22,12 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 
 from hierkd.data.coco_json import get_box, read_annotations, shown, some
-from hierkd.data.splits import COCO_2014, COCO_2017, Category, CocoVariant, Split
+from hierkd.data.splits import COCO_2014, COCO_2017, Category
 
 __all__ = [
     "check_captions",
     "check_datasets",
     "check_registered",
-    "closest_dataset",
     "datasets_root",
     "load_ovd_json",
     "register_coco_ovd",
@@ -62,14 +59,10 @@ def register_ovd_dataset(
     category_ids: Sequence[int] | None = None,
     missing_hint: str = "",
 ) -> None:
-    """Register a dataset with detectron2's ``DatasetCatalog`` and ``MetadataCatalog``.
-
-    Nothing is read before the dataset is asked for. The metadata carries ``json_file``,
-    ``image_root``, ``evaluator_type="split_coco"``, ``thing_classes`` (the vocabulary),
-    ``base_classes``, ``novel_classes`` and ``thing_dataset_id_to_contiguous_id``.
+    """Register a dataset with detectron2's catalogs; nothing is read before it is asked for.
 
     Args:
-        name: Name in both catalogs.
+        name: In both catalogs.
         json_file: Annotations in COCO's layout; training files also carry ``captions``.
         image_root: Folder that ``file_name`` in the JSON is relative to.
         vocabulary: Names of the file's categories in category id order.
@@ -80,26 +73,16 @@ def register_ovd_dataset(
         missing_hint: How to obtain the files, for the error when one does not exist.
 
     Raises:
-        ValueError: ``name`` is taken; the vocabulary is empty, has duplicates or names outside
-            base and novel; base and novel overlap; ids and names do not pair up.
+        ValueError: A name is both base and novel, or one of the vocabulary is neither.
     """
     base, novel = set(base_classes), set(novel_classes)
     problems = {
-        "the vocabulary repeats": [n for n, count in Counter(vocabulary).items() if count > 1],
-        "both base and novel:": sorted(base & novel),
-        "neither base nor novel:": [each for each in vocabulary if each not in base | novel],
+        "both base and novel": base & novel,
+        "neither base nor novel": set(vocabulary) - base - novel,
     }
-    if name in DatasetCatalog.list():
-        raise ValueError(f"Dataset {name!r} is already registered.")
     for problem, names in problems.items():
         if names:
-            raise ValueError(f"Dataset {name!r}: {problem} {some(names)}.")
-    ids = list(range(len(vocabulary)) if category_ids is None else category_ids)
-    if not ids or ids != sorted(set(ids)) or len(ids) != len(vocabulary):
-        raise ValueError(
-            f"Dataset {name!r}: expected a vocabulary, and as many ascending category ids, found "
-            f"{len(vocabulary)} names, ids {shown(ids)}."
-        )
+            raise ValueError(f"Dataset {name!r}: {problem}: {some(sorted(names))}.")
     loader = partial(
         load_ovd_json,
         json_file,
@@ -119,7 +102,8 @@ def register_ovd_dataset(
         novel_classes=list(novel_classes),
     )
     if category_ids is not None:
-        metadata.thing_dataset_id_to_contiguous_id = {k: index for index, k in enumerate(ids)}
+        positions = {each: index for index, each in enumerate(category_ids)}
+        metadata.thing_dataset_id_to_contiguous_id = positions
 
 
 def load_ovd_json(
@@ -136,15 +120,7 @@ def load_ovd_json(
     Boxes are clipped to their image; boxes without area, with a non-finite number or wholly
     outside their image are dropped. One log line with the file's name counts them.
 
-    Args:
-        json_file: The annotations. An image entry may carry ``captions``, a list of strings.
-        image_root: Folder that ``file_name`` is relative to, and may not leave. Every image must
-            exist in it; the folder is listed once, no image is opened.
-        vocabulary: The names of the file's categories in id order, no more and no fewer.
-        category_ids: The ids these must have; ``None`` accepts any.
-        missing_hint: How to obtain the files, for the error when one does not exist.
-        dataset_name: If given, ``thing_dataset_id_to_contiguous_id`` of this dataset's metadata
-            is set to what the file says.
+    Args: as of :func:`register_ovd_dataset`. Every image must exist; none is opened.
 
     Returns:
         detectron2 dataset dicts sorted by image id: ``file_name``, ``height``, ``width`` (px),
@@ -154,14 +130,11 @@ def load_ovd_json(
 
     Raises:
         FileNotFoundError: The JSON file, the image folder or images in it do not exist.
-        ValueError: The file is wrong (:func:`hierkd.data.coco_json.check_annotations`), or its
-            categories are not ``vocabulary``.
+        ValueError: The file is wrong, or its categories are not ``vocabulary``.
     """
-    content = read_annotations(json_file, missing_hint=missing_hint)
+    content = read_annotations(json_file, missing_hint)
     class_index = _match_categories(content["categories"], vocabulary, category_ids, json_file)
-    _check_images_exist(
-        [image["file_name"] for image in content["images"]], image_root, missing_hint
-    )
+    _check_images_exist([each["file_name"] for each in content["images"]], image_root, missing_hint)
     records: dict[int | str, DatasetDict] = {
         image["id"]: {
             "file_name": os.path.join(image_root, image["file_name"]),
@@ -230,25 +203,23 @@ def _match_categories(
     return {category_id: index for index, category_id in enumerate(ids)}
 
 
-def _check_images_exist(file_names: Iterable[str], image_root: str, missing_hint: str) -> None:
+def _check_images_exist(file_names: Sequence[str], image_root: str, missing_hint: str) -> None:
     """Raise FileNotFoundError if ``image_root`` or a file in it does not exist."""
     if not os.path.isdir(image_root):
         raise FileNotFoundError(
             f"Image folder {image_root} does not exist. {missing_hint}".rstrip()
         )
-    wanted: dict[str, set[str]] = defaultdict(set)
+    present: dict[str, set[str]] = {}  # a list of a folder is one request to its server
+    missing = []
     for file_name in file_names:
-        folder, base_name = os.path.split(file_name)
-        wanted[folder].add(base_name)
-    missing: list[str] = []
-    for folder, base_names in wanted.items():  # a list of a folder is one request to its server
-        path = os.path.join(image_root, folder)
-        present = set(os.listdir(path)) if os.path.isdir(path) else set()
-        missing += [os.path.join(folder, base_name) for base_name in base_names - present]
+        folder, base_name = os.path.split(os.path.join(image_root, file_name))
+        if folder not in present:
+            present[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+        if base_name not in present[folder]:
+            missing.append(file_name)
     if missing:
-        total = sum(len(base_names) for base_names in wanted.values())
         raise FileNotFoundError(
-            f"{len(missing):,} of {total:,} images do not exist in {image_root}: "
+            f"{len(missing):,} of {len(file_names):,} images do not exist in {image_root}: "
             f"{some(sorted(missing))}. {missing_hint}".rstrip()
         )
 
@@ -273,15 +244,7 @@ def _clip_box(
 
 
 def check_captions(dataset_dicts: Iterable[Mapping[str, Any]], json_file: str) -> None:
-    """Check that every image has a caption, as global distillation (§3.3) needs in training.
-
-    Args:
-        dataset_dicts: The training images, as :func:`load_ovd_json` returns them.
-        json_file: Where they came from, for the message.
-
-    Raises:
-        ValueError: An image has no caption, or an empty one. The first few are named.
-    """
+    """Raise ValueError if a training image has no caption, which global distillation needs."""
     without = [
         record["file_name"]
         for record in dataset_dicts
@@ -295,20 +258,12 @@ def check_captions(dataset_dicts: Iterable[Mapping[str, Any]], json_file: str) -
         )
 
 
-def check_datasets(names: Iterable[str]) -> list[DatasetDict]:
-    """Load every dataset once, so that a file missing for evaluation is noticed before training.
-
-    Args:
-        names: Names in detectron2's ``DatasetCatalog``, for example ``cfg.DATASETS.TEST``.
+def check_datasets(names: Sequence[str]) -> list[DatasetDict]:
+    """Load datasets once, so that a file missing for evaluation is noticed before training.
 
     Returns:
         The images of all of them, each file once.
-
-    Raises:
-        ValueError: A name is not registered, or a file is wrong (see :func:`load_ovd_json`).
-        FileNotFoundError: A file or folder does not exist.
     """
-    names = list(names)
     check_registered(names)
     images: dict[str, DatasetDict] = {}
     for name in names:
@@ -321,59 +276,37 @@ def check_registered(names: Iterable[str]) -> None:
     registered = DatasetCatalog.list()
     for name in names:
         if name not in registered:
-            close = closest_dataset(name)
+            close = [f" (did you mean {each!r}?)" for each in get_close_matches(name, registered)]
             ours = [n for n in registered if MetadataCatalog.get(n).get("base_classes") is not None]
             raise ValueError(
-                f"Unknown dataset {name!r}{f' (did you mean {close!r}?)' if close else ''}; "
-                f"expected one of {sorted(ours)}."
+                f"Unknown dataset {name!r}{''.join(close[:1])}; expected one of {sorted(ours)}."
             )
 
 
-def closest_dataset(name: str, least: float = 0.6) -> str | None:
-    """The registered dataset whose name is most like ``name``; None if none is ``least`` alike.
-
-    Args:
-        name: What was typed.
-        least: difflib's ratio, 0..1; its own default.
-    """
-    return next(iter(get_close_matches(name, DatasetCatalog.list(), n=1, cutoff=least)), None)
-
-
-def register_coco_ovd(root: str | None = None) -> None:
+def register_coco_ovd() -> None:
     """Register ``coco_ovd_{48_17,65_15,65_15_2014}_{train_base,val_base,val_novel,val_all}``.
 
     Annotations are expected at ``<root>/coco/annotations/ovd_<split>/<part>.json``, images in
-    ``<root>/coco/{train,val}2017`` (2014 for ``65_15_2014``). Names that are registered already are
-    left alone.
-
-    Args:
-        root: The folder that holds ``coco``; :func:`datasets_root` unless given.
+    ``<root>/coco/{train,val}2017`` (2014 for ``65_15_2014``); root is :func:`datasets_root`.
     """
-    root = datasets_root() if root is None else root
-    for variant in (COCO_2017, COCO_2014):
-        for split in variant.splits():
-            for part, vocabulary in split.parts.items():
-                if f"coco_ovd_{split.name}{variant.suffix}_{part}" not in DatasetCatalog.list():
-                    _register_coco_part(root, variant, split, part, vocabulary)
-
-
-def _register_coco_part(
-    root: str, variant: CocoVariant, split: Split, part: str, vocabulary: Sequence[Category]
-) -> None:
-    """Register one COCO dataset; ``part`` is the stem of its file and starts train_ or val_."""
-    folder, year = f"{split.name}{variant.suffix}", str(variant.year)
-    command = f"python datasets/prepare_coco.py --split {split.name} --coco-year {year}"
-    register_ovd_dataset(
-        f"coco_ovd_{folder}_{part}",
-        json_file=os.path.join(root, "coco", "annotations", f"ovd_{folder}", f"{part}.json"),
-        image_root=os.path.join(root, "coco", part.split("_")[0] + year),
-        vocabulary=[category.name for category in vocabulary],
-        base_classes=[category.name for category in split.base],
-        novel_classes=[category.name for category in split.novel],
-        category_ids=[category.id for category in vocabulary],
-        missing_hint=(
-            f"Make the annotations with `{command}` after downloading COCO {year} (its --dry-run "
-            "says what is missing). The environment variable DETECTRON2_DATASETS names the folder "
-            f"that holds coco/; it was {root!r} when hierkd was imported."
-        ),
-    )
+    root = datasets_root()
+    coco = os.path.join(root, "coco")
+    for variant, split in [(v, split) for v in (COCO_2017, COCO_2014) for split in v.splits()]:
+        folder, year = f"{split.name}{variant.suffix}", str(variant.year)
+        command = f"python datasets/prepare_coco.py --split {split.name} --coco-year {year}"
+        for part, vocabulary in split.parts.items():
+            register_ovd_dataset(
+                f"coco_ovd_{folder}_{part}",
+                json_file=os.path.join(coco, "annotations", f"ovd_{folder}", f"{part}.json"),
+                image_root=os.path.join(coco, part.split("_")[0] + year),
+                vocabulary=[category.name for category in vocabulary],
+                base_classes=[category.name for category in split.base],
+                novel_classes=[category.name for category in split.novel],
+                category_ids=[category.id for category in vocabulary],
+                missing_hint=(
+                    f"Make the annotations with `{command}` after downloading COCO {year} (its "
+                    "--dry-run says what is missing). The environment variable "
+                    "DETECTRON2_DATASETS names the folder that holds coco/; it was "
+                    f"{root!r} when hierkd was imported."
+                ),
+            )

@@ -11,7 +11,7 @@ import math
 import os
 import posixpath
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,48 +44,37 @@ _ANNOTATION_FIELDS: FieldTypes = {
 }  # fmt: skip
 
 
-def read_annotations(path: str | os.PathLike[str], **options: Any) -> JsonObject:
+def read_annotations(path: str | os.PathLike[str], missing_hint: str = "") -> JsonObject:
     """Read an annotation file as :func:`read_coco_json` does, and :func:`check_annotations`."""
-    content = read_coco_json(path, **options)
+    content = read_coco_json(path, missing_hint)
     check_annotations(content, path)
     return content
 
 
-def read_coco_json(
-    path: str | os.PathLike[str],
-    *,
-    missing_hint: str = "",
-    encoding: str = "utf-8",
-    object_hook: Callable[[JsonObject], JsonObject] | None = None,
-) -> JsonObject:
-    """Read a JSON file whose top level is an object.
-
-    Args:
-        path: The file.
-        missing_hint: What to do when the file does not exist; appended to the error.
-        encoding: "utf-8-sig" passes over a byte order mark, which COCO's own code cannot read.
-        object_hook: Passed to :func:`json.loads`; sees every object as soon as it is parsed, so
-            that fields nobody needs can be dropped before they fill the memory.
+def read_coco_json(path: str | os.PathLike[str], missing_hint: str = "") -> JsonObject:
+    """Read a JSON file whose top level is an object; ``segmentation``, most of COCO's, is left out.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file is not UTF-8, not JSON (the position is named), nested without end, or
-            not an object.
+        FileNotFoundError: There is no such file; ``missing_hint`` says what to do.
+        ValueError: The file is not UTF-8, not JSON (the position is named), or not an object.
     """
     path = Path(path)
     if not path.is_file():
         found = "is a folder, not a file" if path.is_dir() else "does not exist"
         raise FileNotFoundError(f"Annotation file {path} {found}. {missing_hint}".rstrip())
+
+    def drop_mask(entry: JsonObject) -> JsonObject:  # before masks fill the memory
+        entry.pop("segmentation", None)
+        return entry
+
     try:
-        content = json.loads(path.read_text(encoding), object_hook=object_hook)
+        content = json.loads(path.read_text("utf-8-sig"), object_hook=drop_mask)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not a UTF-8 text file: {error}.") from error
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{path} is not valid JSON: {error}. Was it downloaded or written completely?"
         ) from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits; [[[[[[...
-        raise ValueError(f"{path} is not a usable JSON file: {error}.") from error
     if not isinstance(content, dict):
         raise ValueError(
             f"{path}: expected a JSON object with 'images', 'annotations' and 'categories', "
@@ -107,9 +96,8 @@ def check_annotations(content: JsonObject, path: str | os.PathLike[str]) -> None
         path: Where it is from, for messages.
 
     Raises:
-        ValueError: A list or field is missing or of another type, an id is repeated, images have
-            ids of two types, an annotation refers to an image or category that is not there, or a
-            value makes no sense: the list, the entry, and what was found are named.
+        ValueError: Something is missing, of another type, repeated, unknown or makes no sense: the
+            list, the entry, and what was found are named.
     """
     for image in get_entries(content, "images", _SIZE_FIELDS, path):
         if "file_name" not in image and isinstance(image.get("coco_url"), str):
@@ -124,35 +112,32 @@ def check_annotations(content: JsonObject, path: str | os.PathLike[str]) -> None
         )
     for image in content["images"]:
         _check_image(image, path)
-    categories = index_by_id(
-        get_entries(content, "categories", _CATEGORY_FIELDS, path), "categories", path
-    )
-    names = Counter(category["name"] for category in content["categories"])
+    found = get_entries(content, "categories", _CATEGORY_FIELDS, path)
+    categories = index_by_id(found, "categories", path)
+    names = Counter(category["name"] for category in found)
     if repeated := [name for name, count in names.items() if count > 1]:
         raise ValueError(f"{path}: several 'categories' are called {some(repeated)}.")
     annotations = get_entries(content, "annotations", _ANNOTATION_FIELDS, path)
     index_by_id(annotations, "annotations", path)
     for annotation in annotations:
-        _check_reference(annotation, "image_id", images, path)
-        _check_reference(annotation, "category_id", categories, path)
+        for key, known in (("image_id", images), ("category_id", categories)):
+            if (value := annotation[key]) not in known:
+                twins = [each for each in known if str(each) == str(value)]  # "1" beside 1
+                hint = f"; it contains {twins[0]!r}, which is of another type" if twins else ""
+                raise ValueError(
+                    f"{path}: annotation {shown(annotation['id'])} has {key} {shown(value)}, "
+                    f"which the file does not contain{hint}."
+                )
         check_annotation(annotation, path)
         get_box(annotation, path)
 
 
 def get_entries(
-    content: Mapping[str, Any],
-    key: str,
-    required: FieldTypes,
-    path: str | os.PathLike[str],
+    content: Mapping[str, Any], key: str, required: FieldTypes, path: str | os.PathLike[str]
 ) -> list[JsonObject]:
-    """Return the list of objects ``content[key]`` after checking each one's fields.
+    """Return the list of objects ``content[key]`` after checking each one's ``required`` fields.
 
-    Args:
-        content: A parsed COCO file.
-        key: ``"images"``, ``"annotations"`` or ``"categories"``.
-        required: Field name to the type or types that its value must have. True and false are no
-            numbers, an integer has at most 64 bits, and 128.0 becomes the integer 128.
-        path: The file, for messages.
+    True and false are no numbers, an integer has at most 64 bits, and 128.0 becomes 128.
 
     Raises:
         ValueError: ``key`` is missing or not a list, or an entry is not an object, lacks a field
@@ -191,11 +176,7 @@ def _problem(entry: Any, required: FieldTypes) -> str:
 def index_by_id(
     entries: Iterable[JsonObject], key: str, path: str | os.PathLike[str]
 ) -> dict[int | str, JsonObject]:
-    """Return ``entries`` by their ``id``.
-
-    Raises:
-        ValueError: Two entries share an id; it and the list's name ``key`` are named.
-    """
+    """Return ``entries`` by their ``id``; ValueError if two share one."""
     indexed: dict[int | str, JsonObject] = {}
     for entry in entries:
         if entry["id"] in indexed:
@@ -204,27 +185,10 @@ def index_by_id(
     return indexed
 
 
-def _check_reference(
-    annotation: Mapping[str, Any],
-    key: str,
-    known: Collection[int | str],
-    path: str | os.PathLike[str],
-) -> None:
-    """Check that an annotation's ``image_id`` or ``category_id`` is one that the file contains."""
-    if (value := annotation[key]) not in known:
-        twins = [each for each in known if str(each) == str(value)]  # "1" beside 1
-        hint = f"; it contains {twins[0]!r}, which is of another type" if twins else ""
-        raise ValueError(
-            f"{path}: annotation {shown(annotation['id'])} has {key} {shown(value)}, which the "
-            f"file does not contain{hint}."
-        )
+def _check_image(image: JsonObject, path: str | os.PathLike[str]) -> None:
+    """Check size, captions, and that ``file_name`` stays inside its folder.
 
-
-def _check_image(image: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Check the values of an image: size, captions, and a ``file_name`` inside its folder.
-
-    The name must be relative, and no ``..`` may lead out of the folder. Links that lie inside the
-    folder are followed: they were put there by its owner, and not by the JSON.
+    Links that lie inside the folder are followed: its owner put them there, not the JSON.
     """
     name, where = image["file_name"], f"of image {shown(image['id'])}"
     as_posix = name.replace("\\", "/")  # also a separator, on some systems
@@ -250,32 +214,27 @@ def _check_image(image: Mapping[str, Any], path: str | os.PathLike[str]) -> None
 def get_box(
     annotation: Mapping[str, Any], path: str | os.PathLike[str]
 ) -> tuple[float, float, float, float]:
-    """Return an annotation's ``bbox`` as floats; integers beyond all floats become infinite.
-
-    Raises:
-        ValueError: It is not four numbers.
-    """
+    """Return an annotation's ``bbox`` as floats; ValueError if it is not four numbers."""
     box = annotation["bbox"]
     if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
         raise ValueError(
             f"{path}: 'bbox' of annotation {shown(annotation['id'])} must be four numbers "
             f"[x, y, width, height], found {shown(box)}."
         )
-    x, y, width, height = map(_as_float, box)
+    x, y, width, height = map(float, box)
     return x, y, width, height
 
 
 def check_annotation(annotation: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Check the fields of a box that may be missing: ``iscrowd`` and ``area``.
+    """Check the fields of a box that may be missing.
 
     Raises:
-        ValueError: ``iscrowd`` is not 0 or 1, or ``area`` is not a finite number. Null counts as
-            missing for ``area``.
+        ValueError: ``iscrowd`` is not 0 or 1, or ``area`` is neither a finite number nor null.
     """
     crowd, area = annotation.get("iscrowd", 0), annotation.get("area")
     if crowd not in (0, 1):
         expected = f"'iscrowd' must be 0 or 1, found {shown(crowd)}"
-    elif area is not None and not (_is_number(area) and math.isfinite(_as_float(area))):
+    elif area is not None and not (_is_number(area) and math.isfinite(area)):
         expected = f"'area' must be a finite number, found {shown(area)}"
     else:
         return
@@ -283,22 +242,13 @@ def check_annotation(annotation: Mapping[str, Any], path: str | os.PathLike[str]
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _as_float(value: float) -> float:
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf if value > 0 else -math.inf
+    """Whether ``value`` is a number that a float can hold; true and false are none."""
+    return isinstance(value, float) or (type(value) is int and value in _INT64)
 
 
 def shown(value: object) -> str:
     """Return ``repr(value)`` for a message, its middle left out where it is long."""
-    try:
-        text = repr(value)
-    except ValueError:  # Python refuses to write out integers of thousands of digits
-        text = f"a {type(value).__name__} that is too long to show"
+    text = repr(value)
     if len(text) <= _SHOWN_CHARACTERS:
         return text
     half = _SHOWN_CHARACTERS // 2

@@ -14,7 +14,7 @@
     novel: [kiwi]                # without
 
 Without ``base`` and ``novel`` the file has a ``val`` alone, all of whose categories are evaluated:
-transfer to another dataset. This module reads and checks the YAML; it opens no other file.
+transfer to another dataset. This module opens no other file than the YAML.
 """
 
 from __future__ import annotations
@@ -39,11 +39,8 @@ from pydantic import (
 
 from hierkd.data.coco_json import shown
 
-__all__ = ["CAPTION_TEMPLATE", "Definition", "Half", "TrainHalf", "caption_of", "read_definition"]
+__all__ = ["Definition", "Half", "TrainHalf", "caption_of", "read_definition"]
 
-# Caption of an image that has none, where the YAML asks for one; {} stands for the names of the
-# base classes in the image, each with its article. [ours]
-CAPTION_TEMPLATE = "a photo of {}."
 _FROM_CLASS_NAMES = Path("from_class_names")
 # How LVIS spells names; detections per image. [LVIS, Gupta et al., CVPR 2019]
 _LVIS_DEFAULTS = {"clean_names": True, "detections_per_image": 300}
@@ -83,11 +80,6 @@ class TrainHalf(Half):
         """Whether images without a caption get one made of class names."""
         return self.captions == _FROM_CLASS_NAMES
 
-    @property
-    def captions_file(self) -> Path | None:
-        """Captions in COCO's layout."""
-        return None if self.make_captions else self.captions
-
 
 class Definition(_Checked):
     """What a YAML says."""
@@ -100,7 +92,9 @@ class Definition(_Checked):
     novel: list[_Name] = []
     clean_names: bool = False  # "_" in category names is read as a space
     rename: dict[_Name, _Name] = {}  # category -> what CLIP is asked for, and results are called
-    caption_template: str = CAPTION_TEMPLATE
+    # Of an image that has no caption, where one is asked for; {} stands for the names of the base
+    # classes in the image, each with its article. [ours]
+    caption_template: str = "a photo of {}."
     detections_per_image: PositiveInt | None = None  # None: the config's
     _path: Path = PrivateAttr()
 
@@ -123,12 +117,13 @@ class Definition(_Checked):
         """Whether base or novel names are declared."""
         return bool(self.base or self.novel)
 
-    @property
-    def groups(self) -> dict[str, list[str]]:
-        """The parts of ``val`` and their categories: base, novel, all. ``all: []`` = whatever."""
-        named = {"base": self.base, "novel": self.novel}
-        groups = {group: names for group, names in named.items() if names}
-        return groups if len(groups) == 1 else groups | {"all": self.base + self.novel}
+    def parts(self, kind: str) -> dict[str, list[str]]:
+        """The parts of "train" or "val" and their categories; none stands for all there are."""
+        if kind == "train":
+            return {"train_base": self.base}
+        named = {"val_base": self.base, "val_novel": self.novel}
+        parts = {part: names for part, names in named.items() if names}
+        return parts if len(parts) == 1 else parts | {"val_all": self.base + self.novel}
 
     def spoken(self, category: str) -> str:
         """What CLIP is asked for a category of the JSON."""
@@ -142,13 +137,13 @@ class Definition(_Checked):
         named = self.base + self.novel
         repeated = sorted({name for name in named if named.count(name) > 1})
         problems = {
-            f"both base and novel: {both}": bool(both),
-            f"'base' or 'novel' repeats {repeated}": bool(repeated),
-            "neither 'train' nor 'val' is given": self.train is None and self.val is None,
+            f"both base and novel: {both}": both,
+            f"'base' or 'novel' repeats {repeated}": repeated,
+            "neither 'train' nor 'val' is given": not (self.train or self.val),
             "'train' needs 'base', the names of the classes to train on": (
-                self.train is not None and not self.base
+                self.train and not self.base
             ),
-            "format 'lvis' is for evaluation: leave 'train' out": self.lvis and bool(self.train),
+            "format 'lvis' is for evaluation: leave 'train' out": self.lvis and self.train,
             f"'caption_template' must have one {{}}, found {self.caption_template!r}": (
                 self.caption_template.count("{}") != 1
             ),

@@ -22,12 +22,7 @@ from detectron2.data.samplers import TrainingSampler
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-__all__ = [
-    "TrainingBatchSampler",
-    "await_main_process",
-    "build_resumable_train_loader",
-    "seeded_rng",
-]
+__all__ = ["TrainingBatchSampler", "await_main_process", "build_resumable_train_loader"]
 
 _SampleKey = tuple[int, int]  # (position in the stream of all processes, index of the image)
 _Mapper = Callable[[dict[str, Any]], dict[str, Any] | None]
@@ -39,11 +34,8 @@ _LEAVING = (signal.ITIMER_REAL, 60.0)  # [ours] seconds; twice what SLURM and to
 
 
 @contextmanager
-def seeded_rng(*seed: int) -> Iterator[None]:
-    """Seed Python's, NumPy's and torch's CPU generators inside the block; restore them after it.
-
-    ``seed``: non-negative integers that together name the state.
-    """
+def _seeded_rng(*seed: int) -> Iterator[None]:
+    """Seed Python's, NumPy's and torch's CPU generators inside the block; restore them after it."""
     words = np.random.SeedSequence(seed).generate_state(3)
     states = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
     random.seed(int(words[0]))
@@ -60,14 +52,8 @@ def seeded_rng(*seed: int) -> Iterator[None]:
 class TrainingBatchSampler(Sampler[list[_SampleKey]]):
     """Endless batches of one process, each of landscape or of portrait images only.
 
-    Args:
-        is_landscape: per image, whether it is wider than high.
-        batch_size: images per batch of this process.
-        seed: the same on every process.
-
-    Attributes:
-        start_iter: number of batches to leave out at the start of the stream; set it before the
-            first batch is drawn. Leaving out costs no image.
+    ``start_iter`` batches are left out at the start of the stream; set it before the first batch
+    is drawn. Leaving out costs no image. ``seed`` is the same on every process.
     """
 
     def __init__(self, is_landscape: Sequence[bool], batch_size: int, seed: int) -> None:
@@ -105,7 +91,7 @@ class _SeededSamples(Dataset[dict[str, Any]]):
         position, index = key
         total = len(self._records)
         most = min(total, _MAX_STAND_INS)
-        with seeded_rng(self._seed, position):
+        with _seeded_rng(self._seed, position):
             sample = self._mapper(self._records[index])
             if sample is not None:
                 return sample
@@ -144,8 +130,7 @@ def build_resumable_train_loader(
 
     Args:
         dataset_dicts: detectron2 dataset dicts with ``width`` and ``height``.
-        mapper: dict -> training sample; may return None to skip an image, then another, of any
-            aspect ratio, is taken.
+        mapper: dict -> training sample; for None another image, of any aspect ratio, is taken.
         total_batch_size: images per step over all processes.
         num_workers: loader processes per training process.
         seed: of the stream; negative = drawn at random, then a resumed run differs.

@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.data import DatasetMapper, detection_utils
 from detectron2.data import transforms as T
-from detectron2.data.transforms import (
-    HFlipTransform,
-    NoOpTransform,
-    ResizeTransform,
-    TransformList,
-)
 from detectron2.utils import comm
 from numpy.typing import NDArray
 from PIL import Image
@@ -35,23 +29,12 @@ _LOGGER = logging.getLogger(__name__)
 _DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 
 
-class Cache(Protocol):
-    """What CLIP said before training; `hierkd.teachers.region_cache.RegionCache`."""
-
-    def regions(self, annotation_ids: NDArray[np.int64], *, flipped: bool) -> NDArray[np.float32]:
-        """(M,) ids of the annotations of an image -> (M, D)."""
-
-    def texts(self, texts: Sequence[str]) -> dict[str, NDArray[np.float32]]:
-        """Embeddings (D,) of those texts that are known."""
-
-
 class HierKDDatasetMapper(DatasetMapper):  # type: ignore[misc]
     """detectron2's :class:`DatasetMapper`, plus ``caption``, and errors that name the image.
 
     In training with global distillation one of the image's captions is drawn uniformly at each
-    step (§4.2) and put into the result as ``caption``. The draw uses numpy's global generator,
-    which detectron2 seeds in every data loading process, as its augmentations do. The list
-    ``captions`` itself is not passed on.
+    step (§4.2) and put into the result as ``caption``. The draw uses numpy's global generator, as
+    detectron2's augmentations do. The list ``captions`` itself is not passed on.
 
     With a cache of the teacher its answers travel with the batch: ``instances`` has
     ``gt_region_embeddings`` (M, D), a row per box, of the mirrored image where it is mirrored, and
@@ -66,29 +49,27 @@ class HierKDDatasetMapper(DatasetMapper):  # type: ignore[misc]
         with_caption: bool,
         skip_broken_images: bool = False,
         with_regions: bool = False,
-        cache: Cache | None = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Create the mapper.
+        """Create the mapper; all but detectron2's own ``kwargs`` is for training alone.
 
         Args:
             is_train: Whether the result is for training (augmented, with ``instances``).
-            with_caption: Whether to draw a caption; ignored unless ``is_train``.
-            skip_broken_images: In training, leave out images that cannot be decoded (another
-                image takes the place) instead of raising. Never at inference, where a result
-                would silently be missing.
+            with_caption: Whether to draw a caption.
+            skip_broken_images: Leave out images that cannot be decoded (another image takes the
+                place) instead of raising. At inference a result would silently be missing.
             with_regions: Whether to look up each box in the cache; ignored without one. Only
                 resizing and mirroring are then possible: a cached embedding is of the whole box.
-            cache: Embeddings of regions and captions; ignored unless ``is_train``.
+            cache: :class:`hierkd.teachers.region_cache.RegionCache`.
             **kwargs: See :class:`detectron2.data.DatasetMapper`.
         """
         kwargs["augmentations"] = list(map(_for_any_shape, kwargs["augmentations"]))
         super().__init__(is_train, **kwargs)
         self.with_caption = with_caption and is_train
         self.skip_broken_images = skip_broken_images and is_train
-        self.cache = cache if is_train else None
+        self.cache: Any = cache if is_train else None
         self.with_regions = with_regions and self.cache is not None
-        self.num_skipped = 0  # in this data loading process
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
@@ -116,50 +97,35 @@ class HierKDDatasetMapper(DatasetMapper):  # type: ignore[misc]
                 not changed.
 
         Returns:
-            The model's input: ``image`` (3, H, W) uint8 in ``INPUT.FORMAT``, in training also
-            ``instances`` (``gt_boxes`` in absolute px of ``image``, ``gt_classes``), ``caption``,
-            and the cache's embeddings of both; or ``None`` for an image that is left out
-            (detectron2's ``MapDataset`` then takes another).
+            ``image`` (3, H, W) uint8 in ``INPUT.FORMAT``, in training also ``instances``
+            (``gt_boxes`` in absolute px of ``image``, ``gt_classes``), ``caption``, and the cache's
+            embeddings of both; or ``None`` for an image that is left out.
 
         Raises:
             ValueError: The image cannot be decoded, has more than 8 bits a channel or another size
-                than its dict says, or has no caption. It is named.
+                than its dict says. It is named.
         """
         dataset_dict = dict(dataset_dict)
-        captions = dataset_dict.pop("captions", None)
-        found = _problem_of_header(dataset_dict["file_name"])
+        captions = dataset_dict.pop("captions", [])
+        name = dataset_dict["file_name"]
+        found = _problem_of_header(name)
         result: dict[str, Any] = {}
-        if not found:
-            try:
-                result = super().__call__(dataset_dict)
-            except Exception:
-                # The file's fault, or that of what comes after it?
-                _, found = _decode(dataset_dict["file_name"], "RGB")
-                if not found:
-                    raise
-        if found:
-            if not self.skip_broken_images:
-                advice = ", or skip such images with DATALOADER.SKIP_BROKEN_IMAGES True"
-                raise ValueError(
-                    f"Image {dataset_dict['file_name']} cannot be decoded ({found}). Replace the "
-                    f"file{advice if self.is_train else ''}."
-                )
-            self.num_skipped += 1
-            _LOGGER.warning(
-                "Skipped image %s, which cannot be decoded (%s); %d skipped so far in this "
-                "data loading process.",
-                dataset_dict["file_name"],
-                found,
-                self.num_skipped,
-            )
+        try:
+            result = {} if found else super().__call__(dataset_dict)
+        except Exception:
+            _, found = _decode(name, "RGB")  # the file's fault, or that of what comes after it?
+            if not found:
+                raise
+        if found and self.skip_broken_images:
+            _LOGGER.warning("Skipped image %s, which cannot be decoded (%s).", name, found)
             return None
+        if found:
+            advice = ", or skip such images with DATALOADER.SKIP_BROKEN_IMAGES True"
+            raise ValueError(
+                f"Image {name} cannot be decoded ({found}). Replace the file"
+                f"{advice if self.is_train else ''}."
+            )
         if self.with_caption:
-            if not captions:
-                raise ValueError(
-                    f"Image {dataset_dict['file_name']} (id {dataset_dict.get('image_id')!r}) has "
-                    "no caption, but global distillation (MODEL.GKD.LOSS_WEIGHT > 0) needs one. "
-                    "Add 'captions' to this image in the training annotations."
-                )
             caption = captions[np.random.randint(len(captions))]
             result["caption"] = caption
             if self.cache is not None and (known := self.cache.texts([caption])):
@@ -167,19 +133,14 @@ class HierKDDatasetMapper(DatasetMapper):  # type: ignore[misc]
         return result
 
     def _transform_annotations(
-        self, dataset_dict: dict[str, Any], transforms: TransformList, image_shape: tuple[int, int]
+        self, dataset_dict: dict[str, Any], transforms: Any, image_shape: tuple[int, int]
     ) -> None:
         """detectron2's, which also looks up the boxes in the cache."""
-        if self.cache is None or not self.with_regions:
+        if not self.with_regions:
             super()._transform_annotations(dataset_dict, transforms, image_shape)
             return
         annotations = [a for a in dataset_dict.pop("annotations") if not a.get("iscrowd", 0)]
-        ids = [annotation.get("id") for annotation in annotations]
-        if not all(isinstance(each, int) for each in ids):
-            raise ValueError(
-                f"Image {dataset_dict['file_name']}: MODEL.TEACHER.CACHE needs annotations with "
-                f"integer ids, found {ids}."
-            )
+        ids = np.array([annotation["id"] for annotation in annotations], np.int64)
         instances = detection_utils.annotations_to_instances(
             [
                 detection_utils.transform_instance_annotations(each, transforms, image_shape)
@@ -187,7 +148,8 @@ class HierKDDatasetMapper(DatasetMapper):  # type: ignore[misc]
             ],
             image_shape,
         )
-        rows = self.cache.regions(np.array(ids, np.int64), flipped=_is_flipped(transforms))
+        flips = sum(isinstance(each, T.HFlipTransform) for each in transforms.transforms)
+        rows = self.cache.regions(ids, flipped=flips % 2 == 1)
         instances.gt_region_embeddings = torch.from_numpy(rows)
         dataset_dict["instances"] = detection_utils.filter_empty_instances(instances)
 
@@ -213,28 +175,8 @@ def _check_cacheable(key: str, found: object, allowed: tuple[object, ...]) -> No
         )
 
 
-def _is_flipped(transforms: TransformList) -> bool:
-    """Whether an image ends up mirrored; ValueError for other changes than that and its size."""
-    flips = 0
-    for transform in transforms.transforms:
-        if not isinstance(transform, ResizeTransform | HFlipTransform | NoOpTransform):
-            raise ValueError(
-                "MODEL.TEACHER.CACHE knows whole boxes and their mirror images only, but the "
-                f"augmentations made a {type(transform).__name__}"
-            )
-        flips += isinstance(transform, HFlipTransform)
-    return flips % 2 == 1
-
-
 def read_picture(file_name: str, image_format: str = "BGR") -> NDArray[np.uint8]:
-    """Read a picture.
-
-    Args:
-        file_name: Its path.
-        image_format: "BGR" or "RGB".
-
-    Returns:
-        (H, W, 3), 0..255.
+    """Read a picture, (H, W, 3), 0..255, in ``image_format`` "BGR" or "RGB".
 
     Raises:
         ValueError: The file does not exist, cannot be decoded, or has more than 8 bits a channel
@@ -248,8 +190,7 @@ def read_picture(file_name: str, image_format: str = "BGR") -> NDArray[np.uint8]
 
 def _decode(file_name: str, image_format: str) -> tuple[NDArray[np.uint8] | None, str]:
     """Return the picture, (H, W, 3), or None and why it cannot be decoded."""
-    problem = _problem_of_header(file_name)
-    if problem:
+    if problem := _problem_of_header(file_name):
         return None, problem
     try:
         image = detection_utils.read_image(file_name, format=image_format)
@@ -279,46 +220,35 @@ def problem_of_picture(image: Image.Image) -> str:
 
 
 def check_images(
-    dataset_dicts: Sequence[dict[str, Any]],
-    *,
-    skip_broken: bool = False,
-    num_threads: int | None = None,
+    dataset_dicts: Sequence[dict[str, Any]], *, skip_broken: bool = False
 ) -> list[dict[str, Any]]:
     """Decode every image once, so that a broken one is noticed before training.
 
-    Takes about 7 ms of one core per COCO image, shared among the processes of a run; a progress
-    bar shows after two seconds.
-
-    Args:
-        dataset_dicts: Images in detectron2's dataset format.
-        skip_broken: Leave out images that cannot be decoded, and log them, instead of raising.
-        num_threads: Images decoded at the same time (Pillow releases the interpreter's lock);
-            by default this process's share of the machine's cores.
+    Takes about 7 ms of one core per COCO image, shared among the processes of a run and the cores
+    of the machine (Pillow releases the interpreter's lock).
 
     Returns:
-        The dicts whose image can be decoded, in order.
+        The dicts whose image can be decoded, in order; ``skip_broken`` logs the others.
 
     Raises:
         ValueError: An image cannot be decoded, or its size is not what its dict says. The first
             few are named.
     """
-    if num_threads is None:
-        num_threads = max(1, (os.cpu_count() or 1) // comm.get_local_size())
     share = dataset_dicts[comm.get_rank() :: comm.get_world_size()]
-    with ThreadPoolExecutor(num_threads) as pool:
+    with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // comm.get_local_size())) as pool:
         found = list(
-            tqdm(pool.map(_find_problem, share), total=len(share), desc="checking images", delay=2)
+            tqdm(pool.map(_find_problems, share), total=len(share), desc="checking images", delay=2)
         )
     # Nothing was raised so far: the other processes would wait here for the one that did.
-    problems = [_Problem("")] * len(dataset_dicts)
+    problems = [("", "")] * len(dataset_dicts)
     for rank, of_process in enumerate(comm.all_gather(found)):
         problems[rank :: comm.get_world_size()] = of_process
-    if mismatched := [problem.text for problem in problems if problem.is_mismatch]:
+    if mismatched := [mismatch for _, mismatch in problems if mismatch]:
         raise ValueError(
             f"{len(mismatched):,} of {len(problems):,} images have another size than the "
             f"annotations say, first: {'; '.join(mismatched[:5])}."
         )
-    broken = [problem.text for problem in problems if problem.text]
+    broken = [problem for problem, _ in problems if problem]
     if not broken:
         return list(dataset_dicts)
     first = "; ".join(broken[:5])
@@ -329,22 +259,16 @@ def check_images(
             "DATALOADER.SKIP_BROKEN_IMAGES True."
         )
     _LOGGER.warning("Skipped: %s", message)
-    return [each for each, found in zip(dataset_dicts, problems, strict=True) if not found.text]
+    return [each for each, found in zip(dataset_dicts, problems, strict=True) if not found[0]]
 
 
-class _Problem(NamedTuple):
-    """What is wrong with an image, with its file's name; empty if nothing."""
-
-    text: str
-    is_mismatch: bool = False  # the image is whole, but not what its dict says
-
-
-def _find_problem(dataset_dict: Mapping[str, Any]) -> _Problem:
+def _find_problems(dataset_dict: dict[str, Any]) -> tuple[str, str]:
+    """Why an image cannot be decoded, and how its size differs from its dict's; empty if not."""
     image, problem = _decode(dataset_dict["file_name"], "RGB")
     if image is None:
-        return _Problem(f"{dataset_dict['file_name']} ({problem})")
+        return f"{dataset_dict['file_name']} ({problem})", ""
     try:
         detection_utils.check_image_size(dict(dataset_dict), image)
     except detection_utils.SizeMismatchError as error:
-        return _Problem(" ".join(str(error).split()), is_mismatch=True)
-    return _Problem("")
+        return "", " ".join(str(error).split())
+    return "", ""

@@ -7,9 +7,8 @@ categories of the file in id order, also those without a box. COCO 2014 takes th
 detection instead (:class:`hierkd.data.splits.CocoVariant`). Ours: training images carry their
 captions, and fields that detection does not use are dropped, above all ``segmentation``.
 
-COCO published its 123,287 annotated pictures twice, divided into a training and a validation half
-in one way in 2014 and in another in 2017. Files of the two years, of the two halves, and of boxes
-and captions are easily mixed up: every reader says which it wants, and refuses the others.
+Files of COCO's two years, of its two halves, and of boxes and captions are easily mixed up: every
+reader says which it wants, and refuses the others.
 """
 
 from __future__ import annotations
@@ -18,9 +17,9 @@ import logging
 import os
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -36,12 +35,10 @@ from hierkd.data.splits import COCO_2017, Category, CocoVariant, Split
 from hierkd.files import write_json_atomically
 
 __all__ = [
-    "EXPECTED_BOXES",
-    "EXPECTED_FULL_COCO",
-    "Archive",
-    "Figure",
-    "InputState",
+    "EXPECTED",
+    "EXPECTED_BY",
     "PartSummary",
+    "archive_of",
     "build_part",
     "describe_inputs",
     "join_captions",
@@ -52,153 +49,110 @@ JsonObject = dict[str, Any]
 
 _LOGGER = logging.getLogger(__name__)
 
-_ANNOTATIONS_URL = "http://images.cocodataset.org/annotations/annotations_trainval{year}.zip"
-_IMAGES_URL = "http://images.cocodataset.org/zips/{folder}.zip"
+_URL = "http://images.cocodataset.org"
 _SIZES = {"train2014": "13 GB", "val2014": "6 GB", "train2017": "18 GB", "val2017": "1 GB"}
 _TAIL_BYTES = 64  # how much of a JSON's end is searched for its last brace [ours]
 
-
-class Figure(NamedTuple):
-    """A count that somebody else stated, and whose it is."""
-
-    value: int
-    source: str
-
+EXPECTED: dict[tuple[str, str], tuple[int, int]] = {
+    ("48_17", "train_base"): (107_761, 665_387),
+    ("48_17", "val_base"): (4_533, 28_538),
+    ("48_17", "val_novel"): (2_064, 4_614),
+    ("48_17", "val_all"): (4_836, 33_152),
+    ("65_15_2014", "val_novel"): (10_098, 16_388),
+    ("65_15_2014", "val_all"): (10_098, 68_169),
+}
+"""Images and boxes, crowd regions included, per (split, part) when the input is all of COCO."""
 
 # OVR-CNN's images: val, alirezazareian/ovr-cnn issue 17; train, the 6,736 iterations of 16 images
 # that are an epoch in HierKD's release. Its boxes: often quoted, and verified by nobody we know.
-_OVR_CNN, _QUOTED = "OVR-CNN's files", "a quoted, unverified figure"
-# Counted in salman-h-khan/PL-ZSD_Release, MSCOCO/validation_coco_unseen_{all,seen_all_gzsd}.csv.
-# These list boxes, crowd regions among them (image 255165), in whole pixels, and state no rule.
+# PL-ZSD's are counted in salman-h-khan/PL-ZSD_Release,
+# MSCOCO/validation_coco_unseen_{all,seen_all_gzsd}.csv. These list boxes, crowd regions among them
+# (image 255165), in whole pixels.
 _PL_ZSD = "PL-ZSD's lists, which state no rule"
-
-EXPECTED_FULL_COCO: dict[tuple[str, str], Figure] = {
-    ("48_17", "train_base"): Figure(107_761, _OVR_CNN),
-    ("48_17", "val_base"): Figure(4_533, _OVR_CNN),
-    ("48_17", "val_novel"): Figure(2_064, _OVR_CNN),
-    ("48_17", "val_all"): Figure(4_836, _OVR_CNN),
-    ("65_15_2014", "val_novel"): Figure(10_098, _PL_ZSD),
-    ("65_15_2014", "val_all"): Figure(10_098, _PL_ZSD),
+EXPECTED_BY = {
+    "48_17": ("OVR-CNN's files", "a quoted, unverified figure"),
+    "65_15_2014": (_PL_ZSD, _PL_ZSD),
 }
-"""Images per (split, part) when the input is the whole of COCO."""
-
-EXPECTED_BOXES: dict[tuple[str, str], Figure] = {
-    ("48_17", "train_base"): Figure(665_387, _QUOTED),
-    ("48_17", "val_base"): Figure(28_538, _QUOTED),
-    ("48_17", "val_novel"): Figure(4_614, _QUOTED),
-    ("48_17", "val_all"): Figure(33_152, _QUOTED),
-    ("65_15_2014", "val_novel"): Figure(16_388, _PL_ZSD),
-    ("65_15_2014", "val_all"): Figure(68_169, _PL_ZSD),
-}
-"""Boxes, crowd regions included, likewise."""
+"""Who states the images and the boxes of a split."""
 
 _KEPT_IMAGE_FIELDS = ("id", "file_name", "height", "width", "license", "flickr_url")
 _KEPT_BOX_FIELDS = ("id", "image_id", "category_id", "bbox", "area", "iscrowd")
 
 
 class PartSummary(NamedTuple):
-    """What one written file holds, crowd regions included, beside what others count.
-
-    They count nothing where the input is not the whole of COCO or nobody stated a figure.
-    """
+    """What one written file holds, crowd regions included."""
 
     split: str  # with the year unless it is 2017
-    part: str
     path: Path
     num_images: int
     num_boxes: int
     num_captions: int
-    expected_images: Figure | None
-    expected_boxes: Figure | None
+    expected: tuple[int, int] | None  # images and boxes; None: of a part of COCO, or not stated
     changed: bool  # the file is new or differs from the one that was there
 
 
 # ------------------------------------------------------------------------------ the official files
 
 
-class Archive(NamedTuple):
-    """A file to download, and to unpack in the folder ``coco``; its size is for people."""
+def describe_inputs(root: Path, variant: CocoVariant) -> Iterator[tuple[Path, str, str]]:
+    """Look at every file and folder that COCO needs below ``root``: no file is read as a whole.
 
-    url: str
-    size: str
-
-
-class InputState(NamedTuple):
-    """What is at the place of a file or folder that COCO needs, and the archive that has it.
-
-    ``"PARTIAL"`` is a JSON that is cut off, or a folder with fewer pictures than COCO has; which
-    pictures is only known to the annotations.
+    Yields:
+        Path, state and detail. The state is "found", "MISSING", or "PARTIAL": a JSON that is cut
+        off, or a folder with fewer pictures than COCO has.
     """
-
-    path: Path
-    state: Literal["found", "PARTIAL", "MISSING"]
-    detail: str
-    archive: Archive
-
-
-def describe_inputs(
-    root: str | os.PathLike[str], variant: CocoVariant = COCO_2017
-) -> list[InputState]:
-    """Look at every file and folder that COCO needs below ``root``: no file is read as a whole."""
-    coco = Path(root) / "coco"
-    files = [_state_of_json(coco / "annotations" / name) for name in _annotation_files(variant)]
-    folders = [_state_of_folder(coco / name, full) for name, full in variant.num_images.items()]
-    return files + folders
+    for path in _annotation_files(root, variant):
+        yield path, *_state_of_json(path)
+    for folder, full in variant.num_images.items():
+        path = root / "coco" / folder
+        if path.is_dir():
+            number = sum(name.endswith(".jpg") for name in os.listdir(path))
+            detail = f"{number:,} of the {full:,} pictures of the whole COCO"
+            yield path, "found" if number >= full else "PARTIAL", detail
+        else:
+            yield path, "MISSING", "does not exist"
 
 
-def _state_of_json(path: Path) -> InputState:
-    """Whether there is a JSON object at ``path``, judged by its first and last bytes."""
-    archive = _archive_of(path)
+def _state_of_json(path: Path) -> tuple[str, str]:
+    """State and detail of what should be a JSON object, judged by its first and last bytes."""
     if not path.is_file():
-        return InputState(path, "MISSING", "does not exist", archive)
+        return "MISSING", "does not exist"
     size = path.stat().st_size
     with path.open("rb") as file:
         first = file.read(1)
         file.seek(max(0, size - _TAIL_BYTES))
         last = file.read().rstrip()[-1:]
     if first != b"{":
-        return InputState(path, "PARTIAL", f"{size:,} bytes, and no JSON object", archive)
-    if last != b"}":
-        return InputState(path, "PARTIAL", f"cut off after {size:,} bytes", archive)
-    return InputState(path, "found", f"{size:,} bytes", archive)
+        return "PARTIAL", f"{size:,} bytes, and no JSON object"
+    return (
+        ("found", f"{size:,} bytes")
+        if last == b"}"
+        else ("PARTIAL", f"cut off after {size:,} bytes")
+    )
 
 
-def _state_of_folder(path: Path, full: int) -> InputState:
-    """Whether the folder ``path`` has as many pictures as COCO has, which is ``full``."""
-    if not path.is_dir():
-        return InputState(path, "MISSING", "does not exist", _archive_of(path))
-    number = sum(name.endswith(".jpg") for name in os.listdir(path))
-    detail = f"{number:,} of the {full:,} pictures of the whole COCO"
-    state: Literal["found", "PARTIAL"] = "found" if number >= full else "PARTIAL"
-    return InputState(path, state, detail, _archive_of(path))
+def _annotation_files(root: Path, variant: CocoVariant) -> list[Path]:
+    """The official files that are read: boxes of both halves, captions of the training half."""
+    train, val = variant.num_images
+    names = (f"instances_{train}", f"instances_{val}", f"captions_{train}")
+    return [root / "coco" / "annotations" / f"{name}.json" for name in names]
 
 
-def _annotation_files(variant: CocoVariant) -> tuple[str, ...]:
-    """Names of the official files that are read."""
-    kinds = (("instances", variant.train), ("instances", variant.val), ("captions", variant.train))
-    return tuple(f"{kind}_{folder}.json" for kind, folder in kinds)
-
-
-def _archive_of(path: Path) -> Archive:
-    """Return the archive that has the COCO file or image folder at ``path``."""
+def archive_of(path: Path) -> tuple[str, str]:
+    """Address and size of the archive that has the COCO file or image folder at ``path``."""
     if path.suffix == ".json":
-        return Archive(_ANNOTATIONS_URL.format(year=path.stem[-4:]), "241 MB")
-    return Archive(_IMAGES_URL.format(folder=path.name), _SIZES[path.name])
+        return f"{_URL}/annotations/annotations_trainval{path.stem[-4:]}.zip", "241 MB"
+    return f"{_URL}/zips/{path.name}.zip", _SIZES[path.name]
 
 
 def _where_from(path: Path) -> str:
     """Return how to obtain the COCO file or image folder at ``path``."""
-    return f"Download {_archive_of(path).url} and unpack it so that {path} exists."
+    return f"Download {archive_of(path)[0]} and unpack it so that {path} exists."
 
 
 def _read_official(path: Path, *, wanted: str, other: str) -> JsonObject:
     """Read an official file whose annotations have the field ``wanted``, not ``other``."""
-
-    def drop_masks(entry: JsonObject) -> JsonObject:  # most of the file, never used
-        entry.pop("segmentation", None)
-        return entry
-
-    content = read_coco_json(path, missing_hint=_where_from(path), object_hook=drop_masks)
+    content = read_coco_json(path)
     annotations = content.get("annotations")
     first = annotations[0] if isinstance(annotations, list) and annotations else {}
     if isinstance(first, dict) and wanted not in first and other in first:
@@ -210,20 +164,20 @@ def _read_official(path: Path, *, wanted: str, other: str) -> JsonObject:
     return content
 
 
-def _read_instances(path: Path, folder: str) -> JsonObject:
-    """Read and check ``instances_{train,val}<year>.json``, which must be about ``folder``."""
+def _read_instances(path: Path) -> JsonObject:
+    """Read and check ``instances_{train,val}<year>.json``."""
     content = _read_official(path, wanted="bbox", other="caption")
     check_annotations(content, path)
-    _check_year_and_half(content, path, folder)
+    _check_year_and_half(content, path)
     return content
 
 
-def _read_captions(path: Path, folder: str) -> dict[int, list[str]]:
+def _read_captions(path: Path) -> dict[int, list[str]]:
     """Read and check captions: image id -> its captions, in the order of their ids, none empty."""
     content = _read_official(path, wanted="caption", other="bbox")
     images = get_entries(content, "images", {"id": int, "file_name": str}, path)
     known = index_by_id(images, "images", path)
-    _check_year_and_half(content, path, folder)
+    _check_year_and_half(content, path)
     fields = {"id": int, "image_id": int, "caption": str}
     entries = get_entries(content, "annotations", fields, path)
     index_by_id(entries, "annotations", path)
@@ -236,11 +190,12 @@ def _read_captions(path: Path, folder: str) -> dict[int, list[str]]:
             )
         if text := " ".join(entry["caption"].split()):
             captions[entry["image_id"]].append(text)
-    return dict(captions)
+    return captions
 
 
-def _check_year_and_half(content: JsonObject, path: Path, folder: str) -> None:
-    """Raise ValueError if the images are not those of ``folder``, as far as the file says."""
+def _check_year_and_half(content: JsonObject, path: Path) -> None:
+    """Raise ValueError if the images are not those that the file's name says."""
+    folder = path.stem.split("_")[1]
     wanted = int(folder[-4:])
     year = content["info"].get("year") if isinstance(content.get("info"), dict) else None
     if year not in (None, wanted):
@@ -259,13 +214,27 @@ def _check_year_and_half(content: JsonObject, path: Path, folder: str) -> None:
             raise ValueError(f"{path}: expected images of {folder}, found {shown(url)}.")
 
 
+def _check_pictures(folder: Path, instances: JsonObject) -> None:
+    """Raise ValueError if the folder lacks pictures that the annotations list."""
+    if not folder.is_dir():
+        _LOGGER.warning("%s does not exist: the pictures are not checked.", folder)
+        return
+    present = set(os.listdir(folder))
+    names = [image["file_name"] for image in instances["images"]]
+    if missing := [name for name in names if name not in present]:
+        raise ValueError(
+            f"{folder} lacks {len(missing):,} of the {len(names):,} pictures that its annotations "
+            f"list, first {missing[0]}: a partial download? {_where_from(folder)}"
+        )
+
+
 # ------------------------------------------------------------------------------ the recipe
 
 
 def build_part(
-    instances: Mapping[str, Any],
+    instances: JsonObject,
     categories: Sequence[Category],
-    path: Path | str,
+    path: Path,
     *,
     without: Sequence[Category] = (),
     showing: Sequence[Category] | None = None,
@@ -273,14 +242,11 @@ def build_part(
     """Keep the annotations of ``categories`` and the images that have one.
 
     Args:
-        instances: Content of an official instances file; not changed.
+        instances: Content of an official instances file, from ``path``; not changed.
         categories: What the result's ``categories`` list, in this order.
-        path: Where ``instances`` came from, for messages.
+        path: For messages.
         without: An image that has an annotation of one of these is left out.
         showing: An image must have an annotation of one of these; by default of ``categories``.
-
-    Returns:
-        A file in COCO's layout: images and annotations in their original order.
 
     Raises:
         ValueError: ``instances`` has no category of that id and name, or nothing remains.
@@ -318,24 +284,17 @@ def build_part(
     }
 
 
-def _images_with(instances: Mapping[str, Any], categories: Sequence[Category]) -> set[int]:
+def _images_with(instances: JsonObject, categories: Sequence[Category]) -> set[int]:
     """Ids of the images that have an annotation of one of ``categories``."""
     wanted = {category.id for category in categories}
     return {box["image_id"] for box in instances["annotations"] if box["category_id"] in wanted}
 
 
-def join_captions(
-    part: JsonObject, captions: Mapping[int, list[str]], path: Path | str
-) -> JsonObject:
-    """Return ``part`` with each image's ``captions``; images without any are logged.
-
-    Args:
-        part: Result of :func:`build_part`; not changed.
-        captions: Image id -> captions.
-        path: Where ``captions`` came from, for messages.
+def join_captions(part: JsonObject, captions: Mapping[int, list[str]], path: Path) -> JsonObject:
+    """Return ``part`` with each image's ``captions``, by image id; images without are logged.
 
     Raises:
-        ValueError: No image of ``part`` has a caption.
+        ValueError: No image of ``part`` has a caption; ``path``, where they are from, is named.
     """
     without = [image["file_name"] for image in part["images"] if not captions.get(image["id"])]
     if len(without) == len(part["images"]):
@@ -351,10 +310,10 @@ def join_captions(
 
 
 def prepare_coco(
-    root: str | os.PathLike[str],
+    root: Path,
     splits: Sequence[Split],
     *,
-    output: str | os.PathLike[str] | None = None,
+    output: Path | None = None,
     variant: CocoVariant = COCO_2017,
     check_pictures: bool = True,
 ) -> list[PartSummary]:
@@ -367,108 +326,78 @@ def prepare_coco(
 
     Args:
         root: The folder that holds ``coco``.
-        splits: Which splits.
+        splits: What to make.
         output: Folder for the results; ``<root>/coco/annotations`` unless given.
-        variant: Which COCO, and how the splits are made of it.
+        variant: Which COCO.
         check_pictures: Refuse a folder of pictures that lacks some of those that its annotations
             list. A folder that is not there at all is only logged.
 
-    Returns:
-        What the files hold, in order.
-
     Raises:
         FileNotFoundError: Inputs do not exist; says which ones and where they come from.
-        ValueError: An input is broken, of another year, of the other half of COCO, or boxes in
-            place of captions; pictures are missing; an image is in both halves; or ``variant``
-            does not define a split.
+        ValueError: An input is broken or another one than its name says, pictures are missing, an
+            image is in both halves, or ``variant`` does not define a split.
     """
     for split in splits:
         if split not in variant.splits():
             raise ValueError(f"COCO {variant.year} is prepared for 65_15 alone, not {split.name}.")
-    annotations = Path(root) / "coco" / "annotations"
-    output = annotations if output is None else Path(output)
-    paths = [annotations / name for name in _annotation_files(variant)]
+    paths = _annotation_files(root, variant)
     if missing := [path for path in paths if not path.is_file()]:  # before a minute of parsing
         others = ", ".join(path.name for path in missing[1:])
         raise FileNotFoundError(
             f"{missing[0]} does not exist{f', nor do {others}' if others else ''}. "
             f"{_where_from(missing[0])}"
         )
-    halves, captions = _read_inputs(paths)
+    train, val, captions = _read_inputs(paths)
     if check_pictures:
-        for folder, content in halves.items():
-            _check_pictures(Path(root) / "coco" / folder, content)
-    parts = [
-        (f"{split.name}{variant.suffix}", name, part)
+        for folder, content in zip(variant.num_images, (train, val), strict=True):
+            _check_pictures(root / "coco" / folder, content)
+    parts = {
+        (f"{split.name}{variant.suffix}", part): content
         for split in splits
-        for name, part in _build_parts(split, variant, halves, captions, paths).items()
-    ]
+        for part, content in _build_parts(split, variant, train, val, captions, paths).items()
+    }
+    num_train, num_val = variant.num_images.values()
+    is_full = {"train": len(train["images"]) == num_train, "val": len(val["images"]) == num_val}
     summaries = []
-    for split_name, name, part in tqdm(parts, desc="writing", unit="file"):
-        path = output / f"ovd_{split_name}" / f"{name}.json"
-        folder = variant.train if name == "train_base" else variant.val
-        is_full = len(halves[folder]["images"]) == variant.num_images[folder]
+    for (name, part), content in tqdm(parts.items(), desc="writing", unit="file"):
+        path = (output or paths[0].parent) / f"ovd_{name}" / f"{part}.json"
         summaries.append(
             PartSummary(
-                split=split_name,
-                part=name,
+                split=name,
                 path=path,
-                num_images=len(part["images"]),
-                num_boxes=len(part["annotations"]),
-                num_captions=sum(len(image.get("captions", [])) for image in part["images"]),
-                expected_images=EXPECTED_FULL_COCO.get((split_name, name)) if is_full else None,
-                expected_boxes=EXPECTED_BOXES.get((split_name, name)) if is_full else None,
-                changed=write_json_atomically(path, part),
+                num_images=len(content["images"]),
+                num_boxes=len(content["annotations"]),
+                num_captions=sum(len(image.get("captions", [])) for image in content["images"]),
+                expected=EXPECTED.get((name, part)) if is_full[part.split("_")[0]] else None,
+                changed=write_json_atomically(path, content),
             )
         )
     return summaries
 
 
-def _read_inputs(paths: Sequence[Path]) -> tuple[dict[str, JsonObject], dict[int, list[str]]]:
-    """Read the instances by image folder, and the training captions by image id."""
-    halves: dict[str, JsonObject] = {}
-    captions: dict[int, list[str]] = {}
-    for path in tqdm(paths, desc="reading", unit="file"):
-        kind, folder = path.stem.split("_")
-        if kind == "captions":
-            captions = _read_captions(path, folder)
-        else:
-            halves[folder] = _read_instances(path, folder)
-    train, val = ({image["id"] for image in half["images"]} for half in halves.values())
-    if in_both := train & val:
+def _read_inputs(paths: Sequence[Path]) -> tuple[JsonObject, JsonObject, dict[int, list[str]]]:
+    """Read the boxes of both halves, and the training captions by image id."""
+    readers = (_read_instances, _read_instances, _read_captions)
+    steps = tqdm(zip(readers, paths, strict=True), total=3, desc="reading", unit="file")
+    train, val, captions = (read(path) for read, path in steps)
+    if in_both := {each["id"] for each in train["images"]} & {each["id"] for each in val["images"]}:
         raise ValueError(
             f"{paths[0]} and {paths[1].name} must have no image in common, found {len(in_both):,}, "
             f"among them image {min(in_both)}."
         )
-    return halves, captions
-
-
-def _check_pictures(folder: Path, instances: JsonObject) -> None:
-    """Raise ValueError if the folder lacks pictures that the annotations list."""
-    if not folder.is_dir():
-        _LOGGER.warning("%s does not exist: the pictures are not checked.", folder)
-        return
-    present = set(os.listdir(folder))
-    names = [image["file_name"] for image in instances["images"]]
-    missing = [name for name in names if name not in present]
-    if missing:
-        raise ValueError(
-            f"{folder} lacks {len(missing):,} of the {len(names):,} pictures that its annotations "
-            f"list, first {missing[0]}: a partial download? {_where_from(folder)}"
-        )
+    return train, val, captions
 
 
 def _build_parts(
     split: Split,
     variant: CocoVariant,
-    halves: Mapping[str, JsonObject],
+    train: JsonObject,
+    val: JsonObject,
     captions: Mapping[int, list[str]],
     paths: Sequence[Path],
 ) -> dict[str, JsonObject]:
     """Return the content of each of the four files of ``split``."""
-    train, val = halves[variant.train], halves[variant.val]
-    without = split.novel if variant.zero_shot else ()
-    showing = split.novel if variant.zero_shot else None
+    without, showing = (split.novel, split.novel) if variant.zero_shot else ((), None)
     train_base = build_part(train, split.base, paths[0], without=without)
     return {
         "train_base": join_captions(train_base, captions, paths[2]),

@@ -14,7 +14,7 @@ class ResizeShortestEdge(T.ResizeShortestEdge):  # type: ignore[misc]  # detectr
     """detectron2's, with sides of at least one pixel.
 
     The limit on the longer side makes a picture of 20,000 x 1 pixels 0.07 pixels high, which
-    detectron2 rounds to none. All other pictures are resized as before, with the same random draws.
+    detectron2 rounds to none. All other pictures are resized as by detectron2.
     """
 
     def get_transform(self, image: NDArray[Any]) -> T.Transform:

@@ -54,7 +54,6 @@ _UNUSED_15 = (
     "baseball glove", "tennis racket", "wine glass", "hot dog", "potted plant", "dining table",
     "cell phone", "teddy bear", "hair drier",
 )  # fmt: skip
-
 # The 15 novel ("unseen") categories of Rahman et al.
 _NOVEL_15 = (
     "airplane", "train", "parking meter", "cat", "bear", "suitcase", "frisbee", "snowboard",
@@ -64,12 +63,12 @@ _NOVEL_15 = (
 
 @dataclass(frozen=True)
 class Split:
-    """A split of the COCO categories into base and novel ones.
+    """A split of the COCO categories; each tuple is in id order.
 
     Attributes:
         name: Key in :data:`SPLITS`, also part of file and dataset names (``"48_17"``).
-        base: Categories with boxes in training, in id order.
-        novel: Categories without boxes in training, in id order.
+        base: Categories with boxes in training.
+        novel: Categories without boxes in training.
     """
 
     name: str
@@ -87,25 +86,15 @@ class Split:
         base, novel = self.base, self.novel
         return {"train_base": base, "val_base": base, "val_novel": novel, "val_all": self.all}
 
-    @property
-    def unused(self) -> tuple[Category, ...]:
-        """The COCO categories that are neither base nor novel, in id order."""
-        used = set(self.all)
-        return tuple(category for category in COCO_CATEGORIES if category not in used)
-
-
-def _select(names: Iterable[str]) -> tuple[Category, ...]:
-    """Return the COCO categories called ``names``, in id order."""
-    id_of = {category.name: category.id for category in COCO_CATEGORIES}
-    return tuple(sorted(Category(id_of[name], name) for name in names))
-
 
 def _make_split(name: str, novel: Iterable[str], unused: Iterable[str] = ()) -> Split:
     """Return the split whose base categories are all but the ``novel`` and ``unused`` ones."""
-    novel_categories = _select(novel)
-    not_base = {*novel_categories, *_select(unused)}
-    base = tuple(category for category in COCO_CATEGORIES if category not in not_base)
-    return Split(name=name, base=base, novel=novel_categories)
+    not_base = {*novel, *unused}
+    return Split(
+        name,
+        base=tuple(each for each in COCO_CATEGORIES if each.name not in not_base),
+        novel=tuple(each for each in COCO_CATEGORIES if each.name in novel),
+    )
 
 
 SPLITS: dict[str, Split] = {
@@ -124,7 +113,7 @@ class CocoVariant:
         zero_shot: the rule of zero-shot detection: training images that show a novel object are
             removed, and both novel and all classes are tested on the images that show a novel one.
             Otherwise OVR-CNN's: an image counts if it shows a wanted category, whatever else.
-        num_images: of the official files, by folder.
+        num_images: of the official files, by folder; that of the training images comes first.
         suffix: of the names of files and datasets.
     """
 
@@ -132,16 +121,6 @@ class CocoVariant:
     zero_shot: bool
     num_images: Mapping[str, int]
     suffix: str = ""
-
-    @property
-    def train(self) -> str:
-        """Folder of the training images, such as ``train2017``."""
-        return f"train{self.year}"
-
-    @property
-    def val(self) -> str:
-        """Folder of the validation images, such as ``val2017``."""
-        return f"val{self.year}"
 
     def splits(self) -> tuple[Split, ...]:
         """The splits that are defined on it."""
@@ -152,9 +131,6 @@ COCO_2017 = CocoVariant(2017, zero_shot=False, num_images={"train2017": 118_287,
 """The paper's COCO (§4.1), with the recipe of OVR-CNN; for 65/15 this combination is ours."""
 
 COCO_2014 = CocoVariant(
-    2014,
-    zero_shot=True,
-    num_images={"train2014": 82_783, "val2014": 40_504},
-    suffix="_2014",
+    2014, zero_shot=True, num_images={"train2014": 82_783, "val2014": 40_504}, suffix="_2014"
 )
 """The data of the authors of 65/15: PL-ZSD (AAAI 2020) and ZSI (CVPR 2021)."""
