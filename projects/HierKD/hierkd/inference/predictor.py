@@ -17,6 +17,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,6 @@ from PIL import Image
 from torch import Tensor, nn
 
 from hierkd.checkpoint import HierKDCheckpointer
-from hierkd.data.coco import closest_dataset
 from hierkd.data.resizing import ResizeShortestEdge
 from hierkd.inference.detections import DetectionFilter
 from hierkd.inference.images import ImageInput, as_bgr
@@ -326,9 +326,9 @@ def resolve_vocabulary(text: str) -> list[str]:
             f"the vocabulary {text!r} is neither a file nor names between commas; names with ';' "
             "or '/' go into a text file"
         )
-    if "_" in text and (near := closest_dataset(text, 0.8)):
+    if "_" in text and (near := get_close_matches(text, DatasetCatalog.list(), cutoff=0.8)):
         raise ValueError(
-            f"the vocabulary {text!r} is no registered dataset; did you mean {near!r}? A class of "
+            f"the vocabulary {text!r} is no registered dataset; did you mean {near[0]!r}? A class of "
             "this name goes into a text file"
         )
     check_names(names, "the vocabulary")
