@@ -328,8 +328,8 @@ def resolve_vocabulary(text: str) -> list[str]:
         )
     if "_" in text and (near := get_close_matches(text, DatasetCatalog.list(), cutoff=0.8)):
         raise ValueError(
-            f"the vocabulary {text!r} is no registered dataset; did you mean {near[0]!r}? A class of "
-            "this name goes into a text file"
+            f"the vocabulary {text!r} is no registered dataset; did you mean {near[0]!r}? A class "
+            "of this name goes into a text file"
         )
     check_names(names, "the vocabulary")
     return names

@@ -265,7 +265,7 @@ def check_rows(
         ("all zero", ~rows.any(axis=1)),
     ):
         if wrong.any():
-            found = [names[row] for row in np.flatnonzero(wrong)]
+            found = [names[row] for row in np.flatnonzero(wrong).tolist()]
             raise ValueError(f"{rows_from}: {what}: the rows of {_some(found)}")
 
 
