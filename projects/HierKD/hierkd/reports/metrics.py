@@ -52,7 +52,7 @@ def read_run_metrics(path: str | os.PathLike[str]) -> RunMetrics:
         try:
             entry = json.loads(line)
             iteration = entry.pop("iteration")
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise ValueError(
                 f"{path}, line {number}: expected an object with an iteration, got {line[:60]!r}"
             ) from error
