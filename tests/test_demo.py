@@ -125,14 +125,14 @@ def test_a_broken_input_is_named_and_does_not_stop_the_others(call, world, tmp_p
 
 
 def test_ctrl_c_keeps_what_is_done(call, world, tmp_path, monkeypatch):
-    save = hierkd.reports.annotated._save_picture
+    save = hierkd.reports.annotated.save_picture
 
     def stop_at_the_second(path, image):
         if path.name == "2.png":
             raise KeyboardInterrupt
         save(path, image)
 
-    monkeypatch.setattr(hierkd.reports.annotated, "_save_picture", stop_at_the_second)
+    monkeypatch.setattr(hierkd.reports.annotated, "save_picture", stop_at_the_second)
     code, _ = call.fails("--input", world.images, "--html")
     assert code == 130
     content = json.loads((tmp_path / "out" / "detections.json").read_text())

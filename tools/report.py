@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Read the folders and write the file.
 
     Raises:
-        SystemExit: A folder is none of a run.
+        SystemExit: A folder is none of a run, or a file of it is broken.
     """
     parser = get_parser()
     args = parser.parse_args(argv)
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     setup_logger(name="hierkd", abbrev_name="hierkd").setLevel(logging.WARNING)
     try:
         run, *others = [read_run(path) for path in (args.run, *args.compare)]
-    except FileNotFoundError as error:
+    except (FileNotFoundError, ValueError) as error:
         sys.exit(f"error: {error}")
     page = describe_run(run, others, num_pictures=args.pictures, device=args.device)
     output = args.output or args.run / "report.html"

@@ -4,13 +4,11 @@ import math
 
 import numpy as np
 import pytest
-import torch
-from detectron2.structures import Boxes, Instances
 from matplotlib.axes import Axes
 
 from hierkd.evaluation.heat_maps import HeatMap
 from hierkd.reports import charts
-from hierkd.reports.gallery import CORRECT, LEGEND, UNCOUNTED, WRONG, Box, Sample
+from hierkd.reports.gallery import CORRECT, LEGEND, WRONG, Box, Sample
 
 
 @pytest.fixture
@@ -132,30 +130,3 @@ def test_ground_truth_comes_first_and_each_detector_has_its_column(sheets, monke
     assert [row.caption for row in rows] == ["first", "second"]
     assert drawn[:3] == [["cat", "dog"], ["cat 50%"], ["dog 25%"]]
     assert [text for _, text in options["legend"]] == [text for _, text in LEGEND[:2]]
-
-
-def test_pictures_may_stand_side_by_side_and_base_classes_are_explained(sheets):
-    samples = [sample(box("cow", UNCOUNTED, 0.5)), sample(), sample()]
-    charts.draw_comparison({"detected": samples}, [""] * 3, panel_px=80, per_row=2)
-    ((rows, options),) = sheets
-    assert [row.titles for row in rows] == [["ground truth", "detected"] * 2, ["", ""]]
-    assert [panel.shape for row in rows for panel in row.panels] == [(60, 80, 3)] * 6
-    assert len(options["legend"]) == 3
-    for (swatch, _), (color, _) in zip(options["legend"], LEGEND, strict=True):
-        assert swatch[0, 0].tolist() == np.rint(255 * np.array(color)).tolist()
-
-
-def test_detectors_side_by_side_are_drawn_at_the_panels_scale(sheets, monkeypatch):
-    seen = []
-
-    def record(image, instances, vocabulary, **_):
-        seen.append((image.shape, instances.pred_boxes.tensor.tolist(), vocabulary))
-        return image
-
-    monkeypatch.setattr(charts, "draw_instances", record)
-    found = Instances((30, 40), pred_boxes=Boxes(torch.tensor([[1.0, 2.0, 3.0, 4.0]])))
-    image = np.zeros((30, 40, 3), np.uint8)
-    charts.draw_side_by_side(image, {"a": found, "b": found}, ["cat"], panel_px=80)
-    assert seen == [((60, 80, 3), [[2.0, 4.0, 6.0, 8.0]], ["cat"])] * 2
-    (((row,), _),) = sheets
-    assert row.titles == ["a", "b"]

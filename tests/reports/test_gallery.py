@@ -7,7 +7,7 @@ from detectron2.data import DatasetCatalog
 from detectron2.structures import Boxes, BoxMode, Instances
 
 from hierkd.reports import gallery
-from hierkd.reports.gallery import COLORS, CORRECT, UNCOUNTED, WRONG, Box, Sample
+from hierkd.reports.gallery import CORRECT, UNCOUNTED, WRONG, Box, Sample
 from toy_world import NOVEL, PICTURES, VOCABULARY, register_toy_world
 
 PLACE = (0.0, 0.0, 9.0, 9.0)
@@ -143,23 +143,3 @@ def test_best_sample_is_the_most_confident_correct_one():
     high = sample("bee", detections=[("bee", CORRECT, 0.7)])
     wrong = sample("bee", detections=[("bee", WRONG, 0.9)])
     assert gallery.best_sample_per_class([low, high, wrong], ["dog", "bee"]) == {"bee": high}
-
-
-def test_boxes_are_drawn_at_the_pictures_scale_in_the_colours_of_their_verdicts(monkeypatch):
-    drawn = []
-
-    def record(image, boxes, labels, colors, **_):
-        drawn.append((image, boxes.tolist(), labels, colors))
-        return image
-
-    monkeypatch.setattr(gallery, "draw_boxes", record)
-    boxes = [Box(PLACE, "bee", WRONG, 0.4), Box(PLACE, "bee", CORRECT, 0.9)]
-    picture = sample()
-    picture.image[:] = (10, 20, 30)  # BGR
-    gallery.draw_sample(picture, [*boxes, Box(PLACE, "ant", UNCOUNTED, 0.95)], side=40)
-    ((image, places, labels, colors),) = drawn
-    assert image.shape == (32, 40, 3)
-    assert image[5, 5].tolist() == [30, 20, 10]
-    assert places == [[0, 0, 18, 18]] * 3
-    assert labels == ["ant 95%", "bee 40%", "bee 90%"]  # the best on top, the uncounted below
-    assert colors == [COLORS[UNCOUNTED], COLORS[WRONG], COLORS[CORRECT]]

@@ -164,22 +164,11 @@ def test_each_setting_chooses(picture, tmp_path, monkeypatch):
     for settings, named in (
         ((1.5, 5, ""), "1.5"),
         ((float("nan"), 5, ""), "nan"),
-        (("0.3", 5, ""), "'0.3'"),
-        ((0.3, 0, ""), "at least 1, got 0"),
         ((0.3, 5, "zebra=0.5"), "zebra"),
         ((0.3, 5, "dog"), "NAME=SCORE, got 'dog'"),
     ):
         with pytest.raises(ValueError, match=named):
             show(found, *settings)
-
-
-def test_compared(picture):
-    detectors = {"mine": OneBox(0.9), "other": OneBox(0.4)}
-    shown = show(look(detectors, picture, "cup"), 0.3, 1, "")
-    assert [each["score"] for each in shown.content["detections"]] == [0.9]
-    assert [each["score"] for each in shown.content["compared"]["other"]] == [0.4]
-    assert [row[0] for row in shown.table] == ["mine", "other"]
-    assert len(shown.panels) == 2
 
 
 def test_a_photograph_is_drawn_smaller_but_told_in_its_own_pixels(tmp_path):
@@ -192,11 +181,3 @@ def test_a_photograph_is_drawn_smaller_but_told_in_its_own_pixels(tmp_path):
     assert shown.panels[0].shape == (640, 1280, 3)
     edge = shown.panels[0][200:300, 507:518].astype(float) / 255  # x = 1200 * 1280 / 3000
     assert np.abs(edge - class_color(0)).max(axis=2).min(axis=1).max() < 0.1
-
-
-def test_what_is_wrong_is_noticed_before_a_detector_is_asked(picture):
-    detector = OneBox()
-    for names, limits in (("", LIMITS), ("cup", Limits(max_pixels=100))):
-        with pytest.raises(ValueError, match=r"Type the classes|too large"):
-            detect({"mine": detector}, picture, names, limits, "a.png")
-    assert detector.calls == []

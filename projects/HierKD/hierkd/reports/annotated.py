@@ -24,7 +24,7 @@ from hierkd.files import replacing
 from hierkd.inference.detectors import Detectors
 from hierkd.inference.video import Frame, Video, VideoFile
 from hierkd.reports.charts import draw_heat_map_sheet, draw_side_by_side
-from hierkd.reports.drawing import Image, draw_instances
+from hierkd.reports.drawing import Image, draw_instances, save_picture
 from hierkd.reports.page import Figure, Page, Picture, Section, data_uri, jpeg_uri, write_page
 
 __all__ = [
@@ -53,16 +53,6 @@ class Annotated:
     num_detections: int  # the main detector's
     caption: str
     is_video: bool = False
-
-    @property
-    def title(self) -> str:
-        """Name of what was looked at, without its folder."""
-        return Path(self.entry["file_name"]).name
-
-    @property
-    def is_wide(self) -> bool:
-        """Whether a page should give it a row for itself."""
-        return self.is_video or len(self.files) > 1 or "compared" in self.entry
 
 
 def name_outputs(sources: Sequence[Path], folder: Path, suffixes: Sequence[str]) -> list[Path]:
@@ -104,7 +94,7 @@ def annotate_picture(
     """
     image = read_picture(str(picture))
     (found,) = detectors.detect([image])
-    _save_picture(output, _draw(detectors, image, found))
+    save_picture(output, _draw(detectors, image, found))
     entry = {
         "file_name": str(picture),
         "annotated": output.name,
@@ -118,11 +108,9 @@ def annotate_picture(
     if heat_maps is not None and drawn:
         maps = score_heat_maps(detectors.main.model, detectors.main.prepare(image), drawn)
         files.append(_heat_maps_path(output))
-        _save_picture(files[-1], draw_heat_map_sheet(image[:, :, ::-1], maps))
+        save_picture(files[-1], draw_heat_map_sheet(image[:, :, ::-1], maps))
         entry["heat_maps"] = files[-1].name
-    best: dict[str, float] = {}
-    for record in entry["detections"]:  # best first
-        best.setdefault(record["class"], record["score"])
+    best = {record["class"]: record["score"] for record in reversed(entry["detections"])}
     counts = Counter(classes).most_common()
     caption = ", ".join(f"{count} × {name} (up to {best[name]:.0%})" for name, count in counts)
     caption = caption or "nothing above the threshold"
@@ -205,11 +193,6 @@ def _draw(detectors: Detectors, image: NDArray[np.uint8], found: Mapping[str, In
     return draw_instances(rgb, next(iter(found.values())), detectors.vocabulary)
 
 
-def _save_picture(path: Path, image: Image) -> None:
-    with replacing(path) as making:
-        PILImage.fromarray(image).save(making, format="PNG")
-
-
 def write_detections(path: Path, detectors: Detectors, done: Sequence[Annotated]) -> None:
     """Write all detections, and what they were made with, as JSON."""
     keep = detectors.keep
@@ -240,8 +223,10 @@ def write_annotated_page(
     }
     figures: dict[bool, list[Figure]] = {True: [], False: []}
     for each in done:
-        annotated, *heat_maps = [_picture(file, each.title, embed) for file in each.files]
-        figures[each.is_wide].append(Figure([annotated], each.title, each.caption))
+        title = Path(each.entry["file_name"]).name
+        annotated, *heat_maps = [_picture(file, title, embed) for file in each.files]
+        is_wide = each.is_video or heat_maps or "compared" in each.entry
+        figures[bool(is_wide)].append(Figure([annotated], title, each.caption))
         figures[True] += [Figure([sheet], caption="heat maps") for sheet in heat_maps]
     sections = [
         Section(facts=facts),

@@ -21,7 +21,6 @@ __all__ = [
     "draw_curves",
     "draw_heat_map_sheet",
     "draw_side_by_side",
-    "overlay_heat_maps",
 ]
 
 # Of curves side by side, distinct with common colour-blindness (Okabe and Ito). [ours]
@@ -31,7 +30,7 @@ _LOG_FACTOR = 30.0
 _FEW_POINTS = 15  # below this each point is marked. [ours]
 _MAX_POINTS = 1000  # of a curve that is drawn: more than its pixels. [ours]
 # Bright end of a heat map's colours where every score is tiny, so that noise stays dark. [ours]
-MIN_HEAT_RANGE = 0.05
+_MIN_HEAT_RANGE = 0.05
 
 
 def draw_curves(
@@ -81,19 +80,13 @@ def draw_curves(
     return buffer.getvalue()
 
 
-def overlay_heat_maps(image: Image, maps: Sequence[HeatMap]) -> list[Image]:
-    """Lay a class's heat maps over an RGB picture, with common colours.
-
-    These run from 0 to the highest score, or to 0.05 if that is higher.
-    """
-    top = max(MIN_HEAT_RANGE, *(float(m.scores.max()) for m in maps))
-    return [overlay_heat_map(image, m.scores, top) for m in maps]
-
-
 def draw_heat_map_sheet(
     image: Image, maps: Sequence[Sequence[HeatMap]], *, panel_px: int = 400
 ) -> Image:
-    """Draw heat maps over an RGB picture (Fig. 4): a row per class, a panel per level."""
+    """Draw heat maps over an RGB picture (Fig. 4): a row per class, a panel per level.
+
+    The colours of a row run from 0 to its highest score, or to 0.05 if that is higher.
+    """
     picture, _ = fit(image, panel_px)
     rows = []
     for of_class in maps:
@@ -101,13 +94,14 @@ def draw_heat_map_sheet(
             f"{m.class_name} · {m.level.upper()}, stride {m.stride} · max {m.scores.max():.2g}"
             for m in of_class
         ]
-        panels = [picture, *overlay_heat_maps(picture, of_class)]
+        top = max(_MIN_HEAT_RANGE, *(float(m.scores.max()) for m in of_class))
+        panels = [picture, *(overlay_heat_map(picture, m.scores, top) for m in of_class)]
         rows.append(SheetRow(panels, [of_class[0].class_name, *titles]))
     ramp = np.tile(np.linspace(0, 1, 240, dtype=np.float32), (22, 1))
     swatch = overlay_heat_map(np.full((22, 240, 3), 127, np.uint8), ramp, 1.0)
     text = (
         "score (class probability × predicted IoU) from 0 to the highest of the row, "
-        f"at least {MIN_HEAT_RANGE}"
+        f"at least {_MIN_HEAT_RANGE}"
     )
     return draw_sheet(rows, panel_px=panel_px, legend=[(swatch, text)], title_px=20)
 
@@ -150,13 +144,9 @@ def draw_side_by_side(
     *,
     panel_px: int = 640,
 ) -> Image:
-    """Draw what several detectors find in one RGB picture: a column each, a colour per class.
+    """Draw what several detectors find in one RGB picture: a titled column for each.
 
-    Args:
-        image: (H, W, 3), 0..255.
-        found: Title of a column to the detections.
-        vocabulary: Names that ``pred_classes`` index, in all of them.
-        panel_px: Longer side of each panel.
+    ``vocabulary`` are the names that ``pred_classes`` index, in all of them.
     """
     fitted, factor = fit(image, panel_px)
     panels = []

@@ -20,10 +20,6 @@ from hierkd.data.mapper import read_picture
 from hierkd.reports.drawing import Color, Image, draw_boxes, fit
 
 __all__ = [
-    "CORRECT",
-    "LEGEND",
-    "UNCOUNTED",
-    "WRONG",
     "Box",
     "Sample",
     "best_sample_per_class",
@@ -55,13 +51,10 @@ _MATCH_IOU = 0.5  # that of AP50
 
 @dataclass(frozen=True)
 class Box:
-    """A box of the ground truth or of a detection.
+    """A box of the ground truth, or of a detection with a score.
 
-    Attributes:
-        xyxy: Corners in pixels of the stored picture.
-        class_name: What it holds.
-        verdict: "correct", "wrong", or "uncounted" for classes that are not judged.
-        score: Of a detection; None for ground truth.
+    ``xyxy`` is in pixels of the stored picture; ``verdict`` is "correct", "wrong", or "uncounted"
+    for classes that are not judged.
     """
 
     xyxy: tuple[float, float, float, float]
@@ -77,18 +70,11 @@ class Box:
 
 @dataclass(frozen=True)
 class Sample:
-    """A test picture with its objects and what was detected.
-
-    Attributes:
-        image: (H, W, 3), BGR, 0..255.
-        file_name: Where it was read from.
-        truth: Its objects, crowd regions left out.
-        detections: Best first.
-    """
+    """A test picture (H, W, 3), BGR, with its objects and, best first, what was detected."""
 
     image: Image
     file_name: str
-    truth: tuple[Box, ...]
+    truth: tuple[Box, ...]  # without crowd regions
     detections: tuple[Box, ...]
 
 
@@ -105,8 +91,8 @@ def choose_test_dataset(names: Sequence[str]) -> str | None:
 def judged_classes(dataset_name: str) -> list[str]:
     """List the novel classes of a registered dataset, or all of one that has no split."""
     metadata = MetadataCatalog.get(dataset_name)
-    names = list(metadata.thing_classes)
     novel = set(metadata.get("novel_classes", ()))
+    names = list(metadata.thing_classes)
     return [name for name in names if name in novel] or names
 
 
@@ -158,26 +144,16 @@ def build_samples(
     judged = set(judged)
     samples = []
     for record in tqdm(records, unit="picture", disable=len(records) < 2 or None):
+        truth = []
+        for each in record["annotations"]:
+            if not each.get("iscrowd", 0):
+                box = BoxMode.convert(list(each["bbox"]), each["bbox_mode"], BoxMode.XYXY_ABS)
+                name = vocabulary[each["category_id"]]
+                truth.append(Box(tuple(box), name, CORRECT if name in judged else UNCOUNTED))
         image = read_picture(record["file_name"])
-        truth = _read_truth(record, vocabulary, judged)
         detections = judge_detections(detect(record, image), truth, vocabulary, judged)
-        samples.append(Sample(image, record["file_name"], truth, detections))
+        samples.append(Sample(image, record["file_name"], tuple(truth), detections))
     return samples
-
-
-def _read_truth(
-    record: dict[str, Any], vocabulary: Sequence[str], judged: set[str]
-) -> tuple[Box, ...]:
-    """The objects of a detectron2 dataset dict, crowd regions left out."""
-    boxes = []
-    for annotation in record["annotations"]:
-        if not annotation.get("iscrowd", 0):
-            x0, y0, x1, y1 = BoxMode.convert(
-                list(annotation["bbox"]), annotation["bbox_mode"], BoxMode.XYXY_ABS
-            )
-            name = vocabulary[annotation["category_id"]]
-            boxes.append(Box((x0, y0, x1, y1), name, CORRECT if name in judged else UNCOUNTED))
-    return tuple(boxes)
 
 
 def judge_detections(
@@ -198,8 +174,8 @@ def judge_detections(
             if len(truth) and overlaps.max() >= _MATCH_IOU:
                 free[overlaps.argmax()] = False
                 verdict = CORRECT
-        x0, y0, x1, y1 = found.pred_boxes.tensor[row].tolist()
-        judgements.append(Box((x0, y0, x1, y1), name, verdict, float(found.scores[row])))
+        xyxy = tuple(found.pred_boxes.tensor[row].tolist())
+        judgements.append(Box(xyxy, name, verdict, float(found.scores[row])))
     return tuple(judgements)
 
 
@@ -210,19 +186,16 @@ def keep_best(samples: Iterable[Sample], threshold: float | None = None) -> list
     detectors whose scores differ in scale can be compared, and the higher scores of base classes
     do not hide the novel ones.
     """
-    return [replace(each, detections=tuple(_best(each, threshold))) for each in samples]
-
-
-def _best(sample: Sample, threshold: float | None) -> Iterable[Box]:
-    if threshold is not None:
-        return [box for box in sample.detections if (box.score or 0.0) >= threshold]
-    room = Counter(box.verdict == UNCOUNTED for box in sample.truth)
     kept = []
-    for box in sample.detections:
-        kind = box.verdict == UNCOUNTED
-        if room[kind] > 0:
+    for sample in samples:
+        room = Counter(box.verdict == UNCOUNTED for box in sample.truth)
+        best = []
+        for box in sample.detections:
+            kind = box.verdict == UNCOUNTED
             room[kind] -= 1
-            kept.append(box)
+            if room[kind] >= 0 if threshold is None else (box.score or 0.0) >= threshold:
+                best.append(box)
+        kept.append(replace(sample, detections=tuple(best)))
     return kept
 
 
@@ -230,12 +203,16 @@ def best_sample_per_class(
     samples: Sequence[Sample], class_names: Sequence[str]
 ) -> dict[str, Sample]:
     """Find for each class that was found the picture with its best correct detection."""
-    best: dict[str, tuple[float, Sample]] = {}
-    for sample in samples:
-        for box in sample.detections:
-            if box.verdict == CORRECT and (box.score or 0.0) > best.get(box.class_name, (0.0,))[0]:
-                best[box.class_name] = (box.score or 0.0, sample)
-    return {name: best[name][1] for name in class_names if name in best}
+    found = {
+        name: [
+            (box.score or 0.0, -index)
+            for index, sample in enumerate(samples)
+            for box in sample.detections
+            if (box.class_name, box.verdict) == (name, CORRECT)
+        ]
+        for name in class_names
+    }
+    return {name: samples[-max(best)[1]] for name, best in found.items() if best}
 
 
 # -------------------------------------------------------------------------------- how it is shown

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 __all__ = ["Curve", "RunMetrics", "mend_metrics", "read_run_metrics"]
 
@@ -19,17 +18,9 @@ Curve = tuple[list[int], list[float]]  # iterations, increasing, and the values 
 
 @dataclass(frozen=True)
 class RunMetrics:
-    """All that a run has written, each thing done twice taken once.
-
-    Attributes:
-        curves: name of a scalar to its curve; NaN is kept.
-        num_broken: lines that are no JSON object with an iteration, and were skipped.
-        num_restarts: how often the run went back to an earlier iteration.
-    """
+    """The curve of each scalar that a run has written; NaN is kept."""
 
     curves: Mapping[str, Curve]
-    num_broken: int = 0
-    num_restarts: int = 0
 
     @property
     def evaluations(self) -> dict[int, dict[str, float]]:
@@ -43,78 +34,42 @@ class RunMetrics:
 
 
 def read_run_metrics(path: str | os.PathLike[str]) -> RunMetrics:
-    """Read the scalars of a run that may have been killed, resumed and damaged.
+    """Read the scalars of a run that may have been killed and resumed.
 
     Where a run went back to an earlier iteration, what it had written from there on is of steps
-    that were done again, and is left out, even if they have not all been done again yet.
-
-    Args:
-        path: of ``metrics.json``.
+    that were done again, and is left out, even if they have not all been done again yet. The lines
+    of one writing are in no order; ``total_loss`` tells that a run went back.
 
     Raises:
-        FileNotFoundError: if there is no such file.
+        FileNotFoundError: There is no such file.
+        ValueError: A line other than the last is not JSON.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no metrics of a training run")
-    *lines, unfinished = Path(path).read_bytes().split(b"\n")
-    parsed = [_parse(line) for line in lines if line.strip()]
-    entries = [entry for entry in parsed if entry is not None]
-    values, num_restarts = _merge(entries)
-    curves = {
-        name: (list(points), list(points.values()))
-        for name, points in sorted(values.items())
-        if points
-    }
-    num_broken = len(parsed) - len(entries) + bool(unfinished.strip())
-    return RunMetrics(curves, num_broken, num_restarts)
-
-
-def _parse(line: bytes) -> dict[str, Any] | None:
-    """One line of the file; None if it is no object with an iteration."""
-    try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(entry, dict) or not isinstance(entry.get("iteration"), int):
-        return None
-    return entry
-
-
-def _merge(entries: Iterable[Mapping[str, Any]]) -> tuple[dict[str, dict[int, float]], int]:
-    """Name to iteration (increasing) to value, and how often the iterations went back.
-
-    The lines that one writing leaves, the losses and an evaluation's figures, are in no order, so
-    that only a scalar's own iterations tell; of ``total_loss``, that all others went back, too.
-    """
-    values: dict[str, dict[int, float]] = {}
-    num_restarts = 0
-    for entry in entries:
-        iteration = entry["iteration"]
-        if "total_loss" in entry and iteration <= next(reversed(values.get("total_loss", {})), -1):
-            num_restarts += 1
-            for points in values.values():
-                _forget(points, iteration)
+    *lines, _ = Path(path).read_bytes().split(b"\n")  # the last one may still be written
+    found: dict[str, dict[int, float]] = {}
+    for number, line in enumerate(lines, start=1):
+        try:
+            entry = json.loads(line)
+            iteration = entry.pop("iteration")
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ValueError(
+                f"{path}, line {number}: expected an object with an iteration, got {line[:60]!r}"
+            ) from error
+        back = "total_loss" in entry and iteration <= next(
+            reversed(found.get("total_loss", {})), -1
+        )
+        for name in found if back else entry:
+            points = found.get(name, {})
+            while points and next(reversed(points)) >= iteration:
+                points.popitem()
         for name, value in entry.items():
-            if name == "iteration" or isinstance(value, bool) or not isinstance(value, int | float):
-                continue
-            points = values.setdefault(name, {})
-            _forget(points, iteration)
-            points[iteration] = float(value)
-    return values, num_restarts
-
-
-def _forget(points: dict[int, float], start: int) -> None:
-    """Drop the last points, those from an iteration on."""
-    while points and next(reversed(points)) >= start:
-        points.popitem()
+            found.setdefault(name, {})[iteration] = float(value)
+    return RunMetrics({k: (list(v), list(v.values())) for k, v in sorted(found.items()) if v})
 
 
 def mend_metrics(path: str | os.PathLike[str]) -> None:
-    """Cut off a last line that was not written to its end, before more lines are appended.
-
-    Args:
-        path: of ``metrics.json``; need not exist.
-    """
+    """Cut off a last line that was not written to its end, before more lines are appended."""
     if not Path(path).is_file():
         return
     content = Path(path).read_bytes()

@@ -37,20 +37,12 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture or a video; without ``source`` a link alone.
+    """A picture or a video."""
 
-    Attributes:
-        source: URL: data, as from :func:`jpeg_uri`, or a file beside the page.
-        alternative: What it shows, for those who cannot see it; the text of a link alone.
-        label: A line below it.
-        link: Where a click leads.
-        video: Whether ``source`` is a video.
-    """
-
-    source: str = field(repr=False)
-    alternative: str
-    label: str = ""
-    link: str = ""
+    source: str = field(repr=False)  # URL: data, or a file beside the page; "" is a link alone
+    alternative: str  # for those who cannot see it; the text of a link alone
+    label: str = ""  # below it
+    link: str = ""  # where a click leads
     video: bool = False
 
 
@@ -94,24 +86,9 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
-    """Part of a page. What is empty is left out; the rest comes in this order.
+    """Part of a page. What is empty is left out; the rest comes in this order."""
 
-    Attributes:
-        title: Heading, or what a folded section is opened by.
-        text: A paragraph.
-        legend: Colours and their meaning.
-        cards: Key figures.
-        facts: Names and values.
-        notes: What is missing or broken.
-        table: Figures.
-        figures: Pictures and curves.
-        columns: Of the figures, 1 to 4.
-        code: Text as it is.
-        caption: Small print.
-        folded: Sections that a click opens.
-    """
-
-    title: str = ""
+    title: str = ""  # or what a folded section is opened by
     text: str = ""
     legend: Sequence[tuple[Color, str]] = ()
     cards: Sequence[Card] = ()
@@ -119,26 +96,18 @@ class Section:
     notes: Sequence[str] = ()
     table: Table | None = None
     figures: Sequence[Figure] = ()
-    columns: int = 2
+    columns: int = 2  # of the figures, 1 to 4
     code: str = ""
     caption: str = ""
-    folded: Sequence[Section] = ()
+    folded: Sequence[Section] = ()  # a click opens them
 
 
 @dataclass(frozen=True)
 class Page:
-    """A page.
-
-    Attributes:
-        title: Of the browser's window.
-        sections: From top to bottom.
-        heading: At the top; by default the title.
-        lead: A paragraph below it.
-    """
+    """Sections from top to bottom, below a heading and a paragraph."""
 
     title: str
     sections: Sequence[Section]
-    heading: str = ""
     lead: str = ""
 
 

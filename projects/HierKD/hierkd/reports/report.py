@@ -21,8 +21,8 @@ from hierkd.config import add_hierkd_config
 from hierkd.evaluation.heat_maps import score_heat_maps
 from hierkd.inference.predictor import OpenVocabularyPredictor, find_checkpoint
 from hierkd.load_config import load_config
-from hierkd.reports.charts import MIN_HEAT_RANGE, draw_comparison, draw_curves, overlay_heat_maps
-from hierkd.reports.drawing import Image, fit, save_picture
+from hierkd.reports.charts import draw_comparison, draw_curves, draw_heat_map_sheet
+from hierkd.reports.drawing import Image, save_picture
 from hierkd.reports.gallery import (
     COLORS,
     CORRECT,
@@ -57,8 +57,8 @@ __all__ = ["describe_run", "write_demo_report"]
 
 logger = logging.getLogger(__name__)
 
-# What a scalar of metrics.json is; docs/monitoring.md says more.
-_LOSSES = {
+# What a scalar of metrics.json is, in the order of the report; docs/monitoring.md says more.
+_TITLES = {
     "total_loss": "all losses together",
     "loss_cls": "classification (Eq. 1)",
     "loss_box_reg": "boxes (GIoU)",
@@ -68,8 +68,6 @@ _LOSSES = {
     "loss_gkd": "global-level distillation",
     "loss_gkd_image": "global-level distillation, by image (Eq. 5)",
     "loss_gkd_caption": "global-level distillation, by caption (Eq. 5)",
-}
-_LEARNED = {
     "lr": "learning rate",
     "tau_c": "τ_c, factor of the class cosines (Eq. 1)",
     "tau_m": "τ_m, factor of the match scores (Eq. 4)",
@@ -80,13 +78,11 @@ _LEARNED = {
     "iou_pos_anchors": "IoU of the positives' boxes with their objects",
     "num_distilled_regions": "distilled points per image (§3.2)",
     "iou_distilled_regions": "IoU of the boxes good enough to distil",
-}
-_SPEED = {
     "time": "seconds per iteration",
     "data_time": "seconds per iteration spent waiting for data",
     "rank_data_time": "seconds waiting for data, slowest process",
 }
-_TITLES = _LOSSES | _LEARNED | _SPEED
+_SPEED = ("time", "data_time", "rank_data_time")
 # Of these the change matters, not the distance from zero.
 _FITTED = ("tau_", "cls_weight", "background_", "iou_")
 
@@ -140,7 +136,7 @@ def describe_run(
         _config_section(run),
     ]
     shown = [each for each in sections if each != Section()]
-    return Page(f"HierKD: {run.name}", shown, heading=run.name)
+    return Page(f"HierKD: {run.name}", shown)
 
 
 def _named(runs: Sequence[RunFolder]) -> dict[str, RunFolder]:
@@ -156,12 +152,14 @@ def _named(runs: Sequence[RunFolder]) -> dict[str, RunFolder]:
 def _summary_section(run: RunFolder, notes: Sequence[str]) -> Section:
     facts: dict[str, Any] = {"State": _state(run)}
     if run.starts:
-        facts["Begun"] = run.starts[0].get("date")
+        facts["Begun"] = run.starts[0]["date"]
         if len(run.starts) > 1:
-            facts["Starts"] = f"{len(run.starts)}, the last one {run.starts[-1].get('date')}"
-        commits = dict.fromkeys(str(each.get("commit") or "unknown") for each in run.starts)
+            facts["Starts"] = f"{len(run.starts)}, the last one {run.starts[-1]['date']}"
+        commits = dict.fromkeys(each["commit"] or "unknown" for each in run.starts)
         facts["Commit"] = " → ".join(commits)
-    if (seconds := _training_seconds(run)) is not None:
+    iterations, medians = run.metrics.curves.get("time", ([], []))
+    if iterations:  # each median is of the steps since the one before
+        seconds = np.nansum(np.diff([-1, *iterations]) * medians)
         facts["Training time"] = f"{timedelta(seconds=round(seconds))}, without evaluations"
     keys = {"Trained on": "DATASETS.TRAIN", "Tested on": "DATASETS.TEST", "Seed": "SEED"}
     keys["Images per step"] = "SOLVER.IMS_PER_BATCH"
@@ -192,13 +190,6 @@ def _state(run: RunFolder) -> str:
     last = run.path / "last_checkpoint"
     kept = f"; last checkpoint {last.read_text(errors='replace')}" if last.is_file() else ""
     return f"unfinished, at least {done}{of} iterations{kept}"
-
-
-def _training_seconds(run: RunFolder) -> float | None:
-    """Seconds of all steps, of each as many as the median that was written for it says."""
-    iterations, medians = run.metrics.curves.get("time", ([], []))
-    steps = np.diff([-1, *iterations])
-    return float(np.nansum(steps * medians)) if iterations else None
 
 
 def _shown(value: Any) -> str:
@@ -284,19 +275,14 @@ def _classes_section(run: RunFolder) -> Section:
     columns: dict[str, dict[str, float]] = {}
     kinds: dict[str, str] = {}
     for _, dataset, figures in _by_protocol(run.figures):
-        column = {
-            name.removeprefix(_PER_CLASS): value
-            for name, value in figures.items()
-            if name.startswith(_PER_CLASS)
-        }
-        if column:
-            columns[dataset] = column
+        names = [name for name in figures if name.startswith(_PER_CLASS)]
+        if names:
+            columns[dataset] = {n.removeprefix(_PER_CLASS): figures[n] for n in names}
         if _groups(figures) in (["base"], ["novel"]):
-            kinds |= dict.fromkeys(column, _groups(figures)[0])
+            kinds |= dict.fromkeys(columns.get(dataset, ()), _groups(figures)[0])
     names = sorted({name for column in columns.values() for name in column})
-    names.sort(key=lambda name: ("novel", "base", "–").index(kinds.get(name, "–")))
     rows: list[list[Cell]] = []
-    for name in names:
+    for name in sorted(names, key=lambda name: ("novel", "base", "–").index(kinds.get(name, "–"))):
         color = COLORS[CORRECT if kinds.get(name) == "novel" else UNCOUNTED]
         bars = [Bar(column.get(name), color) for column in columns.values()]
         rows.append([name, kinds.get(name, "–"), *bars])
@@ -310,43 +296,37 @@ def _classes_section(run: RunFolder) -> Section:
 def _curve_sections(runs: Mapping[str, Mapping[str, Curve]]) -> list[Section]:
     """Curves by subject: a figure per scalar, in each a line per run."""
     scalars = {name for curves in runs.values() for name in curves if name.count("/") < 2}
+    scalars.discard("eta_seconds")
     if all(curves.get("rank_data_time") == curves.get("data_time") for curves in runs.values()):
         scalars.discard("rank_data_time")  # there was one process
-    unknown = sorted(scalars - {*_LOSSES, *_LEARNED, *_SPEED, "eta_seconds"})
-    losses = [name for name in unknown if name.startswith("loss_")]
-    others = [name for name in unknown if name not in losses]
-
-    def section(title: str, wanted: Sequence[str], caption: str) -> Section:
-        figures = [
+    figures: dict[str, list[Figure]] = {"losses": [], "learned": [], "speed": []}
+    for name in [*(n for n in _TITLES if n in scalars), *sorted(scalars - _TITLES.keys())]:
+        kind = "losses" if name.startswith(("loss_", "total_")) else "learned"
+        lines = {run: curves[name] for run, curves in runs.items() if name in curves}
+        figures["speed" if name in _SPEED else kind].append(
             _curves(
-                _TITLES.get(name, name),
-                {run: curves[name] for run, curves in runs.items() if name in curves},
-                list(runs),
-                from_zero=not name.startswith(_FITTED),
+                _TITLES.get(name, name), lines, list(runs), from_zero=not name.startswith(_FITTED)
             )
-            for name in wanted
-            if name in scalars
-        ]
-        return Section(title, figures=figures, columns=3, caption=caption)
-
+        )
     medians = "medians over up to 20 iterations."
-    sections = [
-        section("Losses", [*_LOSSES, *losses], f"Weighted as in Eq. 6; {medians}"),
-        Section(
-            "Average precision over time",
-            figures=_precision_curves(runs),
-            columns=3,
-            caption="AP50 in percent, of every evaluation in training.",
+    found = {
+        "Losses": (figures["losses"], f"Weighted as in Eq. 6; {medians}"),
+        "Average precision over time": (
+            _precision_curves(runs),
+            "AP50 in percent, of every evaluation in training.",
         ),
-        section(
-            "What is learned beside the network",
-            [*_LEARNED, *others],
+        "What is learned beside the network": (
+            figures["learned"],
             "The factors τ_c and τ_m, the background's embedding, how many points are positive and "
             "distilled, and other scalars. What is healthy: docs/monitoring.md.",
         ),
-        section("Speed", list(_SPEED), medians.capitalize()),
+        "Speed": (figures["speed"], medians.capitalize()),
+    }
+    return [
+        Section(title, figures=curves, columns=3, caption=caption)
+        for title, (curves, caption) in found.items()
+        if curves
     ]
-    return [each for each in sections if each.figures]
 
 
 def _precision_curves(runs: Mapping[str, Mapping[str, Curve]]) -> list[Figure]:
@@ -420,10 +400,19 @@ def _saved_detections(folder: Path, dataset_name: str) -> Callable[[Any, Image],
 
 
 def _pictures_section(samples: Sequence[Sample], source: str) -> Section:
+    figures = []
+    for sample in samples:
+        names = sorted({box.class_name for box in sample.truth if box.verdict == CORRECT})
+        pictures = [
+            Picture(jpeg_uri(draw_sample(sample, boxes)), label, label)
+            for label, boxes in (("ground truth", sample.truth), ("detected", sample.detections))
+        ]
+        caption = f"{Path(sample.file_name).name}: {', '.join(names)}"
+        figures.append(Figure(pictures, caption=caption))
     return Section(
         "Ground truth beside detections",
         legend=legend_of(samples),
-        figures=[_pair(sample) for sample in samples],
+        figures=figures,
         caption=f"{source}. The pictures show the novel classes in turn and are chosen by their "
         "ground truth alone; without novel classes, all classes count as such. All names compete. "
         "Drawn are the best detections of novel and of base classes, of each as many as the "
@@ -433,36 +422,20 @@ def _pictures_section(samples: Sequence[Sample], source: str) -> Section:
     )
 
 
-def _pair(sample: Sample) -> Figure:
-    """A picture twice: with its objects, and with what was detected."""
-    names = sorted({box.class_name for box in sample.truth if box.verdict == CORRECT})
-    return Figure(
-        [
-            Picture(jpeg_uri(draw_sample(sample, sample.truth)), "ground truth", "ground truth"),
-            Picture(jpeg_uri(draw_sample(sample, sample.detections)), "detections", "detected"),
-        ],
-        caption=f"{Path(sample.file_name).name}: {', '.join(names)}",
-    )
-
-
 # ------------------------------------------------------------------------------ where it comes from
 
 
 def _provenance_section(run: RunFolder) -> Section:
-    starts = [
-        {str(name).capitalize(): _shown(value) for name, value in start.items()}
-        for start in run.starts
-    ]
-    if not starts:
+    if not run.starts:
         return Section()
-    return Section(
-        "Where it ran",
-        facts=starts[-1],
-        folded=[
-            Section(f"Start {count} of {len(starts)}", facts=facts)
-            for count, facts in enumerate(starts[:-1], start=1)
-        ],
-    )
+    *earlier, last = [
+        {name.capitalize(): _shown(value) for name, value in start.items()} for start in run.starts
+    ]
+    folded = [
+        Section(f"Start {count} of {len(run.starts)}", facts=facts)
+        for count, facts in enumerate(earlier, start=1)
+    ]
+    return Section("Where it ran", facts=last, folded=folded)
 
 
 def _config_section(run: RunFolder) -> Section:
@@ -533,9 +506,9 @@ def write_demo_report(
     chosen = [records.index(r) for r in choose_in_turn(records, vocabulary, novel, num_pictures)]
     shown = [samples[index] for index in chosen]
     with predictor.model.vocabulary(vocabulary):
-        heat_maps = [_heat_map_figures(predictor, sample, novel) for sample in shown[:3]]
+        heat_maps = [_heat_maps(predictor, sample, novel) for sample in shown[:3]]
     page = Page(
-        "HierKD: the miniature",
+        "Found by name, never boxed in training",
         [
             _best_section(best_sample_per_class(samples, novel), novel),
             Section(
@@ -552,13 +525,19 @@ def write_demo_report(
                 "COCO. Runs that differ in nothing but the seed differ by a few points."
             ),
             _pictures_section(shown, dataset_name),
-            _heat_map_section([figure for each in heat_maps for figure in each]),
+            Section(
+                "Where each level sees a class",
+                text="The score of one novel class at every point, for each level of the feature "
+                "pyramid; all names compete. Fine levels answer for small objects, coarse ones for "
+                "large. After Fig. 4 of the paper.",
+                figures=heat_maps,
+                columns=1,
+            ),
             _classes_section(run),
             *_curve_sections({"": run.metrics.curves})[:2],
             Section("How it was made", facts={k.capitalize(): _shown(v) for k, v in facts.items()}),
             _config_section(run),
         ],
-        heading="Found by name, never boxed in training",
         lead=f"This detector was trained with boxes of {len(vocabulary) - len(novel)} classes. The "
         f"{len(novel)} classes below never had a box: in the training pictures they stand "
         "unlabelled, and captions mention them. It detects them by name, with what it learned from "
@@ -585,34 +564,9 @@ def _best_section(best: Mapping[str, Sample], novel: Sequence[str]) -> Section:
     )
 
 
-def _heat_map_figures(
-    predictor: OpenVocabularyPredictor, sample: Sample, novel: Sequence[str]
-) -> list[Figure]:
-    """Of each novel class in a picture: the picture with its objects, and a heat map per level."""
+def _heat_maps(predictor: OpenVocabularyPredictor, sample: Sample, novel: Sequence[str]) -> Figure:
+    """A sheet of the novel classes in a picture."""
     present = [name for name in novel if any(t.class_name == name for t in sample.truth)]
-    picture, _ = fit(np.ascontiguousarray(sample.image[:, :, ::-1]), 400)
-    figures = []
-    for maps in score_heat_maps(predictor.model, predictor.prepare(sample.image), present):
-        name = maps[0].class_name
-        objects = [t for t in sample.truth if t.class_name == name]
-        figures.append(
-            Figure([Picture(jpeg_uri(draw_sample(sample, objects, side=400)), name)], title=name)
-        )
-        for each, panel in zip(maps, overlay_heat_maps(picture, maps), strict=True):
-            note = f"{each.level.upper()}, stride {each.stride}: best {each.scores.max():.2f}"
-            figures.append(Figure([Picture(jpeg_uri(panel), f"{name}, {note}")], caption=note))
-    return figures
-
-
-def _heat_map_section(figures: Sequence[Figure]) -> Section:
-    return Section(
-        "Where each level sees a class",
-        text="The score of one novel class at every point, class probability times predicted "
-        "overlap, for each level of the feature pyramid; all names compete. Fine levels answer for "
-        "small objects, coarse ones for large.",
-        figures=figures,
-        columns=4,
-        caption="Left: the picture with the objects of the class. The colours of a row run from 0, "
-        f"dark, to its best score, or to {MIN_HEAT_RANGE} if that is higher, bright. After Fig. 4 "
-        "of the paper.",
-    )
+    maps = score_heat_maps(predictor.model, predictor.prepare(sample.image), present)
+    sheet = draw_heat_map_sheet(sample.image[:, :, ::-1], maps)
+    return Figure([Picture(jpeg_uri(sheet), f"heat maps of {', '.join(present)}")])

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import logging
 import math
 import os
 import platform
@@ -39,8 +38,6 @@ __all__ = [
     "record_start",
 ]
 
-logger = logging.getLogger(__name__)
-
 ENVIRONMENT = "environment.json"
 EVALUATIONS = "evaluations.json"
 
@@ -67,11 +64,9 @@ def git_commit(root: Path) -> str | None:
 
 
 def processor_name() -> str:
-    """The processor's name, as the system gives it; "" if it does not."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:  # not Linux
-        text = ""
+    """The processor's name, as the system gives it."""
+    cpuinfo = Path("/proc/cpuinfo")  # of Linux
+    text = cpuinfo.read_text(errors="replace") if cpuinfo.is_file() else ""
     found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
     return found[1].strip() if found else platform.processor() or platform.machine()
 
@@ -84,7 +79,7 @@ def record_start(
     iteration: int,
     num_processes: int,
 ) -> None:
-    """Add an entry to ``environment.json``; where it cannot be written, a warning says so.
+    """Add an entry to ``environment.json``.
 
     Args:
         folder: Of the run.
@@ -122,52 +117,29 @@ def record_evaluation(
 
 def _circumstances(command: str, root: Path, num_processes: int) -> dict[str, Any]:
     """When, how and on what. Names of machines and users are left out: a report is passed on."""
-    versions = {"python": platform.python_version()}
-    for name in _LIBRARIES:
-        try:
-            versions[name] = str(importlib.import_module(name).__version__)
-        except (ImportError, AttributeError):  # not there, or of no version
-            continue
-    if torch.version.cuda:
-        versions["cuda"] = torch.version.cuda
-    known = hasattr(os, "sched_getaffinity")
+    libraries = {name: importlib.import_module(name).__version__ for name in _LIBRARIES}
+    cuda = {"cuda": torch.version.cuda} if torch.version.cuda else {}
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return {
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "command": command,
         "commit": git_commit(root),
         "num_processes": num_processes,
-        "versions": versions,
+        "versions": {"python": platform.python_version(), **libraries, **cuda},
         "hardware": {
             "system": f"{platform.system()} {platform.machine()}",
             "processor": processor_name(),
-            "cores": len(os.sched_getaffinity(0)) if known else os.cpu_count(),
-            "memory_gib": _memory_gib(),
+            "cores": os.cpu_count(),
+            "memory_gib": round(memory, 1),
             "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         },
     }
 
 
-def _memory_gib() -> float | None:
-    try:
-        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
-    except (ValueError, OSError, AttributeError):  # not known there
-        return None
-
-
 def _append(path: Path, entry: Mapping[str, Any]) -> None:
-    try:
-        entries: Sequence[Mapping[str, Any]] = read_entries(path)
-    except ValueError as error:
-        kept = path.with_suffix(".broken.json")
-        logger.warning("%s; it is kept as %s, and a new one begun", error, kept)
-        path.replace(kept)
-        entries = []
-    try:
-        with replacing(path) as making:
-            text = json.dumps([*entries, entry], indent=1, allow_nan=False) + "\n"
-            making.write_text(text, encoding="utf-8")
-    except OSError as error:
-        logger.warning("%s: could not be written (%s)", path, error)
+    text = json.dumps([*read_entries(path), entry], indent=1, allow_nan=False) + "\n"
+    with replacing(path) as making:
+        making.write_text(text, encoding="utf-8")
 
 
 # ----------------------------------------------------------------------------------------- reading
@@ -184,7 +156,7 @@ def read_entries(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         return []
     try:
         entries = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error})") from error
     if not isinstance(entries, list) or not all(isinstance(each, dict) for each in entries):
         raise ValueError(f"{path}: expected a list of objects, found something else")
@@ -210,7 +182,7 @@ class RunFolder:
         metrics: Without curves if nothing was trained.
         starts: Entries of ``environment.json``, since the run was begun from iteration 0.
         evaluations: Last ones first; the first are the run's figures.
-        notes: What is missing or broken.
+        notes: What is missing.
     """
 
     path: Path
@@ -241,12 +213,11 @@ class RunFolder:
 def read_run(path: str | os.PathLike[str]) -> RunFolder:
     """Read all that a run's folder says.
 
-    What a folder lacks, because the run was killed, only evaluated, or made before something was
-    recorded, is left out, with a note. Nothing in the folder is run: configs, metrics and results
-    are read as plain values.
+    What a folder lacks, because the run was killed or only evaluated, is left out, with a note.
 
     Raises:
         FileNotFoundError: There is no such folder, or it is none of a run; says what is missing.
+        ValueError: A file of it is broken.
     """
     folder = Path(path)
     known = ("config.yaml", "metrics.json", EVALUATIONS)
@@ -255,13 +226,19 @@ def read_run(path: str | os.PathLike[str]) -> RunFolder:
             f"no folder of a run: {str(folder)!r} (looked from {os.getcwd()!r}) has none of "
             f"{', '.join(known)}, which train_net.py writes into OUTPUT_DIR"
         )
-    notes: list[str] = []
-    text, config = _read_config(folder / "config.yaml", notes)
-    metrics = _read_metrics(folder / "metrics.json", notes)
-    starts = _read_noted(folder / ENVIRONMENT, notes)
-    if not starts:
-        notes.append(f"There is no {ENVIRONMENT}: when, where and at which commit is not recorded.")
-    begun = max((i for i, each in enumerate(starts) if each.get("iteration") == 0), default=0)
+    losses = {
+        "config.yaml": "the config is unknown, and pictures are left out",
+        "metrics.json": "nothing was trained here",
+        ENVIRONMENT: "when, where and at which commit is not recorded",
+    }
+    missing = {name: loss for name, loss in losses.items() if not (folder / name).is_file()}
+    notes = [f"There is no {name}: {loss}." for name, loss in missing.items()]
+    text = "" if "config.yaml" in missing else (folder / "config.yaml").read_text(encoding="utf-8")
+    metrics = RunMetrics({})
+    if "metrics.json" not in missing:
+        metrics = read_run_metrics(folder / "metrics.json")
+    starts = read_entries(folder / ENVIRONMENT)
+    begun = max((i for i, each in enumerate(starts) if each["iteration"] == 0), default=0)
     if begun > 0:
         notes.append(f"{begun} earlier starts in this folder are left out: it was begun anew.")
     trained = [
@@ -270,59 +247,32 @@ def read_run(path: str | os.PathLike[str]) -> RunFolder:
     ]
     alone = [
         Evaluation(
-            f"--eval-only of {entry.get('weights') or 'random weights'}, {entry.get('date')}",
-            _by_dataset(entry.get("figures")),
+            f"--eval-only of {entry['weights'] or 'random weights'}, {entry['date']}",
+            _by_dataset(entry["figures"]),
         )
-        for entry in reversed(_read_noted(folder / EVALUATIONS, notes))
+        for entry in reversed(read_entries(folder / EVALUATIONS))
     ]
     # the figures of a training are those of its own evaluations; others may be of other weights
-    return RunFolder(folder, config, text, metrics, starts[begun:], [*trained, *alone], notes)
+    evaluations = [*trained, *alone]
+    config = _read_config(folder / "config.yaml", text)
+    return RunFolder(folder, config, text, metrics, starts[begun:], evaluations, notes)
 
 
-def _read_config(path: Path, notes: list[str]) -> tuple[str, Mapping[str, Any]]:
-    if not path.is_file():
-        notes.append("There is no config.yaml: the config is unknown, and pictures are left out.")
-        return "", {}
-    text = path.read_text(encoding="utf-8", errors="replace")
+def _read_config(path: Path, text: str) -> Mapping[str, Any]:
+    """Plain values; nothing in the file is run."""
     try:
-        config = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError) as error:
-        config = error
+        config = yaml.safe_load(text or "{}")
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not YAML ({error})") from error
     if not isinstance(config, dict):
-        notes.append(f"config.yaml cannot be read: expected keys and values, got {config}")
-        return text, {}
-    return text, config
+        raise ValueError(f"{path}: expected keys and values, got {config!r}")
+    return config
 
 
-def _read_metrics(path: Path, notes: list[str]) -> RunMetrics:
-    if not path.is_file():
-        notes.append("There is no metrics.json: nothing was trained here.")
-        return RunMetrics({})
-    metrics = read_run_metrics(path)
-    if metrics.num_broken:
-        notes.append(f"{metrics.num_broken} broken lines of metrics.json were skipped.")
-    if metrics.num_restarts:
-        notes.append(
-            f"The run went back to an earlier iteration {metrics.num_restarts} times; steps that "
-            "were done again are shown once, as they were done last."
-        )
-    return metrics
-
-
-def _read_noted(path: Path, notes: list[str]) -> list[dict[str, Any]]:
-    try:
-        return read_entries(path)
-    except ValueError as error:
-        notes.append(str(error))
-        return []
-
-
-def _by_dataset(figures: Any) -> dict[str, dict[str, float]]:
-    """Dataset to name to value, of ``<dataset>/<task>/<name>``; what is no number becomes NaN."""
+def _by_dataset(figures: Mapping[str, float | None]) -> dict[str, dict[str, float]]:
+    """Dataset to name to value, of ``<dataset>/<task>/<name>``; null becomes NaN."""
     found: dict[str, dict[str, float]] = {}
-    for key, value in figures.items() if isinstance(figures, Mapping) else ():
-        if key.count("/") >= 2:
-            dataset, _, name = key.split("/", 2)
-            is_number = isinstance(value, int | float)
-            found.setdefault(dataset, {})[name] = float(value) if is_number else math.nan
+    for key, value in figures.items():
+        dataset, _, name = key.split("/", 2)
+        found.setdefault(dataset, {})[name] = math.nan if value is None else value
     return found

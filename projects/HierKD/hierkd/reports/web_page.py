@@ -150,24 +150,24 @@ def show(found: Found, threshold: float, top_k: float, class_thresholds: str) ->
     keep = DetectionFilter(threshold, int(top_k), own)
     kept = {title: keep(each, found.vocabulary) for title, each in found.instances.items()}
     records = {title: as_records(each, found.vocabulary) for title, each in kept.items()}
-    main, *others = records
-    compared = {"compared": {title: records[title] for title in others}} if others else {}
     content = {
         "file_name": found.file_name,
         "height": found.size[0],
         "width": found.size[1],
         "vocabulary": list(found.vocabulary),
-        "detectors": list(records),
+        "detectors": list(kept),
         "confidence_threshold": threshold,
         "class_thresholds": own,
         "top_k": int(top_k),
-        "detections": records[main],
-        **compared,
+        "detections": next(iter(records.values())),
     }
+    if len(records) > 1:
+        content["compared"] = dict(list(records.items())[1:])
     size = (found.view.shape[0], found.view.shape[1])
-    factor = size[1] / found.size[1]
     panels = [
-        draw_instances(found.view, scale_boxes(each, factor, size), found.vocabulary)
+        draw_instances(
+            found.view, scale_boxes(each, size[1] / found.size[1], size), found.vocabulary
+        )
         for each in kept.values()
     ]
     table = [
@@ -202,7 +202,7 @@ def build_page(
     with gr.Blocks(
         title="HierKD", analytics_enabled=False, fill_width=True, delete_cache=(600, _SECONDS_KEPT)
     ) as page:
-        found = gr.State(None, time_to_live=_SECONDS_KEPT)
+        state = gr.State(None, time_to_live=_SECONDS_KEPT)
         gr.Markdown(
             "# Open-vocabulary detection\nDrop a picture and name what to look for. "
             "Moving the threshold does not detect anew."
@@ -214,7 +214,7 @@ def build_page(
                 inputs = _lay_out_inputs(limits, names, examples)
             with gr.Column(scale=5, min_width=420):
                 outputs = _lay_out_outputs(list(predictors))
-        _connect(_Handlers(predictors, limits), found, inputs, outputs)
+        _connect(predictors, limits, state, inputs, outputs)
     page.queue(max_size=_WAITING)
     return page
 
@@ -275,68 +275,55 @@ def _lay_out_outputs(titles: Sequence[str]) -> list[Any]:
     return [message, results, *panels, table, code]
 
 
-class _Handlers:
-    """What happens on events; returns the new state, and a value for each of the outputs."""
+def _connect(
+    predictors: Mapping[str, OpenVocabularyPredictor],
+    limits: Limits,
+    state: gr.State,
+    inputs: list[Any],
+    outputs: list[Any],
+) -> None:
+    """Say what events do; each returns the new state, and a value for each of the outputs."""
+    picture, names, button, *settings = inputs
+    threshold, top_k, class_thresholds = settings
 
-    def __init__(self, predictors: Mapping[str, OpenVocabularyPredictor], limits: Limits) -> None:
-        self.predictors = dict(predictors)
-        self.limits = limits
+    def say(found: Found | None, text: str) -> list[Any]:
+        """Nothing of an earlier picture stays."""
+        return [found, text, gr.update(visible=False), *[None] * (len(outputs) - 2)]
 
-    def detect(self, upload: Mapping[str, Any] | None, names: str, *settings: Any) -> list[Any]:
-        """Answer a new picture, or new names."""
+    def answer_picture(upload: Mapping[str, Any] | None, names: str, *settings: Any) -> list[Any]:
         if upload is None:
-            return self._message(None, _HELLO)
+            return say(None, _HELLO)
         try:
             name = Path(upload.get("orig_name") or upload["path"]).name
-            found = detect(self.predictors, upload["path"], names, self.limits, name)
+            found = detect(predictors, upload["path"], names, limits, name)
         except ValueError as error:
-            return self._message(None, str(error))
+            return say(None, str(error))
         except Exception:  # whatever it was, the old answer must not stay beside the new picture
             logger.exception("detecting has failed")
-            return self._message(None, _FAILED)
-        return self.show(found, *settings)
+            return say(None, _FAILED)
+        return answer_setting(found, *settings)
 
-    def show(self, found: Found | None, *settings: Any) -> list[Any]:
-        """Answer a moved threshold."""
+    def answer_setting(found: Found | None, *settings: Any) -> list[Any]:
         if found is None:
-            return [gr.skip()] * (len(self.predictors) + 5)
+            return [gr.skip()] * (len(outputs) + 1)
         try:
             shown = show(found, *settings)
         except (ValueError, TypeError) as error:
-            return self._message(found, str(error))
+            return say(found, str(error))
         content = json.dumps(shown.content, indent=1, ensure_ascii=False)
         return [found, shown.summary, gr.update(visible=True), *shown.panels, shown.table, content]
 
-    def _message(self, found: Found | None, text: str) -> list[Any]:
-        """Say something; nothing of an earlier picture stays."""
-        nothing = [None] * (len(self.predictors) + 2)
-        return [found, text, gr.update(visible=False), *nothing]
-
-
-def _connect(handlers: _Handlers, found: gr.State, inputs: list[Any], outputs: list[Any]) -> None:
-    """Say which event calls what."""
-    picture, names, button, *settings = inputs
-    threshold, top_k, class_thresholds = settings
     # One after the other, in the order in which they came. The upload comes as Gradio stored it
     # (preprocess=False): Gradio would decode it without our limits.
     common: dict[str, Any] = {
-        "outputs": [found, *outputs],
+        "outputs": [state, *outputs],
         "trigger_mode": "always_last",
         "concurrency_id": "detector",
         "concurrency_limit": 1,
         "preprocess": False,
         "api_visibility": "private",
     }
-    gr.on(
-        [picture.change, names.submit, button.click],
-        handlers.detect,
-        [picture, names, *settings],
-        **common,
-    )
-    gr.on(
-        [threshold.change, top_k.change, class_thresholds.submit, class_thresholds.blur],
-        handlers.show,
-        [found, *settings],
-        show_progress="hidden",
-        **common,
-    )
+    of_picture = [picture.change, names.submit, button.click]
+    gr.on(of_picture, answer_picture, [picture, names, *settings], **common)
+    of_settings = [threshold.change, top_k.change, class_thresholds.submit, class_thresholds.blur]
+    gr.on(of_settings, answer_setting, [state, *settings], show_progress="hidden", **common)
