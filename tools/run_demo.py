@@ -30,6 +30,12 @@ ROOT = Path(__file__).resolve().parent.parent
 DATASETS = {"zsd": "miniature_ovd_test_novel", "gzsd": "miniature_ovd_test_all"}
 STAGES = ("prepare", "train", "evaluate", "upper bound", "report")
 LINES_OF_A_FAILURE = 25
+# AP50 of other recipes, means over five seeds: ZSD's novel classes; GZSD's novel, base and all
+# classes. Of docs/lab/miniature.md.
+STORED = {
+    "HierKD as the paper has it": (0.0, 0.0, 0.0, 0.0),
+    "without distillation": (0.0, 0.0, 0.0, 0.0),
+}
 
 
 @contextmanager
@@ -92,7 +98,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config-file", default="configs/miniature/hierkd.yaml")
+    parser.add_argument("--config-file", default="configs/miniature/hierkd_proposals.yaml")
     parser.add_argument("--output", type=Path, default=Path("output/demo"))
     parser.add_argument("--seed", type=int, default=0, help="of the training")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE config overrides")
@@ -131,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if subprocess.call([sys.executable, script, "--config-file", args.config_file]) != 0:
             raise SystemExit(f"{script} failed")
     process = start_training(args.config_file, folder, overrides)
-    with stages("train", f"Training HierKD, {cfg.SOLVER.MAX_ITER} iterations"):
+    with stages("train", f"Training HierKD with proposals, {cfg.SOLVER.MAX_ITER} iterations"):
         follow_training(process, folder, cfg.SOLVER.MAX_ITER)
     with stages("evaluate", "Evaluating on the test split: novel classes alone, and all classes"):
         found = read_evaluation(process, folder)
@@ -155,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_results(args.output / "results.json", results)
         rows, report = summary_rows(results), args.output / "report.html"
         shown = {"run_dir": folder, "predictor": predictor, "dataset_name": DATASETS["gzsd"]}
-        write_demo_report(report, rows, provenance, **shown)
+        write_demo_report(report, rows, provenance, stored=STORED, **shown)
 
     headers = ("test", "classes", "AP50", "AR50", "AP50 upper bound")
     print("\n" + tabulate(rows, headers=headers, floatfmt=".1f"))

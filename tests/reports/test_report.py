@@ -237,6 +237,7 @@ def test_the_report_of_the_demo(evaluated, tmp_path, monkeypatch):
     write_demo_report(
         tmp_path / "report.html", rows, facts,
         run_dir=run, predictor=predictor, dataset_name=dataset, num_pictures=3,
+        stored={"the paper": (1.0, 2.0, 3.0, 4.0)},
     )  # fmt: skip
     assert predictor.vocabulary == ("something else",)
     (page,) = pages
@@ -247,6 +248,10 @@ def test_the_report_of_the_demo(evaluated, tmp_path, monkeypatch):
     assert best.caption.endswith("Not found at all: dog.")
     assert [card.value for card in figures.cards] == [21.0, 12.0, 34.0]
     assert figures.table.rows == rows
+    assert found["Beside other recipes"].table.rows == [
+        ["this run", 10, 20, 21.0, 22.0],
+        ["the paper", 1.0, 2.0, 3.0, 4.0],
+    ]
     captions = [figure.caption for figure in found["Ground truth beside detections"].figures]
     assert captions == ["2.png: bee", "3.png: dog", "4.png: bee, dog"]
     heat_maps = found["Where each level sees a class"].figures
