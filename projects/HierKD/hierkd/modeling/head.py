@@ -6,10 +6,11 @@ Letters: N images · L levels · D embedding size · H_l, W_l size of level l.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from detectron2.layers import Conv2d, get_norm
+from detectron2.layers import Conv2d, CycleBatchNormList, get_norm
 from torch import Tensor, nn
 
 __all__ = ["ATSSHead"]
@@ -41,12 +42,14 @@ class ATSSHead(nn.Module):
             embed_dim: D.
             num_levels: L, the number of learned box scales.
             num_convs: 3x3 convolutions per tower (4 in RetinaNet, FCOS and ATSS).
-            norm: a detectron2 norm name; statistics are shared by all levels.
+            norm: a detectron2 norm name. Of "BN" and "SyncBN" each level has statistics of its own,
+                as in detectron2's RetinaNet: those of the levels differ, and a mixture of them at
+                test time misplaces the boxes.
             with_quality: build the IoU / centre-ness branch.
         """
         super().__init__()
-        self.cls_tower = self._tower(in_channels, num_convs, norm)
-        self.box_tower = self._tower(in_channels, num_convs, norm)
+        self.cls_tower = self._tower(in_channels, num_convs, norm, num_levels)
+        self.box_tower = self._tower(in_channels, num_convs, norm, num_levels)
         self.embedding = nn.Conv2d(in_channels, embed_dim, kernel_size=3, padding=1)
         self.anchor_deltas = nn.Conv2d(in_channels, 4, kernel_size=3, padding=1)
         self.quality = nn.Conv2d(in_channels, 1, kernel_size=3, padding=1) if with_quality else None
@@ -60,7 +63,14 @@ class ATSSHead(nn.Module):
                     nn.init.zeros_(module.bias)
 
     @staticmethod
-    def _tower(channels: int, num_convs: int, norm: str) -> nn.Sequential:
+    def _tower(channels: int, num_convs: int, norm: str, num_levels: int) -> nn.Sequential:
+        batch_norms = {"BN": nn.BatchNorm2d, "SyncBN": nn.SyncBatchNorm}
+
+        def make_norm() -> Any:
+            if norm in batch_norms:
+                return CycleBatchNormList(num_levels, batch_norms[norm], num_features=channels)
+            return get_norm(norm, channels)
+
         return nn.Sequential(
             *[
                 Conv2d(
@@ -69,7 +79,7 @@ class ATSSHead(nn.Module):
                     kernel_size=3,
                     padding=1,
                     bias=not norm,
-                    norm=get_norm(norm, channels),
+                    norm=make_norm(),
                     activation=F.relu,
                 )
                 for _ in range(num_convs)
