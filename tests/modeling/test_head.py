@@ -93,6 +93,18 @@ def test_every_parameter_gets_a_gradient(norm):
         assert parameter.grad.abs().sum() > 0, name
 
 
+def test_at_test_time_each_level_is_normalised_by_its_own_statistics():
+    head = make_head(norm="BN")
+    fine, coarse = features(n=8)
+    levels = [fine, 3 * coarse + 2]
+    for _ in range(150):  # until the running statistics are those of the batch
+        trained = head(levels)
+    tested = head.eval()(levels)
+    for one, other in zip(trained, tested, strict=True):
+        for of_training, of_test in zip(one, other, strict=True):
+            torch.testing.assert_close(of_test, of_training, atol=2e-2, rtol=2e-2)
+
+
 def test_initial_weights():
     head = make_head(in_channels=64, embed_dim=64, norm="")
     convs = [m for m in head.modules() if isinstance(m, nn.Conv2d)]
