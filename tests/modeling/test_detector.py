@@ -385,7 +385,7 @@ def test_proposals_join_the_regions_from_their_iteration_on(build):
 
 
 @pytest.mark.parametrize("gkd", [0.0, 1.0])
-def test_the_kl_loss_compares_with_the_names_and_the_captions_of_the_batch(build, gkd):
+def test_the_kl_loss_compares_with_names_captions_and_regions_of_the_batch(build, gkd):
     weights = ("MODEL.IKD.LOSS_WEIGHT", 0.5, "MODEL.GKD.LOSS_WEIGHT", gkd)
     model, inputs = build(*EVERY_POSITIVE, *weights, "MODEL.IKD.LOSS_TYPE", "kl"), batch()
     _, pairs = distilled(model, inputs)
@@ -393,9 +393,13 @@ def test_the_kl_loss_compares_with_the_names_and_the_captions_of_the_batch(build
     if gkd:
         captions = model.teacher._embed([each["caption"] for each in inputs])
         texts = torch.cat([texts, captions])
-    torch.testing.assert_close(pairs.texts, 10.0 * texts)  # the fake teacher's own factor
+    assert torch.equal(pairs.texts, texts)
+    assert pairs.scale == 10.0  # the fake teacher's own factor
     loss = train_losses(model, inputs)["loss_ikd"]
-    expected = similarity_kl_loss(pairs.student, pairs.teacher, pairs.texts)
+    expected = sum(
+        similarity_kl_loss(pairs.student, pairs.teacher, bank, 10.0)
+        for bank in (texts, pairs.teacher)
+    )
     torch.testing.assert_close(loss, 0.5 * expected / len(pairs.student), rtol=1e-4, atol=1e-5)
     assert without_gradient(model, train_losses(model, inputs)) == []
 

@@ -268,7 +268,9 @@ def test_similarity_kl_by_hand_and_by_a_slow_loop():
     texts = torch.eye(2)
     student, teacher = torch.tensor([[0.0, 0.0]]), torch.tensor([[math.log(3), 0.0]])
     expected = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)
-    assert similarity_kl_loss(student, teacher, texts).item() == pytest.approx(expected, rel=1e-6)
+    assert similarity_kl_loss(student, teacher, texts, 1.0).item() == pytest.approx(
+        expected, rel=1e-6
+    )
     student, teacher, texts = (random(n, 6, seed=n, grad=False) for n in (4, 4, 5))
     total = 0.0
     for f, v in zip(student.tolist(), random(4, 6, seed=9, grad=False).tolist(), strict=True):
@@ -278,25 +280,25 @@ def test_similarity_kl_by_hand_and_by_a_slow_loop():
         )
         for q, p in zip(found, wanted, strict=True):
             total += p / sum(wanted) * math.log(p / sum(wanted) / (q / sum(found)))
-    loss = similarity_kl_loss(student, random(4, 6, seed=9, grad=False), texts)
+    loss = similarity_kl_loss(2 * student, 2 * random(4, 6, seed=9, grad=False), texts, 0.5)
     assert loss.item() == pytest.approx(total, rel=1e-9)
 
 
 def test_similarity_kl_limits_and_edges():
     student, teacher = random(5, 4, seed=1), random(5, 4, seed=2, grad=False)
     texts = random(7, 4, seed=3, grad=False)
-    assert gradcheck(lambda x: similarity_kl_loss(x, teacher, texts), student)
-    equal = similarity_kl_loss(student, student.detach().clone(), texts)
+    assert gradcheck(lambda x: similarity_kl_loss(x, teacher, texts, 2.0), student)
+    equal = similarity_kl_loss(student, student.detach().clone(), texts, 3.0)
     assert equal.item() == 0.0
     assert torch.autograd.grad(equal, student)[0].abs().max() < 1e-12
     # what no text sees is free, and one text says nothing
     free = F.pad(student, (0, 3)), F.pad(teacher, (0, 3), value=2.0), F.pad(texts, (0, 3))
     torch.testing.assert_close(
-        similarity_kl_loss(*free), similarity_kl_loss(student, teacher, texts)
+        similarity_kl_loss(*free, 1.0), similarity_kl_loss(student, teacher, texts, 1.0)
     )
-    assert similarity_kl_loss(student, teacher, texts[:1]).item() == 0.0
+    assert similarity_kl_loss(student, teacher, texts[:1], 1.0).item() == 0.0
     empty = random(0, 4)
-    assert_zero_attached(similarity_kl_loss(empty, torch.zeros(0, 4).double(), texts), empty)
+    assert_zero_attached(similarity_kl_loss(empty, torch.zeros(0, 4).double(), texts, 1.0), empty)
 
 
 # ---------------------------------------------------------------------- GKD (Eq. 5)

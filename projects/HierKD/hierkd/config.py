@@ -122,8 +122,9 @@ def _add_distillation_keys(cfg: CN) -> None:
     cfg.MODEL.IKD = CN()
     # lambda_ins; 0 turns instance-level distillation off. [paper Eq. 6; value ours, see Table 2]
     cfg.MODEL.IKD.LOSS_WEIGHT = 1.0
-    # "l1" [paper Eq. 2], "l2" (Table 2; the norm is not squared), or "kl": the embeddings are to
-    # say of the class names and the batch's captions what CLIP's say. [ours; docs/lab/miniature.md]
+    # "l1" [paper Eq. 2], "l2" (Table 2; the norm is not squared), or "kl": the embeddings are to be
+    # as similar as CLIP's to the class names and captions of the batch, and to what CLIP sees in
+    # its other regions. [ours; docs/lab/miniature.md]
     cfg.MODEL.IKD.LOSS_TYPE = "l1"
     # Which boxes the teacher looks at: "predicted" [paper §3.2] or "gt" (Table 2).
     cfg.MODEL.IKD.BOXES = "predicted"

@@ -531,17 +531,17 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
         if proposals is not None:
             image_idxs = torch.cat([image_idxs, proposals.image_idxs])
             point_idxs = torch.cat([point_idxs, proposals.point_idxs])
-        texts = None
+        of_kl: dict[str, Any] = {}
         if self.ikd.loss_type == "kl":
             names = self.text_classifier.text_embeddings
             texts = names if captions is None else torch.cat([names, captions])
-            texts = self._teacher_or_raise().logit_scale * texts
+            of_kl = {"texts": texts, "scale": self._teacher_or_raise().logit_scale}
         level_ends = torch.tensor(level_sizes, device=teacher.device).cumsum(0)
         return RegionPairs(
             student=predictions.embeddings[image_idxs, point_idxs],
             teacher=teacher,
             levels=torch.bucketize(point_idxs, level_ends, right=True),
-            texts=texts,
+            **of_kl,
         )
 
     def caption_embeddings(self, batched_inputs: list[dict[str, Any]]) -> Tensor | None:

@@ -56,7 +56,8 @@ class RegionPairs(NamedTuple):
     student: Tensor  # (P, D), L2-normalised, with gradient
     teacher: Tensor  # (P, D), L2-normalised, without
     levels: Tensor  # (P,) in [0, L)
-    texts: Tensor | None = None  # (B, D) of the loss "kl": times the teacher's factor on cosines
+    texts: Tensor | None = None  # (B, D) of the loss "kl"
+    scale: float = 1.0  # the teacher's factor on cosines
 
 
 def choose_points(ikd: IKD, positives: PositivePoints, num_images: int) -> PositivePoints:
@@ -175,7 +176,11 @@ def region_loss(loss_type: str, pairs: RegionPairs, num_regions: list[Tensor]) -
 
     def total(student: Tensor, teacher: Tensor) -> Tensor:
         if pairs.texts is not None:
-            return similarity_kl_loss(student, teacher, pairs.texts)
+            of_texts, of_regions = (
+                similarity_kl_loss(student, teacher, bank, pairs.scale)
+                for bank in (pairs.texts, pairs.teacher)
+            )
+            return of_texts + of_regions
         return (embedding_l2_loss if loss_type == "l2" else embedding_l1_loss)(student, teacher)
 
     if len(num_regions) == 1:

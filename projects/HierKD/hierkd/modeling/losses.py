@@ -147,23 +147,26 @@ def embedding_l2_loss(student: Tensor, teacher: Tensor) -> Tensor:
     return distances.sum()
 
 
-def similarity_kl_loss(student: Tensor, teacher: Tensor, texts: Tensor) -> Tensor:
-    """IKD by what the embeddings say of texts: ``sum_i KL(softmax(T v_i) || softmax(T f_i))``.
+def similarity_kl_loss(student: Tensor, teacher: Tensor, bank: Tensor, scale: float) -> Tensor:
+    """IKD by similarities: ``sum_i KL(softmax(s B v_i) || softmax(s B f_i))``.
 
     Eq. 2 pulls an embedding to the place of CLIP's image embeddings, which lies apart from that of
-    its texts, where the classifier wants it. This asks no more than the same answers. [ours]
+    its texts, where the classifier wants it. This asks only that it be as similar to a bank of
+    CLIP's embeddings as CLIP's own is. [ours]
 
     Args:
         student: (P, D) as in :func:`embedding_l1_loss`.
         teacher: (P, D).
-        texts: (B, D) embeddings T of texts, times the teacher's factor on cosines; no gradient.
+        bank: (B, D) what both are compared with, L2-normalised, no gradient.
+        scale: s, the teacher's own factor on cosines.
 
     Returns:
         Scalar sum. The gradient at equal inputs is zero.
     """
-    found = (student @ texts.T).log_softmax(dim=1)
-    expected = (teacher @ texts.T).log_softmax(dim=1)
-    return F.kl_div(found, expected, reduction="sum", log_target=True)
+    found, expected = (scale * each @ bank.T for each in (student, teacher))
+    return F.kl_div(
+        found.log_softmax(dim=1), expected.log_softmax(dim=1), reduction="sum", log_target=True
+    )
 
 
 def image_caption_contrastive_loss(match_scores: Tensor) -> tuple[Tensor, Tensor]:
