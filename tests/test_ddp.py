@@ -61,6 +61,9 @@ BATCHES: dict[str, list[tuple[list[list[float]], list[int]]]] = {
     "none with a box": [([], []), ([], [])],
 }
 
+# The batch "one without a box" once more, with proposals, which both images have.
+PROPOSALS = {"MODEL.IKD.PROPOSALS_PER_IMAGE": 2}
+
 # For the contrast over all processes: GKD alone, with and without gathering.
 CONTRAST = {"MODEL.IKD.LOSS_WEIGHT": 0.0, "MODEL.GKD.LOSS_WEIGHT": 0.7}
 # Of the images of GATHERED_BATCH, those of each process.
@@ -143,6 +146,10 @@ def process(rank: int, folder: Path) -> None:
         name: losses_and_gradients(model, detector, [make_batch(objects)[rank]])
         for name, objects in BATCHES.items()
     }
+    detector = make_detector(**PROPOSALS)
+    model = DistributedDataParallel(detector, broadcast_buffers=False)
+    image = make_batch(BATCHES["one without a box"])[rank]
+    results["proposals"] = losses_and_gradients(model, detector, [image])
     for gather in (False, True):
         detector = make_detector(**CONTRAST, **{"MODEL.GKD.GATHER": gather})
         model = DistributedDataParallel(detector, broadcast_buffers=False)
@@ -199,7 +206,8 @@ def run_alone():
 @pytest.fixture(scope="module")
 def alone(run_alone):
     """The same of one process that has the whole batch."""
-    return {name: run_alone(objects) for name, objects in BATCHES.items()}
+    found = {name: run_alone(objects) for name, objects in BATCHES.items()}
+    return found | {"proposals": run_alone(BATCHES["one without a box"], **PROPOSALS)}
 
 
 @pytest.mark.parametrize(
@@ -209,6 +217,7 @@ def alone(run_alone):
             ["loss_cls", "loss_box_reg", "loss_iou", "loss_ikd", "total"],
             ["unequal", "one without a box"],
         ),
+        ("loss_ikd", "proposals"),
         ("loss_cls", "none with a box"),  # the normaliser is then 1 for both together
     ],
 )
@@ -236,6 +245,7 @@ def test_a_process_without_any_box(results):
     losses = results[0]["one without a box"]
     assert losses["loss_cls"][0] > 0
     assert [losses[name][0].item() for name in ("loss_box_reg", "loss_iou", "loss_ikd")] == [0] * 3
+    assert results[0]["proposals"]["loss_ikd"][0] > 0
 
 
 # ------------------------------------------------------------------------------ gathered contrast

@@ -25,8 +25,12 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = {
     "ZSD novel AP50": ("novel", "novel/AP50"),
-    "ZSD novel AR50": ("novel", "novel/AR50"),
+    "AR50": ("novel", "novel/AR50"),
+    "AP": ("novel", "novel/AP"),
+    "AP75": ("novel", "novel/AP75"),
     "base AP50": ("base", "base/AP50"),
+    "base AP": ("base", "base/AP"),
+    "base AP75": ("base", "base/AP75"),
     "GZSD novel AP50": ("all", "novel/AP50"),
     "GZSD base AP50": ("all", "base/AP50"),
     "GZSD all AP50": ("all", "all/AP50"),
