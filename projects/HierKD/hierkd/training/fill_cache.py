@@ -79,12 +79,10 @@ def fill_cache(
     """
     if not cfg.DATASETS.TRAIN:
         raise ValueError("DATASETS.TRAIN is empty: there is nothing to embed")
-    k = cfg.MODEL.IKD.PROPOSALS_PER_IMAGE
-    if (k > 0) != bool(proposals_from):
-        raise ValueError(
-            f"MODEL.IKD.PROPOSALS_PER_IMAGE is {k}: expected "
-            f"{'--proposals-from YAML WEIGHTS' if k > 0 else 'more than 0 for --proposals-from'}"
-        )
+    if (k := cfg.MODEL.IKD.PROPOSALS_PER_IMAGE) > 0 and not proposals_from:
+        raise ValueError(f"MODEL.IKD.PROPOSALS_PER_IMAGE is {k}: expected --proposals-from, too")
+    if proposals_from and k == 0:
+        raise ValueError("--proposals-from: expected MODEL.IKD.PROPOSALS_PER_IMAGE above 0, got 0")
     records = [
         record
         for name in cfg.DATASETS.TRAIN
