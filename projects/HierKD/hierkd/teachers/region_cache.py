@@ -287,10 +287,10 @@ class RegionCache:
         arrays = {name: self._load(name, *each) for name, each in _arrays_of(found).items()}
         self._ids, self._keys = np.array(arrays[_IDS]), np.array(arrays[_KEYS])
         self._regions, self._texts = arrays[_REGIONS], arrays[_TEXTS]
+        proposals: list[Any] = [arrays.get(name) for name in (_OWNERS, _BOXES, _PROPOSALS)]
+        self._owners, self._boxes, self._proposals = proposals
         self._id_order = self._ids.argsort()
         self._sorted_ids = self._ids[self._id_order]
-        self._owners, self._boxes = arrays.get(_OWNERS), arrays.get(_BOXES)
-        self._proposals = arrays.get(_PROPOSALS)
 
     def check_source(self, *, weights: str, weights_sha256: str | None, embed_dim: int) -> None:
         """Refuse a cache of another CLIP than a config names.
