@@ -138,8 +138,8 @@ class RegionCacheWriter:
         contents: what the cache will hold.
         annotation_ids: (B,), each once.
         text_keys: (T, 2), of :func:`sorted_texts`.
-        overwrite: begin anew, whatever the folder holds.
         owners: (I,) the least annotation id of each image, for proposals.
+        overwrite: begin anew, whatever the folder holds.
 
     Attributes:
         boxes_done: rows of regions that are written.
@@ -156,9 +156,9 @@ class RegionCacheWriter:
         contents: CacheContents,
         annotation_ids: npt.NDArray[np.int64],
         text_keys: npt.NDArray[np.uint64],
+        owners: npt.NDArray[np.int64] | None = None,
         *,
         overwrite: bool = False,
-        owners: npt.NDArray[np.int64] | None = None,
     ) -> None:
         ids, counts = np.unique(annotation_ids, return_counts=True)
         if (counts > 1).any():
@@ -177,7 +177,7 @@ class RegionCacheWriter:
             self.boxes_done, self.texts_done = contents.num_boxes, contents.num_texts
             return
         if (progress := self._found(_PROGRESS)) is None:
-            self._begin(annotation_ids, text_keys, owners)
+            self._begin({_IDS: annotation_ids, _KEYS: text_keys, _OWNERS: owners})
         else:
             self.boxes_done, self.texts_done = progress["boxes_done"], progress["texts_done"]
         self._regions = self._reopen(_REGIONS)
@@ -230,14 +230,8 @@ class RegionCacheWriter:
             )
         return state
 
-    def _begin(
-        self,
-        annotation_ids: npt.NDArray[np.int64],
-        text_keys: npt.NDArray[np.uint64],
-        owners: npt.NDArray[np.int64] | None,
-    ) -> None:
+    def _begin(self, known: Mapping[str, Any]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        known: dict[str, Any] = {_IDS: annotation_ids, _KEYS: text_keys, _OWNERS: owners}
         for name, (dtype, shape) in _arrays_of(self.contents).items():
             with replacing(self.folder / name) as making:
                 # sparse: takes no room yet

@@ -98,12 +98,10 @@ def fill_cache(
     owners = [min(each["id"] for each in _boxes_of(r)) for r in with_boxes] if proposer else []
     with tempfile.TemporaryDirectory() as scratch:
         teacher = _build_clip(cfg, scratch)
-        contents = _contents(cfg, teacher, proposer, len(ids), len(owners), keys)
-        writer = RegionCacheWriter(
-            *(folder, contents, np.array(ids, np.int64), keys),
-            overwrite=overwrite,
-            owners=np.array(owners, np.int64),
-        )
+        sizes = {"num_boxes": len(ids), "num_images": len(owners)}
+        contents = _contents(cfg, teacher, proposer, keys, **sizes)
+        arrays = np.array(ids, np.int64), keys, np.array(owners, np.int64)
+        writer = RegionCacheWriter(folder, contents, *arrays, overwrite=overwrite)
         if writer.complete:
             _LOGGER.info("%s is complete already", folder)
         else:
@@ -125,12 +123,7 @@ def _build_clip(cfg: Any, text_cache_dir: str) -> CLIPTeacher:
 
 
 def _contents(
-    cfg: Any,
-    teacher: CLIPTeacher,
-    proposer: _Proposer | None,
-    num_boxes: int,
-    num_images: int,
-    keys: Any,
+    cfg: Any, teacher: CLIPTeacher, proposer: _Proposer | None, keys: Any, **sizes: int
 ) -> CacheContents:
     return CacheContents(
         clip=cfg.MODEL.TEACHER.WEIGHTS,
@@ -144,12 +137,11 @@ def _contents(
         ],
         embed_dim=teacher.embed_dim,
         logit_scale=teacher.logit_scale,
-        num_boxes=num_boxes,
         num_texts=len(keys),
         texts_sha256=keys_sha256(keys),
         proposals_per_image=cfg.MODEL.IKD.PROPOSALS_PER_IMAGE,
         proposals_sha256="" if proposer is None else proposer.weights_sha256,
-        num_images=num_images,
+        **sizes,
     )
 
 
