@@ -13,12 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from detectron2.modeling import build_model
 from PIL import Image
+from torchvision.ops import box_iou
 
 from hierkd.inference.predictor import OpenVocabularyPredictor
 from hierkd.load_config import load_config
 from hierkd.teachers.clip import build_teacher
-from hierkd.teachers.region_cache import RegionCache
+from hierkd.teachers.region_cache import RegionCache, RegionCacheWriter
 from tiny_training import (
     BASE,
     PICTURES,
@@ -173,6 +175,74 @@ def test_training_with_the_cache_has_the_losses_of_training_with_clip(
     assert found["num_distilled_regions"] == expected["num_distilled_regions"] > 0
     for key in losses:
         assert found[key] == pytest.approx(expected[key], rel=1e-3, abs=1e-3), key
+
+
+def test_proposals_are_embedded_once_and_distilled_without_clip(
+    world, tmp_path, monkeypatch, capsys
+) -> None:
+    rpn, clip, cached = "configs/miniature/rpn.yaml", tmp_path / "clip.pt", tmp_path / "cache"
+    shutil.copy(world / "clip.pt", clip)
+    torch.manual_seed(0)
+    weights = build_model(load_config(rpn, ["MODEL.DEVICE", "cpu"])).state_dict()
+    torch.save({"model": weights}, tmp_path / "rpn.pth")
+    two = ("MODEL.IKD.PROPOSALS_PER_IMAGE", "2")
+
+    def fill(output: Path, *extra: str) -> int:
+        with miniature_at(world):
+            return cache_teacher.main(tool_arguments(world, output, *two, *extra))
+
+    source = ("--proposals-from", rpn, str(tmp_path / "rpn.pth"))
+    assert fill(tmp_path / "whole", *source) == 0
+    write, calls = RegionCacheWriter.write_regions, []
+
+    def fail_in_the_second_chunk(self: RegionCacheWriter, rows: Any) -> None:
+        calls.append(len(rows))
+        if len(calls) == 2:
+            raise ValueError("no space")
+        write(self, rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RegionCacheWriter, "write_regions", fail_in_the_second_chunk)
+        assert fill(cached, *source) == 2
+    assert fill(cached, *source) == 0
+    assert digests(cached) == digests(tmp_path / "whole")
+
+    arguments = tool_arguments(world, cached)
+    teacher, cache = build_teacher(load_config(arguments[1], arguments[8:])), RegionCache(cached)
+    for number, objects in enumerate(PICTURES, start=1):
+        labelled = {100 * number + i: box for i, (name, box) in enumerate(objects) if name in BASE}
+        picture = np.array(Image.open(world / "miniature" / "train" / f"{number}.png"))
+        image = torch.from_numpy(picture).permute(2, 0, 1)
+        for pixels, flipped in ((image, False), (image.flip(2), True)):
+            corners, rows = cache.proposals(np.array([*labelled]), flipped=flipped)
+            boxes = torch.from_numpy(corners)
+            assert len(boxes) == 2
+            assert box_iou(boxes, torch.tensor([*labelled.values()]).float()).max() < 0.3
+            assert boxes.min() >= 0
+            assert 48 < boxes.max() <= 96  # pixels of the picture
+            if flipped:
+                boxes = torch.stack(
+                    [96 - boxes[:, 2], boxes[:, 1], 96 - boxes[:, 0], boxes[:, 3]], 1
+                )
+            expected = teacher.encode_regions([pixels], [boxes], 1.5)
+            assert ((expected * torch.from_numpy(rows)).sum(dim=1) > 0.9999).all()
+
+    clip.unlink()
+    with_cache = (*two, "MODEL.TEACHER.CACHE", str(cached))
+    later = train(world, clip, tmp_path / "later", *with_cache, "MODEL.IKD.PROPOSALS_START", "9")
+    found = train(world, clip, tmp_path / "output", *with_cache)
+    assert found["num_distilled_regions"] > later["num_distilled_regions"] > 0
+    with pytest.raises(ValueError, match="proposals_per_image found 2, expected 0"):
+        train(world, clip, tmp_path / "none", "MODEL.TEACHER.CACHE", str(cached))
+    torch.save({"model": weights, "iteration": 1}, tmp_path / "rpn.pth")
+    capsys.readouterr()
+    for extra, message in (
+        (source, "proposals_sha256: found"),
+        ((), "MODEL.IKD.PROPOSALS_PER_IMAGE is 2: expected --proposals-from"),
+        (("--proposals-from", arguments[1], source[2]), "'HierKD', expected 'ProposalNetwork'"),
+    ):
+        assert fill(cached, *extra) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_detecting_asks_the_cache_for_texts_alone(world, folder, tmp_path) -> None:

@@ -7,7 +7,8 @@
         MODEL.TEACHER.CACHE output/teacher_cache
 
 An interrupted run goes on where it stopped when it is started again. DATASETS.TRAIN, MODEL.TEACHER,
-MODEL.IKD.CROP_SCALE and the prompts of the config count; the detector does not.
+MODEL.IKD.CROP_SCALE, MODEL.IKD.PROPOSALS_PER_IMAGE and the prompts of the config count; the
+detector does not. With proposals --proposals-from names a trained class-agnostic detector.
 """
 
 from __future__ import annotations
@@ -34,6 +35,13 @@ def get_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--threads", type=int, metavar="N", help="that read images; default: one per core"
+    )
+    parser.add_argument(
+        "--proposals-from",
+        nargs=2,
+        default=(),
+        metavar=("YAML", "WEIGHTS"),
+        help="of the RPN whose best MODEL.IKD.PROPOSALS_PER_IMAGE boxes are embedded, too",
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="begin anew, whatever FOLDER holds"
@@ -64,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             images_per_chunk=args.images_per_chunk,
             num_threads=args.threads,
             overwrite=args.overwrite,
+            proposals_from=args.proposals_from,
         )
     except (FileNotFoundError, ValueError) as error:
         print(f"cache_teacher.py: error: {error}", file=sys.stderr)

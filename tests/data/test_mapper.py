@@ -4,6 +4,7 @@ import collections
 import copy
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -143,6 +144,13 @@ class Cache:
     def regions(self, annotation_ids, *, flipped):
         return np.array([[each, flipped] for each in annotation_ids], np.float32)
 
+    contents = SimpleNamespace(proposals_per_image=2)
+
+    def proposals(self, annotation_ids, *, flipped):
+        """One, of the size of all, which ends outside the image of 40 x 30."""
+        boxes = np.array([[4, 6, 44, 16]], np.float32)
+        return boxes, np.array([[sum(annotation_ids), flipped]], np.float32)
+
     def texts(self, texts):
         return {text: np.array([len(text), 0.0], np.float32) for text in texts if text != "unknown"}
 
@@ -167,10 +175,15 @@ def test_embeddings_of_the_cache_stay_beside_their_boxes(record, flips):
     assert instances.gt_region_embeddings.tolist() == [[7.0, mirrored], [9.0, mirrored]]
     left = 20 - 7 if mirrored else 2
     assert instances.gt_boxes.tensor[:, 0].tolist() == pytest.approx([left] * 2)
+    proposals = result["proposals"]
+    box = [0, 3, 18, 8] if mirrored else [2, 3, 20, 8]  # put through the same, inside the image
+    assert proposals.proposal_boxes.tensor.tolist() == [pytest.approx(box)]
+    assert proposals.region_embeddings.tolist() == [[5.0 + 7.0 + 9.0, mirrored]]
     assert result["caption_embedding"].tolist() == [len(result["caption"]), 0.0]
     plain = make(augmentations=augmentations)(with_ids(record))
     assert torch.equal(instances.gt_boxes.tensor, plain["instances"].gt_boxes.tensor)
     assert not plain["instances"].has("gt_region_embeddings")
+    assert "proposals" not in plain
 
 
 def test_the_cache_is_read_from_the_config():

@@ -444,12 +444,49 @@ def test_embeddings_of_the_batch_give_the_losses_of_asking_the_teacher(build):
     assert without_gradient(model, losses) == []
 
 
+def test_proposals_of_the_batch_give_their_points_the_rows_of_their_boxes(build):
+    cached = ("MODEL.IKD.BOXES", "gt", "MODEL.IKD.LOSS_TYPE", "kl")
+    start = ("MODEL.IKD.PROPOSALS_PER_IMAGE", 2, "MODEL.IKD.PROPOSALS_START", 5)
+    model = build(*EVERY_POSITIVE, *cached, *start)
+    model.teacher.encode_regions = None  # nobody is asked
+    inputs = with_embeddings(batch())
+    # one is a labelled box, which keeps its points; the last image has none
+    given = [[[10, 12, 70, 80], [5, 85, 60, 125]], [[92, 70, 127, 120]], []]
+    for one, boxes in zip(inputs, given, strict=True):
+        boxes = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
+        rows = torch.nn.functional.normalize(boxes.repeat(1, 16), dim=1)
+        one["proposals"] = Instances(
+            (SIZE, SIZE), proposal_boxes=Boxes(boxes), region_embeddings=rows
+        )
+    seen, original = {}, model.distill_regions
+    for iteration in (4, 5):
+        model.distill_regions = lambda *args, i=iteration: seen.setdefault(
+            i, (args[2], args[3], original(*args))
+        )[2]
+        with EventStorage(iteration):
+            losses = model.train()(inputs)
+    assert seen[4][1] is None
+    positives, proposals, pairs = seen[5]
+    owners = proposals.image_idxs.tolist()
+    assert min(owners.count(0), owners.count(1)) > 2
+    assert 2 not in owners
+    labelled = set(zip(positives.image_idxs.tolist(), positives.point_idxs.tolist(), strict=True))
+    assert not labelled & set(zip(owners, proposals.point_idxs.tolist(), strict=True))
+    levels = model.anchor_generator([torch.zeros(1, 1, n, n) for n in (16, 8, 4)])
+    centers = Boxes.cat(levels).get_centers()[proposals.point_idxs]
+    for image, center, row in zip(
+        owners, centers, pairs.teacher[len(positives.ious) :], strict=True
+    ):
+        box = torch.tensor(given[image][-1])  # each point lies in the unlabelled box
+        assert ((box[:2] < center) & (center < box[2:])).all()
+        assert torch.equal(row, inputs[image]["proposals"].region_embeddings[-1])
+    assert len(pairs.student) == len(pairs.teacher) == len(pairs.levels)
+    assert without_gradient(model, losses) == []
+
+
 def test_a_cache_holds_ground_truth_boxes_only(build):
     with pytest.raises(ValueError, match=r"MODEL\.IKD\.BOXES is 'predicted'"):
         build("MODEL.TEACHER.CACHE", "somewhere", "MODEL.IKD.BOXES", "predicted")
-    cached = ("MODEL.TEACHER.CACHE", "somewhere", "MODEL.IKD.BOXES", "gt")
-    with pytest.raises(ValueError, match=r"PROPOSALS_PER_IMAGE must be 0 with it, got 2"):
-        build(*cached, "MODEL.IKD.PROPOSALS_PER_IMAGE", 2)
 
 
 # ---------------------------------------------------------------------------- vocabularies

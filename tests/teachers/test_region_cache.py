@@ -135,6 +135,27 @@ def test_a_cache_of_other_contents_is_not_overwritten_unasked(tmp_path, folder, 
     assert RegionCache(folder).contents == other
 
 
+def test_proposals_come_back_with_their_image_and_belong_to_their_weights(tmp_path, contents):
+    of = {"proposals_per_image": 2, "proposals_sha256": "ef" * 32, "num_images": 3}
+    contents, owners = dataclasses.replace(contents, **of), np.array([3, 41, 5])
+    writer = open_writer(tmp_path / "cache", contents, owners=owners)
+    boxes, rows = 1e3 * unit_rows(3, 2, 4), unit_rows(3, 2, 2, SIZE)
+    boxes[1, 1] = rows[1, 1] = 0  # of the second image there is one
+    writer.write_proposals(0, boxes[:2], rows[:2])
+    writer.write_proposals(2, boxes[2:], rows[2:])
+    fill(writer)
+    cache = RegionCache(tmp_path / "cache")
+    for ids, image, count in (([70, 3], 0, 2), ([41], 1, 1), ([5, 900_000_000_000], 2, 2)):
+        for flipped in (False, True):
+            found_boxes, found = cache.proposals(np.array(ids), flipped=flipped)
+            assert np.array_equal(found_boxes, boxes[image, :count])
+            np.testing.assert_allclose(found, rows[image, :count, int(flipped)], atol=1e-3)
+    assert len(cache.proposals(IDS[:0], flipped=False)[0]) == 0
+    other = dataclasses.replace(contents, proposals_sha256="00" * 32)
+    with pytest.raises(ValueError, match=r"proposals_sha256: found 'ef.*--overwrite"):
+        open_writer(tmp_path / "cache", other, owners=owners)
+
+
 def test_repeated_annotation_ids_are_refused(tmp_path, contents):
     with pytest.raises(ValueError, match=r"\[3\] occur more than once in world"):
         RegionCacheWriter(tmp_path / "x", contents, np.array([3, 3]), sorted_texts(TEXTS)[1])
@@ -148,6 +169,7 @@ def test_repeated_annotation_ids_are_refused(tmp_path, contents):
         ({"embed_dim": 7}, "embed_dim found 6, expected 7.*EMBED_DIM"),
         ({"crop_scale": 1.0}, "crop_scale found 1.5, expected 1.0.*MODEL.IKD.CROP_SCALE"),
         ({"pixel_statistics": "imagenet"}, "found clip, expected imagenet.*PIXEL_STATISTICS"),
+        ({"proposals_per_image": 2}, "per_image found 0, expected 2.*IKD.PROPOSALS_PER_IMAGE"),
         ({"annotations": '{"other": 1}'}, r"annotations_sha256 found .*train\.json.*'world'"),
     ],
 )
@@ -166,6 +188,7 @@ def test_a_stale_cache_is_refused_with_both_sides_and_the_command(
         cache.check_regions(
             crop_scale=changed.get("crop_scale", 1.5),
             pixel_statistics=changed.get("pixel_statistics", "clip"),
+            proposals_per_image=changed.get("proposals_per_image", 0),
             annotation_files={"world": str(annotations)},
         )
 

@@ -142,7 +142,8 @@ def _add_distillation_keys(cfg: CN) -> None:
     cfg.MODEL.IKD.AVERAGE_OVER = "points"
     # Distil so many of the best boxes of each image that overlap no labelled box, too. What ranks
     # them knows no names: 1 - p(background), times the predicted IoU. They come on top of
-    # MAX_CROPS_PER_IMAGE. 0 = none [paper]. [ours; docs/lab/miniature.md]
+    # MAX_CROPS_PER_IMAGE. With MODEL.TEACHER.CACHE they are those of the cache, each with all its
+    # points. 0 = none [paper]. [ours; docs/lab/miniature.md]
     cfg.MODEL.IKD.PROPOSALS_PER_IMAGE = 0
     # Iteration from which on they are: the boxes of an untrained detector show nothing. [ours]
     cfg.MODEL.IKD.PROPOSALS_START = 0

@@ -13,6 +13,7 @@ import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.data import DatasetMapper, detection_utils
 from detectron2.data import transforms as T
+from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
 from numpy.typing import NDArray
 from PIL import Image
@@ -38,7 +39,8 @@ class HierKDDatasetMapper(DatasetMapper):  # type: ignore[misc]
 
     With a cache of the teacher its answers travel with the batch: ``instances`` has
     ``gt_region_embeddings`` (M, D), a row per box, of the mirrored image where it is mirrored, and
-    the result has ``caption_embedding`` (D,).
+    the result has ``caption_embedding`` (D,). Of a cache with proposals the result has
+    ``proposals``, too: q instances with ``proposal_boxes`` and ``region_embeddings`` (q, D).
     """
 
     @configurable
@@ -149,9 +151,17 @@ class HierKDDatasetMapper(DatasetMapper):  # type: ignore[misc]
             image_shape,
         )
         flips = sum(isinstance(each, T.HFlipTransform) for each in transforms.transforms)
-        rows = self.cache.regions(ids, flipped=flips % 2 == 1)
+        flipped = flips % 2 == 1
+        rows = self.cache.regions(ids, flipped=flipped)
         instances.gt_region_embeddings = torch.from_numpy(rows)
         dataset_dict["instances"] = detection_utils.filter_empty_instances(instances)
+        if self.cache.contents.proposals_per_image > 0:
+            corners, rows = self.cache.proposals(ids, flipped=flipped)
+            boxes = Boxes(torch.from_numpy(transforms.apply_box(corners)).float())
+            boxes.clip(image_shape)
+            dataset_dict["proposals"] = Instances(
+                image_shape, proposal_boxes=boxes, region_embeddings=torch.from_numpy(rows)
+            )
 
 
 def _for_any_shape(augmentation: T.Augmentation) -> T.Augmentation:

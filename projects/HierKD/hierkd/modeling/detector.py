@@ -53,6 +53,7 @@ from hierkd.modeling.distillation import (
     choose_proposals,
     encode_crops,
     look_up_regions,
+    match_proposals,
     region_loss,
 )
 from hierkd.modeling.head import ATSSHead
@@ -99,9 +100,9 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
     Training reads the dataset dicts of :class:`hierkd.data.mapper.HierKDDatasetMapper`:
     ``image`` (3, H, W) raw, ``instances`` with ``gt_boxes`` and ``gt_classes`` (base classes only),
     and ``caption`` (str) when GKD is on. What the teacher says of them may come along, as
-    ``gt_region_embeddings`` (M, D) of the instances and ``caption_embedding`` (D,). It returns true
-    losses only, already weighted. Inference returns detectron2's standard output; ``pred_classes``
-    index :attr:`vocabulary_names`.
+    ``gt_region_embeddings`` (M, D) of the instances, ``caption_embedding`` (D,), and ``proposals``,
+    which take the place of the detector's own. It returns true losses only, already weighted.
+    Inference returns detectron2's standard output; ``pred_classes`` index :attr:`vocabulary_names`.
 
     The teacher is a guest, a plain object: it is in no ``state_dict`` and inference does not
     touch it, except to embed a new vocabulary.
@@ -195,11 +196,6 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
         check_embed_dim(teacher, text.EMBED_DIM)
         if cfg.MODEL.IKD.LOSS_WEIGHT > 0 and cfg.MODEL.TEACHER.CACHE:
             check_cached_boxes(cfg.MODEL.IKD.BOXES)
-            if cfg.MODEL.IKD.PROPOSALS_PER_IMAGE > 0:
-                raise ValueError(
-                    "MODEL.TEACHER.CACHE holds labelled boxes only: MODEL.IKD.PROPOSALS_PER_IMAGE "
-                    f"must be 0 with it, got {cfg.MODEL.IKD.PROPOSALS_PER_IMAGE}"
-                )
         check_choice("MODEL.GKD.LOSS_TYPE", gkd.LOSS_TYPE, ("contrastive", "positive_only"))
         contrastive = gkd.LOSS_TYPE == "contrastive"
         trained_on = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]) if cfg.DATASETS.TRAIN else None
@@ -343,9 +339,11 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
             )
             level_sizes = [len(level) for level in anchors]
             gt_labels = self.sample_negatives(gt_labels, level_sizes)  # §3.4
-            # §3.2: what CLIP sees in the regions of the positive points, and of our proposals
+            # §3.2: what CLIP sees in the regions of the positive points, and of proposals
             captions = self.caption_embeddings(batched_inputs)
-            proposals = self.propose_regions(predictions, anchors, gt_instances)
+            proposals = self.propose_regions(
+                batched_inputs, predictions, anchors, positives, gt_instances
+            )
             region_pairs = self.distill_regions(
                 batched_inputs, predictions, positives, proposals, level_sizes, captions
             )
@@ -472,9 +470,16 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
 
     @torch.no_grad()
     def propose_regions(
-        self, predictions: DensePredictions, anchors: list[Boxes], gt_instances: list[Instances]
+        self,
+        batched_inputs: list[dict[str, Any]],
+        predictions: DensePredictions,
+        anchors: list[Boxes],
+        positives: PositivePoints,
+        gt_instances: list[Instances],
     ) -> Proposals | None:
         """Find boxes that the detector takes for objects and that nobody has labelled.
+
+        Such boxes may have come with the batch; then their points are found.
 
         How much a point is taken for an object of any kind, 1 - p(background) times the predicted
         quality, knows no names, so that novel objects are among the best.
@@ -486,6 +491,9 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
             return None
         if get_event_storage().iter < self.ikd.proposals_start:
             return None
+        if all("proposals" in x for x in batched_inputs):
+            given = [x["proposals"].to(self.device) for x in batched_inputs]
+            return match_proposals(given, anchors, self.anchor_matcher, positives)
         scores = 1 - self.text_classifier(predictions.embeddings).softmax(dim=-1)[..., -1]
         if predictions.qualities is not None:
             scores = scores * predictions.qualities.sigmoid()
@@ -527,6 +535,8 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
         if teacher is None:
             images = [x["image"].to(self.device) for x in batched_inputs]
             teacher = encode_crops(self._teacher_or_raise(), self.ikd, images, points, proposals)
+        elif proposals is not None and proposals.embeddings is not None:
+            teacher = torch.cat([teacher, proposals.embeddings])
         image_idxs, point_idxs = points.image_idxs, points.point_idxs
         if proposals is not None:
             image_idxs = torch.cat([image_idxs, proposals.image_idxs])

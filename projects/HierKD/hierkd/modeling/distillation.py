@@ -15,6 +15,7 @@ from detectron2.layers import batched_nms
 from detectron2.structures import Boxes, Instances, pairwise_iou
 from torch import Tensor
 
+from hierkd.modeling.atss import ATSSMatcher
 from hierkd.modeling.detector_settings import IKD
 from hierkd.modeling.losses import embedding_l1_loss, embedding_l2_loss, similarity_kl_loss
 from hierkd.teachers.protocol import Teacher
@@ -27,6 +28,7 @@ __all__ = [
     "choose_proposals",
     "encode_crops",
     "look_up_regions",
+    "match_proposals",
     "region_loss",
 ]
 
@@ -47,7 +49,8 @@ class Proposals(NamedTuple):
 
     image_idxs: Tensor  # (q,)
     point_idxs: Tensor  # (q,) in [0, R)
-    boxes: Tensor  # (q, 4), decoded, inside the image, no gradient
+    boxes: Tensor  # (q, 4), inside the image, no gradient
+    embeddings: Tensor | None = None  # (q, D), the teacher's, where they came with the batch
 
 
 class RegionPairs(NamedTuple):
@@ -95,7 +98,7 @@ def choose_proposals(
     Returns:
         At most ``per_image`` of each image, image by image, best first.
     """
-    image_idxs, _, boxes = candidates
+    image_idxs, boxes = candidates.image_idxs, candidates.boxes
     counts = torch.tensor([len(each) for each in gt_instances], device=boxes.device)
     owners = torch.arange(len(counts), device=boxes.device).repeat_interleave(counts)
     ious = pairwise_iou(Boxes(boxes), Boxes.cat([each.gt_boxes for each in gt_instances]))
@@ -107,7 +110,33 @@ def choose_proposals(
     sizes = image_idxs[rows].bincount(minlength=len(counts))
     rank = torch.arange(len(rows), device=rows.device) - _starts(sizes)[image_idxs[rows]]
     rows = rows[rank < per_image]
-    return Proposals(*(each[rows] for each in candidates))
+    return Proposals(image_idxs[rows], candidates.point_idxs[rows], boxes[rows])
+
+
+@torch.no_grad()
+def match_proposals(
+    given: Sequence[Instances],
+    anchors: Sequence[Boxes],
+    matcher: ATSSMatcher,
+    positives: PositivePoints,
+) -> Proposals:
+    """The points of proposals that came with the batch, found as those of labelled boxes are.
+
+    Args:
+        given: N, with ``proposal_boxes`` and ``region_embeddings``, a row per box.
+        anchors: of each level, R in all.
+        matcher: of boxes and points.
+        positives: points of labelled boxes, which keep them.
+    """
+    matched = [matcher(each.proposal_boxes, anchors) for each in given]
+    matches, labels = (torch.stack(each) for each in zip(*matched, strict=True))  # (N, R)
+    labels[positives.image_idxs, positives.point_idxs] = 0
+    places = image_idxs, point_idxs = (labels == 1).nonzero(as_tuple=True)
+    sizes = torch.tensor([len(each) for each in given], device=matches.device)
+    rows = _starts(sizes)[image_idxs] + matches[places]
+    boxes = torch.cat([each.proposal_boxes.tensor for each in given])
+    embeddings = torch.cat([each.region_embeddings for each in given])
+    return Proposals(image_idxs, point_idxs, boxes[rows], embeddings[rows])
 
 
 @torch.no_grad()

@@ -413,7 +413,7 @@ def build_region_cache(cfg: Any) -> RegionCache:
 
     Raises:
         FileNotFoundError: there is no complete cache.
-        ValueError: the cache is of another CLIP, other annotations or other crops, or
+        ValueError: the cache is of another CLIP, other annotations, crops or proposals, or
             MODEL.IKD.BOXES are not the ground truth's.
     """
     with_regions = cfg.MODEL.IKD.LOSS_WEIGHT > 0
@@ -430,6 +430,7 @@ def build_region_cache(cfg: Any) -> RegionCache:
         cache.check_regions(
             crop_scale=cfg.MODEL.IKD.CROP_SCALE,
             pixel_statistics=cfg.MODEL.TEACHER.PIXEL_STATISTICS,
+            proposals_per_image=cfg.MODEL.IKD.PROPOSALS_PER_IMAGE,
             annotation_files={
                 name: MetadataCatalog.get(name).json_file for name in cfg.DATASETS.TRAIN
             },

@@ -7,12 +7,17 @@ A cache is a folder::
     regions.npy          (B, 2, D) float16: [:, 0] of the image as stored, [:, 1] mirrored
     text_keys.npy        (T, 2) uint64: the first 128 bits of each text's SHA-256, ascending
     texts.npy            (T, D) float16, in the order of text_keys.npy
+    proposal_owners.npy  (I,) int64: the least annotation id of each image
+    proposal_boxes.npy   (I, k, 4) float32: XYXY, pixels of the image as stored; zero: no box
+    proposals.npy        (I, k, 2, D) float16, as regions.npy; zero: no box
     progress.json        how far the making has got; gone when it is complete
 
 Embeddings are L2-normalised. The two large files are mapped into memory and read row by row;
-processes of one machine share them. Nothing in a cache is pickled.
+processes of one machine share them. Nothing in a cache is pickled. Only a cache with proposals has
+the three files of theirs.
 
-Letters: B annotations · T texts · D embedding size · M annotations asked for.
+Letters: B annotations · T texts · D embedding size · M annotations asked for · I images with
+annotations · k proposals of an image, at most · q of one image.
 """
 
 from __future__ import annotations
@@ -45,6 +50,8 @@ logger = logging.getLogger(__name__)
 
 MANIFEST, _PROGRESS = "manifest.json", "progress.json"
 _IDS, _REGIONS, _KEYS, _TEXTS = "annotation_ids.npy", "regions.npy", "text_keys.npy", "texts.npy"
+_OWNERS, _BOXES = "proposal_owners.npy", "proposal_boxes.npy"
+_PROPOSALS = "proposals.npy"
 _FORMAT = 1
 _MAX_NAMED = 5  # offenders that a message names
 
@@ -68,6 +75,9 @@ class CacheContents:
         num_boxes: B.
         num_texts: T.
         texts_sha256: of the keys of all texts, hex.
+        proposals_per_image: k, MODEL.IKD.PROPOSALS_PER_IMAGE; 0 without proposals.
+        proposals_sha256: of the weights of the detector that proposed, hex.
+        num_images: I; 0 without proposals.
     """
 
     clip: str
@@ -82,6 +92,9 @@ class CacheContents:
     num_boxes: int
     num_texts: int
     texts_sha256: str
+    proposals_per_image: int = 0
+    proposals_sha256: str = ""
+    num_images: int = 0
 
     def as_json(self) -> dict[str, Any]:
         """The manifest."""
@@ -125,6 +138,7 @@ class RegionCacheWriter:
         contents: what the cache will hold.
         annotation_ids: (B,), each once.
         text_keys: (T, 2), of :func:`sorted_texts`.
+        owners: (I,) the least annotation id of each image, for proposals.
         overwrite: begin anew, whatever the folder holds.
 
     Attributes:
@@ -142,6 +156,7 @@ class RegionCacheWriter:
         contents: CacheContents,
         annotation_ids: npt.NDArray[np.int64],
         text_keys: npt.NDArray[np.uint64],
+        owners: npt.NDArray[np.int64] | None = None,
         *,
         overwrite: bool = False,
     ) -> None:
@@ -162,11 +177,18 @@ class RegionCacheWriter:
             self.boxes_done, self.texts_done = contents.num_boxes, contents.num_texts
             return
         if (progress := self._found(_PROGRESS)) is None:
-            self._begin(annotation_ids, text_keys)
+            self._begin({_IDS: annotation_ids, _KEYS: text_keys, _OWNERS: owners})
         else:
             self.boxes_done, self.texts_done = progress["boxes_done"], progress["texts_done"]
         self._regions = self._reopen(_REGIONS)
         self._texts = self._reopen(_TEXTS)
+        if contents.proposals_per_image > 0:
+            self._boxes, self._proposals = self._reopen(_BOXES), self._reopen(_PROPOSALS)
+
+    def write_proposals(self, first: int, boxes: FloatRows, rows: FloatRows) -> None:
+        """Write boxes (n, k, 4) and rows (n, k, 2, D) of n images, before :meth:`write_regions`."""
+        self._write(self._boxes, first, boxes)
+        self._write(self._proposals, first, rows)
 
     def write_regions(self, rows: FloatRows) -> None:
         """Append rows (n, 2, D) of the next n annotations."""
@@ -197,7 +219,7 @@ class RegionCacheWriter:
             other = [
                 f"{key}: found {found.get(key)!r}, expected {value!r}"
                 for key, value in self.contents.as_json().items()
-                if found.get(key) != value
+                if found.get(key, getattr(CacheContents, key, None)) != value  # its default
             ]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             other = [f"{type(error).__name__}: {error}"]
@@ -208,20 +230,15 @@ class RegionCacheWriter:
             )
         return state
 
-    def _begin(
-        self, annotation_ids: npt.NDArray[np.int64], text_keys: npt.NDArray[np.uint64]
-    ) -> None:
+    def _begin(self, known: Mapping[str, Any]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        size = self.contents.embed_dim
-        for name, array in ((_IDS, annotation_ids), (_KEYS, text_keys)):
-            with replacing(self.folder / name) as making, making.open("wb") as file:
-                np.save(file, array, allow_pickle=False)
-        for name, shape in (
-            (_REGIONS, (len(annotation_ids), 2, size)),
-            (_TEXTS, (len(text_keys), size)),
-        ):
-            with replacing(self.folder / name) as making:  # sparse: takes no room yet
-                np.lib.format.open_memmap(making, mode="w+", dtype=np.float16, shape=shape).flush()
+        for name, (dtype, shape) in _arrays_of(self.contents).items():
+            with replacing(self.folder / name) as making:
+                # sparse: takes no room yet
+                array = np.lib.format.open_memmap(making, mode="w+", dtype=dtype, shape=shape)
+                if name in known:
+                    array[:] = known[name]
+                array.flush()
         self._save_progress()
 
     def _reopen(self, name: str) -> Any:
@@ -234,7 +251,7 @@ class RegionCacheWriter:
             ) from error
 
     @staticmethod
-    def _write(target: npt.NDArray[np.float16], start: int, rows: FloatRows) -> None:
+    def _write(target: npt.NDArray[Any], start: int, rows: FloatRows) -> None:
         if not np.isfinite(rows).all():
             raise ValueError(f"CLIP's embeddings of rows {start} to {start + len(rows)} are NaN")
         target[start : start + len(rows)] = rows
@@ -261,10 +278,11 @@ class RegionCache:
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
         self.contents = found = self._read_manifest()
-        self._ids = np.array(self._load(_IDS, np.int64, (found.num_boxes,)))
-        self._regions = self._load(_REGIONS, np.float16, (found.num_boxes, 2, found.embed_dim))
-        self._keys = np.array(self._load(_KEYS, np.uint64, (found.num_texts, 2)))
-        self._texts = self._load(_TEXTS, np.float16, (found.num_texts, found.embed_dim))
+        arrays = {name: self._load(name, *each) for name, each in _arrays_of(found).items()}
+        self._ids, self._keys = np.array(arrays[_IDS]), np.array(arrays[_KEYS])
+        self._regions, self._texts = arrays[_REGIONS], arrays[_TEXTS]
+        proposals: list[Any] = [arrays.get(name) for name in (_OWNERS, _BOXES, _PROPOSALS)]
+        self._owners, self._boxes, self._proposals = proposals
         self._id_order = self._ids.argsort()
         self._sorted_ids = self._ids[self._id_order]
 
@@ -289,13 +307,19 @@ class RegionCache:
             self._expect("weights_sha256", found.weights_sha256, weights_sha256, key)
 
     def check_regions(
-        self, *, crop_scale: float, pixel_statistics: str, annotation_files: Mapping[str, str]
+        self,
+        *,
+        crop_scale: float,
+        pixel_statistics: str,
+        proposals_per_image: int,
+        annotation_files: Mapping[str, str],
     ) -> None:
         """Refuse a cache of other regions, or of another look at them, than a config names.
 
         Args:
             crop_scale: MODEL.IKD.CROP_SCALE.
             pixel_statistics: MODEL.TEACHER.PIXEL_STATISTICS.
+            proposals_per_image: MODEL.IKD.PROPOSALS_PER_IMAGE.
             annotation_files: name of each training dataset -> path of its annotations.
 
         Raises:
@@ -305,6 +329,8 @@ class RegionCache:
         self._expect("crop_scale", found.crop_scale, crop_scale, "MODEL.IKD.CROP_SCALE")
         key = "MODEL.TEACHER.PIXEL_STATISTICS"
         self._expect("pixel_statistics", found.pixel_statistics, pixel_statistics, key)
+        key = "MODEL.IKD.PROPOSALS_PER_IMAGE"
+        self._expect("proposals_per_image", found.proposals_per_image, proposals_per_image, key)
         for name, path in annotation_files.items():
             if not os.path.isfile(path):  # evaluation does without
                 continue
@@ -327,6 +353,20 @@ class RegionCache:
             named = annotation_ids[absent][:_MAX_NAMED].tolist()
             raise self._broken(_REGIONS, f"no embeddings of the annotations {named}")
         return rows
+
+    def proposals(
+        self, annotation_ids: npt.NDArray[np.int64], *, flipped: bool
+    ) -> tuple[FloatRows, FloatRows]:
+        """The proposals of the image that has these annotations, best first.
+
+        Returns:
+            Boxes (q, 4) in the image as stored, and the embeddings (q, D), L2-normalised, of the
+            regions in it or in its mirror image. An image without annotations has none.
+        """
+        image = np.isin(self._owners, annotation_ids).nonzero()[0]
+        rows = self._proposals[image, :, int(flipped)].reshape(-1, self.contents.embed_dim)
+        used = rows.any(axis=1)
+        return self._boxes[image].reshape(-1, 4)[used], _normalised(rows[used])
 
     def texts(self, texts: Sequence[str]) -> dict[str, FloatRows]:
         """Embeddings (D,), L2-normalised, of those texts that the cache holds."""
@@ -380,8 +420,27 @@ class RegionCache:
     def _command(self) -> str:
         return (
             "python tools/cache_teacher.py --config-file <YAML of the training> "
-            f"[its KEY VALUE pairs] --output {self.folder}"
+            f"[its KEY VALUE pairs] [--proposals-from YAML WEIGHTS] --output {self.folder}"
         )
+
+
+def _arrays_of(contents: CacheContents) -> dict[str, tuple[type, tuple[int, ...]]]:
+    """The dtype and the shape of each file of a cache."""
+    boxes, texts, size = contents.num_boxes, contents.num_texts, contents.embed_dim
+    arrays: dict[str, tuple[type, tuple[int, ...]]] = {
+        _IDS: (np.int64, (boxes,)),
+        _REGIONS: (np.float16, (boxes, 2, size)),
+        _KEYS: (np.uint64, (texts, 2)),
+        _TEXTS: (np.float16, (texts, size)),
+    }
+    if contents.proposals_per_image > 0:
+        shape = (contents.num_images, contents.proposals_per_image)
+        arrays[_OWNERS] = np.int64, shape[:1]
+        arrays[_BOXES], arrays[_PROPOSALS] = (
+            (np.float32, (*shape, 4)),
+            (np.float16, (*shape, 2, size)),
+        )
+    return arrays
 
 
 def _normalised(rows: npt.NDArray[np.float16]) -> FloatRows:
