@@ -30,10 +30,15 @@ if asks != bool(args.embeddings):
     need = "asks for classes: give" if asks else "has classes of its own: leave out"
     parser.error(f"{args.model} {need} --embeddings")
 about = {k: json.loads(v) for k, v in session.get_modelmeta().custom_metadata_map.items()}
-picture = ImageOps.exif_transpose(Image.open(args.picture)).convert("RGB")
+opened = Image.open(args.picture)
+if opened.mode[0] in "IF" or opened.format == "EPS":  # Pillow would cut off at 255
+    parser.error(f"{args.picture} has more than 8 bits a channel, or is an EPS document")
+picture = ImageOps.exif_transpose(opened).convert("RGB")
 factor = about["min_size"] / min(picture.size)
 factor = min(factor, about["max_size"] / max(picture.size))
-resized = picture.resize([int(side * factor + 0.5) for side in picture.size], Image.BILINEAR)
+resized = picture.resize(
+    [max(1, int(side * factor + 0.5)) for side in picture.size], Image.BILINEAR
+)
 inputs, names = {"image": np.asarray(resized)}, about["class_names"]
 if args.embeddings:
     with safe_open(args.embeddings, framework="numpy") as stored:

@@ -171,6 +171,12 @@ def test_the_consumer_needs_neither_torch_nor_this_package(predictor, onnx_file,
     assert count_agreeing(expected, found) == len(wanted) == len(lines)
     result = run()
     assert (result.returncode, "--embeddings\n" in result.stderr) == (2, True)
+    stored = ("--embeddings", str(tmp_path / "classes.safetensors"))
+    Image.new("RGB", (3000, 1)).save(tmp_path / "picture.png")
+    assert run(*stored).returncode == 0
+    Image.fromarray(np.full((9, 9), 4000, np.uint16)).save(tmp_path / "picture.png")
+    result = run(*stored)
+    assert (result.returncode, "more than 8 bits" in result.stderr) == (2, True)
 
 
 def some(scores: list[float], shift: float = 0.0, label: int = 0) -> Detections:

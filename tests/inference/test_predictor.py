@@ -52,6 +52,11 @@ def test_the_largest_vocabulary_comes_first(world, pictures):
         ("cat,dog,cat", "repeats 'cat'"),
         ("miniature_ovd_tst_all", "miniature_ovd_test_all"),
         ("cat;dog", "cat;dog"),
+        ("cat|dog", r"'cat\|dog' has brackets, quotes or '\|'"),
+        ('["cat","dog"]', "brackets"),
+        ("{cat, dog}", "brackets"),
+        ("'cat','dog'", "quotes"),
+        ("\u201ccat\u201d, dog", "quotes"),
         ("names/mine", "names/mine"),
         (".", r"'\.' is neither a file"),
     ],
@@ -61,7 +66,13 @@ def test_unusable_vocabularies(text, named):
         resolve_vocabulary(text)
 
 
-def test_names_or_a_dataset():
+def test_names_or_a_dataset(caplog):
+    assert resolve_vocabulary("cat\uff0cdog\u3001cow") == ["cat", "dog", "cow"]
+    assert resolve_vocabulary("driver's seat, crab (animal)")[0] == "driver's seat"
+    assert resolve_vocabulary("traffic light") == ["traffic light"]
+    assert "commas" not in caplog.text
+    assert resolve_vocabulary("elephant bicycle") == ["elephant bicycle"]
+    assert "one class, 'elephant bicycle'; commas would" in caplog.text
     assert resolve_vocabulary("cat, traffic_cone ") == ["cat", "traffic_cone"]
     assert resolve_vocabulary("miniature_ovd_val_all") == list(MINIATURE_CLASSES)
 

@@ -17,6 +17,11 @@ def test_names_are_all_different():
     paths = name_outputs(sources, Path("out"), [".png"] * 4 + [".mp4"])
     assert paths[0] == Path("out/x.png")
     assert len({path.stem.casefold() for path in paths}) == 5
+    for one, other in (("a/x.jpg", "a/X_heat_maps.jpg"), ("a/x_heat_maps.jpg", "a/x.jpg")):
+        stems = {
+            p.stem.casefold() for p in name_outputs([Path(one), Path(other)], Path(), [".png"] * 2)
+        }
+        assert len(stems | {f"{stem}_heat_maps" for stem in stems}) == 4
     with pytest.raises(ValueError, match=r"x_heat_maps\.png is an input"):
         name_outputs([Path("x.jpg"), Path("x_heat_maps.png")], Path(), [".png", ".png"])
 

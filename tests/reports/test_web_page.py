@@ -56,6 +56,7 @@ def look(detectors, picture, names="cup, dog"):
         ("cat\ndog\r\ncow; bee", ("cat", "dog", "cow", "bee")),
         ("/etc/hostname", ("/etc/hostname",)),  # a name like any other
         ("кот, 猫", ("кот", "猫")),
+        ("cat|dog\uff0ccow", ("cat", "dog", "cow")),
     ],
 )
 def test_names(text, names):
@@ -69,11 +70,18 @@ def test_names(text, names):
         ("a,b,c,d,e,f", "6 classes are too many: at most 5"),
         ("a," + 501 * "b", "more than 500 characters"),
         ("cat, dog, Cat", "'cat' and 'Cat'"),
+        ('["cat", "dog"]', "the classes: .* has brackets, quotes"),
     ],
 )
 def test_unusable_names(text, named):
     with pytest.raises(ValueError, match=named):
         parse_names(text, 5)
+
+
+def test_16_bits_are_called_so(tmp_path):
+    Image.fromarray(np.full((9, 9), 4000, np.uint16)).save(tmp_path / "deep.png")
+    with pytest.raises(ValueError, match="16 bits"):
+        read_upload(str(tmp_path / "deep.png"), 10_000)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP"])

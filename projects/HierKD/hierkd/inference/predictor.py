@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import threading
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -46,6 +47,7 @@ logger = logging.getLogger(__name__)
 CONFIG_NAME = "config.yaml"  # what a training leaves in its folder
 FINAL_WEIGHTS = "model_final.pth"  # what detectron2's trainer calls its last checkpoint
 LAST_CHECKPOINT = "last_checkpoint"  # and where it notes the name of the latest
+COMMAS = "[,\uff0c\u3001]"  # as a pattern: of Latin, full-width and ideographic script
 _MINIATURE = "miniature_ovd_"  # what the names of the miniature's datasets begin with
 
 # Images per forward pass of a list, where they have one size. [ours] Video frames and tiles gain on
@@ -306,19 +308,19 @@ def resolve_vocabulary(text: str) -> list[str]:
     """Read class names as a user types them.
 
     Args:
-        text: Names separated by commas, or the name of a registered dataset, or the path of a file
-            with one name a line (or, in a .json, a list of names).
+        text: Names separated by commas of any script, or the name of a registered dataset, or the
+            path of a file with one name a line (or, in a .json, a list of names).
 
     Raises:
         ValueError: They are no names (:func:`hierkd.teachers.texts.check_names`), or look like
-            something else: a folder, a path, names between semicolons, a misspelt dataset.
+            something else: a folder, a path, names between other marks, a misspelt dataset.
         FileNotFoundError: A .txt or .json is named that does not exist.
     """
     if text in DatasetCatalog.list():
         return list(MetadataCatalog.get(text).thing_classes)
     if os.path.isfile(text) or text.endswith((".txt", ".json")):
         return read_text_lines(text)
-    names = [name.strip() for name in text.split(",")]
+    names = [name.strip() for name in re.split(COMMAS, text)]
     if not any(names):
         raise ValueError("the vocabulary is empty: give class names separated by commas")
     if os.path.isdir(text) or any(mark in text for mark in ";/"):
@@ -331,5 +333,31 @@ def resolve_vocabulary(text: str) -> list[str]:
             f"the vocabulary {text!r} is no registered dataset; did you mean {near[0]!r}? A class "
             "of this name goes into a text file"
         )
-    check_names(names, "the vocabulary")
+    check_typed(names, "the vocabulary")
+    known = {
+        name
+        for dataset in DatasetCatalog.list()
+        for name in MetadataCatalog.get(dataset).get("thing_classes", ())
+    }
+    words = text.split()
+    if len(names) == 1 < len(words) and known.issuperset(words) and names[0] not in known:
+        logger.warning("the vocabulary is one class, %r; commas would make it several", names[0])
     return names
+
+
+def check_typed(names: Sequence[str], names_from: str) -> None:
+    """Refuse names that still wear the marks of a list, and what ``check_names`` refuses.
+
+    Raises:
+        ValueError: A name holds a bracket, a double quote or ``|``, or is between single quotes.
+    """
+    for name in names:
+        if set(name) & set('[]{}|"\u201c\u201d') or (name[:1] + name[-1:]) in (
+            "''",
+            "\u2018\u2019",
+        ):
+            raise ValueError(
+                f"{names_from}: {name!r} has brackets, quotes or '|': expected names between "
+                "commas, such as: cat, traffic cone"
+            )
+    check_names(names, names_from)

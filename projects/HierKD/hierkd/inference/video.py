@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import glob
+import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +18,22 @@ from numpy.typing import NDArray
 
 __all__ = ["VIDEO_CODECS", "Frame", "Video", "VideoFile", "find_inputs", "is_video"]
 
-PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"}
-VIDEO_SUFFIXES = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg"}
+logger = logging.getLogger(__name__)
+
+# What Pillow reads and people keep pictures in.
+# fmt: off
+PICTURE_SUFFIXES = {
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".bmp", ".dib", ".gif", ".webp", ".avif",
+    ".tif", ".tiff", ".jp2", ".j2k", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".ico", ".qoi",
+    ".split",
+}
+# What FFmpeg, inside OpenCV, reads and cameras, phones and sites write.
+VIDEO_SUFFIXES = {
+    ".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".mpe", ".m2v", ".vob",
+    ".wmv", ".asf", ".mts", ".m2ts", ".ts", ".3gp", ".3g2", ".flv", ".f4v", ".ogv", ".divx", ".mxf",
+    ".split",
+}
+# fmt: on
 # What the OpenCV of PyPI can write without further libraries. Browsers play WebM only. [ours]
 VIDEO_CODECS = {".mp4": "mp4v", ".avi": "MJPG", ".webm": "VP80"}
 
@@ -36,7 +52,8 @@ def find_inputs(inputs: Iterable[str]) -> list[Path]:
 
     Args:
         inputs: As typed by the user. A file that is named itself may have any suffix; it is a
-            picture unless its suffix is a video's.
+            picture unless its suffix is a video's. What a folder holds besides pictures and videos
+            is passed over with a warning, hidden files without one.
 
     Returns:
         Each path once, in the order of the inputs; folders and globs in the order of the names.
@@ -49,7 +66,15 @@ def find_inputs(inputs: Iterable[str]) -> list[Path]:
         path = Path(text)
         if path.is_dir():
             known = PICTURE_SUFFIXES | VIDEO_SUFFIXES
-            matches = [p for p in sorted(path.iterdir()) if p.suffix.lower() in known]
+            files = [p for p in sorted(path.iterdir()) if p.is_file()]
+            matches = [p for p in files if p.suffix.lower() in known]
+            others = [p.suffix.lower() or "no suffix" for p in files if p.name[0] != "."]
+            if passed := Counter(suffix for suffix in others if suffix not in known):
+                logger.warning(
+                    "%s: passed over %d of %d files, by their suffixes no pictures or videos: %s",
+                    *(text, passed.total(), len(others)),
+                    ", ".join(f"{suffix} ({count})" for suffix, count in sorted(passed.items())),
+                )
         else:
             names = [text] if path.is_file() else sorted(glob.glob(text, recursive=True))
             matches = [Path(name) for name in names if os.path.isfile(name)]

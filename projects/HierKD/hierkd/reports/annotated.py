@@ -56,7 +56,7 @@ class Annotated:
 
 
 def name_outputs(sources: Sequence[Path], folder: Path, suffixes: Sequence[str]) -> list[Path]:
-    """Choose a file per source, with its suffix; names differ in more than suffix and case.
+    """Choose a file per source, with its suffix; all names, with heat maps', differ beyond case.
 
     Raises:
         ValueError: One, or a picture's heat maps, would replace a source; it is named.
@@ -66,9 +66,9 @@ def name_outputs(sources: Sequence[Path], folder: Path, suffixes: Sequence[str])
     outputs = []
     for source, suffix in zip(sources, suffixes, strict=True):
         stem, number = source.stem, 1
-        while stem.casefold() in taken:
+        while taken & (names := {stem.casefold(), f"{stem}_heat_maps".casefold()}):
             stem, number = f"{source.stem}_{number}", number + 1
-        taken.add(stem.casefold())
+        taken |= names
         outputs.append(folder / f"{stem}{suffix}")
         for path in (outputs[-1], _heat_maps_path(outputs[-1])):
             if path.resolve() in inputs:

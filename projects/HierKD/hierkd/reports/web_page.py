@@ -20,7 +20,7 @@ from detectron2.structures import Instances
 from numpy.typing import NDArray
 from PIL import Image as PILImage
 
-from hierkd.data.mapper import read_picture
+from hierkd.data.mapper import problem_of_picture, read_picture
 from hierkd.inference.detections import (
     DetectionFilter,
     as_records,
@@ -28,9 +28,8 @@ from hierkd.inference.detections import (
     scale_boxes,
 )
 from hierkd.inference.detectors import icons_only
-from hierkd.inference.predictor import OpenVocabularyPredictor
+from hierkd.inference.predictor import COMMAS, OpenVocabularyPredictor, check_typed
 from hierkd.reports.drawing import Image, draw_instances, fit
-from hierkd.teachers.texts import check_names
 
 __all__ = ["Found", "Limits", "build_page", "detect", "parse_names", "read_upload", "show"]
 
@@ -76,14 +75,14 @@ class Shown(NamedTuple):
 
 
 def parse_names(text: str, max_names: int) -> tuple[str, ...]:
-    """Read class names between commas, semicolons or line breaks; ValueError if unusable."""
-    pieces = (" ".join(piece.split()) for piece in re.split(r"[,;\r\n]", text or ""))
+    """Read class names between commas, semicolons, bars or line breaks; ValueError if unusable."""
+    pieces = (" ".join(piece.split()) for piece in re.split(rf"{COMMAS}|[;|\r\n]", text or ""))
     names = [piece for piece in pieces if piece]
     if not names:
         raise ValueError("Type the classes to look for, separated by commas: cat, traffic cone.")
     if len(names) > max_names:
         raise ValueError(f"{len(names)} classes are too many: at most {max_names}.")
-    check_names(names, "the classes")
+    check_typed(names, "the classes")
     return tuple(names)
 
 
@@ -94,11 +93,11 @@ def read_upload(path: str, max_pixels: int) -> NDArray[np.uint8]:
         (H, W, 3), BGR, upright.
 
     Raises:
-        ValueError: It has too many pixels, is of another format or broken.
+        ValueError: It has too many pixels or bits, is of another format or broken.
     """
     try:
         with PILImage.open(path, formats=_FORMATS) as header:
-            width, height = header.size
+            (width, height), too_deep = header.size, problem_of_picture(header)
     except PILImage.DecompressionBombError as error:
         raise ValueError(f"The picture is too large: at most {max_pixels} pixels.") from error
     except Exception as error:  # anything may come out of Pillow's decoders
@@ -109,6 +108,8 @@ def read_upload(path: str, max_pixels: int) -> NDArray[np.uint8]:
         raise ValueError(
             f"The picture is too large: {width} × {height} pixels, at most {max_pixels} in all."
         )
+    if too_deep:  # the only problem of these formats
+        raise ValueError("The picture has 16 bits or more a channel: expected 8 bits.")
     try:
         return read_picture(path)
     except ValueError as error:

@@ -133,12 +133,27 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # detectron2 is untyped
             "the number of processes": comm.get_world_size(),
         }
 
+    def vocabulary(self) -> list[str]:
+        """The class names of the training data, sorted."""
+        catalog = [MetadataCatalog.get(name) for name in self.cfg.DATASETS.TRAIN]
+        return sorted({name for each in catalog for name in each.get("thing_classes", ())})
+
     def state_dict(self) -> dict[str, Any]:
-        """detectron2's, with what decides the order of the data."""
-        return {**super().state_dict(), "data_order": self.data_order()}
+        """detectron2's, with what decides the order of the data, and the training vocabulary."""
+        own = {"data_order": self.data_order(), "vocabulary": self.vocabulary()}
+        return {**super().state_dict(), **own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """detectron2's; a checkpoint of another optimizer or detector is refused by name."""
+        """detectron2's; a checkpoint of other classes, optimizer or detector is refused by name."""
+        ours = set(self.vocabulary())
+        theirs = set(state_dict.get("vocabulary", ours))  # absent in older checkpoints
+        if ours != theirs:
+            raise ValueError(
+                f"--resume: the checkpoint is of another training: its classes lack "
+                f"{sorted(ours - theirs)[:5]} and have {sorted(theirs - ours)[:5]} besides those "
+                "of DATASETS.TRAIN. Resume with the same base classes, or start anew in another "
+                "OUTPUT_DIR"
+            )
         for name, value in self.data_order().items():
             if (before := state_dict["data_order"][name]) != value:
                 logger.warning(
