@@ -25,13 +25,11 @@ logger = logging.getLogger(__name__)
 PICTURE_SUFFIXES = {
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".bmp", ".dib", ".gif", ".webp", ".avif",
     ".tif", ".tiff", ".jp2", ".j2k", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".ico", ".qoi",
-    ".split",
 }
 # What FFmpeg, inside OpenCV, reads and cameras, phones and sites write.
 VIDEO_SUFFIXES = {
     ".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".mpe", ".m2v", ".vob",
     ".wmv", ".asf", ".mts", ".m2ts", ".ts", ".3gp", ".3g2", ".flv", ".f4v", ".ogv", ".divx", ".mxf",
-    ".split",
 }
 # fmt: on
 # What the OpenCV of PyPI can write without further libraries. Browsers play WebM only. [ours]
