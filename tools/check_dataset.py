@@ -19,6 +19,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -150,7 +151,7 @@ def run(args: argparse.Namespace) -> bool:
     findings += about_names
     shown = parts[0] if parts[0] in counts else largest
     if args.json:
-        content = {"halves": reports, "findings": [each._asdict() for each in findings]}
+        content = {"halves": reports, "findings": [asdict(each) for each in findings]}
         print(json.dumps(content | {"notes": notes}, indent=1))
         return any(each.costs for each in findings)
     print(f"{class_table(reports)}\n")
