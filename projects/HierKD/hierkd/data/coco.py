@@ -222,6 +222,8 @@ def _find_images(file_names: Sequence[str], image_root: str, missing_hint: str) 
 
     def find(name: str) -> str | None:
         folder = ""
+        if name.split("/")[-1] in ("", ".", ".."):
+            return None
         for part in name.split("/"):
             if folder not in listed:
                 path = os.path.join(image_root, folder)
