@@ -58,6 +58,14 @@ def forget_captions(world):
     edit(path, lambda content: content["images"][3].update(captions=["  "]))
 
 
+def all_crowd(world):
+    def spoil(content):
+        for box in content["annotations"]:
+            box["iscrowd"] = 1
+
+    edit(world / "annotations" / "train_base.json", spoil)
+
+
 def write_other_checkpoint(world):
     content = {"model": {"text_classifier.background_embedding": torch.zeros(24)}}
     torch.save(content, world / "other.pth")
@@ -78,6 +86,7 @@ CASES = {
         "{world}/annotations/train_base.json is not valid JSON",
     ),
     "no category": (forget_a_category, [], BASE[1]),
+    "crowd alone": (all_crowd, [], "{world}/annotations/train_base.json: no image has a box to"),
     "no caption": (forget_captions, [], "{world}/train/4.png"),
     "another CLIP": (None, ["MODEL.TEXT_CLASSIFIER.EMBED_DIM", "512"], "EMBED_DIM is 512"),
     "no CLIP": (None, ["MODEL.TEACHER.WEIGHTS", "ViT-X/7"], "MODEL.TEACHER.WEIGHTS: 'ViT-X/7'"),

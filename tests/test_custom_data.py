@@ -1,7 +1,10 @@
 """A dataset of one's own, from plain COCO files to detections of novel names, by the commands."""
 
 import json
+import shutil
+import unicodedata
 
+import numpy as np
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
@@ -150,7 +153,7 @@ def test_the_dataset_is_checked_and_drawn(folder, capsys):
     out = capsys.readouterr().out
     assert f"mine_train_base: 6 images, 7 boxes of {len(BASE)} classes" in out
     assert "Captions: 6 of 6 training images have one" in out
-    assert "fewer than 10 boxes" in out
+    assert f"{BASE[0]} (3)" in out
     with Image.open(folder / "check" / "mine_train_base.png") as sheet:
         assert sheet.width > 3 * 480
     broken = folder / "broken.yaml"
@@ -167,10 +170,109 @@ def test_the_tool_counts_the_teachers_own_tokens(folder, capsys):
     options += ["MODEL.DEVICE", "cpu", "MODEL.TEACHER.WEIGHTS"]
     assert check(folder / "mine.yaml", *options, f"open_clip:{weights}") == 0
     out = capsys.readouterr().out
-    assert "prompts longer than the 5 tokens" in out
+    assert "prompts longer than CLIP" in out
     assert "not of the teacher" not in out
     assert check(folder / "mine.yaml", *options, "open_clip:none-such:tag") == 0
     out = capsys.readouterr().out
     assert "tokens are those of OpenAI's CLIP, not of the teacher: " in out
     assert "'none-such' is none of open_clip's models" in out
     assert "prompts longer than" not in out
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """A training set of two pictures and a validation set of one, for a test to spoil."""
+    monkeypatch.setenv("HIERKD_CACHE", str(tmp_path / "cache"))
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 40, 60, 3), dtype=np.uint8)
+    for half, pictures in (("train", pixels[:2]), ("val", pixels[2:])):
+        (tmp_path / half).mkdir()
+        images, annotations = [], []
+        for i, picture in enumerate(pictures):
+            Image.fromarray(picture).save(tmp_path / half / f"caf\u00e9{i}.png")
+            images.append({"id": i, "file_name": f"caf\u00e9{i}.png", "width": 60, "height": 40})
+            for k in (0, 1):
+                box = {"bbox": [30 - 20 * k, 8, 15, 14], "iscrowd": 0, "category_id": k}
+                annotations.append({"id": len(annotations), "image_id": i, **box})
+        categories = [{"id": k, "name": name} for k, name in enumerate(("ant", "bee"))]
+        content = {"images": images, "annotations": annotations, "categories": categories}
+        (tmp_path / f"{half}.json").write_text(json.dumps(content))
+    (tmp_path / "small.yaml").write_text(
+        "name: other\ntrain: {json: train.json, images: train}\n"
+        "val: {json: val.json, images: val}\nbase: [ant]\nnovel: [bee]\n"
+    )
+    return tmp_path
+
+
+def edit(path, list_name, **fields):
+    content = json.loads(path.read_text())
+    for each in content[list_name]:
+        each.update(fields)
+    path.write_text(json.dumps(content))
+
+
+def turn(folder):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = folder / "train" / "caf\u00e90.png"
+    with Image.open(path) as image:
+        image.save(path, exif=exif)
+
+
+def rename(folder):
+    content = json.loads((folder / "train.json").read_text())
+    for image in content["images"]:
+        image["file_name"] = ".\\" + unicodedata.normalize("NFD", image["file_name"])
+    (folder / "train.json").write_text(json.dumps(content))
+
+
+PICTURE = "train/caf\u00e91.png"
+SPOILT = {  # what is done, the kinds that are found, the status
+    "nothing": (lambda f: None, [], 0),
+    "sizes": (lambda f: edit(f / "train.json", "images", width=40, height=60), ["size"], 1),
+    "EXIF": (turn, ["size"], 1),
+    "cut": (lambda f: (f / PICTURE).write_bytes(b"\x89PNG"), ["unreadable"], 1),
+    "16 bits": (
+        lambda f: Image.new("I;16", (60, 40)).save(f / PICTURE),
+        ["unreadable"],
+        1,
+    ),
+    "crowd": (lambda f: edit(f / "train.json", "annotations", iscrowd=1), ["no_box"], 1),
+    "no novel": (
+        lambda f: edit(f / "val.json", "annotations", category_id=0),
+        ["not_evaluated"],
+        1,
+    ),
+    "shared": (lambda f: shutil.copy(f / PICTURE, f / "val/caf\u00e90.png"), ["shared"], 0),
+    "twice": (lambda f: shutil.copy(f / PICTURE, f / "train/caf\u00e90.png"), ["same_picture"], 0),
+    "file names": (rename, [], 0),
+    "category": (lambda f: edit(f / "train.json", "annotations", category_id=9), [], 2),
+}
+
+
+@pytest.mark.parametrize("case", SPOILT)
+def test_the_doctor_finds_it(small, capsys, case):
+    spoil, kinds, status = SPOILT[case]
+    spoil(small)
+    assert check(small / "small.yaml", "--json", "--output", small / "check") == status
+    captured = capsys.readouterr()
+    if status == 2:
+        assert f"{small / 'train.json'}: annotation 0 has category_id 9" in captured.err
+        return
+    findings = json.loads(captured.out)["findings"]
+    told = {"sizes": "swapped in the annotations", "EXIF": "EXIF orientation", "16 bits": "8 bits"}
+    assert told.get(case, "") in captured.out
+    wanted = {"size", "unreadable", "no_box", "not_evaluated", "shared", "same_picture"}
+    found = [each["kind"] for each in findings]
+    assert sorted(set(found) & wanted) == sorted(set(kinds))
+    assert any(each["costs"] for each in findings) == bool(status)
+
+
+def test_the_limit_and_the_table(small, capsys):
+    (small / PICTURE).write_bytes(b"")
+    options = [small / "small.yaml", "--output", small / "check"]
+    assert check(*options, "--limit", 1) == 0
+    capsys.readouterr()
+    assert check(*options) == 1
+    out = capsys.readouterr().out
+    assert "!train" in out
+    assert "No pictures are drawn" in out

@@ -5,19 +5,26 @@
     python tools/check_dataset.py output/mydata/mydata.yaml --output output/mydata/check \\
         --config-file output/mydata/training.yaml
 
-Prints how many boxes each class has, what is odd about boxes, captions and names, and draws some
-training pictures with the boxes and a caption that training will see. Whether CLIP tells the names
-apart is asked of the config's teacher; without --config-file that is left out. docs/custom_data.md
-explains the YAML. Ends with status 0, or 2 if the dataset cannot be used as it is.
+Prints how many boxes each class has, and a table of what is odd about boxes, pictures, captions and
+names: two examples each, what training does about it, and how to mend it. Draws some training
+pictures with the boxes and a caption that training will see. Whether CLIP tells the names apart is
+asked of the config's teacher; without --config-file that is left out. docs/custom_data.md explains
+the YAML. Ends with status 0, 1 if a finding costs labels or stops a training, or 2 if the dataset
+cannot be used as it is.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hierkd.data.check import Finding
 
 COLUMNS, PANEL_PX = 3, 480
 
@@ -42,6 +49,10 @@ def get_parser() -> argparse.ArgumentParser:
         "--pictures", type=int, default=9, metavar="N", help="to draw; default: %(default)s"
     )
     parser.add_argument(
+        "--limit", type=int, metavar="N", help="pictures to open of each half; default: all"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON in place of tables")
+    parser.add_argument(
         "--opts",
         nargs=argparse.REMAINDER,
         default=[],
@@ -51,8 +62,8 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check_names(names: Sequence[str], args: Any) -> list[str]:
-    """Findings about the class names; those in brackets say what was left out."""
+def check_names(names: Sequence[str], args: Any) -> tuple[list[Finding], list[str]]:
+    """Findings about the class names, and notes on what was left out."""
     from hierkd.data.check import check_embeddings, check_tokens
     from hierkd.load_config import load_config
     from hierkd.teachers.clip import build_teacher, find_token_counter
@@ -66,13 +77,15 @@ def check_names(names: Sequence[str], args: Any) -> list[str]:
     except (OSError, ValueError) as error:
         tokens = OPENAI_TOKENS
         left_out = [f"(tokens are those of OpenAI's CLIP, not of the teacher: {error})"]
-    found = check_tokens(names, templates, tokens.count, tokens.context_length) + left_out
-    if not args.config_file:
-        return [*found, "(not asked whether CLIP tells them apart: no --config-file)"]
-    try:
-        return found + check_embeddings(names, build_teacher(cfg).encode_classes(names).cpu())
-    except (OSError, ValueError) as error:
-        return [*found, f"(not asked whether CLIP tells them apart: {error})"]
+    found = check_tokens(names, templates, tokens.count, tokens.context_length)
+    why = "no --config-file"
+    if args.config_file:
+        try:
+            embeddings = build_teacher(cfg).encode_classes(names).cpu()
+            return found + check_embeddings(names, embeddings), left_out
+        except (OSError, ValueError) as error:
+            why = str(error)
+    return found, [*left_out, f"(not asked whether CLIP tells them apart: {why})"]
 
 
 def draw_samples(dataset: str, number: int, path: Path) -> None:
@@ -109,11 +122,11 @@ def draw_samples(dataset: str, number: int, path: Path) -> None:
         Image.fromarray(sheet).save(temporary, format="PNG")
 
 
-def run(args: argparse.Namespace) -> None:
-    """Print everything; an error means that the dataset cannot be used."""
+def run(args: argparse.Namespace) -> bool:
+    """Print everything; return whether a finding costs labels. An error: it cannot be used."""
     from detectron2.data import DatasetCatalog, MetadataCatalog
 
-    from hierkd.data.check import class_table, warnings_of
+    from hierkd.data.check import check_pictures, class_table, finding_table, findings_of
     from hierkd.data.custom import register_definitions
     from hierkd.data.definitions import read_definition
 
@@ -122,28 +135,41 @@ def run(args: argparse.Namespace) -> None:
     halves = ("train_base", "val_base", "val_novel", "val_all")
     parts = [f"{definition.name}_{half}" for half in halves]
     vocabularies, counts, reports = {}, {}, {}
+    pictures: dict[str, dict[str, Any]] = {}
     for name in [part for part in parts if part in DatasetCatalog.list()]:
-        records, metadata = DatasetCatalog.get(name), MetadataCatalog.get(name)
-        vocabularies[name] = metadata.thing_classes
-        counts[name] = (len(records), sum(len(each["annotations"]) for each in records))
-        reports[name.rsplit("_", 2)[1]] = metadata.report
-    print(class_table(reports))
-    print()
+        metadata, half = MetadataCatalog.get(name), name.rsplit("_", 2)[1]
+        if not metadata.get("empty"):
+            records = DatasetCatalog.get(name)
+            vocabularies[name] = metadata.thing_classes
+            counts[name] = (len(records), sum(len(each["annotations"]) for each in records))
+            reports[half] = metadata.report
+            pictures.setdefault(half, {}).update({each["file_name"]: each for each in records})
+    findings = [found for half, report in reports.items() for found in findings_of(half, report)]
+    findings += check_pictures({k: list(each.values()) for k, each in pictures.items()}, args.limit)
+    largest = max(vocabularies, key=lambda name: len(vocabularies[name]))
+    about_names, notes = check_names(vocabularies[largest], args)
+    findings += about_names
+    shown = parts[0] if parts[0] in counts else largest
+    if args.json:
+        content = {"halves": reports, "findings": [asdict(each) for each in findings]}
+        print(json.dumps(content | {"notes": notes}, indent=1))
+        return any(each.costs for each in findings)
+    print(f"{class_table(reports)}\n")
     for name, (images, boxes) in counts.items():
         print(f"{name}: {images:,} images, {boxes:,} boxes of {len(vocabularies[name])} classes")
-    largest = max(vocabularies, key=lambda name: len(vocabularies[name]))
-    shown = parts[0] if parts[0] in counts else largest
     if shown == parts[0]:
         with_captions = reports["train"]["images_with_captions"]
         print(f"Captions: {with_captions:,} of {counts[shown][0]:,} training images have one")
-    findings = [text for half, report in reports.items() for text in warnings_of(half, report)]
-    findings += [f"names: {text}" for text in check_names(vocabularies[largest], args)]
-    print("\nLook at:" if findings else "\nNothing odd was found.")
-    for text in findings:
-        print(f"- {text}")
+    print(f"\nLook at:\n{finding_table(findings)}" if findings else "\nNothing odd was found.")
+    print("\n".join(notes))
     path = args.output / f"{shown}.png"
-    draw_samples(shown, args.pictures, path)
-    print(f"\n{path}: {min(args.pictures, counts[shown][0])} pictures of {shown}")
+    try:
+        draw_samples(shown, args.pictures, path)
+    except ValueError as error:  # an unreadable picture, which is among the findings
+        print(f"\nNo pictures are drawn: {error}")
+    else:
+        print(f"\n{path}: {min(args.pictures, counts[shown][0])} pictures of {shown}")
+    return any(each.costs for each in findings)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -152,17 +178,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.pictures < 1:
         parser.error(f"--pictures must be at least 1, got {args.pictures}")
+    if args.limit is not None and args.limit < 0:
+        parser.error(f"--limit must not be negative, got {args.limit}")
     from detectron2.utils.logger import setup_logger
 
     import hierkd  # noqa: F401  (it quiets two deprecation warnings inside libraries)
 
-    setup_logger(name="hierkd", abbrev_name="hierkd")
+    if not args.json:  # the log goes to where the JSON goes
+        setup_logger(name="hierkd", abbrev_name="hierkd")
     try:
-        run(args)
+        return int(run(args))
     except (FileNotFoundError, ValueError) as error:
         print(f"check_dataset.py: error: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 if __name__ == "__main__":

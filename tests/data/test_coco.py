@@ -9,7 +9,13 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 
 import hierkd.data  # noqa: F401  (registers the datasets)
-from hierkd.data.coco import check_captions, check_datasets, load_ovd_json, register_ovd_dataset
+from hierkd.data.coco import (
+    check_captions,
+    check_datasets,
+    check_training_sets,
+    load_ovd_json,
+    register_ovd_dataset,
+)
 
 VOCABULARY = ["person", "tie", "tv"]
 IDS = [1, 32, 72]
@@ -148,6 +154,13 @@ def test_register_sets_metadata_and_loads(catalog, load, content, tmp_path):
         check_datasets(["test_ovd_c"])
     with pytest.raises(ValueError, match=r"'coco_ovd_48_17_val' \(did you mean .*'test_ovd_a'"):
         check_datasets(["coco_ovd_48_17_val"])
+    register_ovd_dataset("test_ovd_d", json_file="", **given | {"vocabulary": ["tv", "person"]})
+    register_ovd_dataset("test_ovd_e", json_file="", **given | {"vocabulary": ["person"]})
+    check_training_sets(["test_ovd_a", "test_ovd_a"])
+    with pytest.raises(ValueError, match="'test_ovd_a' alone has 'tie'"):
+        check_training_sets(["test_ovd_a", "test_ovd_d"])
+    with pytest.raises(ValueError, match="'test_ovd_d' alone has 'tv'"):
+        check_training_sets(["test_ovd_e", "test_ovd_d"])
 
 
 @pytest.mark.parametrize(

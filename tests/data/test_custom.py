@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
 from hierkd.data import custom
+from hierkd.data.check import findings_of
 from hierkd.data.custom import describe_datasets, has_no_captions, register_definitions
 
 NAMES = ("zebra", "apple", "cat", "stop_sign", "junk")  # ids 0, 3, 6, 9, 12
@@ -255,3 +257,79 @@ def test_a_cache_that_cannot_be_written_is_named(world, monkeypatch):
     monkeypatch.setenv("HIERKD_CACHE", str(world / "file"))
     with pytest.raises(ValueError, match="HIERKD_CACHE names another folder"):
         register_definitions([str(world / "zoo.yaml")])
+
+
+def export(image, box, categories):
+    """A file with a picture of an apple and a picture without anything, in an exporter's manner."""
+    images = [image(0, "1.png"), image(1, "2.png")]
+    return {"info": {}, "images": images, "annotations": [box], "categories": categories}
+
+
+EXPORTS = {  # manner -> the file; numbers, empty fields and file names as the tool writes them
+    "CVAT": export(
+        lambda i, name: (
+            {"id": i + 1, "width": 64, "height": 64, "file_name": name, "license": 0}
+            | {"flickr_url": "", "coco_url": "", "date_captured": 0}
+        ),
+        {"id": 1, "image_id": 1, "category_id": 1, "segmentation": [], "area": 200.0}
+        | {"bbox": [5.0, 5.0, 10.0, 20.0], "iscrowd": 0}
+        | {"attributes": {"occluded": False, "rotation": 0.0}},
+        [{"id": 1, "name": "apple", "supercategory": ""}],
+    ),
+    "Label Studio": export(  # on Windows
+        lambda i, name: {"width": 64, "height": 64, "id": i, "file_name": f"sub\\{name}"},
+        {"id": 0, "image_id": 0, "category_id": 0, "segmentation": [], "ignore": 0, "iscrowd": 0}
+        | {"bbox": [5.000000000000001, 5, 10, 20], "area": 200},
+        [{"id": 0, "name": "apple"}],
+    ),
+    "Roboflow": export(
+        lambda i, name: (
+            {"id": i, "license": 1, "file_name": name, "height": 64, "width": 64}
+            | {"date_captured": "2024-01-01T00:00:00+00:00", "extra": {"name": name}}
+        ),
+        {"id": 0, "image_id": 0, "category_id": 1, "bbox": [5, 5, 10, 20], "area": 200}
+        | {"segmentation": [], "iscrowd": 0},
+        [
+            {"id": 0, "name": "fruits", "supercategory": "none"},
+            {"id": 1, "name": "apple", "supercategory": "fruits"},
+        ],
+    ),
+    "FiftyOne": export(
+        lambda i, name: (
+            {"id": i + 1, "file_name": name, "height": 64, "width": 64}
+            | {"license": None, "coco_url": None}
+        ),
+        {"id": 1, "image_id": 1, "category_id": 0, "bbox": [5.0, 5.0, 10.0, 20.0]}
+        | {"area": 200.0, "iscrowd": 0.0},
+        [{"id": 0, "name": "apple", "supercategory": None}],
+    ),
+}
+
+
+@pytest.mark.parametrize("manner", EXPORTS)
+def test_exports_are_read(world, manner):
+    (world / "images" / "sub").mkdir()
+    for name in ("1.png", "2.png"):
+        shutil.copy(world / "images" / name, world / "images" / "sub")
+    (world / "all.json").write_text(json.dumps(EXPORTS[manner]))
+    path = world / "whole.yaml"
+    path.write_text("name: zoo\nval: {json: all.json, images: images}\n")
+    register_definitions([str(path)])
+    metadata = MetadataCatalog.get("zoo_val_all")
+    assert metadata.thing_classes == ["apple"]
+    first, second = DatasetCatalog.get("zoo_val_all")
+    assert first["annotations"][0]["bbox"] == pytest.approx([5, 5, 10, 20])
+    assert not second["annotations"]
+    assert ["fruits"] * (manner == "Roboflow") == [
+        example["value"]
+        for each in findings_of("val", metadata.report)
+        for example in each.examples
+    ]
+
+
+def test_a_val_without_novel_objects_is_evaluated_in_base_classes(world):
+    (world / "all.json").write_text(json.dumps(coco({1: [("zebra", [0, 0, 20, 20])]})))
+    register_definitions([str(world / "zoo.yaml")])
+    assert len(DatasetCatalog.get("zoo_val_base")) == len(DatasetCatalog.get("zoo_val_all")) == 1
+    with pytest.raises(ValueError, match=r"all.json: no image .* 'cat', 'stop_sign', the novel"):
+        DatasetCatalog.get("zoo_val_novel")

@@ -1,70 +1,227 @@
-"""What to look at before training: classes, boxes, captions, oddities, names that mislead CLIP."""
+"""What to look at before training: classes, boxes, pictures, and names that mislead CLIP."""
 
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from tabulate import tabulate  # type: ignore[import-untyped]
 from torch import Tensor
 
+from hierkd.data.coco_json import shown
+from hierkd.data.mapper import PictureState, look_at_pictures
+
 __all__ = [
+    "Finding",
     "check_embeddings",
+    "check_pictures",
     "check_tokens",
     "class_table",
     "count_contents",
+    "finding_table",
+    "findings_of",
     "short_line",
-    "warnings_of",
 ]
 
 Report = dict[str, Any]
+_Found = dict[str, list[tuple[str, Any]]]  # kind -> (where, value) of each
 
 # A box with a shorter side has no point of the finest map (stride 8) in its middle even when the
 # image is enlarged to twice its size. [ours]
 _TINY_PX = 4.0
 _FEW_BOXES = 10  # of a base class: less can hardly be learned. [ours]
-_MAX_NAMED = 8
+_MAX_NAMED, _MAX_EXAMPLES = 8, 2
 # Two names whose text embeddings have at least this cosine are one class to CLIP. [ours: with
 # ViT-B/32 no two of the 1,203 names of LVIS come closer than 0.965 ("book", "hardback book"), while
 # two spellings of one name, "wine glass" and "wineglass", have 0.982]
 _SAME_COSINE = 0.98
-_ODDITIES = {  # key of a report -> what it counts
-    "images_without_boxes": "images without any box",
-    "without_area": "boxes without area (dropped)",
-    "non_finite": "boxes that are no finite numbers (dropped)",
-    "outside": "boxes reaching out of their image (clipped, or dropped)",
-    "tiny": f"boxes with a side below {_TINY_PX:g} px",
-    "crowd": "crowd regions",
+# Boxes are taken for XYXY if this share lies in its picture as XYXY, and that share only so. [ours]
+_FIT_AS_XYXY, _ONLY_AS_XYXY = 0.95, 0.1
+
+
+class _Kind(NamedTuple):
+    what: str
+    training: str  # what it does about it
+    mend: str
+    costs: bool = False  # labels, or the training
+
+
+_KINDS = {
+    "no_box": _Kind(
+        "no box to train on: of base classes none, or crowd regions and unusable boxes alone",
+        "train_net.py refuses",
+        "draw boxes of base classes, with iscrowd 0",
+        True,
+    ),
+    "not_evaluated": _Kind(
+        "classes of a val part that has no object",
+        "that part cannot be evaluated",
+        "add pictures that show them, or leave the part out of DATASETS.TEST",
+        True,
+    ),
+    "non_finite": _Kind("boxes that are no finite numbers", "drops them", "export them anew", True),
+    "fractions": _Kind(
+        "boxes that lie within 0..1: fractions of the picture?",
+        "takes them for less than a pixel",
+        "multiply them by width and height: bbox is in pixels",
+        True,
+    ),
+    "xyxy": _Kind(
+        "boxes that fit as [x0, y0, x1, y1] alone",
+        "takes them for [x, y, width, height]: all boxes are wrong",
+        "write x1 - x0 and y1 - y0",
+        True,
+    ),
+    "without_area": _Kind("boxes without area", "drops them", "draw them anew", True),
+    "outside": _Kind("boxes outside their picture", "drops them", "correct them or the size", True),
+    "reaching": _Kind("boxes reaching out of their picture", "clips them", "none is needed"),
+    "tiny": _Kind(
+        f"boxes with a side below {_TINY_PX:g} px", "hardly learns them", "enlarge the pictures"
+    ),
+    "repeated": _Kind("boxes that repeat another one", "counts them twice", "remove one of two"),
+    "crowd": _Kind("crowd regions", "ignores them", "iscrowd 0, if they are single objects"),
+    "train_left_out": _Kind(
+        "pictures without a box of a base class",
+        "leaves them out, also with FILTER_EMPTY_ANNOTATIONS False",
+        "none, unless an object lacks its box",
+    ),
+    "val_left_out": _Kind(
+        "pictures without a box of a base or novel class",
+        "leaves them out of evaluation",
+        "none, unless an object lacks its box",
+    ),
+    "unreadable": _Kind(
+        "pictures that cannot be decoded",
+        "train_net.py refuses",
+        "replace them, or save them with 8 bits; SKIP_BROKEN_IMAGES True leaves training "
+        "pictures out",
+        True,
+    ),
+    "size": _Kind(
+        "pictures of another size than the annotations say",
+        "train_net.py refuses",
+        "correct width and height, or save the pictures as they were annotated",
+        True,
+    ),
+    "same_picture": _Kind("pictures that are there twice", "takes both", "keep one entry"),
+    "shared": _Kind(
+        "pictures that are in train and in val", "figures are too good", "remove them from one"
+    ),
+    "no_boxes": _Kind("classes without a box", "learns or scores nothing", "remove the name"),
+    "few_boxes": _Kind(
+        f"base classes with fewer than {_FEW_BOXES} boxes", "hardly learns them", "draw more"
+    ),
+    "ignored": _Kind(
+        "categories in neither list, left out with their boxes",
+        "leaves them out",
+        "name them in base or novel, or leave it so",
+    ),
+    "grouping": _Kind(
+        "grouping categories: the others' supercategory, without a box",
+        "leaves them out",
+        "none is needed",
+    ),
+    "capitals": _Kind(
+        "categories that differ in capitals alone", "CLIP reads them as one", "join them"
+    ),
+    "long_prompts": _Kind("prompts longer than CLIP reads", "cuts them off", "use rename"),
+    "empty_names": _Kind("names without anything that CLIP reads", "learns a blank", "use rename"),
+    "same_to_clip": _Kind(
+        "names that are nearly the same to CLIP (cosine of their embeddings)",
+        "confuses them",
+        "use rename, or join them",
+    ),
 }
 
 
-def count_contents(content: Mapping[str, Any], kind_of: Mapping[int, str]) -> Report:
-    """Count what a file in COCO's layout holds.
+@dataclass(frozen=True)
+class Finding:
+    """One kind of fault, or of what looks like one, in a half ("train", "val") or in the names."""
+
+    half: str
+    kind: str  # short name
+    count: int
+    examples: list[dict[str, Any]]  # "file", "where" in it, "value"
+    what: str
+    training: str
+    mend: str
+    costs: bool  # labels, or the training
+
+    def __str__(self) -> str:
+        """A line for a log."""
+        values = ", ".join(str(each["value"]) for each in self.examples)
+        return f"{self.half}: {self.count:,} {self.what}: {values}"
+
+
+def _finding(half: str, kind: str, count: int, examples: Sequence[Mapping[str, Any]]) -> Finding:
+    return Finding(half, kind, count, list(map(dict, examples)), **_KINDS[kind]._asdict())
+
+
+def count_contents(
+    content: Mapping[str, Any], kind_of: Mapping[int, str], half: str, path: str | os.PathLike[str]
+) -> Report:
+    """Count what a file in COCO's layout holds, and find what is odd about its boxes.
 
     Args:
         content: As :func:`hierkd.data.coco_json.read_annotations` returns it.
-        kind_of: Category id -> "base", "novel", "all" (no split) or "ignored".
+        kind_of: Category id -> "base", "novel", "all" (no split), "ignored" or "grouping".
+        half: "train" or "val".
+        path: Where it is from.
 
     Returns:
-        JSON-able: ``images``, ``boxes``, the keys of ``_ODDITIES`` and ``classes``: a list of
-        ``{"name", "kind", "boxes", "images"}`` in id order.
+        JSON-able: ``file``, ``images``, ``boxes``, ``classes``: a list of ``{"name", "kind",
+        "boxes", "images"}`` in id order, and ``findings``: kind -> ``{"count", "examples"}``.
     """
     sizes = {image["id"]: (image["width"], image["height"]) for image in content["images"]}
     boxes: Counter[int] = Counter()
     pictures: dict[int, set[Any]] = defaultdict(set)
-    counts: Counter[str] = Counter()
-    for annotation in content["annotations"]:
-        boxes[annotation["category_id"]] += 1
-        pictures[annotation["category_id"]].add(annotation["image_id"])
-        counts["crowd"] += annotation.get("iscrowd", 0)
-        counts.update(_oddities(annotation["bbox"], *sizes[annotation["image_id"]]))
-    counts["images_without_boxes"] = len(sizes.keys() - set().union(*pictures.values()))
+    found: _Found = defaultdict(list)
+    seen: set[Any] = set()
+    num_fit, only_xyxy, trainable = 0, [], 0
+    for index, each in enumerate(content["annotations"]):
+        category, image, box = each["category_id"], each["image_id"], each["bbox"]
+        boxes[category] += 1
+        pictures[category].add(image)
+        odd = _oddities(box, *sizes[image])
+        dropped = bool({"non_finite", "without_area", "outside"}.intersection(odd))
+        if each.get("iscrowd", 0):
+            odd.append("crowd")
+        elif not dropped and kind_of[category] == "base":
+            trainable += 1
+        if not dropped and "fractions" not in odd:
+            key = (image, category, *map(round, box))
+            odd += ["repeated"] if key in seen else []
+            seen.add(key)
+        place = (f"annotations[{index}]", box)
+        for kind in odd:
+            found[kind].append(place)
+        if fits := _fits_as_xyxy(box, *sizes[image]):
+            num_fit += 1
+        if fits and {"reaching", "outside"}.intersection(odd):
+            only_xyxy.append(place)
+    total = boxes.total()
+    if num_fit >= _FIT_AS_XYXY * total and len(only_xyxy) > _ONLY_AS_XYXY * total:
+        found["xyxy"] = only_xyxy
+    kinds = set(kind_of.values())
+    used = ("base",) if half == "train" else ("base", "novel")
+    if "all" not in kinds:
+        shows = set().union(*(pictures[k] for k, kind in kind_of.items() if kind in used))
+        found[f"{half}_left_out"] = [
+            (f"images[{index}]", image["file_name"])
+            for index, image in enumerate(content["images"])
+            if image["id"] not in shows
+        ]
+    if half == "train" and not trainable:
+        found["no_box"] = [("annotations", f"{total} boxes")]
     return {
+        "file": str(path),
         "images": len(sizes),
-        "boxes": boxes.total(),
-        **{key: counts[key] for key in _ODDITIES},
+        "boxes": total,
         "classes": [
             {
                 "name": category["name"],
@@ -74,6 +231,17 @@ def count_contents(content: Mapping[str, Any], kind_of: Mapping[int, str]) -> Re
             }
             for category in sorted(content["categories"], key=lambda each: int(each["id"]))
         ],
+        "findings": {
+            kind: {
+                "count": len(places),
+                "examples": [
+                    {"file": str(path), "where": where, "value": shown(value)}
+                    for where, value in places[:_MAX_EXAMPLES]
+                ],
+            }
+            for kind, places in found.items()
+            if places
+        },
     }
 
 
@@ -84,10 +252,64 @@ def _oddities(box: Sequence[float], image_width: int, image_height: int) -> list
         return ["non_finite"]
     if width <= 0 or height <= 0:
         return ["without_area"]
+    if min(x, y) >= 0 and max(x + width, y + height) <= 1.01 and max(image_width, image_height) > 2:
+        return ["fractions"]
+    if x >= image_width or y >= image_height or x + width <= 0 or y + height <= 0:
+        return ["outside"]
     odd = ["tiny"] if min(width, height) < _TINY_PX else []
     if min(x, y) < -1 or x + width > image_width + 1 or y + height > image_height + 1:
-        odd.append("outside")
+        odd.append("reaching")
     return odd
+
+
+def _fits_as_xyxy(box: Sequence[float], image_width: int, image_height: int) -> bool:
+    x0, y0, x1, y1 = box
+    return -1 <= x0 < x1 <= image_width + 1 and -1 <= y0 < y1 <= image_height + 1
+
+
+def check_pictures(
+    records: Mapping[str, Sequence[Mapping[str, Any]]], limit: int | None = None
+) -> list[Finding]:
+    """Decode the pictures of each half as train_net.py does before it trains.
+
+    Args:
+        records: "train" and "val" -> detectron2 dataset dicts.
+        limit: How many of each half to look at, from the first.
+    """
+    findings: list[Finding] = []
+    halves_of: dict[bytes, set[str]] = defaultdict(set)
+    for half, of_half in records.items():
+        found: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+        looked_at = of_half[:limit]
+        for record, state in zip(looked_at, look_at_pictures(looked_at), strict=True):
+            for kind, value in _problems(record, state, half, halves_of):
+                found[kind].append(
+                    {"file": record["file_name"], "where": f"image {record['image_id']}"}
+                    | {"value": value}
+                )
+            if state.digest:
+                halves_of[state.digest].add(half)
+        findings += [
+            _finding(half, kind, len(places), places[:_MAX_EXAMPLES])
+            for kind, places in found.items()
+        ]
+    return findings
+
+
+def _problems(
+    record: Mapping[str, Any], state: PictureState, half: str, halves_of: Mapping[bytes, set[str]]
+) -> Iterable[tuple[str, str]]:
+    """Kind and value of what is wrong with a picture."""
+    halves = halves_of.get(state.digest, set())
+    name = Path(record["file_name"]).name
+    for kind, value in (
+        ("unreadable", state.broken),
+        ("size", state.mismatch),
+        ("same_picture", name if half in halves else ""),
+        ("shared", name if halves - {half} else ""),
+    ):
+        if value:
+            yield kind, value
 
 
 def short_line(name: str, half: str, report: Report) -> str:
@@ -104,37 +326,63 @@ def short_line(name: str, half: str, report: Report) -> str:
     return f"{name} {half}: {report['images']:,} images{captions}; {kinds}"
 
 
-def warnings_of(half: str, report: Report) -> list[str]:
-    """What a user should look at before training, each a sentence."""
+def findings_of(half: str, report: Report) -> list[Finding]:
+    """What a user should look at before training, of a half's annotation file."""
     classes = report["classes"]
-    wanted = [each for each in classes if each["kind"] != "ignored"]
+    wanted = [each for each in classes if each["kind"] in ("base", "novel", "all")]
     few = []
     if half == "train":
         wanted = [each for each in wanted if each["kind"] == "base"]
         few = [f"{c['name']} ({c['boxes']})" for c in wanted if 0 < c["boxes"] < _FEW_BOXES]
     lower = Counter(each["name"].lower() for each in classes)
-    findings = {
-        "classes without a box": [each["name"] for each in wanted if not each["boxes"]],
-        f"base classes with fewer than {_FEW_BOXES} boxes": few,
-        "categories in neither list, left out with their boxes": [
-            f"{c['name']} ({c['boxes']:,})" for c in classes if c["kind"] == "ignored"
+    named = {
+        "not_evaluated": [
+            f"{each['name']} ({each['kind']})"
+            for each in wanted
+            if half == "val" and not any(c["boxes"] for c in wanted if c["kind"] == each["kind"])
         ],
-        "categories that differ in capitals alone": [
-            each["name"] for each in classes if lower[each["name"].lower()] > 1
-        ],
+        "no_boxes": [each["name"] for each in wanted if not each["boxes"]],
+        "few_boxes": few,
+        "ignored": [f"{c['name']} ({c['boxes']:,})" for c in classes if c["kind"] == "ignored"],
+        "grouping": [each["name"] for each in classes if each["kind"] == "grouping"],
+        "capitals": [each["name"] for each in classes if lower[each["name"].lower()] > 1],
     }
-    counted = [f"{report[key]:,} {text}" for key, text in _ODDITIES.items() if report[key]]
-    return [f"{half}: {text}" for text in _listed(findings) + counted]
+    found = [_finding(half, kind, **each) for kind, each in report["findings"].items()]
+    return found + _named(half, report["file"], named)
 
 
-def _listed(findings: Mapping[str, Sequence[str]]) -> list[str]:
-    """A sentence per finding that has names, with the first few of them."""
-    more = {t: f" and {len(n) - _MAX_NAMED} more" for t, n in findings.items() if n[_MAX_NAMED:]}
+def _named(half: str, path: str, named: Mapping[str, Sequence[str]]) -> list[Finding]:
+    """A finding per kind that has names, with the first few of them."""
     return [
-        f"{text}: {', '.join(names[:_MAX_NAMED])}{more.get(text, '')}"
-        for text, names in findings.items()
+        _finding(
+            half,
+            kind,
+            len(names),
+            [{"file": path, "where": "categories", "value": name} for name in names[:_MAX_NAMED]],
+        )
+        for kind, names in named.items()
         if names
     ]
+
+
+def finding_table(findings: Sequence[Finding]) -> str:
+    """Findings as a table for a terminal; those that cost labels come first."""
+    rows = []
+    for each in sorted(findings, key=lambda each: not each.costs):
+        examples = [
+            example["value"]
+            if example["where"] == "categories"
+            else f"{Path(example['file']).name} {example['where']}: {example['value']}"
+            for example in each.examples
+        ]
+        mark = "!" if each.costs else ""
+        name = f"{mark}{each.half}"
+        texts = [each.what, "; ".join(examples), each.training, each.mend]
+        rows.append([name, f"{each.count:,}", *texts])
+    headers = ["", "count", "finding", "examples", "training", "to mend it"]
+    widths = [None, None, 26, 34, 22, 26]
+    table = tabulate(rows, headers, "simple_grid", disable_numparse=True, maxcolwidths=widths)
+    return f"{table}\n! costs labels, or stops a training"
 
 
 def class_table(reports: Mapping[str, Report]) -> str:
@@ -147,7 +395,7 @@ def class_table(reports: Mapping[str, Report]) -> str:
             cells[each["name"]][half] = f"{each['boxes']:,} ({each['images']:,})"
     rows = [
         [name, kind, *(cells[name].get(half, "–") for half in reports)]
-        for order in ("base", "novel", "all", "ignored")
+        for order in ("base", "novel", "all", "ignored", "grouping")
         for name, kind in kinds.items()
         if kind == order
     ]
@@ -161,7 +409,7 @@ def check_tokens(
     templates: Sequence[str],
     count: Callable[[Sequence[str]], Sequence[int]],
     context_length: int,
-) -> list[str]:
+) -> list[Finding]:
     """Names whose prompt is longer than CLIP reads, or that hold nothing it reads.
 
     Args:
@@ -173,22 +421,15 @@ def check_tokens(
     longest = max(templates, key=len)
     prompts = count([longest.replace("{}", name) for name in names])
     nothing, *alone = count(["", *names])
-    return _listed(
-        {
-            f"prompts longer than the {context_length} tokens that CLIP reads": [
-                name for name, number in zip(names, prompts, strict=True) if number > context_length
-            ],
-            "names without anything that CLIP reads": [
-                name for name, number in zip(names, alone, strict=True) if number <= nothing
-            ],
-        }
-    )
+    long = [name for name, number in zip(names, prompts, strict=True) if number > context_length]
+    empty = [name for name, number in zip(names, alone, strict=True) if number <= nothing]
+    return _named("names", "", {"long_prompts": long, "empty_names": empty})
 
 
-def check_embeddings(names: Sequence[str], embeddings: Tensor) -> list[str]:
+def check_embeddings(names: Sequence[str], embeddings: Tensor) -> list[Finding]:
     """Pairs of the K ``names`` that are nearly the same to CLIP; ``embeddings``: (K, D), unit."""
     cosines = (embeddings @ embeddings.T).triu(diagonal=1)
     pairs = (cosines >= _SAME_COSINE).nonzero().tolist()
     pairs.sort(key=lambda pair: -float(cosines[pair[0], pair[1]]))
     found = [f"{names[i]} = {names[j]} ({cosines[i, j]:.3f})" for i, j in pairs]
-    return _listed({"names that are nearly the same to CLIP (cosine of their embeddings)": found})
+    return _named("names", "", {"same_to_clip": found})

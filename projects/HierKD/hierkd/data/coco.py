@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
@@ -28,6 +29,7 @@ __all__ = [
     "check_captions",
     "check_datasets",
     "check_registered",
+    "check_training_sets",
     "datasets_root",
     "load_ovd_json",
     "register_coco_ovd",
@@ -134,10 +136,11 @@ def load_ovd_json(
     """
     content = read_annotations(json_file, missing_hint)
     class_index = _match_categories(content["categories"], vocabulary, category_ids, json_file)
-    _check_images_exist([each["file_name"] for each in content["images"]], image_root, missing_hint)
+    names = [each["file_name"] for each in content["images"]]
+    stored_as = dict(zip(names, _find_images(names, image_root, missing_hint), strict=True))
     records: dict[int | str, DatasetDict] = {
         image["id"]: {
-            "file_name": os.path.join(image_root, image["file_name"]),
+            "file_name": os.path.join(image_root, stored_as[image["file_name"]]),
             "height": image["height"],
             "width": image["width"],
             "image_id": image["id"],
@@ -168,7 +171,7 @@ def load_ovd_json(
         "Loaded %d images with %d boxes from %s; clipped %d boxes to their image, dropped %d (%s).",
         len(records),
         counts["kept"] + counts["clipped"],
-        json_file,
+        MetadataCatalog.get(dataset_name).get("source", json_file) if dataset_name else json_file,
         counts["clipped"],
         sum(dropped.values()),
         ", ".join(f"{count} {verdict}" for verdict, count in dropped.items()),
@@ -203,25 +206,47 @@ def _match_categories(
     return {category_id: index for index, category_id in enumerate(ids)}
 
 
-def _check_images_exist(file_names: Sequence[str], image_root: str, missing_hint: str) -> None:
-    """Raise FileNotFoundError if ``image_root`` or a file in it does not exist."""
+def _find_images(file_names: Sequence[str], image_root: str, missing_hint: str) -> list[str]:
+    """Return the names under which ``file_names`` are stored in ``image_root``.
+
+    A backslash may separate folders, and accents may be composed in another way (NFC, NFD).
+
+    Raises:
+        FileNotFoundError: ``image_root`` or a file in it does not exist.
+    """
     if not os.path.isdir(image_root):
         raise FileNotFoundError(
             f"Image folder {image_root} does not exist. {missing_hint}".rstrip()
         )
-    present: dict[str, set[str]] = {}  # a list of a folder is one request to its server
-    missing = []
-    for file_name in file_names:
-        folder, base_name = os.path.split(os.path.join(image_root, file_name))
-        if folder not in present:
-            present[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
-        if base_name not in present[folder]:
-            missing.append(file_name)
-    if missing:
+    listed: dict[str, dict[str, str]] = {}  # a list of a folder is one request to its server
+
+    def find(name: str) -> str | None:
+        folder = ""
+        if name.split("/")[-1] in ("", ".", ".."):
+            return None
+        for part in name.split("/"):
+            if folder not in listed:
+                path = os.path.join(image_root, folder)
+                entries = os.listdir(path) if os.path.isdir(path) else []
+                listed[folder] = {unicodedata.normalize("NFC", each): each for each in entries}
+                listed[folder] |= {each: each for each in entries}
+            if part in ("", ".", ".."):
+                stored: str | None = part
+            else:
+                names = listed[folder]
+                stored = names.get(part) or names.get(unicodedata.normalize("NFC", part))
+            if stored is None:
+                return None
+            folder = os.path.join(folder, stored)
+        return folder
+
+    found = [find(name) or find(name.replace("\\", "/")) for name in file_names]
+    if missing := [name for name, each in zip(file_names, found, strict=True) if each is None]:
         raise FileNotFoundError(
             f"{len(missing):,} of {len(file_names):,} images do not exist in {image_root}: "
             f"{some(sorted(missing))}. {missing_hint}".rstrip()
         )
+    return [each for each in found if each is not None]
 
 
 def _clip_box(
@@ -280,6 +305,27 @@ def check_registered(names: Iterable[str]) -> None:
             ours = [n for n in registered if MetadataCatalog.get(n).get("base_classes") is not None]
             raise ValueError(
                 f"Unknown dataset {name!r}{''.join(close[:1])}; expected one of {sorted(ours)}."
+            )
+
+
+def check_training_sets(names: Sequence[str]) -> None:
+    """Raise ValueError if a training set is unknown, or two have other classes."""
+    check_registered(names)
+    for other in names[1:]:
+        first, second = (MetadataCatalog.get(each).thing_classes for each in (names[0], other))
+        if first != second:
+            alone = [
+                f"{name!r} alone has {some(sorted(differing))}"
+                for name, differing in (
+                    (names[0], set(first) - set(second)),
+                    (other, set(second) - set(first)),
+                )
+                if differing
+            ]
+            raise ValueError(
+                f"DATASETS.TRAIN: {names[0]!r} and {other!r} must have the same classes in the "
+                f"same order: {'; '.join(alone) or 'only their order differs'}. Join their "
+                "annotations in one file, or give both YAMLs the same 'base' (and 'rename')."
             )
 
 

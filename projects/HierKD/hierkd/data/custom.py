@@ -14,13 +14,14 @@ import logging
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from iopath.common.file_io import file_lock
 
-from hierkd.data.check import count_contents, short_line, warnings_of
+from hierkd.data.check import count_contents, findings_of, short_line
 from hierkd.data.coco import register_ovd_dataset
 from hierkd.data.coco_json import (
     FieldTypes,
@@ -41,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 JsonObject = dict[str, Any]
 
-_VERSION = 3  # of what the cache holds: raised when the same input gives other files
+_VERSION = 4  # of what the cache holds: raised when the same input gives other files
 _STAMP = "stamp.json"
 _LVIS_FIELDS = ("neg_category_ids", "not_exhaustive_category_ids")
 
@@ -84,11 +85,20 @@ def _register_half(definition: Definition, kind: str, half: Half) -> None:
             ids, vocabulary = zip(*categories, strict=True)
             metadata = _register(definition, part, half, folder / f"{part}.json", vocabulary, ids)
             metadata.report = stamp["report"]
+            metadata.source = str(half.json_file)
+            if part in stamp["empty"]:
+                DatasetCatalog.remove(metadata.name)
+                DatasetCatalog.register(metadata.name, partial(_refuse, stamp["empty"][part]))
+                metadata.empty = True
         return
     logger.warning("%s: %s.json: no file %s", definition.path, kind, half.json_file)
     for part, names in definition.parts(kind).items():
         if names:
             _register(definition, part, half, half.json_file, list(map(definition.spoken, names)))
+
+
+def _refuse(message: str) -> NoReturn:
+    raise ValueError(message)
 
 
 def _register(
@@ -134,7 +144,7 @@ def describe_datasets(names: Iterable[str]) -> list[str]:
         if report := metadata.get("report"):
             half = "train" if "num_captions" in report else "val"
             lines.append(short_line(metadata.definition, half, report))
-            lines += [f"  check {text}" for text in warnings_of(half, report)]
+            lines += [f"  check {text}" for text in findings_of(half, report)]
     return list(dict.fromkeys(lines))
 
 
@@ -201,9 +211,21 @@ def _build_half(definition: Definition, kind: str, half: Half) -> dict[str, Json
     category_of = {category.name: category for category in found}
     known = {*category_of, *definition.base, *definition.novel}
     _check_known(definition.rename, known, definition, path)
-    vocabularies, files = {}, {}
+    groups = set() if definition.has_split else _grouping(content)
+    everything = [name for name in category_of if name not in groups]
+    boxed = {each["category_id"] for each in content["annotations"]}
+    vocabularies, files, empty = {}, {}, {}
     for name, categories in definition.parts(kind).items():
-        wanted = _find(categories or list(category_of), category_of, definition, path)
+        wanted = _find(categories or everything, category_of, definition, path)
+        if kind == "val" and boxed and not boxed.intersection(each.id for each in wanted):
+            spoken = [definition.spoken(each.name) for each in wanted]
+            vocabularies[name] = list(zip([each.id for each in wanted], spoken, strict=True))
+            empty[name] = (
+                f"{path}: no image has a box of {some(categories)}, the {name.split('_')[1]} "
+                f"classes of {definition.path}: {definition.name}_{name} cannot be evaluated. Add "
+                "pictures that show them, or leave it out of DATASETS.TEST."
+            )
+            continue
         part = build_part(content, wanted, path)
         if not definition.has_split:  # images without an object count as well
             part["images"] = content["images"]
@@ -216,15 +238,30 @@ def _build_half(definition: Definition, kind: str, half: Half) -> dict[str, Json
             part = _add_captions(part, definition.caption_template, half, content)
         vocabularies[name] = [(each["id"], each["name"]) for each in part["categories"]]
         files[f"{name}.json"] = part
-    report = count_contents(content, {c.id: _kind(n, definition) for n, c in category_of.items()})
+    kinds = {c.id: _kind(n, definition, groups) for n, c in category_of.items()}
+    report = count_contents(content, kinds, kind, path)
     if kind == "train":
         captions = [each.get("captions", []) for each in files["train_base.json"]["images"]]
         report["images_with_captions"] = sum(map(bool, captions))
         report["num_captions"] = sum(map(len, captions))
-    return {**files, _STAMP: {"vocabularies": vocabularies, "report": report}}
+    return {**files, _STAMP: {"vocabularies": vocabularies, "report": report, "empty": empty}}
 
 
-def _kind(category: str, definition: Definition) -> str:
+def _grouping(content: JsonObject) -> set[str]:
+    """The category without a box that is the supercategory of all others (Roboflow's id 0)."""
+    boxed = {each["category_id"] for each in content["annotations"]}
+    return {
+        group["name"]
+        for group in content["categories"]
+        if group["id"] not in boxed and len(content["categories"]) > 1
+        if all(c is group or c.get("supercategory") == group["name"] for c in content["categories"])
+        if group.get("supercategory") != group["name"]
+    }
+
+
+def _kind(category: str, definition: Definition, groups: set[str]) -> str:
+    if category in groups:
+        return "grouping"
     if not definition.has_split:
         return "all"
     if category in definition.base:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,13 +22,23 @@ from tqdm import tqdm
 
 from hierkd.data.resizing import ResizeShortestEdge
 
-__all__ = ["HierKDDatasetMapper", "check_images", "problem_of_picture", "read_picture"]
+__all__ = [
+    "HierKDDatasetMapper",
+    "PictureState",
+    "check_images",
+    "look_at_pictures",
+    "problem_of_picture",
+    "read_picture",
+]
 
 _LOGGER = logging.getLogger(__name__)
 
 # Pillow's names of pixels with more than 8 bits a channel. It turns them into RGB by cutting off
 # all that is above 255, which leaves a picture of 16 bits white.
 _DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
+
+
+_ORIENTATION = 0x0112  # EXIF's tag
 
 
 class HierKDDatasetMapper(DatasetMapper):  # type: ignore[misc]
@@ -245,10 +256,13 @@ def check_images(
             few are named.
     """
     share = dataset_dicts[comm.get_rank() :: comm.get_world_size()]
-    with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // comm.get_local_size())) as pool:
-        found = list(
-            tqdm(pool.map(_find_problems, share), total=len(share), desc="checking images", delay=2)
+    found = [
+        (
+            f"{record['file_name']} ({state.broken})" if state.broken else "",
+            f"{record['file_name']}: {state.mismatch}" if state.mismatch else "",
         )
+        for record, state in zip(share, look_at_pictures(share), strict=True)
+    ]
     # Nothing was raised so far: the other processes would wait here for the one that did.
     problems = [("", "")] * len(dataset_dicts)
     for rank, of_process in enumerate(comm.all_gather(found)):
@@ -272,13 +286,34 @@ def check_images(
     return [each for each, found in zip(dataset_dicts, problems, strict=True) if not found[0]]
 
 
-def _find_problems(dataset_dict: dict[str, Any]) -> tuple[str, str]:
-    """Why an image cannot be decoded, and how its size differs from its dict's; empty if not."""
-    image, problem = _decode(dataset_dict["file_name"], "RGB")
+class PictureState(NamedTuple):
+    """What decoding a picture showed."""
+
+    broken: str  # why it cannot be decoded; empty if it can
+    mismatch: str  # how its size differs from its dict's; empty if not
+    digest: bytes  # of its pixels; empty if it cannot be decoded
+
+
+def look_at_pictures(dataset_dicts: Sequence[Mapping[str, Any]]) -> list[PictureState]:
+    """Decode every picture, on all cores of this process; a progress bar shows it."""
+    with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // comm.get_local_size())) as pool:
+        states = pool.map(_look_at_picture, dataset_dicts)
+        return list(tqdm(states, total=len(dataset_dicts), desc="checking images", delay=2))
+
+
+def _look_at_picture(dataset_dict: Mapping[str, Any]) -> PictureState:
+    name, mismatch = dataset_dict["file_name"], ""
+    image, problem = _decode(name, "RGB")
     if image is None:
-        return f"{dataset_dict['file_name']} ({problem})", ""
-    try:
-        detection_utils.check_image_size(dict(dataset_dict), image)
-    except detection_utils.SizeMismatchError as error:
-        return "", " ".join(str(error).split())
-    return "", ""
+        return PictureState(problem, "", b"")
+    height, width = image.shape[:2]
+    expected = (dataset_dict["width"], dataset_dict["height"])
+    if (width, height) != expected:
+        mismatch = f"got {width} x {height} px, expected {expected[0]} x {expected[1]}"
+        if (height, width) == expected:
+            with Image.open(name) as stored:
+                turned = stored.getexif().get(_ORIENTATION, 1) > 4  # by a quarter
+            cause = "EXIF orientation turns the picture" if turned else "swapped in the annotations"
+            mismatch += f" (width and height: {cause})"
+    digest = hashlib.blake2b(image.tobytes() + str(image.shape).encode(), digest_size=16).digest()
+    return PictureState("", mismatch, digest)

@@ -16,7 +16,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from hierkd.checkpoint import HierKDCheckpointer
-from hierkd.data.coco import check_datasets, check_registered
+from hierkd.data.coco import check_datasets, check_training_sets
 from hierkd.data.custom import describe_datasets
 from hierkd.data.mapper import check_images
 from hierkd.load_config import load_config
@@ -55,7 +55,7 @@ def prepare(args: Namespace, root: Path) -> Work:
                 logger.info(line)
         test_images = check_datasets(cfg.DATASETS.TEST)
         if not args.eval_only:
-            check_registered(cfg.DATASETS.TRAIN)
+            check_training_sets(cfg.DATASETS.TRAIN)
         elif not cfg.DATASETS.TEST:
             raise ValueError("DATASETS.TEST is empty: it must name what to evaluate on")
     if args.eval_only:

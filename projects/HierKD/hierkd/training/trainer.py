@@ -187,11 +187,18 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # detectron2 is untyped
         with in_every_process("reading DATASETS.TRAIN"):
             if not cfg.DATASETS.TRAIN:
                 raise ValueError("DATASETS.TRAIN is empty: it must name what to train on")
-            dataset_dicts = get_detection_dataset_dicts(
-                cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
-            )
+            sources = [MetadataCatalog.get(name) for name in cfg.DATASETS.TRAIN]
+            names = ", ".join(each.get("source", each.get("json_file", "")) for each in sources)
+            try:
+                dataset_dicts = get_detection_dataset_dicts(
+                    cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+                )
+            except AssertionError as error:  # detectron2's, of an empty set
+                raise ValueError(
+                    f"DATASETS.TRAIN: {names}: no image has a box to train on: of base classes "
+                    "there are none, or crowd regions and unusable boxes alone."
+                ) from error
             if cfg.MODEL.GKD.LOSS_WEIGHT > 0:
-                names = ", ".join(MetadataCatalog.get(n).json_file for n in cfg.DATASETS.TRAIN)
                 check_captions(dataset_dicts, names)
             if cache is None and cfg.MODEL.TEACHER.CACHE:
                 cache = build_region_cache(cfg)
