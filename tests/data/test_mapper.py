@@ -134,7 +134,7 @@ def test_check_images(record, broken, caplog):
     with caplog.at_level(logging.WARNING, logger="hierkd.data.mapper"):
         assert check_images([broken, record], skip_broken=True) == [record]
     assert broken["file_name"] in caplog.text
-    with pytest.raises(ValueError, match=r"expect \(40, 31\)"):
+    with pytest.raises(ValueError, match=r"expected 40 x 31"):
         check_images([{**record, "height": 31}], skip_broken=True)
 
 

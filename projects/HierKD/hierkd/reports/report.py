@@ -564,7 +564,7 @@ def _stored_section(
     return Section(
         "Beside other recipes",
         table=Table(["AP50", *map(" ".join, columns)], rows, num_texts=1),
-        caption="The other rows are not of now: they are stored, means over five seeds of "
+        caption="The other rows are not of now: they are stored, means over seeds, of "
         "docs/lab/miniature.md.",
     )
 
