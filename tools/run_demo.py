@@ -30,8 +30,8 @@ ROOT = Path(__file__).resolve().parent.parent
 DATASETS = {"zsd": "miniature_ovd_test_novel", "gzsd": "miniature_ovd_test_all"}
 STAGES = ("prepare", "train", "evaluate", "upper bound", "report")
 LINES_OF_A_FAILURE = 25
-# AP50 of other recipes, means over four and two seeds: ZSD's novel classes; GZSD's novel, base and all
-# classes. Of docs/lab/miniature.md.
+# AP50 of other recipes, means over four and two seeds: ZSD's novel classes; GZSD's novel, base and
+# all classes. Of docs/lab/miniature.md.
 STORED = {
     "HierKD as the paper has it": (69.1, 67.3, 93.8, 87.2),
     "without distillation": (16.6, 28.4, 97.6, 80.3),
