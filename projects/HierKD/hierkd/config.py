@@ -27,6 +27,7 @@ def add_hierkd_config(cfg: CN) -> None:
         cfg: the config to extend in place.
     """
     _add_detector_keys(cfg)
+    _add_text_classifier_keys(cfg)
     _add_distillation_keys(cfg)
     _add_miniature_and_training_keys(cfg)
     for key in _REMOVED:  # a run of before can still be used: yacs warns and passes them over
@@ -34,7 +35,7 @@ def add_hierkd_config(cfg: CN) -> None:
 
 
 def _add_detector_keys(cfg: CN) -> None:
-    """§3.1: the detector and its text classifier."""
+    """§3.1: the detector."""
     cfg.MODEL.ATSS = CN()
     # Feature maps the head looks at, finest first. [ATSS; five FPN levels: paper §3.3]
     cfg.MODEL.ATSS.IN_FEATURES = ["p3", "p4", "p5", "p6", "p7"]
@@ -90,6 +91,9 @@ def _add_detector_keys(cfg: CN) -> None:
     # an object of any class stays. [ours, after the calibrated stacking of Chao et al., ECCV 2016]
     cfg.MODEL.ATSS.NOVEL_LOGIT_SHIFT = 0.0
 
+
+def _add_text_classifier_keys(cfg: CN) -> None:
+    """Eq. 1: what embeddings are compared with."""
     cfg.MODEL.TEXT_CLASSIFIER = CN()
     # D, width of the CLIP space the detector learns; 512 for ViT-B/32. Must equal the teacher's.
     cfg.MODEL.TEXT_CLASSIFIER.EMBED_DIM = 512

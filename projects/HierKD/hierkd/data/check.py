@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple
 from tabulate import tabulate  # type: ignore[import-untyped]
 from torch import Tensor
 
+from hierkd.data.coco import clip_box
 from hierkd.data.coco_json import shown
 from hierkd.data.mapper import PictureState, look_at_pictures
 
@@ -248,14 +248,13 @@ def count_contents(
 def _oddities(box: Sequence[float], image_width: int, image_height: int) -> list[str]:
     """What is odd about an XYWH box (px)."""
     x, y, width, height = box
-    if not all(map(math.isfinite, box)):
-        return ["non_finite"]
-    if width <= 0 or height <= 0:
-        return ["without_area"]
+    _, verdict = clip_box(box, image_width, image_height)
+    if verdict in ("non-finite", "without area"):
+        return [verdict.replace("-", "_").replace(" ", "_")]
     if min(x, y) >= 0 and max(x + width, y + height) <= 1.01 and max(image_width, image_height) > 2:
         return ["fractions"]
-    if x >= image_width or y >= image_height or x + width <= 0 or y + height <= 0:
-        return ["outside"]
+    if verdict == "outside":
+        return [verdict]
     odd = ["tiny"] if min(width, height) < _TINY_PX else []
     if min(x, y) < -1 or x + width > image_width + 1 or y + height > image_height + 1:
         odd.append("reaching")
@@ -281,7 +280,9 @@ def check_pictures(
     for half, of_half in records.items():
         found: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
         looked_at = of_half[:limit]
-        for record, state in zip(looked_at, look_at_pictures(looked_at), strict=True):
+        for record, state in zip(
+            looked_at, look_at_pictures(looked_at, with_digest=True), strict=True
+        ):
             for kind, value in _problems(record, state, half, halves_of):
                 found[kind].append(
                     {"file": record["file_name"], "where": f"image {record['image_id']}"}

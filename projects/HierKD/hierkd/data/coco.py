@@ -30,6 +30,7 @@ __all__ = [
     "check_datasets",
     "check_registered",
     "check_training_sets",
+    "clip_box",
     "datasets_root",
     "load_ovd_json",
     "register_coco_ovd",
@@ -153,7 +154,7 @@ def load_ovd_json(
     for annotation in content["annotations"]:
         record = records[annotation["image_id"]]
         box = get_box(annotation, json_file)
-        clipped, verdict = _clip_box(box, record["width"], record["height"])
+        clipped, verdict = clip_box(box, record["width"], record["height"])
         counts[verdict] += 1
         if clipped is not None:
             record["annotations"].append(
@@ -249,10 +250,13 @@ def _find_images(file_names: Sequence[str], image_root: str, missing_hint: str) 
     return [each for each in found if each is not None]
 
 
-def _clip_box(
-    box: tuple[float, float, float, float], width: int, height: int
-) -> tuple[list[float] | None, str]:
-    """Clip an XYWH box (px) to its image; return it, None if it is dropped, and what was done."""
+def clip_box(box: Sequence[float], width: int, height: int) -> tuple[list[float] | None, str]:
+    """Clip an XYWH box to its image, all in pixels.
+
+    Returns:
+        The box, None if it is dropped; and what was done: "kept", "clipped", or why it is dropped,
+        "non-finite", "without area" or "outside".
+    """
     x, y, box_width, box_height = box
     if not all(map(math.isfinite, box)):
         return None, "non-finite"

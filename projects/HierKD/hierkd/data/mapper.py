@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -291,18 +292,21 @@ class PictureState(NamedTuple):
 
     broken: str  # why it cannot be decoded; empty if it can
     mismatch: str  # how its size differs from its dict's; empty if not
-    digest: bytes  # of its pixels; empty if it cannot be decoded
+    digest: bytes  # of its pixels; empty if it cannot be decoded, or is not asked for
 
 
-def look_at_pictures(dataset_dicts: Sequence[Mapping[str, Any]]) -> list[PictureState]:
+def look_at_pictures(
+    dataset_dicts: Sequence[Mapping[str, Any]], *, with_digest: bool = False
+) -> list[PictureState]:
     """Decode every picture, on all cores of this process; a progress bar shows it."""
+    look = partial(_look_at_picture, with_digest)
     with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // comm.get_local_size())) as pool:
-        states = pool.map(_look_at_picture, dataset_dicts)
+        states = pool.map(look, dataset_dicts)
         return list(tqdm(states, total=len(dataset_dicts), desc="checking images", delay=2))
 
 
-def _look_at_picture(dataset_dict: Mapping[str, Any]) -> PictureState:
-    name, mismatch = dataset_dict["file_name"], ""
+def _look_at_picture(with_digest: bool, dataset_dict: Mapping[str, Any]) -> PictureState:
+    name, mismatch, digest = dataset_dict["file_name"], "", b""
     image, problem = _decode(name, "RGB")
     if image is None:
         return PictureState(problem, "", b"")
@@ -315,5 +319,7 @@ def _look_at_picture(dataset_dict: Mapping[str, Any]) -> PictureState:
                 turned = stored.getexif().get(_ORIENTATION, 1) > 4  # by a quarter
             cause = "EXIF orientation turns the picture" if turned else "swapped in the annotations"
             mismatch += f" (width and height: {cause})"
-    digest = hashlib.blake2b(image.tobytes() + str(image.shape).encode(), digest_size=16).digest()
+    if with_digest:
+        pixels = image.tobytes() + str(image.shape).encode()
+        digest = hashlib.blake2b(pixels, digest_size=16).digest()
     return PictureState("", mismatch, digest)

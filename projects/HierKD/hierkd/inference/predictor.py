@@ -334,15 +334,22 @@ def resolve_vocabulary(text: str) -> list[str]:
             "of this name goes into a text file"
         )
     check_typed(names, "the vocabulary")
-    known = {
-        name
-        for dataset in DatasetCatalog.list()
-        for name in MetadataCatalog.get(dataset).get("thing_classes", ())
-    }
-    words = text.split()
-    if len(names) == 1 < len(words) and known.issuperset(words) and names[0] not in known:
+    if len(names) == 1 and _is_a_list(names[0]):
         logger.warning("the vocabulary is one class, %r; commas would make it several", names[0])
     return names
+
+
+def _is_a_list(name: str) -> bool:
+    """Whether a name of several words is no registered dataset's, but each of its words is."""
+    words = name.split()
+    if len(words) < 2:
+        return False
+    known = {
+        each
+        for dataset in DatasetCatalog.list()
+        for each in MetadataCatalog.get(dataset).get("thing_classes", ())
+    }
+    return known.issuperset(words) and name not in known
 
 
 def check_typed(names: Sequence[str], names_from: str) -> None:

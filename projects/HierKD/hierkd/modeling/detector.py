@@ -541,17 +541,18 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
         if proposals is not None:
             image_idxs = torch.cat([image_idxs, proposals.image_idxs])
             point_idxs = torch.cat([point_idxs, proposals.point_idxs])
-        of_kl: dict[str, Any] = {}
+        texts, scale = None, 1.0
         if self.ikd.loss_type == "kl":
             names = self.text_classifier.text_embeddings
             texts = names if captions is None else torch.cat([names, captions])
-            of_kl = {"texts": texts, "scale": self._teacher_or_raise().logit_scale}
+            scale = self._teacher_or_raise().logit_scale
         level_ends = torch.tensor(level_sizes, device=teacher.device).cumsum(0)
         return RegionPairs(
             student=predictions.embeddings[image_idxs, point_idxs],
             teacher=teacher,
             levels=torch.bucketize(point_idxs, level_ends, right=True),
-            **of_kl,
+            texts=texts,
+            scale=scale,
         )
 
     def caption_embeddings(self, batched_inputs: list[dict[str, Any]]) -> Tensor | None:
@@ -758,19 +759,25 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
             is_novel = self.are_novel(self.vocabulary_names)
             exponents[torch.tensor(is_novel, device=texts.device)] = of_novel
         fores = [fore.best(settings.teacher_boxes) for fore in fores]
-        regions = teacher.encode_regions(
-            [x["image"].to(self.device) for x in batched_inputs],
-            [fore.boxes for fore in fores],
-            settings.teacher_crop_scale,
-        )
+        embeddings = self.embed_boxes(batched_inputs, fores, settings.teacher_crop_scale)
         joined = []
-        for fore, seen in zip(fores, regions.split([len(f.boxes) for f in fores]), strict=True):
+        for fore, seen in zip(fores, embeddings, strict=True):
             own = fore.probs  # (A, K)
             is_object = own.sum(dim=1, keepdim=True)
-            looks = (teacher.logit_scale * seen.to(texts) @ texts.T).softmax(dim=1)
+            looks = (teacher.logit_scale * seen @ texts.T).softmax(dim=1)
             probs = is_object * (own / is_object) ** (1 - exponents) * looks**exponents
             joined.append(fore._replace(classes=ClassProbabilities.of(probs)))
         return joined
+
+    @torch.no_grad()
+    def embed_boxes(
+        self, batched_inputs: list[dict[str, Any]], fores: Sequence[ForeAnchors], crop_scale: float
+    ) -> list[Tensor]:
+        """What the teacher sees in the boxes of each image, in one call: N tensors (A, D)."""
+        regions = self._teacher_or_raise().encode_regions(
+            [x["image"] for x in batched_inputs], [fore.boxes for fore in fores], crop_scale
+        )
+        return list(regions.to(self.device).split([len(fore.boxes) for fore in fores]))
 
     def _classify(self) -> Callable[[Tensor], Tensor]:
         """A function of (n, D) embeddings: the (n, K) probabilities of the vocabulary's classes."""
