@@ -107,7 +107,7 @@ def annotate(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from hierkd.inference.predictor import resolve_vocabulary
-    from hierkd.inference.video import find_inputs, is_video
+    from hierkd.inference.video import find_inputs, is_video, picture_suffixes
     from hierkd.reports.annotated import annotate_picture, annotate_video, name_outputs
 
     camera = args.webcam is not None
@@ -136,7 +136,9 @@ def annotate(args: argparse.Namespace) -> int:
                 else:
                     done.append(annotate_picture(detectors, source, output, heat_maps))
             except ValueError as error:
-                logger.error("%s", error)
+                unknown = not moves and source.suffix.lower() not in picture_suffixes()
+                hint = " A video is known by its suffix, such as .mp4." if unknown else ""
+                logger.error("%s%s", error, hint)
                 status = 1
     except KeyboardInterrupt:
         logger.warning("stopped after %d of %d inputs", len(done), len(todo))

@@ -49,7 +49,11 @@ def folder(tmp_path_factory):
     text += "val: {json: all.json, images: miniature/val}\n"
     text += f"base: {list(BASE)}\nnovel: {list(NOVEL)}\n"
     (root / "mine.yaml").write_text("name: mine\n" + text % ", captions: from_class_names")
-    (root / "silent.yaml").write_text("name: silent\n" + text % "")
+    few = plain_coco()
+    few["annotations"] = [each for each in few["annotations"] if each["image_id"] == 1]
+    (root / "few.json").write_text(json.dumps(few))
+    silent = "name: silent\n" + text % ""
+    (root / "silent.yaml").write_text(silent.replace("all.json", "few.json", 1))
     (root / "other.yaml").write_text(
         f"name: other\nval: {{json: all.json, images: miniature/val}}\n"
         f"rename: {{{NOVEL[0]}: spaceship}}\n"
@@ -109,8 +113,10 @@ def test_it_trains_and_is_evaluated_in_base_and_novel_classes(trained):
     assert f"{BASE[0]} (3)" in log  # few boxes
 
 
-def test_without_captions_global_distillation_is_off(folder):
-    run(folder, "silent", yamls=["silent.yaml"], train="silent", test=())
+def test_without_captions_global_distillation_is_off_and_empty_pictures_train(folder):
+    pairs = ["DATALOADER.FILTER_EMPTY_ANNOTATIONS", "False"]
+    run(folder, "silent", *pairs, yamls=["silent.yaml"], train="silent", test=())
+    assert "Loaded 6 images with 1 boxes" in (folder / "silent" / "log.txt").read_text()
     names = metrics(folder / "silent")
     assert "loss_ikd" in names
     assert not any("gkd" in name for name in names)
@@ -225,6 +231,16 @@ def rename(folder):
     (folder / "train.json").write_text(json.dumps(content))
 
 
+def unseen(folder):
+    """A val without an object of base or of novel classes, and no train."""
+    content = json.loads((folder / "val.json").read_text())
+    content["categories"].append({"id": 2, "name": "cow"})
+    (folder / "val.json").write_text(json.dumps(content))
+    edit(folder / "val.json", "annotations", category_id=2)
+    lines = (folder / "small.yaml").read_text().splitlines(keepends=True)
+    (folder / "small.yaml").write_text("".join(each for each in lines if "train" not in each))
+
+
 PICTURE = "train/caf\u00e91.png"
 SPOILT = {  # what is done, the kinds that are found, the status
     "nothing": (lambda f: None, [], 0),
@@ -242,6 +258,7 @@ SPOILT = {  # what is done, the kinds that are found, the status
         ["not_evaluated"],
         1,
     ),
+    "no object": (unseen, ["not_evaluated"], 1),
     "shared": (lambda f: shutil.copy(f / PICTURE, f / "val/caf\u00e90.png"), ["shared"], 0),
     "twice": (lambda f: shutil.copy(f / PICTURE, f / "train/caf\u00e90.png"), ["same_picture"], 0),
     "file names": (rename, [], 0),

@@ -62,14 +62,12 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check_names(names: Sequence[str], args: Any) -> tuple[list[Finding], list[str]]:
+def check_names(names: Sequence[str], cfg: Any, *, embed: bool) -> tuple[list[Finding], list[str]]:
     """Findings about the class names, and notes on what was left out."""
     from hierkd.data.check import check_embeddings, check_tokens
-    from hierkd.load_config import load_config
     from hierkd.teachers.clip import build_teacher, find_token_counter
     from hierkd.teachers.openai_clip import OPENAI_TOKENS
 
-    cfg = load_config(args.config_file, args.opts)
     text, root = cfg.MODEL.TEXT_CLASSIFIER, cfg.MODEL.TEACHER.DOWNLOAD_ROOT or None
     templates = tuple(text.TEMPLATES) or (text.TEMPLATE,)
     try:
@@ -79,7 +77,7 @@ def check_names(names: Sequence[str], args: Any) -> tuple[list[Finding], list[st
         left_out = [f"(tokens are those of OpenAI's CLIP, not of the teacher: {error})"]
     found = check_tokens(names, templates, tokens.count, tokens.context_length)
     why = "no --config-file"
-    if args.config_file:
+    if embed:
         try:
             embeddings = build_teacher(cfg).encode_classes(names).cpu()
             return found + check_embeddings(names, embeddings), left_out
@@ -129,9 +127,12 @@ def run(args: argparse.Namespace) -> bool:
     from hierkd.data.check import check_pictures, class_table, finding_table, findings_of
     from hierkd.data.custom import register_definitions
     from hierkd.data.definitions import read_definition
+    from hierkd.load_config import load_config
 
     definition = read_definition(args.dataset)
-    register_definitions([args.dataset])
+    cfg = load_config(args.config_file, args.opts)
+    keep_empty = not cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+    register_definitions([args.dataset], keep_empty=keep_empty)
     halves = ("train_base", "val_base", "val_novel", "val_all")
     parts = [f"{definition.name}_{half}" for half in halves]
     vocabularies, counts, reports = {}, {}, {}
@@ -140,14 +141,13 @@ def run(args: argparse.Namespace) -> bool:
         metadata, half = MetadataCatalog.get(name), name.rsplit("_", 2)[1]
         if not metadata.get("empty"):
             records = DatasetCatalog.get(name)
-            vocabularies[name] = metadata.thing_classes
             counts[name] = (len(records), sum(len(each["annotations"]) for each in records))
-            reports[half] = metadata.report
             pictures.setdefault(half, {}).update({each["file_name"]: each for each in records})
+        vocabularies[name], reports[half] = metadata.thing_classes, metadata.report
     findings = [found for half, report in reports.items() for found in findings_of(half, report)]
     findings += check_pictures({k: list(each.values()) for k, each in pictures.items()}, args.limit)
     largest = max(vocabularies, key=lambda name: len(vocabularies[name]))
-    about_names, notes = check_names(vocabularies[largest], args)
+    about_names, notes = check_names(vocabularies[largest], cfg, embed=bool(args.config_file))
     findings += about_names
     shown = parts[0] if parts[0] in counts else largest
     if args.json:
@@ -165,7 +165,7 @@ def run(args: argparse.Namespace) -> bool:
     path = args.output / f"{shown}.png"
     try:
         draw_samples(shown, args.pictures, path)
-    except ValueError as error:  # an unreadable picture, which is among the findings
+    except ValueError as error:  # an unreadable picture, or no object: among the findings
         print(f"\nNo pictures are drawn: {error}")
     else:
         print(f"\n{path}: {min(args.pictures, counts[shown][0])} pictures of {shown}")

@@ -130,6 +130,10 @@ def test_missing_folder_and_images_are_named_and_counted(load, content, tmp_path
         load(content)
     assert "'gone0.jpg', 'gone1.jpg'" in str(caught.value)
     assert "and 4 more" in str(caught.value)
+    content["images"][:] = [{**content["images"][1], "file_name": "SUB\\B.png"}]
+    content["annotations"].clear()
+    with pytest.raises(FileNotFoundError, match=r"in place of 'SUB.*B.png' there is 'sub/b.jpg'"):
+        load(content)
     with pytest.raises(FileNotFoundError, match=r"Image folder .*nowhere does not exist\. Run it"):
         load_ovd_json(
             str(tmp_path / "set.json"), str(tmp_path / "nowhere"), VOCABULARY, missing_hint="Run it"

@@ -89,6 +89,10 @@ def test_the_parts_hold_their_classes_and_images(world):
     text = "\n".join(describe_datasets(["zoo_train_base"]))
     assert "junk (2)" in text
     assert "zebra (1)" in text
+    register_definitions([str(world / "zoo.yaml")], keep_empty=True)
+    kept = {r["image_id"]: len(r["annotations"]) for r in DatasetCatalog.get("zoo_train_base")}
+    assert kept == {1: 1, 2: 0, 3: 0, 4: 1, 5: 0}
+    assert len(DatasetCatalog.get("zoo_val_base")) == 2
 
 
 def test_names_are_read_as_the_yaml_wants(world):
@@ -221,7 +225,10 @@ def test_broken_files_are_named(world, text, words):
         ({"base": "[zebr, apple]"}, r"have 'zebr', which .*zoo.yaml names; it has 'zebra'"),
         ({"more": "rename: {aple: red apple}\n"}, "does not have 'aple'"),
         ({"more": "rename: {apple: ' Zebra'}\n"}, "'zebra' and 'apple' .* both read as 'zebra'"),
-        ({"captions": ", captions: c.json"}, r"c.json: annotations\[0\]\['image_id'\] .* int"),
+        (
+            {"captions": ", captions: c.json"},
+            r"c.json: annotations\[0\]\['image_id'\] is '1', .* type, such as 1",
+        ),
         ({"captions": ", captions: all.json"}, r"all.json: annotations\[0\] has no 'caption'"),
         ({"captions": ", captions: d.json"}, "d.json: holds no caption of any of the 2 images"),
     ],

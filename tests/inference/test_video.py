@@ -71,16 +71,29 @@ def test_real_time(tmp_path):
 
 
 def test_folders_globs_and_files(tmp_path, caplog):
-    for name in ("b.JPG", "a.png", "c.mp4", "d.WMV", "e.jfif", "f.HEIC", "odd.name", "g", ".h"):
+    for name in (
+        "b.JPG",
+        "a.png",
+        "c.mp4",
+        "d.WMV",
+        "e.jfif",
+        "f.HEIC",
+        "i.psd",
+        "j.pdf",
+        "k.mpg",
+        "odd.name",
+        "g",
+        ".h",
+    ):
         (tmp_path / name).write_bytes(b"")
     (tmp_path / "below").mkdir()
     names = [p.name for p in find_inputs([str(tmp_path / "*.mp4"), str(tmp_path)])]
-    assert names == ["c.mp4", "a.png", "b.JPG", "d.WMV", "e.jfif"]
-    assert "passed over 3 of 8 files" in caplog.text
-    assert ": .heic (1), .name (1), no suffix (1)" in caplog.text
+    assert names == ["c.mp4", "a.png", "b.JPG", "d.WMV", "e.jfif", "i.psd", "k.mpg"]
+    assert "passed over 4 of 11 files" in caplog.text
+    assert ": .heic (1), .name (1), .pdf (1), no suffix (1)" in caplog.text
     assert [p.name for p in find_inputs([str(tmp_path / "odd.name")])] == ["odd.name"]
     assert is_video(tmp_path / "c.MP4")
-    assert is_video(tmp_path / "d.WMV")
+    assert is_video(tmp_path / "k.mpg")  # a picture to Pillow, which cannot decode it
     for missing in ("gone*", "below", "gone.png"):
         with pytest.raises(FileNotFoundError, match=rf"'.*{missing.replace('*', '.')}'"):
             find_inputs([str(tmp_path / missing)])

@@ -89,7 +89,8 @@ def load_config(config_file: str, overrides: Sequence[str] = ()) -> Any:
         if (found := _value(cfg, key)) != only:
             raise ValueError(f"{key} is {found!r}, but is not read here: leave it at {only!r}")
     _read_templates_file(cfg.MODEL.TEXT_CLASSIFIER)
-    register_definitions(cfg.DATASETS.DEFINITIONS)
+    keep_empty = not cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+    register_definitions(cfg.DATASETS.DEFINITIONS, keep_empty=keep_empty)
     if cfg.MODEL.GKD.LOSS_WEIGHT > 0 and has_no_captions(cfg.DATASETS.TRAIN):
         logger.warning(
             "%s has no captions: global distillation is off (MODEL.GKD.LOSS_WEIGHT 0.0). Name a "

@@ -87,7 +87,7 @@ _KINDS = {
     "crowd": _Kind("crowd regions", "ignores them", "iscrowd 0, if they are single objects"),
     "train_left_out": _Kind(
         "pictures without a box of a base class",
-        "leaves them out, also with FILTER_EMPTY_ANNOTATIONS False",
+        "leaves them out, unless FILTER_EMPTY_ANNOTATIONS is False",
         "none, unless an object lacks its box",
     ),
     "val_left_out": _Kind(
@@ -381,7 +381,7 @@ def finding_table(findings: Sequence[Finding]) -> str:
         texts = [each.what, "; ".join(examples), each.training, each.mend]
         rows.append([name, f"{each.count:,}", *texts])
     headers = ["", "count", "finding", "examples", "training", "to mend it"]
-    widths = [None, None, 26, 34, 22, 26]
+    widths = [None, None, 26, 34, 24, 26]
     table = tabulate(rows, headers, "simple_grid", disable_numparse=True, maxcolwidths=widths)
     return f"{table}\n! costs labels, or stops a training"
 

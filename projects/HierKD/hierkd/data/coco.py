@@ -245,9 +245,20 @@ def _find_images(file_names: Sequence[str], image_root: str, missing_hint: str) 
     if missing := [name for name, each in zip(file_names, found, strict=True) if each is None]:
         raise FileNotFoundError(
             f"{len(missing):,} of {len(file_names):,} images do not exist in {image_root}: "
-            f"{some(sorted(missing))}. {missing_hint}".rstrip()
+            f"{some(sorted(missing))}{_near(min(missing), image_root)}. {missing_hint}".rstrip()
         )
     return [each for each in found if each is not None]
+
+
+def _near(name: str, image_root: str) -> str:
+    """Say under which name an image is there whose folder, suffix or capitals are others."""
+    stem = os.path.splitext(os.path.basename(name.replace("\\", "/")))[0].casefold()
+    for folder, _, files in os.walk(image_root):
+        for each in files:
+            if os.path.splitext(each)[0].casefold() == stem:
+                there = os.path.relpath(os.path.join(folder, each), image_root)
+                return f"; in place of {shown(name)} there is {shown(there)}"
+    return ""
 
 
 def clip_box(box: Sequence[float], width: int, height: int) -> tuple[list[float] | None, str]:

@@ -47,7 +47,7 @@ _STAMP = "stamp.json"
 _LVIS_FIELDS = ("neg_category_ids", "not_exhaustive_category_ids")
 
 
-def register_definitions(paths: Iterable[str]) -> None:
+def register_definitions(paths: Iterable[str], *, keep_empty: bool = False) -> None:
     """Prepare and register the datasets of YAML files.
 
     Those of ``name: fruit`` are called ``fruit_train_base``, ``fruit_val_base``,
@@ -59,6 +59,8 @@ def register_definitions(paths: Iterable[str]) -> None:
 
     Args:
         paths: Of the YAMLs. One that does not exist is skipped with a warning.
+        keep_empty: Whether a training set holds pictures without a box of a base class, too:
+            detectron2's ``DATALOADER.FILTER_EMPTY_ANNOTATIONS`` decides what becomes of them.
 
     Raises:
         ValueError: A YAML or a file it names is wrong, or a name is taken.
@@ -72,15 +74,16 @@ def register_definitions(paths: Iterable[str]) -> None:
         if other := known.get(definition.name):
             raise ValueError(f"{other} and {path} have the same 'name': {definition.name!r}")
         known[definition.name] = definition.path
-        for kind, half in (("train", definition.train), ("val", definition.val)):
-            if half is not None:
-                _register_half(definition, kind, half)
+        if definition.train is not None:
+            _register_half(definition, "train", definition.train, keep_empty)
+        if definition.val is not None:
+            _register_half(definition, "val", definition.val)
 
 
-def _register_half(definition: Definition, kind: str, half: Half) -> None:
+def _register_half(definition: Definition, kind: str, half: Half, keep_empty: bool = False) -> None:
     """Register the parts of one half."""
     if half.json_file.is_file():
-        folder, stamp = _prepare_half(definition, kind, half)
+        folder, stamp = _prepare_half(definition, kind, half, keep_empty)
         for part, categories in stamp["vocabularies"].items():
             ids, vocabulary = zip(*categories, strict=True)
             metadata = _register(definition, part, half, folder / f"{part}.json", vocabulary, ids)
@@ -157,7 +160,9 @@ def has_no_captions(names: Iterable[str]) -> bool:
 # ------------------------------------------------------------------------------ preparation
 
 
-def _prepare_half(definition: Definition, kind: str, half: Half) -> tuple[Path, JsonObject]:
+def _prepare_half(
+    definition: Definition, kind: str, half: Half, keep_empty: bool
+) -> tuple[Path, JsonObject]:
     """Apply the split to one half, unless the cache holds the result.
 
     Returns:
@@ -165,14 +170,16 @@ def _prepare_half(definition: Definition, kind: str, half: Half) -> tuple[Path, 
         categories in id order, and ``report``.
     """
     cache = cache_root() / "datasets"
-    folder = cache / f"{definition.name}-{kind}-{_fingerprint(definition, kind, half)}"
+    name = f"{definition.name}-{kind}{'-empty' * keep_empty}"
+    folder = cache / f"{name}-{_fingerprint(definition, kind, half)}"
     try:
         if not (folder / _STAMP).is_file():
             cache.mkdir(parents=True, exist_ok=True)
             with file_lock(str(folder)):  # the other processes wait for the first
                 if not (folder / _STAMP).is_file():
-                    for name, content in _build_half(definition, kind, half).items():
-                        write_json_atomically(folder / name, content)
+                    files = _build_half(definition, kind, half, keep_empty)
+                    for file, content in files.items():
+                        write_json_atomically(folder / file, content)
         return folder, json.loads((folder / _STAMP).read_text(encoding="utf-8"))
     except OSError as error:
         if isinstance(error, FileNotFoundError) and str(cache) not in str(error):
@@ -195,7 +202,9 @@ def _fingerprint(definition: Definition, kind: str, half: Half) -> str:
     return hashlib.sha256(json.dumps(recipe, default=str).encode()).hexdigest()[:24]
 
 
-def _build_half(definition: Definition, kind: str, half: Half) -> dict[str, JsonObject]:
+def _build_half(
+    definition: Definition, kind: str, half: Half, keep_empty: bool
+) -> dict[str, JsonObject]:
     """File name -> content of all parts of a half, and of the stamp, which is the last."""
     path = half.json_file
     logger.info("%s: preparing %s", definition.path, path)
@@ -227,7 +236,7 @@ def _build_half(definition: Definition, kind: str, half: Half) -> dict[str, Json
             )
             continue
         part = build_part(content, wanted, path)
-        if not definition.has_split:  # images without an object count as well
+        if keep_empty or not definition.has_split:  # images without an object count as well
             part["images"] = content["images"]
         elif definition.lvis:
             part["images"] = _annotated_images(content, wanted)
@@ -319,7 +328,7 @@ def _add_captions(
 ) -> JsonObject:
     """Give training images their captions, or captions made of their base classes' names."""
     if half.captions is not None and not half.make_captions:
-        return join_captions(part, _read_captions(half.captions, content), half.captions)
+        return join_captions(part, _read_captions(half, content), half.captions)
     captions = {each["id"]: each["captions"] for each in content["images"] if each.get("captions")}
     if half.make_captions:
         name_of = {each["id"]: each["name"] for each in part["categories"]}
@@ -335,11 +344,18 @@ def _add_captions(
     return {**part, "images": images}
 
 
-def _read_captions(path: Path, content: JsonObject) -> dict[Any, list[str]]:
+def _read_captions(half: TrainHalf, content: JsonObject) -> dict[Any, list[str]]:
     """Image id -> captions, whose ids must be of the type that the ids of the images have."""
+    path: Any = half.captions
     captions: dict[Any, list[str]] = defaultdict(list)
-    fields: FieldTypes = {"image_id": type(content["images"][0]["id"]), "caption": str}
-    for entry in get_entries(read_coco_json(path), "annotations", fields, path):
+    fields: FieldTypes = {"image_id": (int, str), "caption": str}
+    known = content["images"][0]["id"]
+    for index, entry in enumerate(get_entries(read_coco_json(path), "annotations", fields, path)):
+        if type(entry["image_id"]) is not type(known):
+            raise ValueError(
+                f"{path}: annotations[{index}]['image_id'] is {shown(entry['image_id'])}, but "
+                f"{half.json_file} has ids of another type, such as {shown(known)}."
+            )
         if entry["caption"].strip():
             captions[entry["image_id"]].append(entry["caption"].strip())
     return captions

@@ -15,23 +15,33 @@ from typing import Any
 import cv2
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
-__all__ = ["VIDEO_CODECS", "Frame", "Video", "VideoFile", "find_inputs", "is_video"]
+__all__ = [
+    "VIDEO_CODECS",
+    "Frame",
+    "Video",
+    "VideoFile",
+    "find_inputs",
+    "is_video",
+    "picture_suffixes",
+]
 
 logger = logging.getLogger(__name__)
 
-# What Pillow reads and people keep pictures in.
+# What FFmpeg, inside OpenCV, reads and cameras, phones and sites write. By content it would read a
+# text, a PDF and the cover of an MP3, too.
 # fmt: off
-PICTURE_SUFFIXES = {
-    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".bmp", ".dib", ".gif", ".webp", ".avif",
-    ".tif", ".tiff", ".jp2", ".j2k", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".ico", ".qoi",
-}
-# What FFmpeg, inside OpenCV, reads and cameras, phones and sites write.
 VIDEO_SUFFIXES = {
-    ".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".mpe", ".m2v", ".vob",
-    ".wmv", ".asf", ".mts", ".m2ts", ".ts", ".3gp", ".3g2", ".flv", ".f4v", ".ogv", ".divx", ".mxf",
+    ".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mp4v", ".mpg", ".mpeg", ".mpe", ".m1v",
+    ".m2v", ".vob", ".mod", ".tod", ".wmv", ".asf", ".mts", ".m2ts", ".m2t", ".ts", ".tp", ".trp",
+    ".3gp", ".3g2", ".flv", ".f4v", ".ogv", ".ogm", ".divx", ".mxf", ".qt", ".rm", ".rmvb", ".dv",
+    ".mjpg", ".mjpeg", ".h264", ".264", ".hevc", ".h265", ".265", ".ivf", ".y4m", ".wtv", ".amv",
+    ".gifv", ".insv", ".lrv",
 }
 # fmt: on
+# Formats of Pillow's that are no pictures of pixels, or that it can only write.
+_NO_PICTURES = {"MPEG", "PDF", "EPS", "WMF", "BUFR", "GRIB", "HDF5", "IPTC", "PALM"}
 # What the OpenCV of PyPI can write without further libraries. Browsers play WebM only. [ours]
 VIDEO_CODECS = {".mp4": "mp4v", ".avi": "MJPG", ".webm": "VP80"}
 
@@ -43,6 +53,12 @@ _MAX_FPS = 1000.0
 def is_video(path: Path) -> bool:
     """Whether a file is a video, by its suffix."""
     return path.suffix.lower() in VIDEO_SUFFIXES
+
+
+def picture_suffixes() -> set[str]:
+    """The suffixes of what Pillow, with its plugins, reads as pictures."""
+    known = Image.registered_extensions().items()
+    return {suffix for suffix, name in known if name not in _NO_PICTURES} - VIDEO_SUFFIXES
 
 
 def find_inputs(inputs: Iterable[str]) -> list[Path]:
@@ -63,7 +79,7 @@ def find_inputs(inputs: Iterable[str]) -> list[Path]:
     for text in inputs:
         path = Path(text)
         if path.is_dir():
-            known = PICTURE_SUFFIXES | VIDEO_SUFFIXES
+            known = picture_suffixes() | VIDEO_SUFFIXES
             files = [p for p in sorted(path.iterdir()) if p.is_file()]
             matches = [p for p in files if p.suffix.lower() in known]
             others = [p.suffix.lower() or "no suffix" for p in files if p.name[0] != "."]

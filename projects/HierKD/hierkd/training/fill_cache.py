@@ -87,7 +87,7 @@ def fill_cache(
         record
         for name in cfg.DATASETS.TRAIN
         for record in check_datasets([name])
-        if record["annotations"]
+        if record["annotations"] or not cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
     ]
     with_boxes = [record for record in records if _boxes_of(record)]
     ids = [annotation["id"] for record in with_boxes for annotation in _boxes_of(record)]
