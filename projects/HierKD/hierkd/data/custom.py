@@ -230,9 +230,9 @@ def _build_half(
             spoken = [definition.spoken(each.name) for each in wanted]
             vocabularies[name] = list(zip([each.id for each in wanted], spoken, strict=True))
             empty[name] = (
-                f"{path}: no image has a box of {some(categories)}, the {name.split('_')[1]} "
-                f"classes of {definition.path}: {definition.name}_{name} cannot be evaluated. Add "
-                "pictures that show them, or leave it out of DATASETS.TEST."
+                f"{path}: no image has a box of {some(categories)}: {definition.name}_{name} of "
+                f"{definition.path} cannot be evaluated. Add pictures that show them, or leave it "
+                "out of DATASETS.TEST."
             )
             continue
         part = build_part(content, wanted, path)
