@@ -168,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = get_parser()
     args = parser.parse_args(argv)
     if sum(source is not None for source in (args.picture, args.input, args.webcam)) != 1:
-        parser.error("name a picture, or give one of --input and --webcam")
+        parser.error("name a picture, or give one of --input and --webcam; quote names with blanks")
     if args.every < 1 or (args.max_frames is not None and args.max_frames < 1):
         parser.error("--every and --max-frames must be at least 1")
     args.input = args.input or [args.picture]

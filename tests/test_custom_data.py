@@ -209,9 +209,9 @@ def small(tmp_path, monkeypatch):
     return tmp_path
 
 
-def edit(path, list_name, **fields):
+def edit(path, list_name, number=None, **fields):
     content = json.loads(path.read_text())
-    for each in content[list_name]:
+    for each in content[list_name][:number]:
         each.update(fields)
     path.write_text(json.dumps(content))
 
@@ -228,6 +228,13 @@ def rename(folder):
     content = json.loads((folder / "train.json").read_text())
     for image in content["images"]:
         image["file_name"] = ".\\" + unicodedata.normalize("NFD", image["file_name"])
+    (folder / "train.json").write_text(json.dumps(content))
+
+
+def enter_twice(folder):
+    content = json.loads((folder / "train.json").read_text())
+    content["images"].append({**content["images"][0], "id": 7})
+    content["annotations"].append({**content["annotations"][0], "id": 7, "image_id": 7})
     (folder / "train.json").write_text(json.dumps(content))
 
 
@@ -261,6 +268,12 @@ SPOILT = {  # what is done, the kinds that are found, the status
     "no object": (unseen, ["not_evaluated"], 1),
     "shared": (lambda f: shutil.copy(f / PICTURE, f / "val/caf\u00e90.png"), ["shared"], 0),
     "twice": (lambda f: shutil.copy(f / PICTURE, f / "train/caf\u00e90.png"), ["same_picture"], 0),
+    "entered twice": (enter_twice, ["same_picture"], 0),
+    "one caption": (
+        lambda f: edit(f / "train.json", "images", 1, captions=["an ant"]),
+        ["no_caption"],
+        1,
+    ),
     "file names": (rename, [], 0),
     "category": (lambda f: edit(f / "train.json", "annotations", category_id=9), [], 2),
 }
@@ -278,7 +291,15 @@ def test_the_doctor_finds_it(small, capsys, case):
     findings = json.loads(captured.out)["findings"]
     told = {"sizes": "swapped in the annotations", "EXIF": "EXIF orientation", "16 bits": "8 bits"}
     assert told.get(case, "") in captured.out
-    wanted = {"size", "unreadable", "no_box", "not_evaluated", "shared", "same_picture"}
+    wanted = {
+        "size",
+        "unreadable",
+        "no_box",
+        "not_evaluated",
+        "shared",
+        "same_picture",
+        "no_caption",
+    }
     found = [each["kind"] for each in findings]
     assert sorted(set(found) & wanted) == sorted(set(kinds))
     assert any(each["costs"] for each in findings) == bool(status)

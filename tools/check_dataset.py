@@ -142,7 +142,7 @@ def run(args: argparse.Namespace) -> bool:
         if not metadata.get("empty"):
             records = DatasetCatalog.get(name)
             counts[name] = (len(records), sum(len(each["annotations"]) for each in records))
-            pictures.setdefault(half, {}).update({each["file_name"]: each for each in records})
+            pictures.setdefault(half, {}).update({each["image_id"]: each for each in records})
         vocabularies[name], reports[half] = metadata.thing_classes, metadata.report
     findings = [found for half, report in reports.items() for found in findings_of(half, report)]
     findings += check_pictures({k: list(each.values()) for k, each in pictures.items()}, args.limit)

@@ -51,6 +51,7 @@ def test_a_good_file_stays_as_it_is(read, encoding):
         (("images",), GONE, r"'images' is missing; found \['annotations'"),
         (("categories",), {}, "'categories' must be a list, found a dict"),
         (("images",), [], "'images' is empty"),
+        (("categories",), [], "'categories' is empty"),
         (("categories", 1), 3, r"categories\[1\] must be an object, found 3"),
         (("images", 1, "file_name"), GONE, r"images\[1\] has no 'file_name'"),
         (("images", 1, "file_name"), "../a.jpg", "'file_name' of image 4"),
@@ -108,7 +109,8 @@ def test_lvis_names_pictures_by_their_address(tmp_path):
     ("data", "word"),
     [
         (b'{"images": [],\n "annotations"', r"not valid JSON: .*line 2 column 15"),
-        (b"", "not valid JSON"),
+        (b"", "not valid JSON.* completely"),
+        (b'{"id": 1}\n{"id": 2}', "no JSON Lines"),
         (b"\xff\xfe{}", "not a UTF-8 text file"),
         (b"[1, 2]", "found a list at the top level"),
         (b"[" * 100_000, "not valid JSON"),

@@ -338,5 +338,7 @@ def test_a_val_without_novel_objects_is_evaluated_in_base_classes(world):
     (world / "all.json").write_text(json.dumps(coco({1: [("zebra", [0, 0, 20, 20])]})))
     register_definitions([str(world / "zoo.yaml")])
     assert len(DatasetCatalog.get("zoo_val_base")) == len(DatasetCatalog.get("zoo_val_all")) == 1
-    with pytest.raises(ValueError, match=r"all.json: no image .* 'cat', 'stop_sign': zoo_val_novel"):
+    with pytest.raises(
+        ValueError, match=r"all.json: no image .* 'cat', 'stop_sign': zoo_val_novel"
+    ):
         DatasetCatalog.get("zoo_val_novel")

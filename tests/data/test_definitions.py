@@ -55,6 +55,7 @@ def test_lvis_reads_underscores_as_spaces_and_takes_300_detections(read):
     [
         ("name: fruit", "name: a/b", "name: .* found 'a/b'"),
         ("name: fruit", "", "name: "),
+        ("name: fruit", "names: [apple]", "key of YOLO.s data.yaml"),
         ("novel:", "novle:", "novle: is no key here; known are name, .* novel,.*found"),
         ("json: v.json", "json: v.json, captions: c", "val.captions: is no key here"),
         ("novel: [kiwi]", "novel: [kiwi, no]", r"novel.1: .*in quotes.*, found False"),

@@ -52,11 +52,13 @@ def test_the_largest_vocabulary_comes_first(world, pictures):
         ("cat,dog,cat", "repeats 'cat'"),
         ("miniature_ovd_tst_all", "miniature_ovd_test_all"),
         ("cat;dog", "cat;dog"),
-        ("cat|dog", r"'cat\|dog' has brackets, quotes or '\|'"),
+        ("cat|dog", r"'cat\|dog' has brackets, quotes, '\|'"),
         ('["cat","dog"]', "brackets"),
         ("{cat, dog}", "brackets"),
         ("'cat','dog'", "quotes"),
         ("\u201ccat\u201d, dog", "quotes"),
+        ("(cat, dog)", "'\\(cat' has"),
+        ("cat . dog .", "or '\\.'"),
         ("names/mine", "names/mine"),
         (".", r"'\.' is neither a file"),
     ],
@@ -72,9 +74,18 @@ def test_names_or_a_dataset(caplog):
     assert resolve_vocabulary("traffic light") == ["traffic light"]
     assert "commas" not in caplog.text
     assert resolve_vocabulary("elephant bicycle") == ["elephant bicycle"]
-    assert "one class, 'elephant bicycle'; commas would" in caplog.text
+    assert "one class, 'elephant bicycle'; commas, in" in caplog.text
+    resolve_vocabulary("elephant and bicycle")
+    assert "one class, 'elephant and bicycle'; commas, in" in caplog.text
     assert resolve_vocabulary("cat, traffic_cone ") == ["cat", "traffic_cone"]
     assert resolve_vocabulary("miniature_ovd_val_all") == list(MINIATURE_CLASSES)
+
+
+@pytest.mark.parametrize("text", ["- cat\n- dog", "1. cat\n2. dog", "0 cat", "# mine\ncat"])
+def test_a_file_has_a_name_alone_on_each_line(tmp_path, text):
+    (tmp_path / "names.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"names.yaml: .* alone on each line"):
+        resolve_vocabulary(str(tmp_path / "names.yaml"))
 
 
 # ------------------------------------------------------------------ from_checkpoint and predict

@@ -87,9 +87,11 @@ def test_folders_globs_and_files(tmp_path, caplog):
     ):
         (tmp_path / name).write_bytes(b"")
     (tmp_path / "below").mkdir()
+    (tmp_path / "._a.png").touch()
+    (tmp_path / "lost.png").symlink_to("nowhere")
     names = [p.name for p in find_inputs([str(tmp_path / "*.mp4"), str(tmp_path)])]
-    assert names == ["c.mp4", "a.png", "b.JPG", "d.WMV", "e.jfif", "i.psd", "k.mpg"]
-    assert "passed over 4 of 11 files" in caplog.text
+    assert names == ["c.mp4", "a.png", "b.JPG", "d.WMV", "e.jfif", "i.psd", "k.mpg", "lost.png"]
+    assert "passed over 4 of 12 files" in caplog.text
     assert ": .heic (1), .name (1), .pdf (1), no suffix (1)" in caplog.text
     assert [p.name for p in find_inputs([str(tmp_path / "odd.name")])] == ["odd.name"]
     assert is_video(tmp_path / "c.MP4")

@@ -108,6 +108,12 @@ _KINDS = {
         "correct width and height, or save the pictures as they were annotated",
         True,
     ),
+    "no_caption": _Kind(
+        "pictures without a caption, beside others that have one",
+        "train_net.py refuses, unless MODEL.GKD.LOSS_WEIGHT is 0",
+        "write captions for them",
+        True,
+    ),
     "same_picture": _Kind("pictures that are there twice", "takes both", "keep one entry"),
     "shared": _Kind(
         "pictures that are in train and in val", "figures are too good", "remove them from one"

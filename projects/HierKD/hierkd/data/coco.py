@@ -32,6 +32,7 @@ __all__ = [
     "check_training_sets",
     "clip_box",
     "datasets_root",
+    "images_without_caption",
     "load_ovd_json",
     "register_coco_ovd",
     "register_ovd_dataset",
@@ -216,9 +217,8 @@ def _find_images(file_names: Sequence[str], image_root: str, missing_hint: str) 
         FileNotFoundError: ``image_root`` or a file in it does not exist.
     """
     if not os.path.isdir(image_root):
-        raise FileNotFoundError(
-            f"Image folder {image_root} does not exist. {missing_hint}".rstrip()
-        )
+        found = "is no folder" if os.path.exists(image_root) else "does not exist"
+        raise FileNotFoundError(f"Image folder {image_root} {found}. {missing_hint}".rstrip())
     listed: dict[str, dict[str, str]] = {}  # a list of a folder is one request to its server
 
     def find(name: str) -> str | None:
@@ -241,13 +241,13 @@ def _find_images(file_names: Sequence[str], image_root: str, missing_hint: str) 
             folder = os.path.join(folder, stored)
         return folder
 
-    found = [find(name) or find(name.replace("\\", "/")) for name in file_names]
-    if missing := [name for name, each in zip(file_names, found, strict=True) if each is None]:
+    stored = [find(name) or find(name.replace("\\", "/")) for name in file_names]
+    if missing := [name for name, each in zip(file_names, stored, strict=True) if each is None]:
         raise FileNotFoundError(
             f"{len(missing):,} of {len(file_names):,} images do not exist in {image_root}: "
             f"{some(sorted(missing))}{_near(min(missing), image_root)}. {missing_hint}".rstrip()
         )
-    return [each for each in found if each is not None]
+    return [each for each in stored if each is not None]
 
 
 def _near(name: str, image_root: str) -> str:
@@ -283,14 +283,18 @@ def clip_box(box: Sequence[float], width: int, height: int) -> tuple[list[float]
     return [x0, y0, x1 - x0, y1 - y0], "clipped" if overshoot > _ROUNDING_PX else "kept"
 
 
+def images_without_caption(images: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The ``file_name`` of each image without ``captions``, or with a blank one among them."""
+    return [
+        image["file_name"]
+        for image in images
+        if not image.get("captions") or not all(text.strip() for text in image["captions"])
+    ]
+
+
 def check_captions(dataset_dicts: Iterable[Mapping[str, Any]], json_file: str) -> None:
     """Raise ValueError if a training image has no caption, which global distillation needs."""
-    without = [
-        record["file_name"]
-        for record in dataset_dicts
-        if not record.get("captions") or not all(text.strip() for text in record["captions"])
-    ]
-    if without:
+    if without := images_without_caption(dataset_dicts):
         raise ValueError(
             f"{json_file}: {len(without):,} images have no caption or an empty one, but global "
             f"distillation needs one for each: {some(without)}. Add 'captions' (a list of "

@@ -72,9 +72,10 @@ def read_coco_json(path: str | os.PathLike[str], missing_hint: str = "") -> Json
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not a UTF-8 text file: {error}.") from error
     except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{path} is not valid JSON: {error}. Was it downloaded or written completely?"
-        ) from error
+        asked = "Was it downloaded or written completely?"
+        if "Extra data" in str(error):
+            asked = "Expected one object in COCO's layout: no JSON Lines, no text of YOLO's."
+        raise ValueError(f"{path} is not valid JSON: {error}. {asked}") from error
     if not isinstance(content, dict):
         raise ValueError(
             f"{path}: expected a JSON object with 'images', 'annotations' and 'categories', "
@@ -114,6 +115,8 @@ def check_annotations(content: JsonObject, path: str | os.PathLike[str]) -> None
         _check_image(image, path)
     found = get_entries(content, "categories", _CATEGORY_FIELDS, path)
     categories = index_by_id(found, "categories", path)
+    if not categories:
+        raise ValueError(f"{path}: 'categories' is empty.")
     names = Counter(category["name"] for category in found)
     if repeated := [name for name, count in names.items() if count > 1]:
         raise ValueError(f"{path}: several 'categories' are called {some(repeated)}.")

@@ -22,7 +22,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from iopath.common.file_io import file_lock
 
 from hierkd.data.check import count_contents, findings_of, short_line
-from hierkd.data.coco import register_ovd_dataset
+from hierkd.data.coco import images_without_caption, register_ovd_dataset
 from hierkd.data.coco_json import (
     FieldTypes,
     get_entries,
@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 JsonObject = dict[str, Any]
 
-_VERSION = 4  # of what the cache holds: raised when the same input gives other files
+_VERSION = 5  # of what the cache holds: raised when the same input gives other files
 _STAMP = "stamp.json"
 _LVIS_FIELDS = ("neg_category_ids", "not_exhaustive_category_ids")
 
@@ -250,9 +250,13 @@ def _build_half(
     kinds = {c.id: _kind(n, definition, groups) for n, c in category_of.items()}
     report = count_contents(content, kinds, kind, path)
     if kind == "train":
-        captions = [each.get("captions", []) for each in files["train_base.json"]["images"]]
+        images = files["train_base.json"]["images"]
+        captions = [each.get("captions", []) for each in images]
         report["images_with_captions"] = sum(map(bool, captions))
         report["num_captions"] = sum(map(len, captions))
+        if any(captions) and (silent := images_without_caption(images)):
+            names = [{"file": str(path), "where": "images", "value": name} for name in silent[:2]]
+            report["findings"]["no_caption"] = {"count": len(silent), "examples": names}
     return {**files, _STAMP: {"vocabularies": vocabularies, "report": report, "empty": empty}}
 
 

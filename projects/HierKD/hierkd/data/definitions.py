@@ -178,6 +178,11 @@ def read_definition(path: str | Path) -> Definition:
         raise ValueError(f"{path} is not YAML: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected keys such as 'name', found {shown(content)}")
+    if "names" in content:
+        raise ValueError(
+            f"{path}: 'names' is a key of YOLO's data.yaml; expected 'name', 'base', 'novel', and "
+            "'train' and 'val', each with 'json' (boxes in COCO's layout) and 'images'"
+        )
     content = {key: value for key, value in content.items() if value is not None}
     if content.get("format") == "lvis":
         content = _LVIS_DEFAULTS | content

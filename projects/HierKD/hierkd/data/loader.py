@@ -87,6 +87,9 @@ class _SeededSamples(Dataset[dict[str, Any]]):
     def __init__(self, records: Sequence[dict[str, Any]], mapper: _Mapper, seed: int) -> None:
         self._records, self._mapper, self._seed = records, mapper, seed
 
+    def __len__(self) -> int:
+        return len(self._records)
+
     def __getitem__(self, key: _SampleKey) -> dict[str, Any]:
         position, index = key
         total = len(self._records)

@@ -48,6 +48,8 @@ CONFIG_NAME = "config.yaml"  # what a training leaves in its folder
 FINAL_WEIGHTS = "model_final.pth"  # what detectron2's trainer calls its last checkpoint
 LAST_CHECKPOINT = "last_checkpoint"  # and where it notes the name of the latest
 COMMAS = "[,\uff0c\u3001]"  # as a pattern: of Latin, full-width and ideographic script
+# What people put around and between names who think of Python, of a shell, or of Grounding DINO.
+_LIST_MARKS = re.compile(r"""[][{}|"`\u201c\u201d]|^['\u2018].*['\u2019]$|\s\.\s|\.$""")
 _MINIATURE = "miniature_ovd_"  # what the names of the miniature's datasets begin with
 
 # Images per forward pass of a list, where they have one size. [ours] Video frames and tiles gain on
@@ -319,7 +321,14 @@ def resolve_vocabulary(text: str) -> list[str]:
     if text in DatasetCatalog.list():
         return list(MetadataCatalog.get(text).thing_classes)
     if os.path.isfile(text) or text.endswith((".txt", ".json")):
-        return read_text_lines(text)
+        names = read_text_lines(text)
+        numbered = all(re.match(r"\d+[.:)]?\s", name) for name in names)
+        for name in names:
+            if numbered or re.match(r"[-*#]\s", name):
+                raise ValueError(f"{text}: {name!r}: expected a name alone on each line")
+        if len(names) == 1:
+            _warn_of_a_list(names[0])
+        return names
     names = [name.strip() for name in re.split(COMMAS, text)]
     if not any(names):
         raise ValueError("the vocabulary is empty: give class names separated by commas")
@@ -334,37 +343,39 @@ def resolve_vocabulary(text: str) -> list[str]:
             "of this name goes into a text file"
         )
     check_typed(names, "the vocabulary")
-    if len(names) == 1 and _is_a_list(names[0]):
-        logger.warning("the vocabulary is one class, %r; commas would make it several", names[0])
+    if len(names) == 1:
+        _warn_of_a_list(names[0])
     return names
 
 
-def _is_a_list(name: str) -> bool:
-    """Whether a name of several words is no registered dataset's, but each of its words is."""
-    words = name.split()
-    if len(words) < 2:
-        return False
+def _warn_of_a_list(name: str) -> None:
+    """Log it if a name has commas, or if it is no registered dataset's, but each word of it is."""
+    words = [word for word in name.split() if word not in ("and", "or")]
     known = {
         each
         for dataset in DatasetCatalog.list()
         for each in MetadataCatalog.get(dataset).get("thing_classes", ())
     }
-    return known.issuperset(words) and name not in known
+    if re.search(COMMAS, name) or (
+        len(words) > 1 and known.issuperset(words) and name not in known
+    ):
+        logger.warning(
+            "the vocabulary is one class, %r; commas, in a file line breaks, would make it several",
+            name,
+        )
 
 
 def check_typed(names: Sequence[str], names_from: str) -> None:
     """Refuse names that still wear the marks of a list, and what ``check_names`` refuses.
 
     Raises:
-        ValueError: A name holds a bracket, a double quote or ``|``, or is between single quotes.
+        ValueError: A name holds a bracket, a double quote, ``|`` or half a pair of parentheses, is
+            between single quotes, or has a full stop behind it.
     """
     for name in names:
-        if set(name) & set('[]{}|"\u201c\u201d') or (name[:1] + name[-1:]) in (
-            "''",
-            "\u2018\u2019",
-        ):
+        if _LIST_MARKS.search(name) or name.count("(") != name.count(")"):
             raise ValueError(
-                f"{names_from}: {name!r} has brackets, quotes or '|': expected names between "
+                f"{names_from}: {name!r} has brackets, quotes, '|' or '.': expected names between "
                 "commas, such as: cat, traffic cone"
             )
     check_names(names, names_from)

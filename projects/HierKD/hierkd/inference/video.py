@@ -80,13 +80,14 @@ def find_inputs(inputs: Iterable[str]) -> list[Path]:
         path = Path(text)
         if path.is_dir():
             known = picture_suffixes() | VIDEO_SUFFIXES
-            files = [p for p in sorted(path.iterdir()) if p.is_file()]
+            # a link to nothing is named later on; macOS leaves a hidden file beside each picture
+            files = [p for p in sorted(path.iterdir()) if not p.is_dir() and p.name[0] != "."]
             matches = [p for p in files if p.suffix.lower() in known]
-            others = [p.suffix.lower() or "no suffix" for p in files if p.name[0] != "."]
-            if passed := Counter(suffix for suffix in others if suffix not in known):
+            suffixes = [p.suffix.lower() or "no suffix" for p in files]
+            if passed := Counter(suffix for suffix in suffixes if suffix not in known):
                 logger.warning(
                     "%s: passed over %d of %d files, by their suffixes no pictures or videos: %s",
-                    *(text, passed.total(), len(others)),
+                    *(text, passed.total(), len(files)),
                     ", ".join(f"{suffix} ({count})" for suffix, count in sorted(passed.items())),
                 )
         else:

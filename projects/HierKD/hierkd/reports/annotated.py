@@ -93,6 +93,10 @@ def annotate_picture(
         ValueError: The picture cannot be decoded; it is named.
     """
     image = read_picture(str(picture))
+    with PILImage.open(picture) as opened:
+        count = getattr(opened, "n_frames", 1)
+        if count > 1 and opened.format != "MPO":  # a phone's, with a second view of the same
+            logger.warning("%s: the first of its %d pictures is taken", picture, count)
     (found,) = detectors.detect([image])
     save_picture(output, _draw(detectors, image, found))
     entry = {

@@ -131,6 +131,7 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # detectron2 is untyped
             "SEED": self.cfg.SEED,
             "SOLVER.IMS_PER_BATCH": self.cfg.SOLVER.IMS_PER_BATCH,
             "the number of processes": comm.get_world_size(),
+            "the number of training images": len(self.data_loader.dataset),
         }
 
     def vocabulary(self) -> list[str]:
@@ -155,7 +156,7 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # detectron2 is untyped
                 "OUTPUT_DIR"
             )
         for name, value in self.data_order().items():
-            if (before := state_dict["data_order"][name]) != value:
+            if (before := state_dict["data_order"].get(name, value)) != value:
                 logger.warning(
                     "--resume: %s is %d and was %d: from here on the images are others than those "
                     "of a run without the interruption",
