@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import logging
@@ -93,7 +94,8 @@ def annotate_picture(
         ValueError: The picture cannot be decoded; it is named.
     """
     image = read_picture(str(picture))
-    with PILImage.open(picture) as opened:
+    # Beyond the first picture a file may be broken; Pillow's decoders then raise what they like.
+    with contextlib.suppress(Exception), PILImage.open(picture) as opened:
         count = getattr(opened, "n_frames", 1)
         if count > 1 and opened.format != "MPO":  # a phone's, with a second view of the same
             logger.warning("%s: the first of its %d pictures is taken", picture, count)
