@@ -28,7 +28,7 @@ from hierkd.teachers.region_cache import (
     keys_sha256,
     sorted_texts,
 )
-from hierkd.teachers.texts import load_text_embeddings, read_embedding_array
+from hierkd.teachers.texts import load_text_embeddings
 
 
 class Planted:
@@ -132,13 +132,6 @@ READERS = [
     ],
     (load_open_clip, plain_pickle, "open_clip_model.safetensors"),
     (load_text_embeddings, plain_pickle, "texts.safetensors"),
-    (read_embedding_array, object_array, "rows.npy"),
-    (read_embedding_array, plain_pickle, "rows.npy"),
-    *[
-        (read_embedding_array, plant, name)
-        for plant in (torch_zip, torch_legacy, plain_pickle)
-        for name in ("rows.pt", "rows.pth")
-    ],
 ]
 
 

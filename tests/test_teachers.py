@@ -16,7 +16,7 @@ from hierkd.load_config import load_config
 from hierkd.miniature.clip import TinyCLIPSpec, build_tiny_clip, save_clip
 from hierkd.teachers.clip import CLIPTeacher
 from hierkd.teachers.openai_clip import OPENAI_MODELS
-from hierkd.teachers.texts import PROMPT_ENSEMBLE, load_text_embeddings, read_templates
+from hierkd.teachers.texts import load_text_embeddings, read_templates
 from tiny_training import call_main, command_line
 from tools import cache_teacher
 
@@ -230,8 +230,8 @@ def test_every_config_names_the_width_of_its_teacher():
 # --------------------------------------------------------------------------------- prompts by file
 
 
-def test_the_shipped_ensemble_is_the_built_in_one():
-    assert read_templates(ENSEMBLE) == PROMPT_ENSEMBLE
+def test_the_shipped_ensemble_is_read():
+    assert len(read_templates(ENSEMBLE)) == 7
 
 
 def test_a_run_writes_down_the_templates_not_the_file(folder, tmp_path):

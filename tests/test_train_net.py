@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import tiny_training
+from hierkd.files import file_hash
 from hierkd.miniature.world import MINIATURE_BASE, MINIATURE_NOVEL
 from hierkd.teachers.clip import CLIPTeacher
 from hierkd.teachers.texts import make_text_embeddings, save_text_embeddings
@@ -231,12 +232,14 @@ def test_evaluating_in_a_trainings_folder_leaves_its_config_and_log(folder, trai
 
 
 def test_names_without_an_embedding_are_found_before_the_first_step(folder, train, tmp_path):
-    rows = np.random.default_rng(0).normal(size=(len(MINIATURE_BASE) + 1, 16))
+    rows = np.eye(16, dtype=np.float32)[[0] * (len(MINIATURE_BASE) + 1)]
     stored = make_text_embeddings(
         MINIATURE_BASE,
         rows[1:],
         background_prompt="a photo of background.",
         background=rows[0],
+        weights_sha256=file_hash(folder / "clip.pt"),
+        templates=("a photo of a {}.",),
     )
     save_text_embeddings(stored, tmp_path / "base.safetensors")
     with pytest.raises(ValueError, match=rf"no embedding of.*'{MINIATURE_NOVEL[0]}'"):

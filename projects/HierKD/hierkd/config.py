@@ -111,7 +111,7 @@ def _add_text_classifier_keys(cfg: CN) -> None:
     # datasets/prompts/ensemble.txt. Reading the config puts them into TEMPLATES, so that what a run
     # writes down does not depend on the file. "" = none. [ours]
     cfg.MODEL.TEXT_CLASSIFIER.TEMPLATES_FILE = ""
-    # Class embeddings made beforehand: path of an .npz from datasets/extract_text_embeddings.py,
+    # Class embeddings made beforehand: path of a file of datasets/extract_text_embeddings.py,
     # for running without CLIP's weights. "" = the teacher encodes the names. [ours]
     cfg.MODEL.TEXT_CLASSIFIER.EMBEDDINGS = ""
     # Text whose embedding the learned background starts from. [paper §3.1]
