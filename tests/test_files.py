@@ -96,9 +96,6 @@ def test_damaged_pickles_end_as_one_kind_of_error(tmp_path):
             read_pickled_arrays(path)
 
 
-# ------------------------------------------------------------------------------- PyTorch files
-
-
 # -------------------------------------------------------------------------- TorchScript archives
 
 
@@ -130,6 +127,3 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
         making.write_text(b"second")
     assert path.read_text() == "first"
     assert list(path.parent.iterdir()) == [path]
-
-
-# --------------------------------------------------------------------------------------- hashes

@@ -11,7 +11,6 @@ from detectron2.structures import Boxes
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from hierkd.modeling import atss
 from hierkd.modeling.atss import ATSSMatcher
 
 STRIDES = (8, 16, 32)
@@ -197,16 +196,3 @@ def test_zero_area_and_far_away_boxes_match_nothing(box):
     assert torch.equal(labels, alone)
     assert labels.sum() > 0
     assert (matches[labels == 1] == 1).all()
-
-
-@pytest.mark.parametrize("pairs", [1, 700])
-def test_boxes_in_parts_give_what_all_at_once_do(monkeypatch, pairs):
-    for seed in range(5):
-        rng = np.random.default_rng(seed)
-        gt = random_boxes(rng, 12, 96, 128)
-        anchors = make_anchors(96, 128)
-        whole = ATSSMatcher()(gt, anchors)
-        with monkeypatch.context() as patch:
-            patch.setattr(atss, "_PAIRS_AT_ONCE", pairs)
-            parts = ATSSMatcher()(gt, anchors)
-        assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))

@@ -221,38 +221,17 @@ def test_losses_and_gradients_are_finite_at_the_edges(build, box):
     assert all(torch.equal(one[0], two[1]) for one, two in zip(alone, both, strict=True))
 
 
-@pytest.mark.parametrize(
-    ("box", "label", "found"),
-    [
-        ((0, 0, float("nan"), 5), 0, "the box"),
-        ((0, 0, float("inf"), 5), 0, "the box"),
-        ((0, 0, 2e7, 5), 0, "the box"),
-        ((9, 0, 8, 5), 0, "the box"),
-        ((0, 9, 5, 8), 0, "the box"),
-        ((0, 0, 5, 5), 5, "class 5"),
-        ((0, 0, 5, 5), -1, "class -1"),
-    ],
-)
-def test_ground_truth_that_cannot_be_learned_is_named(build, box, label, found):
-    bad = sample([[1, 1, 9, 9], box], [4, label]) | {"file_name": "8.png", "image_id": 80}
-    with pytest.raises(ValueError, match=rf"8\.png \(id 80\): ground truth 1 has {found}"):
-        train_losses(build(), [sample([[10, 12, 70, 80]]), bad])
-
-
-@pytest.mark.parametrize(("least", "greatest"), [(3.0, 30.0), (3.1, 30.1)])  # 3.1: no float32
-def test_the_temperatures_are_brought_back_and_it_is_said(build, caplog, least, greatest):
-    ranges = ("MODEL.GKD.LOGIT_SCALE_RANGE", (2.0, greatest))  # of no other test: said once
-    model = build(*ranges, "MODEL.TEXT_CLASSIFIER.LOGIT_SCALE_RANGE", (least, 40.0))
+def test_the_temperatures_are_brought_back_and_it_is_said(build, caplog):
+    model = build()
     with torch.no_grad():
         model.text_classifier.logit_scale.fill_(-50.0)
-        model.mlca.logit_scale.fill_(50.0)
+        model.mlca.logit_scale.fill_(5000.0)
     losses = train_losses(model, batch())
     assert all(loss.isfinite() for loss in losses.values())
-    assert model.text_classifier.logit_scale.item() == pytest.approx(least, rel=1e-7)
-    assert model.mlca.logit_scale.item() == pytest.approx(greatest, rel=1e-7)
+    assert (model.text_classifier.logit_scale.item(), model.mlca.logit_scale.item()) == (1, 1000)
     said = [record.getMessage() for record in caplog.records]
-    assert any(f"tau_c is held at {least:g}, " in each for each in said)
-    assert any(f"tau_m is held at {greatest:g}, " in each for each in said)
+    assert any("tau_c is held at 1, " in each for each in said)
+    assert any("tau_m is held at 1000, " in each for each in said)
 
 
 @pytest.mark.parametrize(("height", "width"), [(100, 70), (128, 33)])

@@ -159,8 +159,6 @@ def test_zero_maps_are_finite(pooling):
 
 
 def test_errors_name_both_sides():
-    with pytest.raises(ValueError, match="5 dimensions, captions 4"):
-        mlca()(maps(), torch.zeros(C, 4, dtype=torch.float64))
     with pytest.raises(ValueError, match="at least one cell, got grid_size=0"):
         MLCA(grid_size=0)
     with pytest.raises(ValueError, match=r"'max', 'avg'.*got 'min'"):
@@ -175,8 +173,6 @@ def test_tau_m_stays_in_its_range():
         module.limit_logit_scale()
         assert module.logit_scale.item() == expected
     MLCA(logit_scale=None).limit_logit_scale()
-    with pytest.raises(ValueError, match=r"MODEL.GKD.LOGIT_SCALE is 2000.0, outside of"):
-        MLCA(logit_scale=2000.0)
 
 
 def test_one_process_keeps_its_own_rows():  # two: test_ddp.py

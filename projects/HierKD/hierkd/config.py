@@ -14,6 +14,8 @@ __all__ = ["add_hierkd_config"]
 
 _REMOVED = (
     "MODEL.ATSS.PRESELECT_ABOVE",
+    "MODEL.GKD.LOGIT_SCALE_RANGE",
+    "MODEL.TEXT_CLASSIFIER.LOGIT_SCALE_RANGE",
     "MODEL.ATSS.PRESELECT_POINTS_TEST",
     "MODEL.IKD.CLOSE_MODALITY_GAP",
     "MODEL.IKD.MERGE_CROPS_IOU",
@@ -99,9 +101,6 @@ def _add_text_classifier_keys(cfg: CN) -> None:
     cfg.MODEL.TEXT_CLASSIFIER.EMBED_DIM = 512
     # Start of tau_c, which multiplies the cosines. [paper §4.2]
     cfg.MODEL.TEXT_CLASSIFIER.LOGIT_SCALE = 100.0
-    # Least and greatest tau_c: a step that leaves the range is brought back to its end, with a
-    # warning. [ours: the release has no limits; CLIP limits its own to 100, where tau_c starts]
-    cfg.MODEL.TEXT_CLASSIFIER.LOGIT_SCALE_RANGE = (1.0, 1000.0)
     # Prompt of a class; {} is the name. [paper §3]
     cfg.MODEL.TEXT_CLASSIFIER.TEMPLATE = "a photo of a {}."
     # Prompt ensemble: several templates in place of TEMPLATE; a class is the normalised mean of
@@ -163,8 +162,6 @@ def _add_distillation_keys(cfg: CN) -> None:
     cfg.MODEL.GKD.POOLING = "max"
     # Start of tau_m, which multiplies the match scores. [paper §4.2]
     cfg.MODEL.GKD.LOGIT_SCALE = 10.0
-    # Least and greatest tau_m, likewise. [ours]
-    cfg.MODEL.GKD.LOGIT_SCALE_RANGE = (1.0, 1000.0)
     # Contrast the images of every process with the captions of every process, instead of each
     # process its own; loss and gradients are then those of one process with the whole batch. For
     # "contrastive": "positive_only" compares nothing across pairs and ignores it. [ours; the paper
