@@ -136,20 +136,13 @@ def renamed(images, pattern):
     return [{**image, "file_name": pattern.format(image["id"])} for image in images]
 
 
-SAME = [{key: image[key] for key in image if key != "coco_url"} for image in TRAIN["images"]]
-OTHER_NAMES = renamed(TRAIN["images"], "COCO_train2014_{:012d}.jpg")
-
-
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("instances_train2017", CAPTIONS, r"expected boxes .* found captions .* swapped"),
-        ("captions_train2017", TRAIN, r"expected captions .* found boxes .* swapped"),
-        ("instances_train2017", VAL, r"expected images of train2017, found .*val2017"),
-        ("instances_val2017", VAL | {"info": {"year": 2014}}, r"2017, found info\.year 2014"),
-        ("instances_train2017", TRAIN | {"images": OTHER_NAMES}, r"COCO 2017 .*'COCO_train2014_0"),
+        ("instances_train2017", CAPTIONS, "category_id|bbox|categories"),
+        ("captions_train2017", TRAIN, "caption"),
         ("instances_train2017", json.dumps(TRAIN)[:500], "is not valid JSON: .* column"),
-        ("instances_val2017", TRAIN | {"images": SAME}, r"in common, found 4, among them image 1"),
+        ("instances_val2017", TRAIN, r"in common, found 4, among them image 1"),
         ("instances_val2017", VAL | {"annotations": []}, "no image has a box"),
         ("instances_val2017", VAL | {"images": VAL["images"][:1]}, "100 has image_id 11, which"),
         (

@@ -6,16 +6,12 @@ for showing novel objects; in training these stay, without boxes. ``categories``
 categories of the file in id order, also those without a box. COCO 2014 takes the rule of zero-shot
 detection instead (:class:`hierkd.data.splits.CocoVariant`). Ours: training images carry their
 captions, and fields that detection does not use are dropped, above all ``segmentation``.
-
-Files of COCO's two years, of its two halves, and of boxes and captions are easily mixed up: every
-reader says which it wants, and refuses the others.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -150,34 +146,18 @@ def _where_from(path: Path) -> str:
     return f"Download {archive_of(path)[0]} and unpack it so that {path} exists."
 
 
-def _read_official(path: Path, *, wanted: str, other: str) -> JsonObject:
-    """Read an official file whose annotations have the field ``wanted``, not ``other``."""
-    content = read_coco_json(path)
-    annotations = content.get("annotations")
-    first = annotations[0] if isinstance(annotations, list) and annotations else {}
-    if isinstance(first, dict) and wanted not in first and other in first:
-        kinds = {"bbox": "boxes (instances_*.json)", "caption": "captions (captions_*.json)"}
-        raise ValueError(
-            f"{path}: expected {kinds[wanted]}, found {kinds[other]}. Are the instances and the "
-            "captions file swapped?"
-        )
-    return content
-
-
 def _read_instances(path: Path) -> JsonObject:
     """Read and check ``instances_{train,val}<year>.json``."""
-    content = _read_official(path, wanted="bbox", other="caption")
+    content = read_coco_json(path)
     check_annotations(content, path)
-    _check_year_and_half(content, path)
     return content
 
 
 def _read_captions(path: Path) -> dict[int, list[str]]:
     """Read and check captions: image id -> its captions, in the order of their ids, none empty."""
-    content = _read_official(path, wanted="caption", other="bbox")
+    content = read_coco_json(path)
     images = get_entries(content, "images", {"id": int, "file_name": str}, path)
     known = index_by_id(images, "images", path)
-    _check_year_and_half(content, path)
     fields = {"id": int, "image_id": int, "caption": str}
     entries = get_entries(content, "annotations", fields, path)
     index_by_id(entries, "annotations", path)
@@ -191,27 +171,6 @@ def _read_captions(path: Path) -> dict[int, list[str]]:
         if text := " ".join(entry["caption"].split()):
             captions[entry["image_id"]].append(text)
     return captions
-
-
-def _check_year_and_half(content: JsonObject, path: Path) -> None:
-    """Raise ValueError if the images are not those that the file's name says."""
-    folder = path.stem.split("_")[1]
-    wanted = int(folder[-4:])
-    year = content["info"].get("year") if isinstance(content.get("info"), dict) else None
-    if year not in (None, wanted):
-        raise ValueError(f"{path}: expected COCO {wanted}, found info.year {shown(year)}.")
-    prefix = f"COCO_{folder}_" if wanted == 2014 else ""
-    for image in content["images"]:
-        name = image["file_name"]
-        if not name.startswith(prefix) or (not prefix and name.startswith("COCO_")):
-            raise ValueError(
-                f"{path}: expected file names of COCO {wanted} such as {prefix}000000000139.jpg, "
-                f"found {shown(name)}. Use the annotations of {wanted}."
-            )
-        # The files of 2014 were published with two kinds of URL; the older names no folder.
-        url = str(image.get("coco_url", ""))
-        if any(found != folder for found in re.findall(r"/((?:train|val|test)\d{4})/", url)):
-            raise ValueError(f"{path}: expected images of {folder}, found {shown(url)}.")
 
 
 def _check_pictures(folder: Path, instances: JsonObject) -> None:
