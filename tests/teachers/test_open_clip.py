@@ -299,11 +299,11 @@ def test_published_weights_without_network(make_teacher, publish, tmp_path, monk
     ("weights", "error", "message"),
     [
         ("open_clip:", ValueError, "expected open_clip:MODEL:TAG, open_clip:MODEL:FILE or"),
-        ("open_clip:hf-hub:org/tiny", ValueError, "the folder it was downloaded to"),
+        ("open_clip:hf-hub:org/tiny", ValueError, "expected open_clip:MODEL:TAG"),
         ("open_clip:ViT-B-17:x", FileNotFoundError, "none of .*ViT-L-14"),
         ("open_clip:ViT-B-16", FileNotFoundError, r"no weights; .*tags of ViT-B-16 are.*laion2b"),
         ("open_clip:ViT-B-16:lion", FileNotFoundError, r"'lion' is neither a file nor a tag of"),
-        ("open_clip:/no/where", FileNotFoundError, "no folder '/no/where'"),
+        ("open_clip:/no/where", FileNotFoundError, "'/no/where' is none of .*open_clip:FOLDER"),
         ("open_clip:ViT-B-32:openai", ValueError, "name them open_clip:ViT-B-32-quickgelu:openai"),
         ("openclip:ViT-B-16:x", FileNotFoundError, "nor does it begin with 'open_clip:'"),
     ],
@@ -339,17 +339,17 @@ def spoil_folder(change):
 
 def torchscript(folder):
     (folder / "open_clip_model.safetensors").unlink()
-    with zipfile.ZipFile(folder / "a.pt", "w") as archive:
+    with zipfile.ZipFile(folder / "open_clip_pytorch_model.bin", "w") as archive:
         archive.writestr("a/constants.pkl", b"")
 
 
 @pytest.mark.parametrize(
     ("spoil", "error", "message"),
     [
-        (lambda f: (f / "open_clip_config.json").unlink(), FileNotFoundError, "has no open_clip_c"),
+        (lambda f: (f / "open_clip_config.json").unlink(), FileNotFoundError, "needs open_clip_c"),
         (lambda f: (f / "open_clip_config.json").write_text("{"), ValueError, "is no config of an"),
         (spoil_folder(lambda c: c.pop("model_cfg")), ValueError, "KeyError: 'model_cfg'"),
-        (spoil_folder(lambda c: c["model_cfg"].update(embed_dim="x")), ValueError, "embed_dim"),
+        (spoil_folder(lambda c: c["model_cfg"].update(embed_dim="x")), ValueError, "no config of"),
         (
             spoil_folder(lambda c: c["preprocess_cfg"].update(mean=[1])),
             ValueError,
@@ -370,13 +370,8 @@ def torchscript(folder):
             ValueError,
             r"open_clip_model\.safetensors does not fit",
         ),
-        (lambda f: (f / "open_clip_model.safetensors").unlink(), FileNotFoundError, "has 0 files"),
-        (
-            lambda f: (f / "open_clip_other.safetensors").write_bytes(b""),
-            FileNotFoundError,
-            r"has 2 files of weights: open_clip_model\.safetensors, open_clip_other",
-        ),
-        (torchscript, ValueError, r"a\.pt is a TorchScript archive"),
+        (lambda f: (f / "open_clip_model.safetensors").unlink(), FileNotFoundError, "needs open_c"),
+        (torchscript, ValueError, r"open_clip_pytorch_model\.bin' cannot be read as tensors"),
     ],
 )
 def test_a_folder_that_holds_something_else(make_teacher, tmp_path, spoil, error, message):
@@ -384,14 +379,6 @@ def test_a_folder_that_holds_something_else(make_teacher, tmp_path, spoil, error
     spoil(folder)
     with pytest.raises(error, match=message):
         make_teacher(f"open_clip:{folder}").encode_captions(["a cat"])
-
-
-def test_open_clips_own_file_goes_before_another_librarys(make_teacher, tmp_path):
-    folder = write_folder(tmp_path / "tiny")
-    expected = make_teacher(f"open_clip:{folder}").encode_captions(["a cat"])
-    (folder / "model.safetensors").write_bytes(b"another library's")
-    (folder / "open_clip_pytorch_model.bin").write_bytes(b"the same, pickled")
-    assert torch.equal(make_teacher(f"open_clip:{folder}").encode_captions(["a cat"]), expected)
 
 
 def test_a_tokeniser_that_cannot_be_made(make_teacher, tmp_path):
