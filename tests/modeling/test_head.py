@@ -32,11 +32,6 @@ def test_shapes_and_types():
     assert {x.dtype for x in [*embeddings, *deltas, *qualities]} == {torch.float32}
 
 
-def test_embeddings_are_unit_vectors():
-    for embedding in make_head()(features())[0]:
-        torch.testing.assert_close(embedding.norm(dim=1), torch.ones_like(embedding[:, 0]))
-
-
 def test_equals_a_convolution_by_hand():
     # without towers one point is a sum over its 3x3 neighbourhood
     head = make_head(num_convs=0)
