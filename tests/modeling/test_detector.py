@@ -558,65 +558,6 @@ def test_novel_names_alone_are_shifted_and_only_beside_base_names(build, names):
 # ---------------------------------------------------------------------------- inference
 
 
-def reference_detections(model: HierKD, inputs: list[dict]) -> list[list[tuple]]:
-    """Slow inference from the definition: score = p x IoU, every pair, greedy NMS per class."""
-    images = model.preprocess_image(inputs)
-    features = [model.backbone(images.tensor)[f] for f in model.head_in_features]
-    embeddings, deltas, qualities = model.head(features)
-    anchors = model.anchor_generator(features)
-    weight = torch.cat(
-        [
-            model.text_classifier.text_embeddings,
-            torch.nn.functional.normalize(model.text_classifier.background_embedding, dim=0)[None],
-        ]
-    )
-    detections: list[list[tuple]] = []
-    for i in range(len(inputs)):
-        pairs = []
-        for level, of_level in enumerate(anchors):
-            height, width = embeddings[level].shape[2:]
-            for y in range(height):
-                for x in range(width):
-                    cosines = weight @ embeddings[level][i, :, y, x]
-                    probs = (model.text_classifier.logit_scale * cosines).softmax(0)[:-1]
-                    box = model.box2box_transform.apply_deltas(
-                        deltas[level][i, :, y, x][None], of_level.tensor[y * width + x][None]
-                    )
-                    box = box.clamp(0, SIZE)
-                    iou = qualities[level][i, 0, y, x].sigmoid()
-                    pairs += [(float(p * iou), k, box) for k, p in enumerate(probs)]
-        pairs.sort(key=lambda pair: -pair[0])
-        kept: list[tuple] = []
-        for score, k, box in pairs:
-            others = [b for _, c, b in kept if c == k]
-            if not others or pairwise_iou(Boxes(torch.cat(others)), Boxes(box)).max() <= 0.4:
-                kept.append((score, k, box))
-            if len(kept) == 100:
-                break
-        detections.append(kept)
-    return detections
-
-
-@torch.no_grad()
-def test_inference_equals_a_slow_reference(build):
-    model = build("MODEL.ATSS.TOPK_PAIRS_TEST", 100000)
-    # spread the boxes and scores of the untrained head, so that ranking and NMS have work
-    torch.manual_seed(3)
-    for conv in (model.head.embedding, model.head.anchor_deltas, model.head.quality):
-        conv.weight.normal_(std=0.2)
-    model.eval()
-    inputs = [sample([], seed=1), sample([], seed=2)]
-    outputs = model(inputs)
-    for output, expected in zip(outputs, reference_detections(model, inputs), strict=True):
-        instances = output["instances"]
-        assert len(instances) == len(expected) > 50
-        scores = torch.tensor([score for score, _, _ in expected])
-        torch.testing.assert_close(instances.scores, scores, rtol=1e-4, atol=1e-6)
-        assert (instances.pred_classes == torch.tensor([k for _, k, _ in expected])).all()
-        boxes = torch.cat([box for _, _, box in expected])
-        torch.testing.assert_close(instances.pred_boxes.tensor, boxes, rtol=1e-4, atol=1e-2)
-
-
 @torch.no_grad()
 def test_inference_with_another_vocabulary_and_output_size(build):
     model = build()
@@ -631,17 +572,6 @@ def test_inference_with_another_vocabulary_and_output_size(build):
     assert boxes[:, 2].max() <= 64
     assert boxes[:, 3].max() <= 256
     assert (instances.scores.diff() <= 0).all()
-
-
-def test_the_score_threshold_applies_to_the_class_probability(build):
-    model = build()
-    model.eval()
-    maps = torch.cat([m.flatten() for m in model.score_maps([sample([])])])
-    assert len(model([sample([])])[0]["instances"]) > 0
-    strict = build("MODEL.ATSS.SCORE_THRESH_TEST", 0.999)
-    strict.eval()
-    assert maps.max() < 0.999
-    assert len(strict([sample([])])[0]["instances"]) == 0
 
 
 @torch.no_grad()
@@ -735,19 +665,6 @@ def test_half_precision_moves_the_scores_a_little(build):
     found = half(inputs)[0]["instances"]
     assert found.scores.dtype == found.pred_boxes.tensor.dtype == torch.float32
     train_losses(half, batch())  # training is not concerned
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("has_units", [True, False])
-def test_half_precision_on_a_processor_without_it_is_slow_and_said_once(
-    build, monkeypatch, caplog, has_units
-):
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_units)
-    model = build("TEST.AMP.ENABLED", True).eval()
-    for _ in range(2):
-        model([sample([], seed=1)])
-    said = [each for each in caplog.messages if each.startswith("TEST.AMP: this processor")]
-    assert len(said) == (0 if has_units else 1)
 
 
 @torch.no_grad()
