@@ -13,6 +13,7 @@ __all__ = ["add_hierkd_config"]
 
 
 _REMOVED = (
+    "MODEL.ATSS.CLASS_AGNOSTIC_NMS",
     "MODEL.ATSS.PRESELECT_ABOVE",
     "MODEL.GKD.LOGIT_SCALE_RANGE",
     "MODEL.TEXT_CLASSIFIER.LOGIT_SCALE_RANGE",
@@ -83,10 +84,6 @@ def _add_detector_keys(cfg: CN) -> None:
     cfg.MODEL.ATSS.TOPK_PAIRS_TEST = 3000
     # IoU of class-wise NMS. [paper §4.2]
     cfg.MODEL.ATSS.NMS_THRESH_TEST = 0.4
-    # Suppress overlapping boxes whatever their classes: one object then has one name, be it base or
-    # novel, instead of one box for each. Costs novel AP under GZSD (docs/lab/miniature.md). [ours;
-    # the paper's is class-wise]
-    cfg.MODEL.ATSS.CLASS_AGNOSTIC_NMS = False
     # Calibration of generalised inference: added to the logits of the classes that are not in the
     # training vocabulary, wherever the vocabulary holds both kinds; 0 = off. In units of logits:
     # the odds of novel against base classes are multiplied by its exponential, the probability of

@@ -224,7 +224,6 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
                 topk_pairs=atss.TOPK_PAIRS_TEST,
                 nms_thresh=atss.NMS_THRESH_TEST,
                 max_detections=cfg.TEST.DETECTIONS_PER_IMAGE,
-                class_agnostic_nms=atss.CLASS_AGNOSTIC_NMS,
                 novel_logit_shift=atss.NOVEL_LOGIT_SHIFT,
                 teacher_boxes=cfg.TEST.TEACHER.BOXES,
                 teacher_exponents=tuple(cfg.TEST.TEACHER.EXPONENTS),
