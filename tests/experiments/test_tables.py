@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 from detectron2.config import CfgNode
-from detectron2.engine import DefaultTrainer
 
 from hierkd.experiments.tables import TABLES
 from hierkd.load_config import load_config
@@ -137,21 +136,6 @@ def test_one_row_is_one_training():
                 assert found.setdefault(training.name, training) == training
 
 
-def test_what_makes_the_figures_of_a_row():
-    special = {
-        (table.number, row.label): row.evaluation
-        for table in TABLES.values()
-        for row in table.rows
-        if row.evaluation != "train_net"
-    }
-    assert special == {
-        **{
-            (6, f"{m}, CLIP direct inference"): "direct_inference" for m in ("IKD", "GKD", "HierKD")
-        },
-        (9, "CLIP on ground-truth boxes"): "upper_bound",
-    }
-
-
 ONE_X = {"MODEL.IKD.LOSS_WEIGHT": 1.0, "MODEL.GKD.LOSS_WEIGHT": 1.0}
 RELEASE = {
     "MODEL.GKD.LOSS_WEIGHT": 1.0,
@@ -219,12 +203,3 @@ def test_a_row_varies_the_same_in_the_miniature_as_on_coco(number):
         for key, value in pinned.items():
             if not key.startswith(OWN) and not (ikd_off and ".IKD." in key):
                 assert values[key] == value, (row.label, key)
-
-
-def test_one_gpu_instead_of_four_follows_the_linear_rule():
-    """What ``SOLVER.REFERENCE_WORLD_SIZE 4`` makes of the batch of 32."""
-    opts = ["SOLVER.REFERENCE_WORLD_SIZE", "4"]
-    cfg = load_config(str(ROOT / "configs/hierkd_R50.yaml"), opts)
-    solver = DefaultTrainer.auto_scale_workers(cfg, 1).SOLVER
-    assert (solver.IMS_PER_BATCH, solver.BASE_LR, solver.MAX_ITER) == (8, 0.0025, 161_664)
-    assert solver.STEPS == (107_776, 148_192)

@@ -410,19 +410,6 @@ def test_embeddings_of_the_batch_are_those_of_the_matched_objects(build):
     assert len(pairs.teacher.unique(dim=0)) == 5
 
 
-def test_embeddings_of_the_batch_give_the_losses_of_asking_the_teacher(build):
-    model, inputs = build("MODEL.IKD.BOXES", "gt"), with_embeddings(batch())
-    rows = torch.stack([each["caption_embedding"] for each in inputs])
-    looked_up = train_losses(model, inputs)
-    model.teacher.encode_captions = lambda captions: rows
-    asked = train_losses(model, batch())
-    assert looked_up["loss_gkd_image"] == asked["loss_gkd_image"]
-    nothing = with_embeddings([sample([], seed=3), sample([], seed=4)])
-    losses = train_losses(model, nothing)
-    assert losses["loss_ikd"] == 0
-    assert without_gradient(model, losses) == []
-
-
 def test_proposals_of_the_batch_give_their_points_the_rows_of_their_boxes(build):
     cached = ("MODEL.IKD.BOXES", "gt", "MODEL.IKD.LOSS_TYPE", "kl")
     start = ("MODEL.IKD.PROPOSALS_PER_IMAGE", 2, "MODEL.IKD.PROPOSALS_START", 5)
