@@ -4,6 +4,7 @@ import contextlib
 import errno
 import logging
 import os
+import random
 import re
 import resource
 import signal
@@ -19,7 +20,7 @@ from detectron2.modeling.backbone.resnet import BasicBlock
 from detectron2.modeling.box_regression import Box2BoxTransform
 
 from fake_teacher import FakeTeacher
-from hierkd.checkpoint import HierKDCheckpointer
+from hierkd.checkpoint import HierKDCheckpointer, _find_damage
 from hierkd.modeling.atss import ATSSMatcher
 from hierkd.modeling.detector import HierKD
 from hierkd.modeling.detector_settings import IKD, DetectionSettings, InferenceSettings
@@ -253,6 +254,32 @@ def test_an_empty_folder_starts_afresh_and_says_so(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     assert resumed(tmp_path) is None
     assert f"{str(tmp_path)!r} holds no checkpoint: starting afresh" in caplog.text
+
+
+@pytest.mark.parametrize("number", [150, pytest.param(20_000, marks=pytest.mark.slow)])
+def test_every_single_damage_is_found_or_harmless(saved, tmp_path, number):
+    """Bits turned, bytes overwritten, files cut: noticed, or what is loaded is the same."""
+    path, whole = tmp_path / "model_0000050.pth", Path(saved).read_bytes()
+    expected = torch.load(saved, weights_only=True)["model"]
+    draw, found = random.Random(number), 0
+    for _ in range(number):
+        content = bytearray(whole)
+        at = draw.randrange(len(whole))
+        kind = draw.randrange(3)
+        if kind == 0:
+            content[at] ^= 1 << draw.randrange(8)
+        elif kind == 1:
+            content[at : at + 64] = draw.randbytes(len(content[at : at + 64]))
+        else:
+            del content[at:]
+        path.write_bytes(content)
+        if _find_damage(path) is not None:
+            found += 1
+            continue
+        loaded = torch.load(path, weights_only=True)
+        assert all(torch.equal(v, loaded["model"][k]) for k, v in expected.items())
+        assert loaded["iteration"] == 41
+    assert found > number // 2
 
 
 # ------------------------------------------------------------------------------------- full disks
