@@ -191,7 +191,6 @@ def test_a_run_writes_down_the_templates_not_the_file(folder, tmp_path):
         ("a {}\na photo\n", r"prompts\.txt, line 2: expected one {}.*'a photo'"),
         ("\n{} and {}\n", r"prompts\.txt, line 2: expected one {}.*'{} and {}'"),
         (b"a {}\n\xff\xfe\n", r"prompts\.txt: cannot be read as text"),
-        ("a {}\n" + "very " * 80 + "{}\n", r"reads 77 tokens, which end before the class name"),
     ],
 )
 def test_unusable_files_of_templates(refused, tmp_path, content, message):

@@ -33,9 +33,6 @@ def get_parser() -> argparse.ArgumentParser:
     pictures.add_argument(
         "--no-pictures", dest="pictures", action="store_const", const=0, help="none"
     )
-    parser.add_argument(
-        "--device", help="where the detector runs, if an evaluation has left no detections"
-    )
     return parser
 
 
@@ -60,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         run = read_run(args.run)
     except (FileNotFoundError, ValueError) as error:
         sys.exit(f"error: {error}")
-    page = describe_run(run, num_pictures=args.pictures, device=args.device)
+    page = describe_run(run, num_pictures=args.pictures)
     output = args.output or args.run / "report.html"
     write_page(output, page)
     for note in page.sections[0].notes:

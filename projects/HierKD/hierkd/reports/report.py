@@ -19,7 +19,7 @@ from detectron2.structures import Boxes, BoxMode, Instances
 
 from hierkd.config import add_hierkd_config
 from hierkd.evaluation.heat_maps import score_heat_maps
-from hierkd.inference.predictor import OpenVocabularyPredictor, find_checkpoint
+from hierkd.inference.predictor import OpenVocabularyPredictor
 from hierkd.load_config import load_config
 from hierkd.reports.charts import draw_comparison, draw_curves, draw_heat_map_sheet
 from hierkd.reports.drawing import Image, save_picture
@@ -100,19 +100,17 @@ _PER_CLASS = "AP50-"
 # ------------------------------------------------------------------------------------- any run
 
 
-def describe_run(run: RunFolder, *, num_pictures: int = 12, device: str | None = None) -> Page:
+def describe_run(run: RunFolder, *, num_pictures: int = 12) -> Page:
     """Describe a run.
 
     Args:
         run: What it is about.
-        num_pictures: Test pictures with detections, at most; 0 is none.
-        device: Where the detector runs, if no detections of an evaluation are there; None is the
-            config's.
+        num_pictures: Test pictures with the detections of the last evaluation, at most; 0 is none.
     """
     pictures, notes = Section(), list(run.notes)
     if num_pictures > 0 and run.config:
         try:
-            pictures = _pictures_section(*_find_samples(run.path, num_pictures, device))
+            pictures = _pictures_section(*_find_samples(run.path, num_pictures))
         # whatever a folder, a dataset and a checkpoint can be wrong in: the rest can still be told
         except Exception as error:
             logger.warning("%s: no pictures: %s", run.path, error)
@@ -307,12 +305,9 @@ def _curves(title: str, lines: Mapping[str, Curve], *, from_zero: bool = True) -
 # ---------------------------------------------------------------------------------------- pictures
 
 
-def _find_samples(folder: Path, count: int, device: str | None) -> tuple[list[Sample], str]:
-    """Test pictures with detections, and where these come from.
-
-    The detections are those that the last evaluation has left; otherwise those of the checkpoint.
-    """
-    cfg = load_config(str(folder / "config.yaml"), ["MODEL.DEVICE", device] if device else [])
+def _find_samples(folder: Path, count: int) -> tuple[list[Sample], str]:
+    """Test pictures with what the last evaluation has found in them, and where these come from."""
+    cfg = load_config(str(folder / "config.yaml"))
     registered = [name for name in cfg.DATASETS.TEST if name in DatasetCatalog.list()]
     dataset_name = choose_test_dataset(registered)
     if dataset_name is None:
@@ -320,24 +315,16 @@ def _find_samples(folder: Path, count: int, device: str | None) -> tuple[list[Sa
     vocabulary = list(MetadataCatalog.get(dataset_name).thing_classes)
     judged = judged_classes(dataset_name)
     records = choose_in_turn(DatasetCatalog.get(dataset_name), vocabulary, judged, count)
-    try:
-        detect = _saved_detections(folder, dataset_name)
-        source = "detections of its last evaluation"
-    except FileNotFoundError:
-        predictor = OpenVocabularyPredictor.from_checkpoint(folder, device=device)
-        predictor.set_vocabulary(vocabulary)
-
-        def detect(record: dict[str, Any], image: Image) -> Instances:
-            return predictor(image)
-
-        source = f"detections of {Path(find_checkpoint(folder)[1]).name}"
+    detect = _saved_detections(folder, dataset_name)
     samples = keep_best(build_samples(records, detect, vocabulary, judged))
-    return samples, f"{dataset_name}; {source}"
+    return samples, f"{dataset_name}; detections of its last evaluation"
 
 
 def _saved_detections(folder: Path, dataset_name: str) -> Callable[[Any, Image], Instances]:
     """Look up what a run's evaluation has written, in COCO's results format."""
     path = folder / "inference" / dataset_name / "coco_instances_results.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"no evaluation has left {path}")
     positions = MetadataCatalog.get(dataset_name).thing_dataset_id_to_contiguous_id
     of_images: dict[Any, list[Mapping[str, Any]]] = {}
     for result in json.loads(path.read_bytes()):

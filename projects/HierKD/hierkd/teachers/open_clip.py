@@ -108,7 +108,6 @@ class OpenCLIPFiles:
             embed_dim=int(found.config["embed_dim"]),
             logit_scale=model.logit_scale.detach().float().exp().item(),
             input_size=_side(model.visual.image_size),
-            context_length=int(tokenizer.context_length),
             pixel_mean=found.mean,
             pixel_std=found.std,
             dtype=torch.float16 if half else torch.float32,

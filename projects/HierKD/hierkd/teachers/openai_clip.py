@@ -102,7 +102,6 @@ class OpenAIFiles:
             embed_dim=int(model.text_projection.shape[1]),
             logit_scale=float(model.logit_scale.exp()),
             input_size=int(model.visual.input_resolution),
-            context_length=int(model.context_length),
             pixel_mean=CLIP_MEAN,
             pixel_std=CLIP_STD,
             dtype=model.dtype,

@@ -61,11 +61,10 @@ class LoadedCLIP:
     Attributes:
         model: has ``encode_image``, (P, 3, S, S) -> (P, D), and ``encode_text``, of the tokens of C
             texts -> (C, D); neither needs to normalise.
-        tokenize: C texts -> tokens (C, `context_length`), cut off where they are longer.
+        tokenize: C texts -> tokens, cut off where they are longer than its context.
         embed_dim: D.
         logit_scale: its own factor on cosines.
         input_size: S, px.
-        context_length: tokens that the text encoder reads.
         pixel_mean: of RGB in [0, 1].
         pixel_std: likewise.
         dtype: that ``encode_image`` expects.
@@ -76,7 +75,6 @@ class LoadedCLIP:
     embed_dim: int
     logit_scale: float
     input_size: int
-    context_length: int
     pixel_mean: tuple[float, ...]
     pixel_std: tuple[float, ...]
     dtype: torch.dtype
