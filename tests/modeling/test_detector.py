@@ -450,11 +450,6 @@ def test_proposals_of_the_batch_give_their_points_the_rows_of_their_boxes(build)
     assert without_gradient(model, losses) == []
 
 
-def test_a_cache_holds_ground_truth_boxes_only(build):
-    with pytest.raises(ValueError, match=r"MODEL\.IKD\.BOXES is 'predicted'"):
-        build("MODEL.TEACHER.CACHE", "somewhere", "MODEL.IKD.BOXES", "predicted")
-
-
 # ---------------------------------------------------------------------------- vocabularies
 
 

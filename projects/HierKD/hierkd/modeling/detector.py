@@ -82,7 +82,6 @@ from hierkd.modeling.sampling import subsample_negatives
 from hierkd.modeling.text_classifier import LOGIT_SCALE_RANGE, TextClassifier
 from hierkd.teachers.clip import build_teacher, check_embed_dim
 from hierkd.teachers.protocol import Teacher
-from hierkd.teachers.region_cache import check_cached_boxes
 from hierkd.teachers.texts import check_names, comparable_name
 
 __all__ = ["DensePredictions", "ForeAnchors", "HierKD"]
@@ -192,8 +191,6 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
         teacher = build_teacher(cfg)
         text, atss, gkd = cfg.MODEL.TEXT_CLASSIFIER, cfg.MODEL.ATSS, cfg.MODEL.GKD
         check_embed_dim(teacher, text.EMBED_DIM)
-        if cfg.MODEL.IKD.LOSS_WEIGHT > 0 and cfg.MODEL.TEACHER.CACHE:
-            check_cached_boxes(cfg.MODEL.IKD.BOXES)
         check_choice("MODEL.GKD.LOSS_TYPE", gkd.LOSS_TYPE, ("contrastive", "positive_only"))
         contrastive = gkd.LOSS_TYPE == "contrastive"
         trained_on = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]) if cfg.DATASETS.TRAIN else None

@@ -36,7 +36,7 @@ from hierkd.teachers.open_clip import (
 )
 from hierkd.teachers.openai_clip import OPENAI_TOKENS, OpenAIFiles, known_openai_digest
 from hierkd.teachers.protocol import CLIPFiles, LoadedCLIP, Teacher, TokenCounter
-from hierkd.teachers.region_cache import RegionCache, check_cached_boxes
+from hierkd.teachers.region_cache import RegionCache
 from hierkd.teachers.text_cache import TextCache, Vector
 from hierkd.teachers.texts import (
     TextEmbeddings,
@@ -399,24 +399,29 @@ def build_region_cache(cfg: Any) -> RegionCache:
         ValueError: the cache is of another CLIP, other annotations, crops or proposals, or
             MODEL.IKD.BOXES are not the ground truth's.
     """
-    with_regions = cfg.MODEL.IKD.LOSS_WEIGHT > 0
+    ikd, teacher = cfg.MODEL.IKD, cfg.MODEL.TEACHER
+    if (with_regions := ikd.LOSS_WEIGHT > 0) and ikd.BOXES != "gt":
+        raise ValueError(
+            "MODEL.TEACHER.CACHE holds embeddings of ground-truth boxes, but MODEL.IKD.BOXES is "
+            f"{ikd.BOXES!r}: set MODEL.IKD.BOXES gt, or MODEL.TEACHER.CACHE ''"
+        )
+    cache = RegionCache(teacher.CACHE)
+    key = "MODEL.TEXT_CLASSIFIER.EMBED_DIM"
+    cache.check(embed_dim=(cfg.MODEL.TEXT_CLASSIFIER.EMBED_DIM, key))
+    digest = known_weights_sha256(teacher.WEIGHTS, teacher.DOWNLOAD_ROOT)
+    key = f"MODEL.TEACHER.WEIGHTS {teacher.WEIGHTS!r}"
+    if digest is None:
+        logger.warning("%s is used unchecked: %s is not at hand", cache.folder, key)
+    else:
+        cache.check(weights_sha256=(digest, f"{key}; the cache is of {cache.contents.clip!r}"))
     if with_regions:
-        check_cached_boxes(cfg.MODEL.IKD.BOXES)
-    cache = RegionCache(cfg.MODEL.TEACHER.CACHE)
-    weights = cfg.MODEL.TEACHER.WEIGHTS
-    cache.check_source(
-        weights=weights,
-        weights_sha256=known_weights_sha256(weights, cfg.MODEL.TEACHER.DOWNLOAD_ROOT),
-        embed_dim=cfg.MODEL.TEXT_CLASSIFIER.EMBED_DIM,
-    )
-    if with_regions:
-        cache.check_regions(
-            crop_scale=cfg.MODEL.IKD.CROP_SCALE,
-            pixel_statistics=cfg.MODEL.TEACHER.PIXEL_STATISTICS,
-            proposals_per_image=cfg.MODEL.IKD.PROPOSALS_PER_IMAGE,
-            annotation_files={
-                name: MetadataCatalog.get(name).json_file for name in cfg.DATASETS.TRAIN
-            },
+        cache.check(
+            crop_scale=(ikd.CROP_SCALE, "MODEL.IKD.CROP_SCALE"),
+            pixel_statistics=(teacher.PIXEL_STATISTICS, "MODEL.TEACHER.PIXEL_STATISTICS"),
+            proposals_per_image=(ikd.PROPOSALS_PER_IMAGE, "MODEL.IKD.PROPOSALS_PER_IMAGE"),
+        )
+        cache.check_annotations(
+            {name: MetadataCatalog.get(name).json_file for name in cfg.DATASETS.TRAIN}
         )
     return cache
 
