@@ -32,10 +32,9 @@ from hierkd.teachers.open_clip import (
     OPEN_CLIP_PREFIX,
     OpenCLIPFiles,
     known_open_clip_digest,
-    open_clip_token_counter,
 )
-from hierkd.teachers.openai_clip import OPENAI_TOKENS, OpenAIFiles, known_openai_digest
-from hierkd.teachers.protocol import CLIPFiles, LoadedCLIP, Teacher, TokenCounter
+from hierkd.teachers.openai_clip import OpenAIFiles, known_openai_digest
+from hierkd.teachers.protocol import CLIPFiles, LoadedCLIP, Teacher
 from hierkd.teachers.region_cache import RegionCache
 from hierkd.teachers.text_cache import TextCache, Vector
 from hierkd.teachers.texts import (
@@ -50,7 +49,6 @@ __all__ = [
     "build_region_cache",
     "build_teacher",
     "check_embed_dim",
-    "find_token_counter",
     "known_weights_sha256",
 ]
 
@@ -442,15 +440,3 @@ def known_weights_sha256(weights: str, download_root: str | None = None) -> str 
     if weights.startswith(OPEN_CLIP_PREFIX):
         return known_open_clip_digest(weights, download_root)
     return known_openai_digest(weights)
-
-
-def find_token_counter(weights: str, download_root: str | None = None) -> TokenCounter:
-    """The tokeniser of a CLIP, without its weights.
-
-    Raises:
-        FileNotFoundError: there is no such model of open_clip, or its tokeniser cannot be made.
-        ValueError: `weights`, or the config of the folder it names, is wrong.
-    """
-    if weights.startswith(OPEN_CLIP_PREFIX):
-        return open_clip_token_counter(weights, download_root)
-    return OPENAI_TOKENS

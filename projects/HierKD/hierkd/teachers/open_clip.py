@@ -24,9 +24,9 @@ from typing import Any, NamedTuple
 import torch
 
 from hierkd.files import file_hash, read_torch_file
-from hierkd.teachers.protocol import LONGEST_TEXT, LoadedCLIP, TokenCounter
+from hierkd.teachers.protocol import LoadedCLIP
 
-__all__ = ["OPEN_CLIP_PREFIX", "OpenCLIPFiles", "known_open_clip_digest", "open_clip_token_counter"]
+__all__ = ["OPEN_CLIP_PREFIX", "OpenCLIPFiles", "known_open_clip_digest"]
 
 OPEN_CLIP_PREFIX = "open_clip:"
 
@@ -125,26 +125,6 @@ def known_open_clip_digest(weights: str, download_root: str | None = None) -> st
     except FileNotFoundError:
         return None
     return None if found.path is None else _digest(found)
-
-
-def open_clip_token_counter(weights: str, download_root: str | None = None) -> TokenCounter:
-    """The tokeniser of a model, without weights; it may come from the model hub.
-
-    Raises:
-        FileNotFoundError: there is no such model, or its tokeniser cannot be made.
-        ValueError: the syntax, or the folder's config, is wrong.
-    """
-    tokenizer = _make_tokenizer(_import_open_clip(), _find(weights, download_root))
-
-    def count(texts: Sequence[str]) -> list[int]:
-        # What pads a row differs, and may be a text's own end: compare with a row of nothing.
-        nothing, *rows = tokenizer(["", *texts], context_length=LONGEST_TEXT).tolist()
-        return [
-            max((n + 1 for n, token in enumerate(row) if token != nothing[n]), default=0)
-            for row in rows
-        ]
-
-    return TokenCounter(count, int(tokenizer.context_length))
 
 
 # --- Names ----------------------------------------------------------------------------------------

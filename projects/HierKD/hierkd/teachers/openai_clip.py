@@ -25,14 +25,15 @@ from hierkd.files import (
     read_torch_file,
     read_torchscript_state_dict,
 )
-from hierkd.teachers.protocol import LONGEST_TEXT, LoadedCLIP, TokenCounter
+from hierkd.teachers.protocol import LoadedCLIP
 
 __all__ = [
     "CLIP_MEAN",
     "CLIP_STD",
+    "CONTEXT_LENGTH",
     "OPENAI_MODELS",
-    "OPENAI_TOKENS",
     "OpenAIFiles",
+    "count_tokens",
     "import_clip",
     "known_openai_digest",
 ]
@@ -42,6 +43,10 @@ __all__ = [
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
+
+CONTEXT_LENGTH = 77
+"""Tokens that OpenAI's models read; the rest of a text is cut off."""
+_LONGEST_TEXT = 1024  # a longer one counts as this long
 
 OPENAI_MODELS = {
     "RN50": 1024,
@@ -115,13 +120,10 @@ def known_openai_digest(weights: str) -> str | None:
     return None
 
 
-def _count_tokens(texts: Sequence[str]) -> list[int]:
-    tokens = import_clip().tokenize(list(texts), context_length=LONGEST_TEXT, truncate=True)
+def count_tokens(texts: Sequence[str]) -> list[int]:
+    """Tokens of each text, start and end included; of one that holds nothing as many as of ""."""
+    tokens = import_clip().tokenize(list(texts), context_length=_LONGEST_TEXT, truncate=True)
     return [int(end) + 1 for end in tokens.argmax(dim=1)]  # the end has the highest number of all
-
-
-OPENAI_TOKENS = TokenCounter(_count_tokens, context_length=77)
-"""The tokeniser of all of OpenAI's models."""
 
 
 def import_clip() -> ModuleType:

@@ -9,10 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["LONGEST_TEXT", "CLIPFiles", "LoadedCLIP", "Teacher", "TokenCounter"]
-
-LONGEST_TEXT = 1024
-"""Tokens that a `TokenCounter` counts; a longer text counts as this long."""
+__all__ = ["CLIPFiles", "LoadedCLIP", "Teacher"]
 
 
 class Teacher(Protocol):
@@ -39,19 +36,6 @@ class Teacher(Protocol):
 
     def encode_classes(self, names: Sequence[str]) -> Tensor:
         """Embed K class names, each put into the prompt template(s) -> (K, D)."""
-
-
-@dataclass(frozen=True)
-class TokenCounter:
-    """What a CLIP's tokeniser, which needs no weights, says of texts.
-
-    Attributes:
-        count: C texts -> the tokens of each; one that holds nothing has as many as "".
-        context_length: tokens that the text encoder reads; the rest of a text is cut off.
-    """
-
-    count: Callable[[Sequence[str]], Sequence[int]]
-    context_length: int
 
 
 @dataclass(frozen=True)
