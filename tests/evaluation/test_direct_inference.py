@@ -4,19 +4,15 @@ from typing import Any
 
 import pytest
 import torch
-from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
-from detectron2.structures import Boxes, BoxMode, pairwise_iou
+from detectron2.structures import Boxes, pairwise_iou
 from torch.nn.functional import normalize
 
 import hierkd.modeling.detector as meta_arch
 from fake_teacher import FakeTeacher
-from hierkd.data.mapper import read_picture
 from hierkd.evaluation.direct_inference import DirectInference
 from hierkd.load_config import load_config
-from hierkd.modeling.detector import ForeAnchors, HierKD
-from hierkd.modeling.inference import ClassProbabilities
-from toy_world import VOCABULARY, ColourTeacher, register_toy_world
+from hierkd.modeling.detector import HierKD
 
 SIZE = 128
 CLASSES = ["dog", "ant", "cow", "bee"]
@@ -158,60 +154,3 @@ def test_at_most_so_many_anchors_and_they_are_the_best(build):
     model.teacher.regions.clear()
     DirectInference(model, max_anchors=10_000)(inputs)
     assert [len(b) for b in model.teacher.regions[0][1]] == [len(f.boxes) for f in everything]
-
-
-# ------------------------------------------------------------------------------ a dataset
-
-
-class PerfectDetector:
-    """Proposes the true boxes and knows no class."""
-
-    def __init__(self, model: HierKD, dataset: str) -> None:
-        self.boxes = {
-            record["file_name"]: torch.tensor(
-                [
-                    BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS)
-                    for a in record["annotations"]
-                ],
-                dtype=torch.float32,
-            ).reshape(-1, 4)
-            for record in DatasetCatalog.get(dataset)
-        }
-        self.num_classes = len(VOCABULARY)
-
-    def __call__(self, batched_inputs):
-        boxes = [self.boxes[x["file_name"]] for x in batched_inputs]
-        return [
-            ForeAnchors(
-                b,
-                ClassProbabilities.of(torch.full((len(b), self.num_classes), 0.2)),
-                torch.full((len(b),), 0.5),
-            )
-            for b in boxes
-        ]
-
-
-@pytest.fixture
-def world(build, tmp_path, monkeypatch):
-    """A detector that finds all boxes of the toy world, its dataset and a loader."""
-    dataset = register_toy_world(tmp_path / "world")
-    model = build()
-    model.teacher = ColourTeacher(64)
-    monkeypatch.setattr(model, "fore_anchors", PerfectDetector(model, dataset))
-    records = [
-        record | {"image": torch.from_numpy(read_picture(record["file_name"], "RGB"))}
-        for record in DatasetCatalog.get(dataset)
-    ]
-    batches = [
-        [r | {"image": r["image"].permute(2, 0, 1)} for r in records[start : start + 4]]
-        for start in range(0, len(records), 4)
-    ]
-    return model, dataset, batches
-
-
-def test_true_boxes_and_a_teacher_that_knows_score_one_hundred(world):
-    model, dataset, batches = world
-    figures = DirectInference(model).evaluate(batches, dataset, 100)
-    for group in ("base", "novel", "all"):
-        assert figures[f"{group}/AP50"] == pytest.approx(100.0)
-    assert model.vocabulary_names == tuple(CLASSES)  # put back

@@ -12,7 +12,6 @@ from detectron2.utils.events import EventStorage
 import hierkd.modeling.detector as meta_arch
 from fake_teacher import FakeTeacher
 from hierkd.load_config import load_config
-from hierkd.modeling import inference
 from hierkd.modeling.detector import HierKD
 from hierkd.modeling.losses import similarity_kl_loss
 
@@ -554,52 +553,6 @@ def test_inference_with_another_vocabulary_and_output_size(build):
     assert boxes[:, 2].max() <= 64
     assert boxes[:, 3].max() <= 256
     assert (instances.scores.diff() <= 0).all()
-
-
-@torch.no_grad()
-def test_a_large_vocabulary_in_blocks_gives_the_same_detections_and_maps(build, monkeypatch):
-    model = build("MODEL.ATSS.TOPK_ANCHORS_TEST", 40, "MODEL.ATSS.TOPK_PAIRS_TEST", 200).eval()
-    torch.nn.init.normal_(model.head.quality.weight, std=0.2)
-    model.set_vocabulary([f"name {i}" for i in range(300)])
-    inputs = [sample([], seed=1), sample([], seed=2)]
-    whole, maps = model(inputs), model.score_maps(inputs)
-    sizes = []
-    probabilities = meta_arch.class_probabilities
-    monkeypatch.setattr(
-        meta_arch,
-        "class_probabilities",
-        lambda logits, shift: sizes.append(len(logits)) or probabilities(logits, shift),
-    )
-    monkeypatch.setattr(inference, "_MIN_BLOCK_ROWS", 9)
-    monkeypatch.setattr(inference, "_BLOCK_ELEMENTS", 1)
-    for one, other in zip(model(inputs), whole, strict=True):
-        found, expected = one["instances"], other["instances"]
-        assert len(found) == len(expected) > 20
-        torch.testing.assert_close(found.scores, expected.scores)
-        assert torch.equal(found.pred_classes, expected.pred_classes)
-    for some, every in zip(model.score_maps(inputs, [3, 0, 299]), maps, strict=True):
-        torch.testing.assert_close(some, every[:, [3, 0, 299]])
-    assert max(sizes) == 9  # no array of all points and all names
-
-
-@torch.no_grad()
-def test_fore_anchors_are_the_best_of_each_level(build):
-    model = build("MODEL.ATSS.TOPK_ANCHORS_TEST", 6)
-    model.eval()
-    inputs = [sample([], seed=1), sample([], seed=2)]
-    maps = model.score_maps(inputs)
-    for i, fore in enumerate(model.fore_anchors(inputs)):
-        best = [m[i].flatten(1).amax(0).topk(6).values for m in maps]  # of each level
-        torch.testing.assert_close(fore.scores, torch.cat(best))
-        assert fore.boxes.shape == (18, 4)
-        assert fore.boxes.min() >= 0
-        assert fore.boxes.max() <= SIZE
-        found = model.detect_classes(fore.boxes, fore.probs, fore.qualities, (SIZE, SIZE))
-        torch.testing.assert_close(found.scores, model([inputs[i]])[0]["instances"].scores)
-        top = fore.best(5)
-        torch.testing.assert_close(top.scores, torch.cat(best).topk(5).values)
-        assert all((fore.boxes == box).all(dim=1).any() for box in top.boxes)
-        assert fore.best(18) is fore
 
 
 @torch.no_grad()
