@@ -33,8 +33,8 @@ from hierkd.teachers.open_clip import (
     OpenCLIPFiles,
     known_open_clip_digest,
 )
-from hierkd.teachers.openai_clip import OpenAIFiles, known_openai_digest
-from hierkd.teachers.protocol import CLIPFiles, LoadedCLIP, Teacher
+from hierkd.teachers.openai_clip import OpenAIFiles
+from hierkd.teachers.protocol import LoadedCLIP, Teacher
 from hierkd.teachers.region_cache import RegionCache
 from hierkd.teachers.text_cache import TextCache, Vector
 from hierkd.teachers.texts import (
@@ -131,7 +131,7 @@ class CLIPTeacher:
         return f"CLIPTeacher(weights={self.weights!r}, device={str(self.device)!r})"
 
     @cached_property
-    def _files(self) -> CLIPFiles:
+    def _files(self) -> OpenAIFiles | OpenCLIPFiles:
         kind = OpenCLIPFiles if self.weights.startswith(OPEN_CLIP_PREFIX) else OpenAIFiles
         return kind(self.weights, self._download_root)
 
@@ -436,7 +436,10 @@ def check_embed_dim(teacher: Teacher, expected: int) -> None:
 
 
 def known_weights_sha256(weights: str, download_root: str | None = None) -> str | None:
-    """`CLIPFiles.digest` of a CLIP, None if that needs a download, or a package, or is unknown."""
+    """Digest of a CLIP, None if that needs a download or a package, or if there is no such CLIP."""
     if weights.startswith(OPEN_CLIP_PREFIX):
         return known_open_clip_digest(weights, download_root)
-    return known_openai_digest(weights)
+    try:
+        return OpenAIFiles(weights).digest
+    except FileNotFoundError:
+        return None

@@ -58,7 +58,7 @@ class _Weights(NamedTuple):
 
 
 class OpenCLIPFiles:
-    """A CLIP of the package open_clip; implements `CLIPFiles`.
+    """A CLIP of the package open_clip, like `openai_clip.OpenAIFiles`.
 
     Its `digest` is of the weights, the architecture, the pixel statistics and the files of a
     folder's own tokeniser: open_clip reads one file into different models, with other embeddings
@@ -89,7 +89,7 @@ class OpenCLIPFiles:
         return int(self._weights.config["embed_dim"])
 
     def load(self, device: torch.device, half: bool) -> LoadedCLIP:
-        """Load it, see `CLIPFiles.load`."""
+        """Load it, see `openai_clip.OpenAIFiles.load`."""
         found, open_clip = self._weights, _import_open_clip()
         tokenizer = _make_tokenizer(open_clip, found)
         with _quiet_root_logger(), _as_value_error(f"{found.title} cannot be built"):

@@ -35,7 +35,6 @@ __all__ = [
     "OpenAIFiles",
     "count_tokens",
     "import_clip",
-    "known_openai_digest",
 ]
 
 # Mean and standard deviation of RGB pixels in [0, 1] that every released CLIP was trained with
@@ -63,7 +62,7 @@ OPENAI_MODELS = {
 
 
 class OpenAIFiles:
-    """A CLIP in OpenAI's formats; implements `CLIPFiles`.
+    """A CLIP in OpenAI's formats, on disk or to be downloaded; `digest` is of its weights.
 
     Args:
         weights: a name that ``clip.available_models()`` lists (downloaded and hash-checked by
@@ -86,7 +85,12 @@ class OpenAIFiles:
         return None if os.path.isfile(self.weights) else OPENAI_MODELS.get(self.weights)
 
     def load(self, device: torch.device, half: bool) -> LoadedCLIP:
-        """Load it, see `CLIPFiles.load`."""
+        """Load it; the first time this may download it.
+
+        Raises:
+            FileNotFoundError: the weights are not there and cannot be downloaded.
+            ValueError: they are broken, or not those of such a model.
+        """
         path = _find_weights(self.weights, self._download_root)
         clip = import_clip()
         model: Any = _build(clip, path)
@@ -111,13 +115,6 @@ class OpenAIFiles:
             pixel_std=CLIP_STD,
             dtype=model.dtype,
         )
-
-
-def known_openai_digest(weights: str) -> str | None:
-    """SHA-256 (hex) of the weights, None if they are neither a file nor a published model."""
-    if os.path.isfile(weights) or weights in _model_urls():
-        return _weights_digest(weights)
-    return None
 
 
 def count_tokens(texts: Sequence[str]) -> list[int]:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["CLIPFiles", "LoadedCLIP", "Teacher"]
+__all__ = ["LoadedCLIP", "Teacher"]
 
 
 class Teacher(Protocol):
@@ -62,27 +62,3 @@ class LoadedCLIP:
     pixel_mean: tuple[float, ...]
     pixel_std: tuple[float, ...]
     dtype: torch.dtype
-
-
-class CLIPFiles(Protocol):
-    """A CLIP on disk, or one that can be downloaded.
-
-    Attributes:
-        title: its name without folders of this machine.
-        digest: hex digits that change whenever an embedding would: of its weights at least.
-    """
-
-    title: str
-    digest: str
-
-    @property
-    def embed_dim(self) -> int | None:
-        """D where it is known without the weights."""
-
-    def load(self, device: torch.device, half: bool) -> LoadedCLIP:
-        """Load it; the first time this may download it.
-
-        Raises:
-            FileNotFoundError: the weights are not there and cannot be downloaded.
-            ValueError: they are broken, or not those of such a model.
-        """
