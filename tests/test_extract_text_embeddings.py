@@ -7,12 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from detectron2.modeling import build_model
 
-import demo
 import tiny_training
 from hierkd import __version__
-from hierkd.load_config import load_config
 from hierkd.miniature.world import MINIATURE_CLASSES
 from hierkd.teachers.clip import CLIPTeacher
 from hierkd.teachers.texts import load_text_embeddings
@@ -155,21 +152,3 @@ def test_training_and_evaluation_without_clip(world, extract, clip, tmp_path, mo
     )
     assert with_clip.keys() == without_clip.keys()
     assert all(torch.equal(with_clip[key], without_clip[key]) for key in with_clip)
-
-
-def test_the_demo_takes_its_vocabulary_from_the_file(world, extract, clip, tmp_path, capsys):
-    extract("--names", "miniature_ovd_val_all", "traffic cone", "--weights", clip)
-    pairs = without_distillation(tmp_path / "out.safetensors")
-    arguments = command_line(tmp_path / "run", tmp_path / "gone.pt", *pairs)[2:]
-    cfg = load_config(tiny_training.CONFIG, arguments)
-    (tmp_path / "config.yaml").write_text(cfg.dump())
-    torch.save({"model": build_model(cfg).state_dict()}, tmp_path / "model_final.pth")
-    call = ["--config-file", str(tmp_path / "config.yaml"), "--output", str(tmp_path / "found")]
-    call += ["--input", str(world / "miniature" / "val" / "1.png"), "--vocabulary"]
-    with tiny_training.own_log_handlers():
-        demo.main([*call, "traffic cone,cat"])
-        content = json.loads((tmp_path / "found" / "detections.json").read_text())
-        assert content["vocabulary"] == ["traffic cone", "cat"]
-        with pytest.raises(SystemExit):
-            demo.main([*call, "traffic cone,submarine"])
-    assert "out.safetensors: no embedding of 'submarine'" in capsys.readouterr().err

@@ -235,33 +235,24 @@ def test_the_temperatures_are_brought_back_and_it_is_said(build, caplog):
 
 @pytest.mark.parametrize(("height", "width"), [(100, 70), (128, 33)])
 def test_points_outside_the_images_own_padding_can_be_left_out(build, height, width):
-    labels = {}
-    for ignored in (False, True):
-        model = build("MODEL.ATSS.IGNORE_PADDING", ignored)
-        wide = sample([[10, 12, 70, 80]])
-        wide["image"] = torch.zeros(3, 128, 224, dtype=torch.uint8)
-        small = sample([[5, 5, 30, 30]])
-        small["image"] = torch.zeros(3, height, width, dtype=torch.uint8)
-        for each in (wide, small):
-            each["instances"]._image_size = tuple(each["image"].shape[1:])
-        features = model._predict_maps(model.preprocess_image([wide, small]))[0]
-        anchors = model.anchor_generator(features)
-        instances = [wide["instances"], small["instances"]]
-        labels[ignored] = model.label_anchors(anchors, instances)[0]
+    model = build("MODEL.ATSS.IGNORE_PADDING", True)
+    sizes = [(128, 224), (height, width)]
+    inputs = [sample([[5, 5, 30, 30]]) for _ in sizes]
+    for one, size in zip(inputs, sizes, strict=True):
+        one["image"] = torch.zeros(3, *size, dtype=torch.uint8)
+        one["instances"]._image_size = size
+    features = model._predict_maps(model.preprocess_image(inputs))[0]
+    anchors = model.anchor_generator(features)
+    labels = model.label_anchors(anchors, [one["instances"] for one in inputs])[0]
     # by another way: the maps of the small image alone, in the corners of those of the batch
-    alone = model._predict_maps(model.preprocess_image([small]))[0]
+    alone = model._predict_maps(model.preprocess_image(inputs[1:]))[0]
     inside = []
     for own, of_batch in zip(alone, features, strict=True):
         mask = torch.zeros(of_batch.shape[2:], dtype=torch.bool)
         mask[: own.shape[2], : own.shape[3]] = True
         inside.append(mask.flatten())
-    inside = torch.cat(inside)
-    assert torch.equal(labels[True][0], labels[False][0])
-    assert torch.equal(labels[True][1][inside], labels[False][1][inside])
-    assert set(labels[True][1][~inside].tolist()) == {-1}
-    assert set(labels[False][1][~inside].tolist()) == {len(CLASSES)}
-    chosen = model.sample_negatives(labels[True], [len(each) for each in anchors])
-    assert (chosen[1][~inside] == -1).all()
+    assert torch.equal(labels[1] >= 0, torch.cat(inside))
+    assert (labels[0] >= 0).all()
 
 
 # ---------------------------------------------------------------------------- distillation
