@@ -7,13 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-
-def import_clip() -> Any:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="pkg_resources is deprecated")
-        import clip
-    return clip
-
+from hierkd.teachers.openai_clip import import_clip
 
 # Arguments of `clip.model.CLIP`.  The vocabulary is always CLIP's own; heads are width / 64.
 SHAPES: dict[str, dict[str, Any]] = {
@@ -36,16 +30,6 @@ SHAPES: dict[str, dict[str, Any]] = {
         "context_length": 32,
         "transformer_width": 64,
         "transformer_layers": 1,
-    },
-    "ViT-B/32": {
-        "embed_dim": 512,
-        "image_resolution": 224,
-        "vision_layers": 12,
-        "vision_width": 768,
-        "vision_patch_size": 32,
-        "context_length": 77,
-        "transformer_width": 512,
-        "transformer_layers": 12,
     },
 }
 

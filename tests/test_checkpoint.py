@@ -310,6 +310,7 @@ def test_a_write_that_fails_leaves_what_was(tmp_path, share):
         assert part in str(error.value)
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["last_checkpoint", "model_0000003.pth"]
+    assert (tmp_path / "last_checkpoint").read_text() == "model_0000003.pth"
     assert resumed(tmp_path) == 3
     checkpointer.save("model_0000004", iteration=4)  # there is room again
     assert resumed(tmp_path) == 4

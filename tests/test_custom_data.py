@@ -10,7 +10,6 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
 import tiny_training
-from open_clip_files import TINY, write_folder
 from tiny_training import BASE, NOVEL, PICTURES, call_main, own_log_handlers
 from tools import check_dataset
 
@@ -166,23 +165,6 @@ def test_the_dataset_is_checked_and_drawn(folder, capsys):
     broken.write_text((folder / "mine.yaml").read_text().replace(BASE[0], "nothing"))
     assert check(broken, "--output", folder / "check") == 2
     assert "nothing" in capsys.readouterr().err
-
-
-def test_the_tool_counts_the_teachers_own_tokens(folder, capsys):
-    """A prompt has 7 to 9 tokens; a teacher whose tokeniser is not at hand is said to have none."""
-    text = {**TINY["text_cfg"], "context_length": 5}
-    weights = write_folder(folder / "short", text_cfg=text)
-    options = ["--config-file", tiny_training.CONFIG, "--output", str(folder / "check"), "--opts"]
-    options += ["MODEL.DEVICE", "cpu", "MODEL.TEACHER.WEIGHTS"]
-    assert check(folder / "mine.yaml", *options, f"open_clip:{weights}") == 0
-    out = capsys.readouterr().out
-    assert "prompts longer than CLIP" in out
-    assert "not of the teacher" not in out
-    assert check(folder / "mine.yaml", *options, "open_clip:none-such:tag") == 0
-    out = capsys.readouterr().out
-    assert "tokens are those of OpenAI's CLIP, not of the teacher: " in out
-    assert "'none-such' is none of open_clip's models" in out
-    assert "prompts longer than" not in out
 
 
 @pytest.fixture

@@ -14,13 +14,11 @@ import shlex
 import shutil
 import subprocess
 import sys
-import tomllib
 from argparse import ArgumentParser, Namespace
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog
 
@@ -171,22 +169,6 @@ def test_the_guide_is_short_and_holds_no_notebook():
             compile(body if "python" in info else "", name_of(page), "exec")
         hashes = re.findall(r"\b(?=\w*\d)(?=\w*[a-f])[0-9a-f]{7,40}\b", page.read_text())
         assert hashes == [], f"{name_of(page)}: commits stand in docs/lab"
-
-
-def test_facts_that_stand_twice():
-    """The citation, the extras and the versions are those of their own files."""
-    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())["preferred-citation"]
-    bibtex = dict(re.findall(r"^  (\w+) += {(.*)}", (ROOT / "README.md").read_text(), re.M))
-    names = [f"{each['family-names']}, {each['given-names']}" for each in citation["authors"]]
-    assert bibtex["author"] == " and ".join(names)
-    assert (bibtex["title"], bibtex["year"]) == (citation["title"], str(citation["year"]))
-    install = (ROOT / "docs" / "install.md").read_text()
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = re.findall(r"^\| `([\w-]+)`", install.split("| extra |")[1].split("\n\n")[0], re.M)
-    assert set(extras) == set(project["optional-dependencies"])
-    pin = (ROOT / "requirements" / "detectron2.txt").read_text()
-    assert "detectron2 " + re.findall(r"sal-detectron2==(\S+)", pin)[0] in install
-    assert "Python " + project["requires-python"].replace(">=", ">= ") in install
 
 
 @pytest.mark.slow

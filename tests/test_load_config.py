@@ -96,16 +96,6 @@ def test_proposals_are_learned_from_base_boxes_and_scored_on_all(path):
     assert rpn.rpn_head.objectness_logits.out_channels == 3
 
 
-def test_table_1_on_coco_is_twelve_epochs_of_detectron2s_recipe():
-    cfg = load_config(str(CONFIGS / "ablations" / "table1_rpn_R50_1x.yaml"))
-    epoch = 107_761 // cfg.SOLVER.IMS_PER_BATCH + 1
-    assert (cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.BASE_LR) == (16, 0.02)
-    assert 12 * epoch == cfg.SOLVER.MAX_ITER
-    assert (8 * epoch, 11 * epoch) == cfg.SOLVER.STEPS
-    assert cfg.SOLVER.CLIP_GRADIENTS.ENABLED is False
-    assert cfg.MODEL.RPN.IN_FEATURES == ["p2", "p3", "p4", "p5", "p6"]
-
-
 # ---------------------------------------------------------------------- mistakes
 
 

@@ -189,18 +189,3 @@ def test_every_locked_version_is_pinned_by_hash(name: str) -> None:
     assert len(lines) == len(read_lock(name))
     for line in lines:
         assert re.search(r"^\S+==\S+( ;[^;]*?)?(\s+--hash=sha256:[0-9a-f]{64})+$", line), line[:80]
-
-
-def test_the_makefile_installs_locks_with_their_hashes() -> None:
-    makefile = (ROOT / "Makefile").read_text().replace("\\\n", "")
-    installs = [line for line in makefile.splitlines() if re.search(r"pip install.* -r ", line)]
-    assert len(installs) >= 3
-    assert all("--require-hashes" in line for line in installs)
-
-
-def test_commands_of_the_readme_are_targets_of_the_makefile() -> None:
-    targets = set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    readme = (ROOT / "README.md").read_text()
-    named = set(re.findall(r"(?:^|`)make ([a-z][a-z-]*)", readme, re.MULTILINE))
-    assert {"demo", "test"} <= named
-    assert named <= targets

@@ -117,8 +117,8 @@ def write(run, output, *arguments):
     return re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", html.split("</style>")[1]))
 
 
-def test_report_of_a_run_and_one_beside_it(watched, resumed, tmp_path):
-    text = write(watched, tmp_path / "new" / "x.html", "--pictures", 3, "--compare", resumed)
+def test_report_of_a_run(watched, tmp_path):
+    text = write(watched, tmp_path / "new" / "x.html", "--pictures", 3)
     curves = read_run_metrics(watched / "metrics.json").curves
     for kind, dataset, group in (("ZSD", NOVEL, "novel"), ("GZSD", ALL, "base")):
         value = curves[f"{dataset}/bbox/{group}/AP50"][1][-1]
@@ -132,8 +132,6 @@ def test_report_of_a_run_and_one_beside_it(watched, resumed, tmp_path):
         assert value is None or value in text
     assert "SOLVER.MAX_ITER 4 40000" in text  # detectron2's own default
     assert "MODEL.ATSS.FOCAL_GAMMA" not in text.split("The whole config")[0]  # it has its default
-    assert f"Dataset Figure watched resumed {NOVEL}" in text
-    assert "iterations 4 4" in text
 
 
 def test_report_of_a_killed_run(resumed, tmp_path):
@@ -145,11 +143,10 @@ def test_report_of_a_killed_run(resumed, tmp_path):
     lines = (killed / "metrics.json").read_text().splitlines()
     before = [line for line in lines if json.loads(line)["iteration"] <= 2]
     (killed / "metrics.json").write_text("\n".join(before) + '\n{"iteration": 3, "tot')
-    text = write(killed, tmp_path / "killed.html", "--pictures", 2, "--device", "cpu")
+    text = write(killed, tmp_path / "killed.html")
     assert "unfinished, at least 3 of 4 iterations; last checkpoint model_0000001.pth" in text
     assert "Nothing was evaluated yet" in text
-    assert "detections of model_0000001.pth" in text
-    assert text.count("ground truth detected") == 2
+    assert "There are no pictures: no evaluation has left" in text
 
 
 def test_report_of_an_evaluation_alone(folder, watched, tmp_path, capsys):

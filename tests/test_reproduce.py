@@ -68,16 +68,6 @@ def test_options_reach_every_run_and_are_said_above_the_table(call, trained):
         call(*arguments, options=("--opts", "SOLVER.MAX_ITERR", "6"))
 
 
-def test_rows_that_are_one_training_are_trained_once(call, trained):
-    call("--table", "5", "--jobs", "1")
-    seeds = TABLES[5].seeds
-    assert len(trained) == len(TABLES[5].rows) * len(seeds)
-    call("--table", "2", "--jobs", "1")
-    new = [run.name for run in trained[len(TABLES[5].rows) * len(seeds) :]]
-    assert "table2_predicted_l1" not in new  # Table 5 has it, too
-    assert len(new) == (len(TABLES[2].rows) - 1) * len(seeds)
-
-
 def test_collecting_starts_nothing_and_invents_nothing(call, trained):
     call("--table", "3", "--rows", "4x4 patches", "--seeds", "7", "--jobs", "1")
     lines = lines_of(call("--table", "3", "--seeds", "7", "--collect"))

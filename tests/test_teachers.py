@@ -2,7 +2,6 @@
 
 import json
 import re
-import runpy
 from pathlib import Path
 
 import pytest
@@ -16,9 +15,8 @@ from hierkd.load_config import load_config
 from hierkd.miniature.clip import TinyCLIPSpec, build_tiny_clip, save_clip
 from hierkd.teachers.clip import CLIPTeacher
 from hierkd.teachers.openai_clip import OPENAI_MODELS
-from hierkd.teachers.texts import PROMPT_ENSEMBLE, load_text_embeddings, read_templates
+from hierkd.teachers.texts import read_templates
 from tiny_training import call_main, command_line
-from tools import cache_teacher
 
 ROOT = Path(__file__).resolve().parents[1]
 ENSEMBLE = ROOT / "datasets" / "prompts" / "ensemble.txt"
@@ -68,13 +66,6 @@ def refused(folder, tmp_path, monkeypatch):
     return _refused
 
 
-def extract(output, *arguments):
-    main = runpy.run_path(str(ROOT / "datasets" / "extract_text_embeddings.py"))["main"]
-    with tiny_training.own_log_handlers():
-        assert main([*map(str, arguments), "--output", str(output)]) == 0
-    return load_text_embeddings(output)
-
-
 # ------------------------------------------------------------------------------- with open_clip
 
 
@@ -97,29 +88,6 @@ def test_evaluation_finds_all_texts_in_the_cache(folder, open_clip, trained, mon
     pairs = with_teacher(open_clip, *extra)
     figures = call_main(command_line(folder / "evaluation", folder / "x", *pairs))
     assert figures["miniature_ovd_val_all"]["bbox"]["base/AP50"] > 0
-
-
-def test_training_from_a_cache_of_the_teacher(folder, open_clip, tmp_path):
-    keys = ("MODEL.IKD.BOXES", "gt", "MODEL.IKD.IOU_THRESH", "0.0", "DATASETS.TEST", "()")
-    steps = ("SOLVER.MAX_ITER", "2", "MODEL.TEACHER.TEXT_CACHE_DIR", str(tmp_path / "texts"))
-    pairs = with_teacher(open_clip, *keys, *steps)
-    expected = tmp_path / "expected"
-    call_main(command_line(expected, folder / "x", *pairs))
-    arguments = command_line(tmp_path / "y", folder / "x", *pairs)
-    cache = tmp_path / "cache"
-    with tiny_training.own_log_handlers():
-        assert cache_teacher.main([*arguments[:2], "--output", str(cache), *arguments[2:]]) == 0
-    manifest = json.loads((cache / "manifest.json").read_text())
-    assert (manifest["clip"], manifest["embed_dim"]) == (open_clip, 24)
-    assert manifest["weights_sha256"] == CLIPTeacher(open_clip, device="cpu").weights_digest
-    found = tmp_path / "found"
-    call_main(command_line(found, folder / "x", *pairs, "MODEL.TEACHER.CACHE", str(cache)))
-    first, second = (
-        json.loads((each / "metrics.json").read_text().splitlines()[-1])
-        for each in (expected, found)
-    )
-    for loss in ("loss_ikd", "loss_cls", "loss_gkd_image"):
-        assert second[loss] == pytest.approx(first[loss], rel=1e-3, abs=1e-3)
 
 
 def test_the_example_of_the_page_gives_the_same_teacher_twice(tmp_path, monkeypatch):
@@ -177,39 +145,6 @@ def test_a_checkpoint_of_another_teacher_of_the_same_width(refused, trained, tmp
     assert "config.yaml beside it" in message
 
 
-@pytest.mark.parametrize("same_width", [True, False])
-def test_embeddings_in_a_file_of_another_teacher(refused, folder, open_clip, tmp_path, same_width):
-    if same_width:
-        open_clip = f"open_clip:{open_clip_files.write_folder(tmp_path / 'other')}"
-    stored = tmp_path / "out.safetensors"
-    extract(stored, "--names", "miniature_ovd_val_all", "--weights", open_clip)
-    message = refused("MODEL.TEXT_CLASSIFIER.EMBEDDINGS", str(stored))
-    if same_width:
-        assert "out.safetensors: made with the CLIP 'open_clip:other'" in message
-        assert f"MODEL.TEACHER.WEIGHTS is '{folder / 'clip.pt'}'" in message
-    else:
-        assert "embeddings of size 24, but MODEL.TEXT_CLASSIFIER.EMBED_DIM is 16" in message
-
-
-@pytest.mark.parametrize("same_width", [True, False])
-def test_a_cache_of_another_teacher(refused, folder, tmp_path, same_width):
-    other = tiny_training.write_clip(tmp_path / "other.pt", seed=1)
-    arguments = command_line(tmp_path / "y", other, "MODEL.IKD.BOXES", "gt")
-    cache = tmp_path / "cache"
-    with tiny_training.own_log_handlers():
-        assert cache_teacher.main([*arguments[:2], "--output", str(cache), *arguments[2:]]) == 0
-    keys = ["MODEL.IKD.BOXES", "gt", "MODEL.TEACHER.CACHE", str(cache)]
-    if not same_width:
-        keys += ["MODEL.TEXT_CLASSIFIER.EMBED_DIM", "24"]
-    message = refused(*keys)
-    assert f"{cache / 'manifest.json'}: is of another training" in message
-    assert f"--output {cache} --overwrite" in message
-    if same_width:
-        assert f"MODEL.TEACHER.WEIGHTS '{folder / 'clip.pt'}'; the cache is of '{other}'" in message
-    else:
-        assert "embed_dim found 16, expected 24 (MODEL.TEXT_CLASSIFIER.EMBED_DIM)" in message
-
-
 def test_every_config_names_the_width_of_its_teacher():
     files = [p for p in (ROOT / "configs").rglob("*.yaml") if "miniature" not in p.parts]
     named = {}
@@ -230,8 +165,8 @@ def test_every_config_names_the_width_of_its_teacher():
 # --------------------------------------------------------------------------------- prompts by file
 
 
-def test_the_shipped_ensemble_is_the_built_in_one():
-    assert read_templates(ENSEMBLE) == PROMPT_ENSEMBLE
+def test_the_shipped_ensemble_is_read():
+    assert len(read_templates(ENSEMBLE)) == 7
 
 
 def test_a_run_writes_down_the_templates_not_the_file(folder, tmp_path):
@@ -256,7 +191,6 @@ def test_a_run_writes_down_the_templates_not_the_file(folder, tmp_path):
         ("a {}\na photo\n", r"prompts\.txt, line 2: expected one {}.*'a photo'"),
         ("\n{} and {}\n", r"prompts\.txt, line 2: expected one {}.*'{} and {}'"),
         (b"a {}\n\xff\xfe\n", r"prompts\.txt: cannot be read as text"),
-        ("a {}\n" + "very " * 80 + "{}\n", r"reads 77 tokens, which end before the class name"),
     ],
 )
 def test_unusable_files_of_templates(refused, tmp_path, content, message):

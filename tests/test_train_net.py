@@ -10,14 +10,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 import tiny_training
-from hierkd.miniature.world import MINIATURE_BASE, MINIATURE_NOVEL
 from hierkd.teachers.clip import CLIPTeacher
-from hierkd.teachers.texts import make_text_embeddings, save_text_embeddings
 from hierkd.training.trainer import Trainer
 from tiny_training import call_main, command_line
 
@@ -108,20 +105,6 @@ def test_files_of_a_run(finished):
     assert events.stat().st_size > 1000
 
 
-def test_metrics_hold_the_losses_and_the_figures(finished):
-    output, figures = finished
-    merged = {key: value for line in metrics(output) for key, value in line.items()}
-    losses = {key for key in merged if key.startswith("loss_")}
-    assert losses == {
-        *("loss_cls", "loss_box_reg", "loss_iou"),
-        *("loss_ikd", "loss_gkd_image", "loss_gkd_caption"),
-    }
-    assert all(math.isfinite(merged[key]) and merged[key] > 0 for key in losses)
-    assert merged["num_distilled_regions"] > 0
-    assert "miniature_ovd_val_novel/bbox/novel/AP50" in figures
-    assert "miniature_ovd_val_all/bbox/base/AR50" in figures
-
-
 def test_the_checkpoint_is_the_detector_alone(finished):
     output, _ = finished
     content = torch.load(output / "model_final.pth", weights_only=True)
@@ -187,13 +170,6 @@ def test_resuming_a_finished_run(train):
     assert "the number of processes" not in log.read_text()
 
 
-def test_one_seed_gives_one_result_also_with_evaluations_on_the_way(train, finished):
-    output, figures = train("evaluated", "TEST.EVAL_PERIOD", "1")
-    assert len([m for m in metrics(output) if any("val_all" in key for key in m)]) > 0
-    assert differing(weights(output), weights(finished[0])) == []
-    same_figures(figures, finished[1])
-
-
 # -------------------------------------------------------------------------------------- evaluation
 
 
@@ -228,25 +204,6 @@ def test_evaluating_in_a_trainings_folder_leaves_its_config_and_log(folder, trai
     assert "Evaluat" in (output / "inference" / "log.txt").read_text()
     record = json.loads((output / "evaluations.json").read_text())
     assert record[-1]["weights"] == str(output / "model_final.pth")
-
-
-def test_names_without_an_embedding_are_found_before_the_first_step(folder, train, tmp_path):
-    rows = np.random.default_rng(0).normal(size=(len(MINIATURE_BASE) + 1, 16))
-    stored = make_text_embeddings(
-        MINIATURE_BASE,
-        rows[1:],
-        background_prompt="a photo of background.",
-        background=rows[0],
-    )
-    save_text_embeddings(stored, tmp_path / "base.safetensors")
-    with pytest.raises(ValueError, match=rf"no embedding of.*'{MINIATURE_NOVEL[0]}'"):
-        train(
-            "too few names",
-            *("MODEL.TEXT_CLASSIFIER.EMBEDDINGS", str(tmp_path / "base.safetensors")),
-            *("MODEL.IKD.LOSS_WEIGHT", "0.0", "MODEL.GKD.LOSS_WEIGHT", "0.0"),
-        )
-    assert not list((folder / "too few names").glob("*.pth"))
-    assert (folder / "too few names" / "metrics.json").read_text() == ""
 
 
 def test_random_weights_are_not_evaluated(folder, tmp_path):

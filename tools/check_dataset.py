@@ -65,25 +65,20 @@ def get_parser() -> argparse.ArgumentParser:
 def check_names(names: Sequence[str], cfg: Any, *, embed: bool) -> tuple[list[Finding], list[str]]:
     """Findings about the class names, and notes on what was left out."""
     from hierkd.data.check import check_embeddings, check_tokens
-    from hierkd.teachers.clip import build_teacher, find_token_counter
-    from hierkd.teachers.openai_clip import OPENAI_TOKENS
+    from hierkd.teachers.clip import build_teacher
+    from hierkd.teachers.openai_clip import CONTEXT_LENGTH, count_tokens
 
-    text, root = cfg.MODEL.TEXT_CLASSIFIER, cfg.MODEL.TEACHER.DOWNLOAD_ROOT or None
+    text = cfg.MODEL.TEXT_CLASSIFIER
     templates = tuple(text.TEMPLATES) or (text.TEMPLATE,)
-    try:
-        tokens, left_out = find_token_counter(cfg.MODEL.TEACHER.WEIGHTS, root), []
-    except (OSError, ValueError) as error:
-        tokens = OPENAI_TOKENS
-        left_out = [f"(tokens are those of OpenAI's CLIP, not of the teacher: {error})"]
-    found = check_tokens(names, templates, tokens.count, tokens.context_length)
+    found = check_tokens(names, templates, count_tokens, CONTEXT_LENGTH)
     why = "no --config-file"
     if embed:
         try:
             embeddings = build_teacher(cfg).encode_classes(names).cpu()
-            return found + check_embeddings(names, embeddings), left_out
+            return found + check_embeddings(names, embeddings), []
         except (OSError, ValueError) as error:
             why = str(error)
-    return found, [*left_out, f"(not asked whether CLIP tells them apart: {why})"]
+    return found, [f"(not asked whether CLIP tells them apart: {why})"]
 
 
 def draw_samples(dataset: str, number: int, path: Path) -> None:

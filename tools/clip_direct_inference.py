@@ -4,15 +4,13 @@
     python tools/clip_direct_inference.py --config-file configs/hierkd_R50.yaml \\
         --output output/table6/hierkd.json --opts MODEL.WEIGHTS model.pth
     python tools/clip_direct_inference.py --config-file configs/miniature/hierkd.yaml \\
-        --datasets miniature_ovd_test_novel --tau own 100 --background learned none \\
+        --datasets miniature_ovd_test_novel --max-anchors 50 \\
         --output output/table6/miniature.json --opts MODEL.WEIGHTS model.pth
 
-By default as the paper prints the algorithm: no background, crops of the boxes themselves, CLIP's
-probability as the score. Works on any checkpoint and any registered dataset, with its vocabulary.
-All combinations of --tau and --background are measured in one pass, beside the detector's own
-probabilities on the same anchors. CLIP looks at every anchor that inference keeps, up to 1000 a
-level: on a CPU, limit them with --max-anchors 100 (per image, the best ones). Prints a table.
---output is JSON: "figures" has the first combination, "rows" has all.
+By default as the paper prints the algorithm: crops of the boxes themselves, CLIP's probability as
+the score. Works on any checkpoint and any registered dataset, with its vocabulary. CLIP looks at
+every anchor that inference keeps, up to 1000 a level: on a CPU, limit them with --max-anchors 100
+(per image, the best ones). Prints a table; --output is JSON.
 """
 
 from __future__ import annotations
@@ -29,14 +27,6 @@ ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = ("AP50", "AR50", "AP", "APs", "APm", "APl")
 
 
-def tau(text: str) -> float | None:
-    """A positive factor, or None for "own"."""
-    value = None if text == "own" else float(text)
-    if value is not None and not 0 < value < float("inf"):
-        raise ValueError
-    return value
-
-
 def get_parser() -> argparse.ArgumentParser:
     """Build the command line."""
     parser = argparse.ArgumentParser(
@@ -46,11 +36,6 @@ def get_parser() -> argparse.ArgumentParser:
     # fmt: off
     add("--config-file", required=True, metavar="YAML")
     add("--datasets", nargs="+", metavar="NAME", help="default: DATASETS.TEST of the config")
-    add("--tau", nargs="+", type=tau, default=[None], metavar="SCALE",
-        help="factors on CLIP's cosines: numbers, or 'own' for CLIP's logit scale; default: own")
-    add("--background", nargs="+", default=["none"], choices=("none", "learned", "text"),
-        help="what competes with the classes: nothing, the detector's background embedding, or the "
-        "embedding of MODEL.TEXT_CLASSIFIER.BACKGROUND_PROMPT; default: none")
     add("--crop-scale", type=float, default=1.0, metavar="FACTOR",
         help="side of a crop over side of its box; default: %(default)s")
     add("--max-anchors", type=int, default=0, metavar="N",
@@ -72,17 +57,12 @@ def run(args: argparse.Namespace, command: str) -> None:
 
     from hierkd.data.coco import check_datasets
     from hierkd.data.mapper import HierKDDatasetMapper, check_images
-    from hierkd.evaluation.direct_inference import CLIPScoring, DirectInference
-    from hierkd.experiments.results import collect_record, figures_table, write_results
+    from hierkd.evaluation.direct_inference import DirectInference
+    from hierkd.experiments.results import figures_table, rounded_figures, write_results
     from hierkd.experiments.runs import git_commit
     from hierkd.inference.predictor import OpenVocabularyPredictor
     from hierkd.load_config import load_config
 
-    scorings = [
-        CLIPScoring(scale, background, args.with_iou)
-        for scale in dict.fromkeys(args.tau)
-        for background in dict.fromkeys(args.background)
-    ]
     cfg = load_config(args.config_file, args.opts)
     datasets = list(args.datasets or cfg.DATASETS.TEST)
     images = check_datasets(datasets)
@@ -90,13 +70,12 @@ def run(args: argparse.Namespace, command: str) -> None:
         check_images(images)
     direct_inference = DirectInference(
         OpenVocabularyPredictor(cfg).model,
-        scorings=scorings,
         crop_scale=args.crop_scale,
         max_anchors=args.max_anchors,
-        background_prompt=cfg.MODEL.TEXT_CLASSIFIER.BACKGROUND_PROMPT,
+        fuse_quality=args.with_iou,
     )
     commit = git_commit(ROOT)  # before: files may change during a long measurement
-    rows = {}
+    figures = {}
     for name in datasets:
         loader = build_detection_test_loader(
             cfg,
@@ -104,30 +83,18 @@ def run(args: argparse.Namespace, command: str) -> None:
             mapper=HierKDDatasetMapper(cfg, is_train=False),
             batch_size=args.images_per_batch,
         )
-        rows[name] = direct_inference.evaluate(loader, name, cfg.TEST.DETECTIONS_PER_IMAGE)
-    own = direct_inference.model.teacher.logit_scale
-    options = {
-        "tau": {s.name: s.logit_scale or own for s in scorings},
-        "background": {s.name: s.background for s in scorings},
-        "fuse_iou": args.with_iou,
-        "crop_scale": args.crop_scale,
-        "max_anchors": args.max_anchors,
+        figures[name] = direct_inference.evaluate(loader, name, cfg.TEST.DETECTIONS_PER_IMAGE)
+    record = {
+        "command": command,
+        "config": args.config_file,
+        "weights": cfg.MODEL.WEIGHTS,
         "teacher": cfg.MODEL.TEACHER.WEIGHTS,
-        "opts": args.opts,
+        "commit": commit,
+        "figures": rounded_figures(figures),
     }
-    record = collect_record(
-        command=command,
-        config=args.config_file,
-        weights=cfg.MODEL.WEIGHTS,
-        dataset=datasets,
-        options=options,
-        rows=rows,
-        main_row=scorings[0].name,
-        commit=commit,
-    )
     if args.output is not None:
         write_results(args.output, record)
-    print(figures_table(rows, COLUMNS))
+    print(figures_table(figures, COLUMNS))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

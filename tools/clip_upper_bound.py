@@ -4,11 +4,10 @@
     python tools/clip_upper_bound.py --config-file configs/hierkd_R50.yaml \\
         --output output/table9/coco.json
     python tools/clip_upper_bound.py --config-file configs/miniature/hierkd.yaml \\
-        --datasets miniature_ovd_test_novel miniature_ovd_test_all --crop-scales 1 1.25 1.5 2
+        --datasets miniature_ovd_test_novel miniature_ovd_test_all --crop-scale 1.25
 
 No detector takes part: of the config only the teacher, its prompt and DATASETS.TEST count. Works on
-any registered dataset, with its vocabulary. Prints a table. --output is JSON: "figures" has the
-first crop scale, "rows" has all.
+any registered dataset, with its vocabulary. Prints a table; --output is JSON.
 """
 
 from __future__ import annotations
@@ -34,8 +33,8 @@ def get_parser() -> argparse.ArgumentParser:
     # fmt: off
     add("--config-file", required=True, metavar="YAML")
     add("--datasets", nargs="+", metavar="NAME", help="default: DATASETS.TEST of the config")
-    add("--crop-scales", nargs="+", type=float, metavar="FACTOR",
-        help="sides of the crops over sides of the boxes; default: MODEL.IKD.CROP_SCALE")
+    add("--crop-scale", type=float, metavar="FACTOR",
+        help="side of a crop over side of its box; default: MODEL.IKD.CROP_SCALE")
     add("--images-per-batch", type=int, default=16, metavar="N", help="default: %(default)s")
     add("--output", type=Path, metavar="JSON", help="file for the figures")
     add("--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE",
@@ -45,63 +44,51 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace, command: str) -> None:
-    """Measure all datasets at all crop scales, write ``--output`` and print a table."""
+    """Measure all datasets, write ``--output`` and print a table."""
     from hierkd.data.coco import check_datasets
     from hierkd.data.mapper import check_images
     from hierkd.evaluation.upper_bound import clip_upper_bound
-    from hierkd.experiments.results import collect_record, figures_table, write_results
+    from hierkd.experiments.results import figures_table, rounded_figures, write_results
     from hierkd.experiments.runs import git_commit
     from hierkd.load_config import load_config
     from hierkd.teachers import clip as teachers
 
     cfg = load_config(args.config_file, args.opts)
     datasets = list(args.datasets or cfg.DATASETS.TEST)
-    scales = list(dict.fromkeys(args.crop_scales or [cfg.MODEL.IKD.CROP_SCALE]))
     images = check_datasets(datasets)
     if cfg.DATALOADER.CHECK_IMAGES:
         check_images(images)
     teacher = teachers.build_teacher(cfg)
     commit = git_commit(ROOT)  # before: files may change during a long measurement
-    rows = {
-        name: {
-            f"crop {scale:g}": clip_upper_bound(
-                teacher,
-                name,
-                scale,
-                image_format=cfg.INPUT.FORMAT,
-                images_per_batch=args.images_per_batch,
-                max_detections=cfg.TEST.DETECTIONS_PER_IMAGE,
-            )
-            for scale in scales
-        }
+    figures = {
+        name: clip_upper_bound(
+            teacher,
+            name,
+            args.crop_scale or cfg.MODEL.IKD.CROP_SCALE,
+            image_format=cfg.INPUT.FORMAT,
+            images_per_batch=args.images_per_batch,
+            max_detections=cfg.TEST.DETECTIONS_PER_IMAGE,
+        )
         for name in datasets
     }
-    record = collect_record(
-        command=command,
-        config=args.config_file,
-        weights="",
-        dataset=datasets,
-        options={
-            "crop_scales": scales,
-            "teacher": cfg.MODEL.TEACHER.WEIGHTS,
-            "template": cfg.MODEL.TEXT_CLASSIFIER.TEMPLATE,
-            "opts": args.opts,
-        },
-        rows=rows,
-        main_row=f"crop {scales[0]:g}",
-        commit=commit,
-    )
+    record = {
+        "command": command,
+        "config": args.config_file,
+        "teacher": cfg.MODEL.TEACHER.WEIGHTS,
+        "commit": commit,
+        "figures": rounded_figures(figures),
+    }
     if args.output is not None:
         write_results(args.output, record)
-    print(figures_table(rows, COLUMNS))
+    print(figures_table(figures, COLUMNS))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line; errors of the user's end it with a message and status 2."""
     parser = get_parser()
     args = parser.parse_args(argv)
-    if min(args.images_per_batch, *(args.crop_scales or [1])) <= 0:
-        parser.error("--crop-scales and --images-per-batch must be positive")
+    if min(args.images_per_batch, 1 if args.crop_scale is None else args.crop_scale) <= 0:
+        parser.error("--crop-scale and --images-per-batch must be positive")
     from detectron2.utils.logger import setup_logger
 
     setup_logger(name="hierkd", abbrev_name="hierkd")

@@ -3,7 +3,6 @@
 
     python tools/report.py output/hierkd_R50
     python tools/report.py output/demo/hierkd --output hierkd.html --pictures 24
-    python tools/report.py output/demo/hierkd --compare output/miniature/atss
 
 Takes any folder that train_net.py has written to: of a run that has ended, was killed, is still
 going on, or was only evaluated. What is not there is left out, and the report says so. Run it in
@@ -29,16 +28,10 @@ def get_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("run", type=Path, metavar="RUN_DIR", help="OUTPUT_DIR of a run")
     parser.add_argument("--output", type=Path, help="the file; default: RUN_DIR/report.html")
-    parser.add_argument(
-        "--compare", type=Path, nargs="+", default=[], metavar="RUN_DIR", help="runs beside it"
-    )
     pictures = parser.add_mutually_exclusive_group()
     pictures.add_argument("--pictures", type=int, default=12, help="how many; default: 12")
     pictures.add_argument(
         "--no-pictures", dest="pictures", action="store_const", const=0, help="none"
-    )
-    parser.add_argument(
-        "--device", help="where the detector runs, if an evaluation has left no detections"
     )
     return parser
 
@@ -61,10 +54,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     setup_logger(name="hierkd", abbrev_name="hierkd").setLevel(logging.WARNING)
     try:
-        run, *others = [read_run(path) for path in (args.run, *args.compare)]
+        run = read_run(args.run)
     except (FileNotFoundError, ValueError) as error:
         sys.exit(f"error: {error}")
-    page = describe_run(run, others, num_pictures=args.pictures, device=args.device)
+    page = describe_run(run, num_pictures=args.pictures)
     output = args.output or args.run / "report.html"
     write_page(output, page)
     for note in page.sections[0].notes:

@@ -10,9 +10,9 @@
 The default scale is the embedded miniature, made by ``python tools/prepare_miniature.py``, on a
 CPU; ``--scale coco`` needs COCO (datasets/README.md) and GPUs. Every row is a config; rows that are
 the same training are trained once, also across tables. A run that is complete is not run again, one
-that was interrupted goes on, and ``--collect`` starts nothing. Writes ``table<N>.md``, ``.csv`` and
-``.png`` to ``<output>/<scale>``; a row that was not run says "not run", and what the paper does not
-print is "-". What --opts changes in every run is said above the table.
+that was interrupted goes on, and ``--collect`` starts nothing. Writes ``table<N>.md`` to
+``<output>/<scale>``; a row that was not run says "not run", and what the paper does not print is
+"-". What --opts changes in every run is said above the table.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def reproduce(args: argparse.Namespace) -> None:
     if opts:
         title += f", every run with {shlex.join(opts)}"
     print(write_table(table, work.results(), args.scale, folder, title))
-    print(f"written to {folder}/table{table.number}.md, .csv and .png")
+    print(f"written to {folder}/table{table.number}.md")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

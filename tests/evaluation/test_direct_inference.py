@@ -1,27 +1,18 @@
 """CLIP direct inference against a slow loop over Algorithm 1, and its options."""
 
-import json
 from typing import Any
 
 import pytest
 import torch
-from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
-from detectron2.structures import Boxes, BoxMode, pairwise_iou
+from detectron2.structures import Boxes, pairwise_iou
 from torch.nn.functional import normalize
 
 import hierkd.modeling.detector as meta_arch
 from fake_teacher import FakeTeacher
-from hierkd.data.mapper import read_picture
-from hierkd.evaluation.direct_inference import (
-    DETECTOR,
-    CLIPScoring,
-    DirectInference,
-)
+from hierkd.evaluation.direct_inference import DirectInference
 from hierkd.load_config import load_config
-from hierkd.modeling.detector import ForeAnchors, HierKD
-from hierkd.modeling.inference import ClassProbabilities
-from toy_world import VOCABULARY, ColourTeacher, register_toy_world
+from hierkd.modeling.detector import HierKD
 
 SIZE = 128
 CLASSES = ["dog", "ant", "cow", "bee"]
@@ -74,21 +65,16 @@ def picture(seed: int) -> dict[str, Any]:
     return {"image": pixels.to(torch.uint8)}
 
 
-def class_texts(model: HierKD) -> torch.Tensor:
-    return model.teacher.encode_classes(CLASSES)
-
-
 def algorithm_1(
     model: HierKD,
     given: dict[str, Any],
     *,
     per_level: int,
-    tau: float,
-    texts: torch.Tensor,
-    with_iou: bool = False,
-    crop_scale: float = 1.0,
+    with_iou: bool,
+    crop_scale: float,
 ) -> list[tuple[float, int, torch.Tensor]]:
-    """One image, one anchor and one class at a time; ``texts`` has K rows or a background more."""
+    """One image, one anchor and one class at a time."""
+    texts, tau = model.teacher.encode_classes(CLASSES), model.teacher.logit_scale
     images = model.preprocess_image([given])
     features = [model.backbone(images.tensor)[f] for f in model.head_in_features]
     embeddings, deltas, qualities = model.head(features)
@@ -107,7 +93,7 @@ def algorithm_1(
             box = model.box2box_transform.apply_deltas(delta[None], anchor[None])[0].clamp(0, SIZE)
             seen = model.teacher.look(given["image"], box, crop_scale)
             cosines = [float(seen @ text) for text in texts]
-            probs = (tau * torch.tensor(cosines)).softmax(0)[: len(CLASSES)]
+            probs = (tau * torch.tensor(cosines)).softmax(0)
             pairs += [(float(p) * (iou if with_iou else 1.0), k, box) for k, p in enumerate(probs)]
     pairs.sort(key=lambda pair: -pair[0])
     kept: list[tuple[float, int, torch.Tensor]] = []
@@ -129,33 +115,13 @@ def assert_same(output: dict[str, Any], expected: list[tuple[float, int, torch.T
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(
-    "scoring",
-    [
-        CLIPScoring(),  # as the paper prints it
-        CLIPScoring(logit_scale=35.0, background="text", fuse_quality=True),
-        CLIPScoring(logit_scale=3.0, background="learned"),
-    ],
-    ids=lambda scoring: scoring.name,
-)
-def test_a_batch_equals_the_slow_loop(build, scoring):
+@pytest.mark.parametrize("fuse_quality", [False, True])
+def test_a_batch_equals_the_slow_loop(build, fuse_quality):
     model = build("MODEL.ATSS.TOPK_ANCHORS_TEST", 20)
-    torch.nn.init.normal_(model.text_classifier.background_embedding)  # moved away from its text
-    texts = class_texts(model)
-    if scoring.background == "learned":
-        texts = torch.cat(
-            [texts, normalize(model.text_classifier.background_embedding, dim=0)[None]]
-        )
-    elif scoring.background == "text":
-        texts = torch.cat([texts, model.teacher.encode_captions(["a photo of nothing."])])
-    direct = DirectInference(model, scorings=[scoring], background_prompt="a photo of nothing.")
     inputs = [picture(1), picture(2)]
-    outputs = direct(inputs)[scoring.name]
+    outputs = DirectInference(model, crop_scale=1.25, fuse_quality=fuse_quality)(inputs)
     for given, output in zip(inputs, outputs, strict=True):
-        tau = scoring.logit_scale or model.teacher.logit_scale
-        expected = algorithm_1(
-            model, given, per_level=20, tau=tau, texts=texts, with_iou=scoring.fuse_quality
-        )
+        expected = algorithm_1(model, given, per_level=20, with_iou=fuse_quality, crop_scale=1.25)
         assert_same(output, expected)
 
 
@@ -163,35 +129,15 @@ def test_a_batch_equals_the_slow_loop(build, scoring):
 def test_with_the_detectors_own_probabilities_it_is_the_detector(build, monkeypatch):
     model = build()
     inputs = [picture(1), picture(2)]
-    expected = model(inputs)
-    direct = DirectInference(model, scorings=[CLIPScoring(fuse_quality=True)])
+    direct = DirectInference(model, fuse_quality=True)
     own = iter([fore.probs for fore in model.fore_anchors(inputs)])
-    monkeypatch.setattr(direct, "class_probabilities", lambda embeddings, scoring: next(own))
-    outputs = direct(inputs)
-    (name,) = (scoring.name for scoring in direct.scorings)
-    for row in (name, DETECTOR):
-        for output, plain in zip(outputs[row], expected, strict=True):
-            found, wanted = output["instances"], plain["instances"]
-            assert torch.equal(found.scores, wanted.scores)
-            assert torch.equal(found.pred_classes, wanted.pred_classes)
-            assert torch.equal(found.pred_boxes.tensor, wanted.pred_boxes.tensor)
-            assert found.image_size == wanted.image_size
-
-
-def test_clip_sees_the_raw_network_input_at_the_asked_scale_once_for_all_scorings(build):
-    model = build()
-    scorings = [CLIPScoring(tau, b) for tau in (None, 100.0) for b in ("learned", "none")]
-    direct = DirectInference(model, scorings=scorings, crop_scale=1.25)
-    inputs = [picture(1), picture(2)]
-    model.teacher.regions.clear()
-    assert len(direct(inputs)) == 5
-    ((images, boxes, scale),) = model.teacher.regions
-    assert scale == 1.25
-    assert [torch.equal(image, x["image"]) for image, x in zip(images, inputs, strict=True)] == [
-        *(True, True)
-    ]
-    assert [len(b) for b in boxes] == [16**2 + 8**2 + 4**2] * 2
-    assert all(b.min() >= 0 and b.max() <= SIZE for b in boxes)
+    monkeypatch.setattr(direct, "class_probabilities", lambda embeddings: next(own))
+    for output, plain in zip(direct(inputs), model(inputs), strict=True):
+        found, wanted = output["instances"], plain["instances"]
+        assert torch.equal(found.scores, wanted.scores)
+        assert torch.equal(found.pred_classes, wanted.pred_classes)
+        assert torch.equal(found.pred_boxes.tensor, wanted.pred_boxes.tensor)
+        assert found.image_size == wanted.image_size
 
 
 def test_at_most_so_many_anchors_and_they_are_the_best(build):
@@ -208,88 +154,3 @@ def test_at_most_so_many_anchors_and_they_are_the_best(build):
     model.teacher.regions.clear()
     DirectInference(model, max_anchors=10_000)(inputs)
     assert [len(b) for b in model.teacher.regions[0][1]] == [len(f.boxes) for f in everything]
-
-
-def test_the_probabilities_by_hand(build):
-    """Two classes at right angles, a region on the first: softmax of (tau, 0), with background."""
-    model = build()
-    basis = torch.eye(64)
-    model.set_vocabulary(["ant", "bee"], basis[:2])
-    with torch.no_grad():
-        model.text_classifier.background_embedding.copy_(5 * basis[2])
-    model.teacher.encode_captions = lambda captions: basis[0][None]
-    direct = DirectInference(model)
-    tau, e = 2.0, float(torch.tensor(2.0).exp())
-    expected = {
-        "none": [e / (e + 1), 1 / (e + 1)],
-        "learned": [e / (e + 2), 1 / (e + 2)],
-        "text": [e / (2 * e + 1), 1 / (2 * e + 1)],
-    }
-    for background, probs in expected.items():
-        found = direct.class_probabilities(basis[:1], CLIPScoring(tau, background))
-        assert found.tolist() == [pytest.approx(probs)]
-
-
-# ------------------------------------------------------------------------------ a dataset
-
-
-class PerfectDetector:
-    """Proposes the true boxes and knows no class."""
-
-    def __init__(self, model: HierKD, dataset: str) -> None:
-        self.boxes = {
-            record["file_name"]: torch.tensor(
-                [
-                    BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS)
-                    for a in record["annotations"]
-                ],
-                dtype=torch.float32,
-            ).reshape(-1, 4)
-            for record in DatasetCatalog.get(dataset)
-        }
-        self.num_classes = len(VOCABULARY)
-
-    def __call__(self, batched_inputs):
-        boxes = [self.boxes[x["file_name"]] for x in batched_inputs]
-        return [
-            ForeAnchors(
-                b,
-                ClassProbabilities.of(torch.full((len(b), self.num_classes), 0.2)),
-                torch.full((len(b),), 0.5),
-            )
-            for b in boxes
-        ]
-
-
-@pytest.fixture
-def world(build, tmp_path, monkeypatch):
-    """A detector that finds all boxes of the toy world, its dataset and a loader."""
-    dataset = register_toy_world(tmp_path / "world")
-    model = build()
-    model.teacher = ColourTeacher(64)
-    monkeypatch.setattr(model, "fore_anchors", PerfectDetector(model, dataset))
-    records = [
-        record | {"image": torch.from_numpy(read_picture(record["file_name"], "RGB"))}
-        for record in DatasetCatalog.get(dataset)
-    ]
-    batches = [
-        [r | {"image": r["image"].permute(2, 0, 1)} for r in records[start : start + 4]]
-        for start in range(0, len(records), 4)
-    ]
-    return model, dataset, batches
-
-
-def test_true_boxes_and_a_teacher_that_knows_score_one_hundred(world):
-    model, dataset, batches = world
-    scorings = [CLIPScoring(100.0, "none"), CLIPScoring(100.0, "learned")]
-    direct = DirectInference(model, scorings=scorings)
-    figures = direct.evaluate(batches, dataset, 100)
-    assert set(figures) == {DETECTOR, *(s.name for s in scorings)}
-    for scoring in scorings:
-        for group in ("base", "novel", "all"):
-            assert figures[scoring.name][f"{group}/AP50"] == pytest.approx(100.0)
-    # The detector offers every class for every box, at one score.
-    assert figures[DETECTOR]["all/AR50"] == pytest.approx(100.0)
-    assert figures[DETECTOR]["all/AP50"] < 60
-    assert model.vocabulary_names == tuple(CLASSES)  # put back
-    assert json.dumps(figures)

@@ -1,12 +1,8 @@
 """The paper's figures beside ours: no cell is invented, whatever was run."""
 
-import csv
-import io
-
 import pytest
-from PIL import Image
 
-from hierkd.experiments.reproduce import format_csv, format_markdown, write_table
+from hierkd.experiments.reproduce import format_markdown, write_table
 from hierkd.experiments.tables import TABLES, Column, Row, Table, Training
 
 TRAINING = Training("a", "a.yaml")
@@ -49,16 +45,6 @@ def test_markdown_by_hand():
     ]
 
 
-def test_csv_has_a_line_a_cell():
-    rows = list(csv.DictReader(io.StringIO(format_csv(TABLE, RESULTS, "coco"))))
-    by_cell = {(row["row"], row["column"]): list(row.values())[2:] for row in rows}
-    assert len(by_cell) == len(rows) == 4 * 3
-    assert by_cell["first", "novel"] == ["10.25", "coco", "2", "2.50", "1.00", "4.00"]
-    assert by_cell["second", "novel"] == ["20.0", "coco", "2", *["no objects"] * 3]
-    assert by_cell["second", "base"] == ["-", "coco", "0", *["not run"] * 3]
-    assert by_cell["another's", "novel"] == ["0.31", "coco", "0", "-", "-", "-"]
-
-
 @pytest.mark.parametrize("number", sorted(TABLES))
 def test_without_any_run_every_table_is_written_with_all_figures_of_the_paper(tmp_path, number):
     table = TABLES[number]
@@ -73,12 +59,4 @@ def test_without_any_run_every_table_is_written_with_all_figures_of_the_paper(tm
         assert [float(cell) for cell in shown if cell != "-"] == list(row.paper.values())
     ours = sum(r.coco is not None or r.evaluation != "train_net" for r in table.rows)
     assert markdown.count("not run") == ours * len(table.columns)
-    assert {p.suffix for p in (tmp_path / "new").iterdir()} == {".md", ".csv"}
-
-
-def test_the_picture_shows_what_was_run(tmp_path):
-    pictures = []
-    for results in (RESULTS, {**RESULTS, "bound": {0: {"novel": 30.0}}}):
-        write_table(TABLE, results, "miniature", tmp_path, "a title")
-        pictures.append(Image.open(tmp_path / "table4.png").convert("RGB").tobytes())
-    assert pictures[0] != pictures[1]
+    assert (tmp_path / "new" / f"table{number}.md").read_text() == markdown + "\n"

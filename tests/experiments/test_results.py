@@ -1,22 +1,15 @@
-"""Figures as results.json, as records of a measurement, and as tables."""
+"""Figures as results.json and as tables."""
 
 import json
 import math
 
 from hierkd.experiments.results import (
-    collect_record,
     collect_results,
     figures_table,
+    rounded_figures,
     summary_rows,
     write_results,
 )
-
-ROWS = {
-    "val_novel": {
-        "crop 1": {"novel/AP50": 68.04321, "novel/APl": math.nan, "AP50-cat": 70.0},
-        "crop 1.5": {"novel/AP50": 7.0, "novel/APl": 100.0, "AP50-cat": 70.0},
-    }
-}
 
 
 def metrics(start):
@@ -55,20 +48,12 @@ def test_results_have_the_promised_layout(tmp_path):
     ]
 
 
-def test_a_record_goes_through_json(tmp_path):
-    record = collect_record(rows=ROWS, main_row="crop 1.5", command="x.py", dataset=["val_novel"])
-    write_results(tmp_path / "figures.json", record)
-    assert json.loads((tmp_path / "figures.json").read_text()) == record
+def test_figures_are_rounded_and_laid_out():
+    figures = {"val_novel": {"novel/AP50": 68.04321, "novel/APl": math.nan, "AP50-cat": 70.0}}
     rounded = {"novel/AP50": 68.04, "novel/APl": None, "AP50-cat": 70.0}
-    assert record["rows"]["val_novel"]["crop 1"] == rounded
-    assert record["figures"] == {"val_novel": ROWS["val_novel"]["crop 1.5"]}
-    assert (record["command"], record["main_row"]) == ("x.py", "crop 1.5")
-
-
-def test_the_table_has_a_line_per_row_and_group():
-    lines = figures_table(ROWS, ["AP50", "APl"]).split("\n")
+    assert rounded_figures(figures) == {"val_novel": rounded}
+    lines = figures_table(figures, ["AP50", "APl"]).split("\n")
     assert [line.replace(" ", "") for line in (lines[0], *lines[2:])] == [
-        "|dataset|row|classes|AP50|APl|",
-        "|val_novel|crop1|novel|68.0|–|",
-        "|val_novel|crop1.5|novel|7.0|100.0|",
+        "|dataset|classes|AP50|APl|",
+        "|val_novel|novel|68.0|–|",
     ]

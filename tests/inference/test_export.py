@@ -69,7 +69,6 @@ def pictures() -> list[np.ndarray]:
     ("options", "image_format", "with_nms_operator"),
     [
         ((), "BGR", True),
-        (("CLASS_AGNOSTIC_NMS", True), "RGB", True),
         (("NOVEL_LOGIT_SHIFT", 0.7), "BGR", False),
         (("QUALITY", "none"), "RGB", False),
         (("SCORE_THRESH_TEST", 0.25), "BGR", True),

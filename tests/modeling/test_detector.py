@@ -12,7 +12,6 @@ from detectron2.utils.events import EventStorage
 import hierkd.modeling.detector as meta_arch
 from fake_teacher import FakeTeacher
 from hierkd.load_config import load_config
-from hierkd.modeling import inference
 from hierkd.modeling.detector import HierKD
 from hierkd.modeling.losses import similarity_kl_loss
 
@@ -221,69 +220,39 @@ def test_losses_and_gradients_are_finite_at_the_edges(build, box):
     assert all(torch.equal(one[0], two[1]) for one, two in zip(alone, both, strict=True))
 
 
-@pytest.mark.parametrize(
-    ("box", "label", "found"),
-    [
-        ((0, 0, float("nan"), 5), 0, "the box"),
-        ((0, 0, float("inf"), 5), 0, "the box"),
-        ((0, 0, 2e7, 5), 0, "the box"),
-        ((9, 0, 8, 5), 0, "the box"),
-        ((0, 9, 5, 8), 0, "the box"),
-        ((0, 0, 5, 5), 5, "class 5"),
-        ((0, 0, 5, 5), -1, "class -1"),
-    ],
-)
-def test_ground_truth_that_cannot_be_learned_is_named(build, box, label, found):
-    bad = sample([[1, 1, 9, 9], box], [4, label]) | {"file_name": "8.png", "image_id": 80}
-    with pytest.raises(ValueError, match=rf"8\.png \(id 80\): ground truth 1 has {found}"):
-        train_losses(build(), [sample([[10, 12, 70, 80]]), bad])
-
-
-@pytest.mark.parametrize(("least", "greatest"), [(3.0, 30.0), (3.1, 30.1)])  # 3.1: no float32
-def test_the_temperatures_are_brought_back_and_it_is_said(build, caplog, least, greatest):
-    ranges = ("MODEL.GKD.LOGIT_SCALE_RANGE", (2.0, greatest))  # of no other test: said once
-    model = build(*ranges, "MODEL.TEXT_CLASSIFIER.LOGIT_SCALE_RANGE", (least, 40.0))
+def test_the_temperatures_are_brought_back_and_it_is_said(build, caplog):
+    model = build()
     with torch.no_grad():
         model.text_classifier.logit_scale.fill_(-50.0)
-        model.mlca.logit_scale.fill_(50.0)
+        model.mlca.logit_scale.fill_(5000.0)
     losses = train_losses(model, batch())
     assert all(loss.isfinite() for loss in losses.values())
-    assert model.text_classifier.logit_scale.item() == pytest.approx(least, rel=1e-7)
-    assert model.mlca.logit_scale.item() == pytest.approx(greatest, rel=1e-7)
+    assert (model.text_classifier.logit_scale.item(), model.mlca.logit_scale.item()) == (1, 1000)
     said = [record.getMessage() for record in caplog.records]
-    assert any(f"tau_c is held at {least:g}, " in each for each in said)
-    assert any(f"tau_m is held at {greatest:g}, " in each for each in said)
+    assert any("tau_c is held at 1, " in each for each in said)
+    assert any("tau_m is held at 1000, " in each for each in said)
 
 
 @pytest.mark.parametrize(("height", "width"), [(100, 70), (128, 33)])
 def test_points_outside_the_images_own_padding_can_be_left_out(build, height, width):
-    labels = {}
-    for ignored in (False, True):
-        model = build("MODEL.ATSS.IGNORE_PADDING", ignored)
-        wide = sample([[10, 12, 70, 80]])
-        wide["image"] = torch.zeros(3, 128, 224, dtype=torch.uint8)
-        small = sample([[5, 5, 30, 30]])
-        small["image"] = torch.zeros(3, height, width, dtype=torch.uint8)
-        for each in (wide, small):
-            each["instances"]._image_size = tuple(each["image"].shape[1:])
-        features = model._predict_maps(model.preprocess_image([wide, small]))[0]
-        anchors = model.anchor_generator(features)
-        instances = [wide["instances"], small["instances"]]
-        labels[ignored] = model.label_anchors(anchors, instances)[0]
+    model = build("MODEL.ATSS.IGNORE_PADDING", True)
+    sizes = [(128, 224), (height, width)]
+    inputs = [sample([[5, 5, 30, 30]]) for _ in sizes]
+    for one, size in zip(inputs, sizes, strict=True):
+        one["image"] = torch.zeros(3, *size, dtype=torch.uint8)
+        one["instances"]._image_size = size
+    features = model._predict_maps(model.preprocess_image(inputs))[0]
+    anchors = model.anchor_generator(features)
+    labels = model.label_anchors(anchors, [one["instances"] for one in inputs])[0]
     # by another way: the maps of the small image alone, in the corners of those of the batch
-    alone = model._predict_maps(model.preprocess_image([small]))[0]
+    alone = model._predict_maps(model.preprocess_image(inputs[1:]))[0]
     inside = []
     for own, of_batch in zip(alone, features, strict=True):
         mask = torch.zeros(of_batch.shape[2:], dtype=torch.bool)
         mask[: own.shape[2], : own.shape[3]] = True
         inside.append(mask.flatten())
-    inside = torch.cat(inside)
-    assert torch.equal(labels[True][0], labels[False][0])
-    assert torch.equal(labels[True][1][inside], labels[False][1][inside])
-    assert set(labels[True][1][~inside].tolist()) == {-1}
-    assert set(labels[False][1][~inside].tolist()) == {len(CLASSES)}
-    chosen = model.sample_negatives(labels[True], [len(each) for each in anchors])
-    assert (chosen[1][~inside] == -1).all()
+    assert torch.equal(labels[1] >= 0, torch.cat(inside))
+    assert (labels[0] >= 0).all()
 
 
 # ---------------------------------------------------------------------------- distillation
@@ -431,19 +400,6 @@ def test_embeddings_of_the_batch_are_those_of_the_matched_objects(build):
     assert len(pairs.teacher.unique(dim=0)) == 5
 
 
-def test_embeddings_of_the_batch_give_the_losses_of_asking_the_teacher(build):
-    model, inputs = build("MODEL.IKD.BOXES", "gt"), with_embeddings(batch())
-    rows = torch.stack([each["caption_embedding"] for each in inputs])
-    looked_up = train_losses(model, inputs)
-    model.teacher.encode_captions = lambda captions: rows
-    asked = train_losses(model, batch())
-    assert looked_up["loss_gkd_image"] == asked["loss_gkd_image"]
-    nothing = with_embeddings([sample([], seed=3), sample([], seed=4)])
-    losses = train_losses(model, nothing)
-    assert losses["loss_ikd"] == 0
-    assert without_gradient(model, losses) == []
-
-
 def test_proposals_of_the_batch_give_their_points_the_rows_of_their_boxes(build):
     cached = ("MODEL.IKD.BOXES", "gt", "MODEL.IKD.LOSS_TYPE", "kl")
     start = ("MODEL.IKD.PROPOSALS_PER_IMAGE", 2, "MODEL.IKD.PROPOSALS_START", 5)
@@ -482,11 +438,6 @@ def test_proposals_of_the_batch_give_their_points_the_rows_of_their_boxes(build)
         assert torch.equal(row, inputs[image]["proposals"].region_embeddings[-1])
     assert len(pairs.student) == len(pairs.teacher) == len(pairs.levels)
     assert without_gradient(model, losses) == []
-
-
-def test_a_cache_holds_ground_truth_boxes_only(build):
-    with pytest.raises(ValueError, match=r"MODEL\.IKD\.BOXES is 'predicted'"):
-        build("MODEL.TEACHER.CACHE", "somewhere", "MODEL.IKD.BOXES", "predicted")
 
 
 # ---------------------------------------------------------------------------- vocabularies
@@ -579,65 +530,6 @@ def test_novel_names_alone_are_shifted_and_only_beside_base_names(build, names):
 # ---------------------------------------------------------------------------- inference
 
 
-def reference_detections(model: HierKD, inputs: list[dict]) -> list[list[tuple]]:
-    """Slow inference from the definition: score = p x IoU, every pair, greedy NMS per class."""
-    images = model.preprocess_image(inputs)
-    features = [model.backbone(images.tensor)[f] for f in model.head_in_features]
-    embeddings, deltas, qualities = model.head(features)
-    anchors = model.anchor_generator(features)
-    weight = torch.cat(
-        [
-            model.text_classifier.text_embeddings,
-            torch.nn.functional.normalize(model.text_classifier.background_embedding, dim=0)[None],
-        ]
-    )
-    detections: list[list[tuple]] = []
-    for i in range(len(inputs)):
-        pairs = []
-        for level, of_level in enumerate(anchors):
-            height, width = embeddings[level].shape[2:]
-            for y in range(height):
-                for x in range(width):
-                    cosines = weight @ embeddings[level][i, :, y, x]
-                    probs = (model.text_classifier.logit_scale * cosines).softmax(0)[:-1]
-                    box = model.box2box_transform.apply_deltas(
-                        deltas[level][i, :, y, x][None], of_level.tensor[y * width + x][None]
-                    )
-                    box = box.clamp(0, SIZE)
-                    iou = qualities[level][i, 0, y, x].sigmoid()
-                    pairs += [(float(p * iou), k, box) for k, p in enumerate(probs)]
-        pairs.sort(key=lambda pair: -pair[0])
-        kept: list[tuple] = []
-        for score, k, box in pairs:
-            others = [b for _, c, b in kept if c == k]
-            if not others or pairwise_iou(Boxes(torch.cat(others)), Boxes(box)).max() <= 0.4:
-                kept.append((score, k, box))
-            if len(kept) == 100:
-                break
-        detections.append(kept)
-    return detections
-
-
-@torch.no_grad()
-def test_inference_equals_a_slow_reference(build):
-    model = build("MODEL.ATSS.TOPK_PAIRS_TEST", 100000)
-    # spread the boxes and scores of the untrained head, so that ranking and NMS have work
-    torch.manual_seed(3)
-    for conv in (model.head.embedding, model.head.anchor_deltas, model.head.quality):
-        conv.weight.normal_(std=0.2)
-    model.eval()
-    inputs = [sample([], seed=1), sample([], seed=2)]
-    outputs = model(inputs)
-    for output, expected in zip(outputs, reference_detections(model, inputs), strict=True):
-        instances = output["instances"]
-        assert len(instances) == len(expected) > 50
-        scores = torch.tensor([score for score, _, _ in expected])
-        torch.testing.assert_close(instances.scores, scores, rtol=1e-4, atol=1e-6)
-        assert (instances.pred_classes == torch.tensor([k for _, k, _ in expected])).all()
-        boxes = torch.cat([box for _, _, box in expected])
-        torch.testing.assert_close(instances.pred_boxes.tensor, boxes, rtol=1e-4, atol=1e-2)
-
-
 @torch.no_grad()
 def test_inference_with_another_vocabulary_and_output_size(build):
     model = build()
@@ -652,63 +544,6 @@ def test_inference_with_another_vocabulary_and_output_size(build):
     assert boxes[:, 2].max() <= 64
     assert boxes[:, 3].max() <= 256
     assert (instances.scores.diff() <= 0).all()
-
-
-def test_the_score_threshold_applies_to_the_class_probability(build):
-    model = build()
-    model.eval()
-    maps = torch.cat([m.flatten() for m in model.score_maps([sample([])])])
-    assert len(model([sample([])])[0]["instances"]) > 0
-    strict = build("MODEL.ATSS.SCORE_THRESH_TEST", 0.999)
-    strict.eval()
-    assert maps.max() < 0.999
-    assert len(strict([sample([])])[0]["instances"]) == 0
-
-
-@torch.no_grad()
-def test_a_large_vocabulary_in_blocks_gives_the_same_detections_and_maps(build, monkeypatch):
-    model = build("MODEL.ATSS.TOPK_ANCHORS_TEST", 40, "MODEL.ATSS.TOPK_PAIRS_TEST", 200).eval()
-    torch.nn.init.normal_(model.head.quality.weight, std=0.2)
-    model.set_vocabulary([f"name {i}" for i in range(300)])
-    inputs = [sample([], seed=1), sample([], seed=2)]
-    whole, maps = model(inputs), model.score_maps(inputs)
-    sizes = []
-    probabilities = meta_arch.class_probabilities
-    monkeypatch.setattr(
-        meta_arch,
-        "class_probabilities",
-        lambda logits, shift: sizes.append(len(logits)) or probabilities(logits, shift),
-    )
-    monkeypatch.setattr(inference, "_MIN_BLOCK_ROWS", 9)
-    monkeypatch.setattr(inference, "_BLOCK_ELEMENTS", 1)
-    for one, other in zip(model(inputs), whole, strict=True):
-        found, expected = one["instances"], other["instances"]
-        assert len(found) == len(expected) > 20
-        torch.testing.assert_close(found.scores, expected.scores)
-        assert torch.equal(found.pred_classes, expected.pred_classes)
-    for some, every in zip(model.score_maps(inputs, [3, 0, 299]), maps, strict=True):
-        torch.testing.assert_close(some, every[:, [3, 0, 299]])
-    assert max(sizes) == 9  # no array of all points and all names
-
-
-@torch.no_grad()
-def test_fore_anchors_are_the_best_of_each_level(build):
-    model = build("MODEL.ATSS.TOPK_ANCHORS_TEST", 6)
-    model.eval()
-    inputs = [sample([], seed=1), sample([], seed=2)]
-    maps = model.score_maps(inputs)
-    for i, fore in enumerate(model.fore_anchors(inputs)):
-        best = [m[i].flatten(1).amax(0).topk(6).values for m in maps]  # of each level
-        torch.testing.assert_close(fore.scores, torch.cat(best))
-        assert fore.boxes.shape == (18, 4)
-        assert fore.boxes.min() >= 0
-        assert fore.boxes.max() <= SIZE
-        found = model.detect_classes(fore.boxes, fore.probs, fore.qualities, (SIZE, SIZE))
-        torch.testing.assert_close(found.scores, model([inputs[i]])[0]["instances"].scores)
-        top = fore.best(5)
-        torch.testing.assert_close(top.scores, torch.cat(best).topk(5).values)
-        assert all((fore.boxes == box).all(dim=1).any() for box in top.boxes)
-        assert fore.best(18) is fore
 
 
 @torch.no_grad()
@@ -756,19 +591,6 @@ def test_half_precision_moves_the_scores_a_little(build):
     found = half(inputs)[0]["instances"]
     assert found.scores.dtype == found.pred_boxes.tensor.dtype == torch.float32
     train_losses(half, batch())  # training is not concerned
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("has_units", [True, False])
-def test_half_precision_on_a_processor_without_it_is_slow_and_said_once(
-    build, monkeypatch, caplog, has_units
-):
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_units)
-    model = build("TEST.AMP.ENABLED", True).eval()
-    for _ in range(2):
-        model([sample([], seed=1)])
-    said = [each for each in caplog.messages if each.startswith("TEST.AMP: this processor")]
-    assert len(said) == (0 if has_units else 1)
 
 
 @torch.no_grad()

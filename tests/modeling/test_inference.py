@@ -6,11 +6,9 @@ from detectron2.layers import batched_nms
 from detectron2.modeling.box_regression import Box2BoxTransform
 
 from hierkd.modeling import inference
-from hierkd.modeling.detector_settings import InferenceSettings
 from hierkd.modeling.inference import (
     ClassProbabilities,
     DensePredictions,
-    best_detections,
     best_pairs,
     class_probabilities,
     nms_of_classes,
@@ -132,19 +130,6 @@ def test_a_shift_multiplies_the_odds_and_leaves_the_chance_of_an_object():
     expected = torch.tensor([[1, 1 / e, 1, 1 / e], [e, 1, e, 1]] * 2, dtype=torch.float64)
     torch.testing.assert_close(odds, expected.expand(7, 4, 4))
     torch.testing.assert_close(shifted.sum(dim=1), plain.sum(dim=1))
-
-
-@pytest.mark.parametrize("agnostic", [False, True])
-def test_class_agnostic_nms_leaves_one_name_per_object(agnostic):
-    # one object with two names at two points, and one elsewhere
-    boxes = torch.tensor([[10.0, 10, 60, 60], [12, 10, 62, 60], [80, 80, 120, 120]])
-    classes = ClassProbabilities.of(torch.tensor([[0.6, 0.3], [0.1, 0.5], [0.2, 0.7]]))
-    settings = InferenceSettings(class_agnostic_nms=agnostic)
-    found, scores, labels = best_detections(boxes, classes, torch.ones(3), settings)
-    expected = [(1, 0.7, 80), (0, 0.6, 10), (1, 0.5, 12), (0, 0.2, 80)][: 2 if agnostic else 4]
-    assert labels.tolist() == [k for k, _, _ in expected]
-    assert scores.tolist() == pytest.approx([s for _, s, _ in expected])
-    assert found[:, 0].tolist() == [x for _, _, x in expected]
 
 
 def many_boxes(side: float) -> tuple[torch.Tensor, torch.Tensor]:

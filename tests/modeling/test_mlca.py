@@ -1,11 +1,10 @@
-"""Multi-layer cross attention against Eq. 3 and Eq. 4 written as loops, and at its limits."""
+"""Multi-layer cross attention by hand and at its limits; tests/reference has Eq. 3 and 4."""
 
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.autograd import gradcheck
 
 from hierkd.modeling.mlca import MLCA, gather_rows
 
@@ -29,47 +28,6 @@ def mlca(**kwargs):
     return MLCA(**kwargs).double()
 
 
-def slow_scores(embedding_maps, caption_embeddings, grid, scale):
-    """Eq. 3 and Eq. 4 with lists of numbers; cells as adaptive pooling defines them."""
-
-    def unit(vector):
-        length = math.sqrt(sum(x * x for x in vector))
-        return [x / length for x in vector]
-
-    def dot(a, b):
-        return sum(x * y for x, y in zip(a, b, strict=True))
-
-    scores = []
-    for n in range(N):
-        patches = []
-        for level in embedding_maps:
-            image = level[n].tolist()
-            height, width = level.shape[2:]
-            for i in range(grid):
-                rows = range(i * height // grid, math.ceil((i + 1) * height / grid))
-                for j in range(grid):
-                    columns = range(j * width // grid, math.ceil((j + 1) * width / grid))
-                    patches.append(
-                        unit([max(image[d][y][x] for y in rows for x in columns) for d in range(D)])
-                    )
-        row = []
-        for caption in caption_embeddings.tolist():
-            responses = [math.exp(dot(caption, p)) for p in patches]
-            attention = [r / sum(responses) for r in responses]
-            looked_at = [
-                sum(a * p[d] for a, p in zip(attention, patches, strict=True)) for d in range(D)
-            ]
-            row.append(scale * dot(unit(looked_at), caption))
-        scores.append(row)
-    return torch.tensor(scores, dtype=torch.float64)
-
-
-@pytest.mark.parametrize("grid", [1, 2, 3])
-def test_scores_equal_the_equations(grid):
-    scores = mlca(grid_size=grid)(maps(), captions())
-    torch.testing.assert_close(scores, slow_scores(maps(), captions(), grid, 10.0))
-
-
 def test_two_patches_by_hand():
     # patches along x and y, caption along x: responses 1 and 0, weights e/(e+1) and 1/(e+1),
     # so the aggregate is along (e, 1)
@@ -78,19 +36,6 @@ def test_two_patches_by_hand():
         [image[..., :1], image[..., 1:]], torch.tensor([[1.0, 0.0]], dtype=torch.float64)
     )
     assert score.item() == pytest.approx(math.e / math.hypot(math.e, 1))
-
-
-def test_one_patch_is_its_cosine():
-    patch = random(N, D, 1, 1)
-    scores = mlca(grid_size=1, logit_scale=4.0)([patch], captions())
-    expected = F.cosine_similarity(patch.flatten(1)[:, None], captions()[None], dim=2)
-    torch.testing.assert_close(scores, 4.0 * expected)
-
-
-def test_equal_patches_are_one_patch():
-    patch = random(N, D, 1, 1)
-    once = mlca(grid_size=1)([patch], captions())
-    torch.testing.assert_close(mlca()([patch.expand(N, D, 9, 9), patch], captions()), once)
 
 
 def test_patches_by_hand():
@@ -106,24 +51,6 @@ def test_patches_by_hand():
     torch.testing.assert_close(patches, mean)
 
 
-def test_order_of_patches_changes_nothing():
-    scores = mlca()(maps(), captions())
-    torch.testing.assert_close(mlca()(maps()[::-1], captions()), scores)
-    flipped = [level.flip(3) for level in maps()]
-    torch.testing.assert_close(mlca()(flipped, captions()), scores)
-    turned = [level.transpose(2, 3) for level in maps()]
-    torch.testing.assert_close(mlca()(turned, captions()), scores)
-
-
-def test_images_and_captions_are_scored_each_for_itself():
-    scores = mlca()(maps(), captions())
-    assert scores.shape == (N, C)
-    order = torch.tensor([2, 0, 1])
-    torch.testing.assert_close(mlca()([m[order] for m in maps()], captions()), scores[order])
-    torch.testing.assert_close(mlca()(maps(), captions().flip(0)), scores.flip(1))
-    torch.testing.assert_close(mlca()([m[:1] for m in maps()], captions()[:1]), scores[:1, :1])
-
-
 def test_logit_scale_multiplies_cosines():
     cosines = mlca(logit_scale=None)(maps(), captions())
     assert cosines.abs().max() <= 1.0
@@ -131,15 +58,6 @@ def test_logit_scale_multiplies_cosines():
     assert list(MLCA(logit_scale=None).parameters()) == []
     assert [name for name, _ in MLCA().named_parameters()] == ["logit_scale"]
     assert MLCA().logit_scale.item() == 10.0
-
-
-def test_gradient():
-    layers = [m.requires_grad_() for m in maps()]
-    module = mlca(grid_size=2)
-    assert gradcheck(lambda *x: module(x[:2], x[2]), (*layers, captions().requires_grad_()))
-    scores = module(layers, captions())
-    (of_scale,) = torch.autograd.grad(scores.sum(), module.logit_scale)
-    torch.testing.assert_close(of_scale, scores.sum() / 10.0)
 
 
 def test_a_map_smaller_than_the_grid():
@@ -159,8 +77,6 @@ def test_zero_maps_are_finite(pooling):
 
 
 def test_errors_name_both_sides():
-    with pytest.raises(ValueError, match="5 dimensions, captions 4"):
-        mlca()(maps(), torch.zeros(C, 4, dtype=torch.float64))
     with pytest.raises(ValueError, match="at least one cell, got grid_size=0"):
         MLCA(grid_size=0)
     with pytest.raises(ValueError, match=r"'max', 'avg'.*got 'min'"):
@@ -175,8 +91,6 @@ def test_tau_m_stays_in_its_range():
         module.limit_logit_scale()
         assert module.logit_scale.item() == expected
     MLCA(logit_scale=None).limit_logit_scale()
-    with pytest.raises(ValueError, match=r"MODEL.GKD.LOGIT_SCALE is 2000.0, outside of"):
-        MLCA(logit_scale=2000.0)
 
 
 def test_one_process_keeps_its_own_rows():  # two: test_ddp.py

@@ -1,4 +1,4 @@
-"""The cosine classifier: by hand, by loop, and that the vocabulary is data, not weights."""
+"""The cosine classifier: by hand, and that the vocabulary is data, not weights."""
 
 import math
 
@@ -29,16 +29,6 @@ def test_logits_by_hand():
     torch.testing.assert_close(logits, torch.tensor([[10.0, 6.0, 0.0], [0.0, 8.0, -10.0]]))
 
 
-def test_logits_equal_a_slow_loop():
-    module, points = classifier(logit_scale=100.0), F.normalize(random(3, D), dim=1)
-    texts = [*random(4, D, seed=4).tolist(), module.background_embedding.tolist()]
-    expected = [
-        [100.0 * sum(a * b for a, b in zip(f, t, strict=True)) / math.hypot(*t) for t in texts]
-        for f in points.tolist()
-    ]
-    torch.testing.assert_close(module(points), torch.tensor(expected), rtol=1e-4, atol=1e-4)
-
-
 def test_length_of_text_embeddings_carries_no_meaning():
     module, points = classifier(), F.normalize(random(3, D), dim=1)
     logits = module(points)
@@ -47,13 +37,6 @@ def test_length_of_text_embeddings_carries_no_meaning():
     with torch.no_grad():
         module.background_embedding.mul_(3)
     torch.testing.assert_close(module(points), logits)
-
-
-def test_permuting_the_vocabulary_permutes_the_logits():
-    module, points = classifier(), F.normalize(random(3, D), dim=1)
-    logits, order = module(points), torch.tensor([2, 0, 3, 1])
-    module.set_vocabulary(module.text_embeddings[order])
-    torch.testing.assert_close(module(points), logits[:, [2, 0, 3, 1, 4]])
 
 
 def test_gradient_flows_to_everything_but_the_vocabulary():
@@ -112,8 +95,6 @@ def test_errors_name_both_sides():
         module.set_vocabulary(torch.ones(6))
     with pytest.raises(ValueError, match="at least one class"):
         module.set_vocabulary(torch.zeros(0, D))
-    with pytest.raises(ValueError, match=r"one vector \(D,\), got shape \(1, 6\)"):
-        TextClassifier(random(1, D))
     bad = random(4, D)
     bad[1], bad[3, 2] = 0.0, float("nan")
     with pytest.raises(ValueError, match=r"rows \[1, 3\]"):
@@ -122,8 +103,8 @@ def test_errors_name_both_sides():
 
 
 def test_tau_c_stays_in_its_range():
-    module = classifier(logit_scale=20.0, logit_scale_range=(2.0, 50.0))
-    for value, expected in ((-3.0, 2.0), (7e8, 50.0), (20.125, 20.125)):
+    module = classifier(logit_scale=20.0)
+    for value, expected in ((-3.0, 1.0), (7e8, 1000.0), (20.125, 20.125)):
         with torch.no_grad():
             module.logit_scale.fill_(value)
         module.limit_logit_scale()
@@ -132,26 +113,3 @@ def test_tau_c_stays_in_its_range():
         module.logit_scale.fill_(math.nan)
     module.limit_logit_scale()
     assert module.logit_scale.isnan()  # for the guard of the training to find
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (
-            {"logit_scale": 0.5},
-            r"LOGIT_SCALE is 0.5, outside of .*LOGIT_SCALE_RANGE \(1.0, 1000.0\)",
-        ),
-        ({"logit_scale": math.nan}, "LOGIT_SCALE is nan"),
-        ({"logit_scale_range": (0.0, 10.0)}, "0 < least <= greatest"),
-        ({"logit_scale_range": (5.0, 2.0)}, "0 < least <= greatest"),
-    ],
-)
-def test_a_range_and_a_start_that_make_no_sense_are_refused(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        classifier(**arguments)
-
-
-@pytest.mark.parametrize("value", [0.0, math.nan, math.inf])
-def test_a_background_without_a_direction_is_refused(value):
-    with pytest.raises(ValueError, match="no direction"):
-        TextClassifier(torch.full((D,), value))

@@ -8,11 +8,9 @@ from PIL import Image
 
 from hierkd.reports import drawing
 from hierkd.reports.drawing import (
-    SheetRow,
     class_color,
     draw_boxes,
     draw_instances,
-    draw_sheet,
     enlarge,
     fit,
     save_picture,
@@ -93,29 +91,6 @@ def test_the_best_detection_is_labelled_by_the_vocabulary_and_on_top(monkeypatch
     assert labels == [f"{names[classes[1]]} 50%", f"{names[classes[0]]} 96%"]
     assert np.abs(drawn[300, 200] - 255 * np.array(class_color(classes[0]))).max() < 40
     assert class_color(classes[0]) != class_color(classes[1])
-
-
-def place_of(sheet: np.ndarray, color: tuple[int, int, int]) -> tuple[int, int, int, int]:
-    rows, columns = np.nonzero((sheet == color).all(axis=2))
-    return columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
-
-
-def test_panels_of_a_sheet_line_up_and_nothing_covers_them():
-    sizes = {(255, 0, 0): (100, 60), (0, 255, 0): (100, 80), (0, 0, 255): (40, 50)}
-    sizes[90, 91, 92] = (30, 20)
-    panels = [np.full((h, w, 3), color, np.uint8) for color, (w, h) in sizes.items()]
-    long = "an exceedingly long name of a class that nobody would ever write · P3, stride 8"
-    rows = [SheetRow(panels[:2], [long, ""], "a caption"), SheetRow([panels[2]], [""])]
-    sheet = draw_sheet(rows, panel_px=100, legend=[(panels[3], "grey")])
-    red, green, blue, grey = (place_of(sheet, color) for color in sizes)
-    for (x0, y0, x1, y1), size in zip((red, green, blue, grey), sizes.values(), strict=True):
-        assert (x1 - x0, y1 - y0) == size
-        assert len(np.unique(sheet[y0:y1, x0:x1].reshape(-1, 3), axis=0)) == 1
-    assert (red[0], red[1]) == (blue[0], green[1])
-    assert blue[1] >= green[3]
-    assert grey[1] >= blue[3]
-    title = (sheet[: red[1] - 36] < 200).any(axis=(0, 2)).nonzero()[0]
-    assert 50 < len(title) <= title.max() < green[0]  # over its own panel
 
 
 @pytest.mark.parametrize(("name", "kind"), [("a.png", "PNG"), ("a.JPG", "JPEG")])

@@ -139,23 +139,6 @@ def test_the_state_of_a_run(folder, change, state):
     assert page.sections[0].facts["State"].startswith(state)
 
 
-def test_runs_side_by_side(folder, tmp_path):
-    figures = {"all_val/bbox/novel/AP50": 1.0, "lvis/bbox/AP": 2.0}
-    other = write_run(tmp_path / "runs" / "more" / "first", figures=figures)
-    runs = [read_run(each) for each in (folder, other)]
-    found = sections(describe_run(runs[0], runs[1:], num_pictures=0))
-    table = found["Runs side by side"].table
-    assert table.headers == ["Dataset", "Figure", str(folder), str(other)]
-    assert table.rows[:4] == [
-        ["new_val", "novel/AP50", 21.0, None],
-        ["new_val", "novel/AR50", None, None],
-        ["all_val", "novel/AP50", 12.0, 1.0],
-        ["all_val", "novel/AR50", 13.0, None],
-    ]
-    assert table.rows[8:] == [["", "iterations", "40", "40"]]
-    assert found["Figures"].table.rows[0][2] == "new_val"
-
-
 # ---------------------------------------------------------------------------------------- pictures
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import clip_files
 from hierkd.teachers import open_clip as open_clip_models
 from hierkd.teachers import openai_clip
-from hierkd.teachers.clip import CLIPTeacher, find_token_counter, known_weights_sha256
+from hierkd.teachers.clip import CLIPTeacher, known_weights_sha256
 from open_clip_files import PIXELS, TINY, write_folder
 
 open_clip = pytest.importorskip("open_clip", reason="open_clip_torch is not installed")
@@ -155,65 +155,6 @@ def test_a_folders_tokeniser_is_part_of_the_teacher(tmp_path):
     assert known_weights_sha256(f"open_clip:{plain}") == before[1]
 
 
-def test_tokens_are_counted_without_weights(publish):
-    publish()  # not downloaded
-    counter = find_token_counter("open_clip:tiny:web")
-    assert counter.context_length == TINY["text_cfg"]["context_length"]
-    nothing, *counts = counter.count(["", "cat", "A  cat", "cat " * 60, "cat " * 2000])
-    assert counts == [3, 4, 62, 1024]  # start and end included
-    assert nothing == counter.count([" "])[0] < min(counts)
-
-
-def test_pixels_are_normalised_as_the_model_says(make_teacher, folder, tmp_path):
-    plain = write_folder(tmp_path / "plain", preprocess_cfg={"mean": None})
-    for weights, arguments, mean in (
-        (folder, {}, PIXELS["mean"]),
-        (plain, {}, openai_clip.CLIP_MEAN),
-        (folder, {"pixel_statistics": "imagenet"}, (0.485, 0.456, 0.406)),
-    ):
-        grey = 255 * torch.tensor(mean)[:, None, None].expand(3, 80, 90)
-        crops = seen_crops(
-            make_teacher(f"open_clip:{weights}", **arguments), [grey], [BOXES[:1]], 1.0
-        )
-        torch.testing.assert_close(crops, torch.zeros_like(crops), atol=1e-5, rtol=0)
-
-
-def test_a_long_text_is_cut_off_where_the_text_encoder_ends(make_teacher, folder):
-    model, _, tokenizer = theirs(folder)
-    (word,) = tokenizer.encode("word")
-    tokens = [tokenizer.sot_token_id, *[word] * 18, tokenizer.eot_token_id]
-    with torch.no_grad():
-        expected = model.encode_text(torch.tensor([tokens]), normalize=True)
-    found = make_teacher().encode_captions(["word " * 300])
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
-    with pytest.raises(ValueError, match=r"'open_clip:tiny' reads 20 tokens.*class name"):
-        make_teacher(templates=("very " * 19 + "{}",)).encode_classes(["cat"])
-
-
-@pytest.mark.parametrize("kind", ["clip", "resnet", "timm"])
-def test_half_precision(make_teacher, tmp_path, kind):
-    weights = f"open_clip:{write_folder(tmp_path / kind, **KINDS[kind])}"
-    image = smooth_image(70, 90)
-    single, half = make_teacher(weights), make_teacher(weights, precision="fp16")
-    expected = single.encode_regions([image], [BOXES], 1.5)
-    assert seen_crops(half, [image], [BOXES], 1.5).dtype == torch.float16
-    found = half.encode_regions([image], [BOXES], 1.5)
-    assert found.dtype == torch.float32
-    assert F.cosine_similarity(found, expected).min() > 0.999
-    texts = ["a cat", "a very long dog"]
-    expected = single.encode_captions(texts)
-    other = make_teacher(weights, precision="fp16", text_cache_dir=str(tmp_path / "half"))
-    assert F.cosine_similarity(other.encode_captions(texts), expected).min() > 0.999
-
-
-@pytest.mark.gpu
-def test_half_precision_on_a_gpu(make_teacher):
-    image = smooth_image(70, 90)
-    expected = make_teacher().encode_regions([image], [BOXES], 1.5)
-    found = make_teacher(device="cuda").encode_regions([image.cuda()], [BOXES.cuda()], 1.5)
-    assert F.cosine_similarity(found.cpu(), expected).min() > 0.999
-
-
 # --- names ----------------------------------------------------------------------------------------
 
 
@@ -299,11 +240,11 @@ def test_published_weights_without_network(make_teacher, publish, tmp_path, monk
     ("weights", "error", "message"),
     [
         ("open_clip:", ValueError, "expected open_clip:MODEL:TAG, open_clip:MODEL:FILE or"),
-        ("open_clip:hf-hub:org/tiny", ValueError, "the folder it was downloaded to"),
+        ("open_clip:hf-hub:org/tiny", ValueError, "expected open_clip:MODEL:TAG"),
         ("open_clip:ViT-B-17:x", FileNotFoundError, "none of .*ViT-L-14"),
         ("open_clip:ViT-B-16", FileNotFoundError, r"no weights; .*tags of ViT-B-16 are.*laion2b"),
         ("open_clip:ViT-B-16:lion", FileNotFoundError, r"'lion' is neither a file nor a tag of"),
-        ("open_clip:/no/where", FileNotFoundError, "no folder '/no/where'"),
+        ("open_clip:/no/where", FileNotFoundError, "'/no/where' is none of .*open_clip:FOLDER"),
         ("open_clip:ViT-B-32:openai", ValueError, "name them open_clip:ViT-B-32-quickgelu:openai"),
         ("openclip:ViT-B-16:x", FileNotFoundError, "nor does it begin with 'open_clip:'"),
     ],
@@ -339,17 +280,17 @@ def spoil_folder(change):
 
 def torchscript(folder):
     (folder / "open_clip_model.safetensors").unlink()
-    with zipfile.ZipFile(folder / "a.pt", "w") as archive:
+    with zipfile.ZipFile(folder / "open_clip_pytorch_model.bin", "w") as archive:
         archive.writestr("a/constants.pkl", b"")
 
 
 @pytest.mark.parametrize(
     ("spoil", "error", "message"),
     [
-        (lambda f: (f / "open_clip_config.json").unlink(), FileNotFoundError, "has no open_clip_c"),
+        (lambda f: (f / "open_clip_config.json").unlink(), FileNotFoundError, "needs open_clip_c"),
         (lambda f: (f / "open_clip_config.json").write_text("{"), ValueError, "is no config of an"),
         (spoil_folder(lambda c: c.pop("model_cfg")), ValueError, "KeyError: 'model_cfg'"),
-        (spoil_folder(lambda c: c["model_cfg"].update(embed_dim="x")), ValueError, "embed_dim"),
+        (spoil_folder(lambda c: c["model_cfg"].update(embed_dim="x")), ValueError, "no config of"),
         (
             spoil_folder(lambda c: c["preprocess_cfg"].update(mean=[1])),
             ValueError,
@@ -370,13 +311,8 @@ def torchscript(folder):
             ValueError,
             r"open_clip_model\.safetensors does not fit",
         ),
-        (lambda f: (f / "open_clip_model.safetensors").unlink(), FileNotFoundError, "has 0 files"),
-        (
-            lambda f: (f / "open_clip_other.safetensors").write_bytes(b""),
-            FileNotFoundError,
-            r"has 2 files of weights: open_clip_model\.safetensors, open_clip_other",
-        ),
-        (torchscript, ValueError, r"a\.pt is a TorchScript archive"),
+        (lambda f: (f / "open_clip_model.safetensors").unlink(), FileNotFoundError, "needs open_c"),
+        (torchscript, ValueError, r"open_clip_pytorch_model\.bin' cannot be read as tensors"),
     ],
 )
 def test_a_folder_that_holds_something_else(make_teacher, tmp_path, spoil, error, message):
@@ -384,24 +320,6 @@ def test_a_folder_that_holds_something_else(make_teacher, tmp_path, spoil, error
     spoil(folder)
     with pytest.raises(error, match=message):
         make_teacher(f"open_clip:{folder}").encode_captions(["a cat"])
-
-
-def test_open_clips_own_file_goes_before_another_librarys(make_teacher, tmp_path):
-    folder = write_folder(tmp_path / "tiny")
-    expected = make_teacher(f"open_clip:{folder}").encode_captions(["a cat"])
-    (folder / "model.safetensors").write_bytes(b"another library's")
-    (folder / "open_clip_pytorch_model.bin").write_bytes(b"the same, pickled")
-    assert torch.equal(make_teacher(f"open_clip:{folder}").encode_captions(["a cat"]), expected)
-
-
-def test_a_tokeniser_that_cannot_be_made(make_teacher, tmp_path):
-    text = {**TINY["text_cfg"], "hf_tokenizer_name": "org/tokens"}
-    folder = write_folder(tmp_path / "tiny")
-    spoil_folder(lambda c: c["model_cfg"].update(text_cfg=text))(folder)  # has no files for it
-    with pytest.raises(FileNotFoundError) as error:
-        make_teacher(f"open_clip:{folder}").encode_captions(["a cat"])
-    for part in ("tokeniser of open_clip:tiny", "'org/tokens'", "transformers", "tokenizer.json"):
-        assert part in str(error.value)
 
 
 @pytest.mark.parametrize("option", ["trust_remote_code", "reduction_mask"])

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from hierkd.files import file_hash
+from hierkd.load_config import load_config
+from hierkd.teachers.clip import build_region_cache
 from hierkd.teachers.region_cache import (
     CacheContents,
     RegionCache,
@@ -162,38 +164,20 @@ def test_repeated_annotation_ids_are_refused(tmp_path, contents):
     assert not (tmp_path / "x").exists()
 
 
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"weights_sha256": "cd" * 32}, "weights_sha256 found abab.*expected cdcd.*WEIGHTS 't'"),
-        ({"embed_dim": 7}, "embed_dim found 6, expected 7.*EMBED_DIM"),
-        ({"crop_scale": 1.0}, "crop_scale found 1.5, expected 1.0.*MODEL.IKD.CROP_SCALE"),
-        ({"pixel_statistics": "imagenet"}, "found clip, expected imagenet.*PIXEL_STATISTICS"),
-        ({"proposals_per_image": 2}, "per_image found 0, expected 2.*IKD.PROPOSALS_PER_IMAGE"),
-        ({"annotations": '{"other": 1}'}, r"annotations_sha256 found .*train\.json.*'world'"),
-    ],
-)
-def test_a_stale_cache_is_refused_with_both_sides_and_the_command(
-    folder, annotations, changed, message
-):
+def test_a_stale_cache_is_refused_with_both_sides_and_the_command(folder, annotations):
     cache = RegionCache(folder)
-    annotations.write_text(changed.get("annotations", "{}"))
-
-    def check() -> None:
-        cache.check_source(
-            weights="t",
-            weights_sha256=changed.get("weights_sha256", "ab" * 32),
-            embed_dim=changed.get("embed_dim", SIZE),
-        )
-        cache.check_regions(
-            crop_scale=changed.get("crop_scale", 1.5),
-            pixel_statistics=changed.get("pixel_statistics", "clip"),
-            proposals_per_image=changed.get("proposals_per_image", 0),
-            annotation_files={"world": str(annotations)},
-        )
-
-    with pytest.raises(ValueError, match=f"manifest.json.*{message}.*--overwrite"):
-        check()
+    cache.check(crop_scale=(1.5, "KEY"), embed_dim=(SIZE, "KEY"))
+    cache.check_annotations({"world": str(annotations)})
+    annotations.write_text('{"other": 1}')
+    for check, message in (
+        (lambda: cache.check(crop_scale=(1.0, "KEY")), r"crop_scale found 1.5, expected 1.0 \(KEY"),
+        (
+            lambda: cache.check_annotations({"world": str(annotations)}),
+            r"annotations_sha256 found .*train\.json.*'world'",
+        ),
+    ):
+        with pytest.raises(ValueError, match=f"manifest.json.*{message}.*--overwrite"):
+            check()
 
 
 @pytest.mark.parametrize("name", ["regions.npy", "texts.npy", "annotation_ids.npy"])
@@ -215,6 +199,12 @@ def test_a_broken_manifest_is_refused(folder, text):
     (folder / "manifest.json").write_text(text)
     with pytest.raises(ValueError, match=r"manifest.json.* is no manifest.*--overwrite"):
         RegionCache(folder)
+
+
+def test_a_cache_holds_ground_truth_boxes_only():
+    cfg = load_config("", ["MODEL.TEACHER.CACHE", "x", "MODEL.IKD.BOXES", "predicted"])
+    with pytest.raises(ValueError, match=r"MODEL\.IKD\.BOXES is 'predicted'"):
+        build_region_cache(cfg)
 
 
 def test_no_cache_at_all(tmp_path):

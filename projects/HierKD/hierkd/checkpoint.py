@@ -8,21 +8,19 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import shutil
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
-from urllib.parse import parse_qs
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils import comm
 from torch import Tensor
 
-from hierkd.files import check_hash, file_hash, read_pickled_arrays, read_torch_file, replacing
+from hierkd.files import read_pickled_arrays, read_torch_file, replacing
 
 __all__ = ["HierKDCheckpointer"]
 
@@ -37,11 +35,6 @@ _TRACE = "teacher_trace"
 _SAME_TEACHER = 0.5
 _LAST = "last_checkpoint"
 _PATTERN = "model_*.pth"  # what detectron2's PeriodicCheckpointer writes
-# Published file names that carry the first digits of the file's hash.
-_HASHED_NAMES = (
-    (r"-([0-9a-f]{8,64})\.[a-z]+$", "sha256"),  # torch.hub's: resnet50-0676ba61.pth
-    (r"^model_final_([0-9a-f]{6})\.pkl$", "md5"),  # detectron2's: model_final_f10217.pkl
-)
 
 
 class HierKDCheckpointer(DetectionCheckpointer):  # type: ignore[misc]  # detectron2 is untyped
@@ -203,8 +196,7 @@ class HierKDCheckpointer(DetectionCheckpointer):  # type: ignore[misc]  # detect
 
         Args:
             path: ``MODEL.WEIGHTS`` or a checkpoint; "" loads nothing. May end in detectron2's
-                ``?matching_heuristics=True``, in ``?sha256=`` and digits of the hash that the file
-                must have, or in both, joined by ``&``.
+                ``?matching_heuristics=True``.
             checkpointables: as in detectron2: what to load besides the model; None: everything.
 
         Returns:
@@ -213,10 +205,9 @@ class HierKDCheckpointer(DetectionCheckpointer):  # type: ignore[misc]  # detect
         Raises:
             FileNotFoundError: if a local file does not exist.
             ConnectionError: if weights have to be downloaded and cannot be.
-            ValueError: if the file cannot be read as a checkpoint, has another hash than asked for
-                or than its published name says, holds another embedding size than this detector's,
-                or was trained with another teacher; the last is a warning where a new training
-                starts from it.
+            ValueError: if the file cannot be read as a checkpoint, holds another embedding size
+                than this detector's, or was trained with another teacher; the last is a warning
+                where a new training starts from it.
         """
         if path and "://" not in path and not os.path.isfile(path.partition("?")[0]):
             raise FileNotFoundError(
@@ -224,7 +215,6 @@ class HierKDCheckpointer(DetectionCheckpointer):  # type: ignore[misc]  # detect
                 'give a checkpoint, a URL, or "" to start from random weights'
             )
         self._loading = path
-        path, self._expected_sha256 = _split_hash(path)
         try:
             loaded: dict[str, Any] = super().load(path, checkpointables)
         except (URLError, ConnectionError, TimeoutError) as error:
@@ -258,7 +248,6 @@ class HierKDCheckpointer(DetectionCheckpointer):  # type: ignore[misc]  # detect
 
     def _load_file(self, filename: str) -> Any:
         try:
-            self._check_hash(filename)
             if filename.endswith(".pkl"):
                 return _read_model_zoo(filename)
             if filename.endswith(".pyth"):
@@ -274,21 +263,6 @@ class HierKDCheckpointer(DetectionCheckpointer):  # type: ignore[misc]  # detect
         if not isinstance(loaded, dict):
             raise ValueError(f"it holds a {type(loaded).__name__}, expected a dict of weights")
         return loaded
-
-    def _check_hash(self, filename: str) -> None:
-        if self._expected_sha256 is not None:
-            check_hash(filename, self._expected_sha256)
-        elif "://" in self._loading:
-            for pattern, algorithm in _HASHED_NAMES:
-                if digits := re.search(pattern, Path(filename).name):
-                    check_hash(filename, digits[1], algorithm)
-                    return
-            logger.warning(
-                "%s is published without a hash. The file here has the SHA-256 %s; to have it "
-                "checked, add ?sha256= and these digits to MODEL.WEIGHTS",
-                self._loading,
-                file_hash(filename),
-            )
 
     def _load_model(self, checkpoint: Any) -> Any:
         found = checkpoint["model"].get(_BACKGROUND)
@@ -321,14 +295,6 @@ def _find_damage(path: Path) -> str | None:
     except Exception as error:  # zipfile and torch raise almost anything for half a file
         broken = str(error).split("\n")[0]
     return None if broken is None else f"is damaged ({broken})"
-
-
-def _split_hash(path: str) -> tuple[str, str | None]:
-    """Split ``?sha256=...`` off a path with or without detectron2's own query."""
-    file, _, query = path.partition("?")
-    kept = [part for part in query.split("&") if part and not part.startswith("sha256=")]
-    expected = parse_qs(query, keep_blank_values=True).get("sha256", [None])[0]
-    return (f"{file}?{'&'.join(kept)}" if kept else file), expected
 
 
 def _read_model_zoo(path: str) -> dict[str, Any]:

@@ -13,7 +13,10 @@ __all__ = ["add_hierkd_config"]
 
 
 _REMOVED = (
+    "MODEL.ATSS.CLASS_AGNOSTIC_NMS",
     "MODEL.ATSS.PRESELECT_ABOVE",
+    "MODEL.GKD.LOGIT_SCALE_RANGE",
+    "MODEL.TEXT_CLASSIFIER.LOGIT_SCALE_RANGE",
     "MODEL.ATSS.PRESELECT_POINTS_TEST",
     "MODEL.IKD.CLOSE_MODALITY_GAP",
     "MODEL.IKD.MERGE_CROPS_IOU",
@@ -81,10 +84,6 @@ def _add_detector_keys(cfg: CN) -> None:
     cfg.MODEL.ATSS.TOPK_PAIRS_TEST = 3000
     # IoU of class-wise NMS. [paper §4.2]
     cfg.MODEL.ATSS.NMS_THRESH_TEST = 0.4
-    # Suppress overlapping boxes whatever their classes: one object then has one name, be it base or
-    # novel, instead of one box for each. Costs novel AP under GZSD (docs/lab/miniature.md). [ours;
-    # the paper's is class-wise]
-    cfg.MODEL.ATSS.CLASS_AGNOSTIC_NMS = False
     # Calibration of generalised inference: added to the logits of the classes that are not in the
     # training vocabulary, wherever the vocabulary holds both kinds; 0 = off. In units of logits:
     # the odds of novel against base classes are multiplied by its exponential, the probability of
@@ -99,9 +98,6 @@ def _add_text_classifier_keys(cfg: CN) -> None:
     cfg.MODEL.TEXT_CLASSIFIER.EMBED_DIM = 512
     # Start of tau_c, which multiplies the cosines. [paper §4.2]
     cfg.MODEL.TEXT_CLASSIFIER.LOGIT_SCALE = 100.0
-    # Least and greatest tau_c: a step that leaves the range is brought back to its end, with a
-    # warning. [ours: the release has no limits; CLIP limits its own to 100, where tau_c starts]
-    cfg.MODEL.TEXT_CLASSIFIER.LOGIT_SCALE_RANGE = (1.0, 1000.0)
     # Prompt of a class; {} is the name. [paper §3]
     cfg.MODEL.TEXT_CLASSIFIER.TEMPLATE = "a photo of a {}."
     # Prompt ensemble: several templates in place of TEMPLATE; a class is the normalised mean of
@@ -111,7 +107,7 @@ def _add_text_classifier_keys(cfg: CN) -> None:
     # datasets/prompts/ensemble.txt. Reading the config puts them into TEMPLATES, so that what a run
     # writes down does not depend on the file. "" = none. [ours]
     cfg.MODEL.TEXT_CLASSIFIER.TEMPLATES_FILE = ""
-    # Class embeddings made beforehand: path of an .npz from datasets/extract_text_embeddings.py,
+    # Class embeddings made beforehand: path of a file of datasets/extract_text_embeddings.py,
     # for running without CLIP's weights. "" = the teacher encodes the names. [ours]
     cfg.MODEL.TEXT_CLASSIFIER.EMBEDDINGS = ""
     # Text whose embedding the learned background starts from. [paper §3.1]
@@ -163,8 +159,6 @@ def _add_distillation_keys(cfg: CN) -> None:
     cfg.MODEL.GKD.POOLING = "max"
     # Start of tau_m, which multiplies the match scores. [paper §4.2]
     cfg.MODEL.GKD.LOGIT_SCALE = 10.0
-    # Least and greatest tau_m, likewise. [ours]
-    cfg.MODEL.GKD.LOGIT_SCALE_RANGE = (1.0, 1000.0)
     # Contrast the images of every process with the captions of every process, instead of each
     # process its own; loss and gradients are then those of one process with the whole batch. For
     # "contrastive": "positive_only" compares nothing across pairs and ignores it. [ours; the paper

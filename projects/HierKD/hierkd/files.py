@@ -25,7 +25,6 @@ from torch import Tensor
 
 __all__ = [
     "cache_root",
-    "check_hash",
     "file_hash",
     "is_torchscript",
     "read_pickled_arrays",
@@ -288,21 +287,7 @@ def _reason(error: Exception) -> str:
 # --- Hashes ---------------------------------------------------------------------------------------
 
 
-def check_hash(path: str | os.PathLike[str], expected: str, algorithm: str = "sha256") -> None:
-    """Refuse a file whose hash does not begin with these hexadecimal digits.
-
-    Raises:
-        ValueError: the hash differs; the message names the file and both.
-    """
-    found = file_hash(path, algorithm)
-    if not expected or not found.startswith(expected.lower()):
-        raise ValueError(
-            f"{str(path)!r} is not the expected file: its {algorithm} is {found}, expected "
-            f"{expected}{'...' if len(expected) < len(found) else ''}; remove it and get it again"
-        )
-
-
-def file_hash(path: str | os.PathLike[str], algorithm: str = "sha256") -> str:
-    """Compute a file's hash, hexadecimal."""
+def file_hash(path: str | os.PathLike[str]) -> str:
+    """Compute a file's SHA-256, hexadecimal."""
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, algorithm).hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()

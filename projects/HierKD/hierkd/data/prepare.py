@@ -6,18 +6,14 @@ for showing novel objects; in training these stay, without boxes. ``categories``
 categories of the file in id order, also those without a box. COCO 2014 takes the rule of zero-shot
 detection instead (:class:`hierkd.data.splits.CocoVariant`). Ours: training images carry their
 captions, and fields that detection does not use are dropped, above all ``segmentation``.
-
-Files of COCO's two years, of its two halves, and of boxes and captions are easily mixed up: every
-reader says which it wants, and refuses the others.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,9 +34,7 @@ __all__ = [
     "EXPECTED",
     "EXPECTED_BY",
     "PartSummary",
-    "archive_of",
     "build_part",
-    "describe_inputs",
     "join_captions",
     "prepare_coco",
 ]
@@ -50,8 +44,6 @@ JsonObject = dict[str, Any]
 _LOGGER = logging.getLogger(__name__)
 
 _URL = "http://images.cocodataset.org"
-_SIZES = {"train2014": "13 GB", "val2014": "6 GB", "train2017": "18 GB", "val2017": "1 GB"}
-_TAIL_BYTES = 64  # how much of a JSON's end is searched for its last brace [ours]
 
 EXPECTED: dict[tuple[str, str], tuple[int, int]] = {
     ("48_17", "train_base"): (107_761, 665_387),
@@ -94,43 +86,6 @@ class PartSummary(NamedTuple):
 # ------------------------------------------------------------------------------ the official files
 
 
-def describe_inputs(root: Path, variant: CocoVariant) -> Iterator[tuple[Path, str, str]]:
-    """Look at every file and folder that COCO needs below ``root``: no file is read as a whole.
-
-    Yields:
-        Path, state and detail. The state is "found", "MISSING", or "PARTIAL": a JSON that is cut
-        off, or a folder with fewer pictures than COCO has.
-    """
-    for path in _annotation_files(root, variant):
-        yield path, *_state_of_json(path)
-    for folder, full in variant.num_images.items():
-        path = root / "coco" / folder
-        if path.is_dir():
-            number = sum(name.endswith(".jpg") for name in os.listdir(path))
-            detail = f"{number:,} of the {full:,} pictures of the whole COCO"
-            yield path, "found" if number >= full else "PARTIAL", detail
-        else:
-            yield path, "MISSING", "does not exist"
-
-
-def _state_of_json(path: Path) -> tuple[str, str]:
-    """State and detail of what should be a JSON object, judged by its first and last bytes."""
-    if not path.is_file():
-        return "MISSING", "does not exist"
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        first = file.read(1)
-        file.seek(max(0, size - _TAIL_BYTES))
-        last = file.read().rstrip()[-1:]
-    if first != b"{":
-        return "PARTIAL", f"{size:,} bytes, and no JSON object"
-    return (
-        ("found", f"{size:,} bytes")
-        if last == b"}"
-        else ("PARTIAL", f"cut off after {size:,} bytes")
-    )
-
-
 def _annotation_files(root: Path, variant: CocoVariant) -> list[Path]:
     """The official files that are read: boxes of both halves, captions of the training half."""
     train, val = variant.num_images
@@ -138,46 +93,25 @@ def _annotation_files(root: Path, variant: CocoVariant) -> list[Path]:
     return [root / "coco" / "annotations" / f"{name}.json" for name in names]
 
 
-def archive_of(path: Path) -> tuple[str, str]:
-    """Address and size of the archive that has the COCO file or image folder at ``path``."""
-    if path.suffix == ".json":
-        return f"{_URL}/annotations/annotations_trainval{path.stem[-4:]}.zip", "241 MB"
-    return f"{_URL}/zips/{path.name}.zip", _SIZES[path.name]
-
-
 def _where_from(path: Path) -> str:
     """Return how to obtain the COCO file or image folder at ``path``."""
-    return f"Download {archive_of(path)[0]} and unpack it so that {path} exists."
-
-
-def _read_official(path: Path, *, wanted: str, other: str) -> JsonObject:
-    """Read an official file whose annotations have the field ``wanted``, not ``other``."""
-    content = read_coco_json(path)
-    annotations = content.get("annotations")
-    first = annotations[0] if isinstance(annotations, list) and annotations else {}
-    if isinstance(first, dict) and wanted not in first and other in first:
-        kinds = {"bbox": "boxes (instances_*.json)", "caption": "captions (captions_*.json)"}
-        raise ValueError(
-            f"{path}: expected {kinds[wanted]}, found {kinds[other]}. Are the instances and the "
-            "captions file swapped?"
-        )
-    return content
+    is_json = path.suffix == ".json"
+    name = f"annotations/annotations_trainval{path.stem[-4:]}" if is_json else f"zips/{path.name}"
+    return f"Download {_URL}/{name}.zip and unpack it so that {path} exists."
 
 
 def _read_instances(path: Path) -> JsonObject:
     """Read and check ``instances_{train,val}<year>.json``."""
-    content = _read_official(path, wanted="bbox", other="caption")
+    content = read_coco_json(path)
     check_annotations(content, path)
-    _check_year_and_half(content, path)
     return content
 
 
 def _read_captions(path: Path) -> dict[int, list[str]]:
     """Read and check captions: image id -> its captions, in the order of their ids, none empty."""
-    content = _read_official(path, wanted="caption", other="bbox")
+    content = read_coco_json(path)
     images = get_entries(content, "images", {"id": int, "file_name": str}, path)
     known = index_by_id(images, "images", path)
-    _check_year_and_half(content, path)
     fields = {"id": int, "image_id": int, "caption": str}
     entries = get_entries(content, "annotations", fields, path)
     index_by_id(entries, "annotations", path)
@@ -191,27 +125,6 @@ def _read_captions(path: Path) -> dict[int, list[str]]:
         if text := " ".join(entry["caption"].split()):
             captions[entry["image_id"]].append(text)
     return captions
-
-
-def _check_year_and_half(content: JsonObject, path: Path) -> None:
-    """Raise ValueError if the images are not those that the file's name says."""
-    folder = path.stem.split("_")[1]
-    wanted = int(folder[-4:])
-    year = content["info"].get("year") if isinstance(content.get("info"), dict) else None
-    if year not in (None, wanted):
-        raise ValueError(f"{path}: expected COCO {wanted}, found info.year {shown(year)}.")
-    prefix = f"COCO_{folder}_" if wanted == 2014 else ""
-    for image in content["images"]:
-        name = image["file_name"]
-        if not name.startswith(prefix) or (not prefix and name.startswith("COCO_")):
-            raise ValueError(
-                f"{path}: expected file names of COCO {wanted} such as {prefix}000000000139.jpg, "
-                f"found {shown(name)}. Use the annotations of {wanted}."
-            )
-        # The files of 2014 were published with two kinds of URL; the older names no folder.
-        url = str(image.get("coco_url", ""))
-        if any(found != folder for found in re.findall(r"/((?:train|val|test)\d{4})/", url)):
-            raise ValueError(f"{path}: expected images of {folder}, found {shown(url)}.")
 
 
 def _check_pictures(folder: Path, instances: JsonObject) -> None:

@@ -38,22 +38,15 @@ class Overlap:
 
     Attributes:
         known: Its names that training had boxes of -> what they are called there.
-        related: Other names that end in a name of training, or the other way round ("sports car"
-            and "car") -> that name. They count as novel.
         new: All names but the known ones, in order.
     """
 
     known: Mapping[str, str]
-    related: Mapping[str, str]
     new: tuple[str, ...]
 
     def __str__(self) -> str:
         text = f"{len(self.known)} of {len(self.known) + len(self.new)} names are in the training "
-        text += f"vocabulary ({some(self.known, 12)})" if self.known else "vocabulary"
-        if self.related:
-            pairs = some((f"{name} ~ {other}" for name, other in self.related.items()), 12)
-            text += f"; {len(self.related)} others are related to one of its names ({pairs})"
-        return text
+        return f"{text}vocabulary ({some(self.known, 12)})" if self.known else f"{text}vocabulary"
 
 
 def find_overlap(vocabulary: Sequence[str], training: Sequence[str]) -> Overlap:
@@ -62,15 +55,9 @@ def find_overlap(vocabulary: Sequence[str], training: Sequence[str]) -> Overlap:
     Synonyms ("sofa" and "couch") are not noticed.
     """
     trained = {comparable_name(name): name for name in training}
-    known, related = {}, {}
-    for name in vocabulary:
-        plain = comparable_name(name)
-        near = (n for n in trained if plain.endswith(f" {n}") or n.endswith(f" {plain}"))
-        if plain in trained:
-            known[name] = trained[plain]
-        elif other := next(near, None):
-            related[name] = trained[other]
-    return Overlap(known, related, tuple(name for name in vocabulary if name not in known))
+    plain = {name: comparable_name(name) for name in vocabulary}
+    known = {name: trained[each] for name, each in plain.items() if each in trained}
+    return Overlap(known, tuple(name for name in vocabulary if name not in known))
 
 
 @contextmanager

@@ -7,8 +7,6 @@ measured on.
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 import statistics
@@ -17,8 +15,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib as mpl
-from matplotlib.figure import Figure
 from tabulate import tabulate  # type: ignore[import-untyped]
 
 from hierkd.experiments.runs import Run, find_figure, read_record
@@ -26,8 +22,7 @@ from hierkd.experiments.tables import Column, Row, Table
 from hierkd.files import replacing
 from hierkd.load_config import load_config
 
-__all__ = ["Reproduction", "Results", "format_csv", "format_markdown", "plot_table"]
-__all__ += ["read_evaluation", "write_table"]
+__all__ = ["Reproduction", "Results", "format_markdown", "read_evaluation", "write_table"]
 
 Results = Mapping[str, Mapping[int, Mapping[str, float]]]
 """Row label -> seed -> column label -> percent; what was not run is not in it."""
@@ -133,14 +128,14 @@ def _values(results: Results, row: Row, column: Column) -> list[float]:
     return [cells[column.label] for _, cells in by_seed if column.label in cells]
 
 
-def _summary(row: Row, values: Sequence[float], digits: int = 1) -> list[str]:
+def _summary(row: Row, values: Sequence[float]) -> list[str]:
     """Mean, minimum and maximum, or what stands for them; rows of other methods are never run."""
     if not values:
         is_ours = row.coco or row.miniature or row.evaluation == "upper_bound"
         return [NOT_RUN if is_ours else EMPTY] * 3
     if any(map(math.isnan, values)):
         return [NO_OBJECTS] * 3
-    return [f"{v:.{digits}f}" for v in (statistics.mean(values), min(values), max(values))]
+    return [f"{v:.1f}" for v in (statistics.mean(values), min(values), max(values))]
 
 
 def format_markdown(table: Table, results: Results, scale: str) -> str:
@@ -164,66 +159,12 @@ def format_markdown(table: Table, results: Results, scale: str) -> str:
     return str(tabulate(lines, headers, tablefmt="github", disable_numparse=True))
 
 
-def format_csv(table: Table, results: Results, scale: str) -> str:
-    """A line a cell: row, column, paper, scale, number of seeds, mean, minimum, maximum."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["row", "column", "paper_coco", "scale", "seeds", "mean", "min", "max"])
-    for row in table.rows:
-        for column in table.columns:
-            values = _values(results, row, column)
-            paper = row.paper.get(column.label, EMPTY)
-            figures = _summary(row, values, digits=2)
-            writer.writerow([row.label, column.label, paper, scale, len(values), *figures])
-    return text.getvalue()
-
-
-def plot_table(table: Table, results: Results, scale: str, path: Path) -> None:
-    """Bars of the first AP50 (of proposals: AR75) in the paper and of every one that was run.
-
-    The paper's figures (COCO) have a panel of their own: unless they were measured on COCO, ours
-    are of another world and only the order of the rows can be compared. Dots are seeds.
-    """
-    columns = [c for c in table.columns if c.metric.endswith(("AP50", "AR75@100", "AR75@1000"))]
-    first = columns[0].label
-    paper = [[row.paper[first]] if first in row.paper else [] for row in table.rows]
-    panels = [(f"paper, COCO:\n{first}", paper, "#9aa5b1")]
-    for column in columns:
-        cells = [_values(results, row, column) for row in table.rows]
-        panels.append((f"{scale}:\n{column.label}", cells, "#4c86c6"))
-    with mpl.rc_context({"font.size": 8}):
-        size = 4.3 + 1.9 * len(columns), 1.1 + 0.34 * len(table.rows)
-        figure = Figure(figsize=size, layout="constrained")
-        axes = figure.subplots(1, len(panels), sharey=True)
-        for axis, (title, cells, colour) in zip(axes, panels, strict=True):
-            largest = max((value for values in cells for value in values), default=1.0)
-            for place, (row, values) in enumerate(zip(table.rows, cells, strict=True)):
-                axis.barh(place, statistics.mean(values) if values else 0.0, color=colour)
-                if len(values) > 1:
-                    axis.plot(values, [place] * len(values), "o", color="#1b3350", markersize=2.5)
-                text = EMPTY if cells is paper and not values else _summary(row, values)[0]
-                end = max(values, default=0.0) + 0.03 * largest
-                axis.text(end, place, text, va="center", fontsize=7)
-            axis.set_xlim(0, 1.3 * largest)
-            axis.spines[["top", "right"]].set_visible(False)
-            axis.set_title(title)
-        axes[0].set_yticks(range(len(table.rows)), [row.label for row in table.rows])
-        axes[0].invert_yaxis()
-        figure.suptitle(f"Table {table.number}: {table.title}")
-        with replacing(path) as temporary:
-            figure.savefig(temporary, dpi=150, format="png")
-
-
 def write_table(table: Table, results: Results, scale: str, folder: Path, title: str) -> str:
-    """Write ``table<N>.md``, ``.csv`` and, if anything was run, ``.png``; returns the Markdown.
+    """Write ``table<N>.md``; returns the Markdown.
 
     ``title`` is one line, above the table.
     """
     markdown = f"{title}\n\n{format_markdown(table, results, scale)}"
-    stem = folder / f"table{table.number}"
-    for suffix, text in ((".md", markdown + "\n"), (".csv", format_csv(table, results, scale))):
-        with replacing(stem.with_suffix(suffix)) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-    if any(results.values()):
-        plot_table(table, results, scale, stem.with_suffix(".png"))
+    with replacing(folder / f"table{table.number}.md") as temporary:
+        temporary.write_text(markdown + "\n", encoding="utf-8")
     return markdown

@@ -12,11 +12,11 @@ from tabulate import tabulate  # type: ignore[import-untyped]
 
 from hierkd.files import replacing
 
-__all__ = ["Figures", "collect_record", "collect_results", "figures_table", "summary_rows"]
+__all__ = ["Figures", "collect_results", "figures_table", "rounded_figures", "summary_rows"]
 __all__ += ["write_results"]
 
-# Dataset to name of a row ("crop 1.5") to "<group>/<metric>" to percent.
-Figures = Mapping[str, Mapping[str, Mapping[str, float]]]
+Figures = Mapping[str, Mapping[str, float]]
+"""Dataset to "<group>/<metric>" to percent."""
 
 # Protocols of ``results.json`` and the groups of classes whose AP50 and AR50 they report.
 _GROUPS = {"zsd": ("novel",), "gzsd": ("novel", "base", "all")}
@@ -69,30 +69,21 @@ def summary_rows(
     ]
 
 
-def collect_record(*, rows: Figures, main_row: str, **provenance: Any) -> dict[str, Any]:
-    """Arrange a measurement for :func:`write_results`, to two decimals, NaN as None.
-
-    ``figures`` is added: dataset to the figures of ``main_row``, the one that a table takes.
-    """
-    rounded = {
-        name: {
-            row: {metric: _rounded(value) for metric, value in of_row.items()}
-            for row, of_row in of_dataset.items()
-        }
-        for name, of_dataset in rows.items()
+def rounded_figures(figures: Figures) -> dict[str, dict[str, float | None]]:
+    """The figures of a measurement for :func:`write_results`, to two decimals, NaN as None."""
+    return {
+        dataset: {metric: _rounded(value) for metric, value in of_dataset.items()}
+        for dataset, of_dataset in figures.items()
     }
-    figures = {name: of_dataset[main_row] for name, of_dataset in rounded.items()}
-    return {**provenance, "figures": figures, "main_row": main_row, "rows": rounded}
 
 
-def figures_table(rows: Figures, metrics: Sequence[str]) -> str:
-    """Lay figures out in Markdown: a line per dataset, row and group; a dash for NaN."""
+def figures_table(figures: Figures, metrics: Sequence[str]) -> str:
+    """Lay figures out in Markdown: a line per dataset and group; a dash for NaN."""
     lines = [
-        [dataset, row, group, *(_rounded(of_row[f"{group}/{metric}"]) for metric in metrics)]
-        for dataset, of_dataset in rows.items()
-        for row, of_row in of_dataset.items()
-        for group in dict.fromkeys(key.split("/")[0] for key in of_row if "/" in key)
+        [dataset, group, *(_rounded(found[f"{group}/{metric}"]) for metric in metrics)]
+        for dataset, found in figures.items()
+        for group in dict.fromkeys(key.split("/")[0] for key in found if "/" in key)
     ]
-    headers = ["dataset", "row", "classes", *metrics]
+    headers = ["dataset", "classes", *metrics]
     style = {"tablefmt": "github", "floatfmt": ".1f", "missingval": "–", "numalign": "right"}
     return str(tabulate(lines, headers, **style))

@@ -13,10 +13,6 @@ from torch import Tensor
 
 __all__ = ["ATSSMatcher"]
 
-# Pairs of a box and an anchor looked at together: 16 MB per array of float32, so that thousands of
-# boxes in an image need no more memory than the 190 that fit into one go at 800 x 1333. [ours]
-_PAIRS_AT_ONCE = 2**22
-
 
 class ATSSMatcher:
     """Assign anchors to ground truth by the statistics of each object's nearest anchors.
@@ -57,21 +53,11 @@ class ATSSMatcher:
             none = torch.zeros(len(all_anchors), dtype=torch.int64, device=device)
             return none, none.to(torch.int8)
 
-        # As many boxes at a time as keep the (M, R) arrays small.
-        best_iou = torch.full((len(all_anchors),), -1.0, device=device)
-        matches = torch.zeros(len(all_anchors), dtype=torch.int64, device=device)
-        rows = max(1, _PAIRS_AT_ONCE // len(all_anchors))
-        level_sizes = [len(level) for level in anchors]
-        for first, tensor in zip(
-            range(0, len(gt_boxes), rows), gt_boxes.tensor.split(rows), strict=True
-        ):
-            claimed = self._claims(Boxes(tensor), all_anchors, level_sizes)
-            # 4. an anchor of several boxes goes to the highest IoU
-            iou, idxs = claimed.max(dim=0)
-            better = iou > best_iou
-            best_iou = torch.where(better, iou, best_iou)
-            matches = torch.where(better, idxs + first, matches)
-        return matches, (best_iou >= 0).to(torch.int8)
+        claimed = self._claims(gt_boxes, all_anchors, [len(level) for level in anchors])
+        # 4. an anchor of several boxes goes to the highest IoU
+        best_iou, matches = claimed.max(dim=0)
+        is_positive = best_iou >= 0
+        return matches.where(is_positive, 0), is_positive.to(torch.int8)
 
     def _claims(self, gt_boxes: Boxes, all_anchors: Boxes, level_sizes: Sequence[int]) -> Tensor:
         """(M, R) IoU of the anchors that are positive for a box, -1 elsewhere; steps 1 to 3."""

@@ -18,7 +18,7 @@ classified, distilled per point, distilled globally. ``pred_anchor_deltas``, ``g
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any
@@ -79,16 +79,13 @@ from hierkd.modeling.losses import (
 )
 from hierkd.modeling.mlca import MLCA, gather_rows
 from hierkd.modeling.sampling import subsample_negatives
-from hierkd.modeling.text_classifier import TextClassifier
+from hierkd.modeling.text_classifier import LOGIT_SCALE_RANGE, TextClassifier
 from hierkd.teachers.clip import build_teacher, check_embed_dim
 from hierkd.teachers.protocol import Teacher
-from hierkd.teachers.region_cache import check_cached_boxes
 from hierkd.teachers.texts import check_names, comparable_name
 
 __all__ = ["DensePredictions", "ForeAnchors", "HierKD"]
 
-# Pixels. [ours] Far beyond any picture, and far from where areas leave float32's range.
-_LARGEST_COORDINATE = 1e7
 # Best points of an image that proposals are chosen among. [ours]
 _PROPOSAL_CANDIDATES = 100
 
@@ -194,8 +191,6 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
         teacher = build_teacher(cfg)
         text, atss, gkd = cfg.MODEL.TEXT_CLASSIFIER, cfg.MODEL.ATSS, cfg.MODEL.GKD
         check_embed_dim(teacher, text.EMBED_DIM)
-        if cfg.MODEL.IKD.LOSS_WEIGHT > 0 and cfg.MODEL.TEACHER.CACHE:
-            check_cached_boxes(cfg.MODEL.IKD.BOXES)
         check_choice("MODEL.GKD.LOSS_TYPE", gkd.LOSS_TYPE, ("contrastive", "positive_only"))
         contrastive = gkd.LOSS_TYPE == "contrastive"
         trained_on = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]) if cfg.DATASETS.TRAIN else None
@@ -213,7 +208,6 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
             "text_classifier": TextClassifier(
                 teacher.encode_captions([text.BACKGROUND_PROMPT])[0],
                 logit_scale=text.LOGIT_SCALE,
-                logit_scale_range=tuple(text.LOGIT_SCALE_RANGE),
                 project_background=text.PROJECT_BACKGROUND,
             ),
             "anchor_generator": build_anchor_generator(cfg, shapes),
@@ -227,7 +221,6 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
                 topk_pairs=atss.TOPK_PAIRS_TEST,
                 nms_thresh=atss.NMS_THRESH_TEST,
                 max_detections=cfg.TEST.DETECTIONS_PER_IMAGE,
-                class_agnostic_nms=atss.CLASS_AGNOSTIC_NMS,
                 novel_logit_shift=atss.NOVEL_LOGIT_SHIFT,
                 teacher_boxes=cfg.TEST.TEACHER.BOXES,
                 teacher_exponents=tuple(cfg.TEST.TEACHER.EXPONENTS),
@@ -238,7 +231,6 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
                 grid_size=gkd.GRID_SIZE,
                 pooling=gkd.POOLING,
                 logit_scale=gkd.LOGIT_SCALE if contrastive else None,
-                logit_scale_range=tuple(gkd.LOGIT_SCALE_RANGE),
             )
             if gkd.LOSS_WEIGHT > 0
             else None,
@@ -322,7 +314,6 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
         """Losses in training, detections in inference; see the class for inputs and outputs."""
         if not self.training:
             return self._detect(batched_inputs)
-        _check_ground_truth(batched_inputs, self.text_classifier.num_classes)
         self.text_classifier.limit_logit_scale()
         if self.mlca is not None:
             self.mlca.limit_logit_scale()
@@ -368,15 +359,6 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
         if self.training:
             return _maps_of(*arguments)
         on_cpu = self.device.type == "cpu"
-        has_bfloat16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
-        if self.amp_test and on_cpu and not has_bfloat16():
-            log_first_n(
-                logging.WARNING,
-                "TEST.AMP: this processor has no units for bfloat16, so that a picture takes "
-                "several times as long as in float32",
-                name=__name__,
-                key="message",
-            )
         # the half precision that is fast there; without it, what somebody else's autocast says
         half = torch.bfloat16 if on_cpu else torch.float16
         with torch.autocast(self.device.type, half) if self.amp_test else nullcontext():
@@ -680,13 +662,10 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
         storage = get_event_storage()
         for name, value in zip(values, numbers.tolist(), strict=True):
             storage.put_scalar(name, value)
-            part = scales.get(name)
-            # in float32, as the parameter holds an end
-            if part is not None and value in torch.tensor(part.logit_scale_range).float().tolist():
+            if name in scales and value in LOGIT_SCALE_RANGE:
                 log_first_n(
                     logging.WARNING,
-                    f"{name} is held at {value:g}, an end of its range {part.logit_scale_range} "
-                    "(LOGIT_SCALE_RANGE)",
+                    f"{name} is held at {value:g}, an end of its range {LOGIT_SCALE_RANGE}",
                     name=__name__,
                     key="message",
                 )
@@ -839,35 +818,6 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
             probs = probs.view(*points.shape[:3], -1).permute(0, 3, 1, 2)
             maps.append(probs if qualities is None else probs * qualities[level].sigmoid())
         return maps
-
-
-def _check_ground_truth(batched_inputs: Sequence[Mapping[str, Any]], num_classes: int) -> None:
-    """Refuse ground truth that would make losses NaN or index past the vocabulary.
-
-    The mapper clips boxes and drops those without area, so that this is about datasets and mappers
-    of one's own. Ground truth that is on a GPU already is not looked at: that would wait for it.
-
-    Raises:
-        ValueError: a coordinate is not finite or beyond ten million pixels, a box ends before it
-            begins, or a class is not one of the K. The image and its first such box are named.
-    """
-    for index, given in enumerate(batched_inputs):
-        boxes, classes = given["instances"].gt_boxes.tensor, given["instances"].gt_classes
-        if boxes.device.type != "cpu":
-            continue
-        usable = (boxes.abs() <= _LARGEST_COORDINATE).all(dim=1)  # false for NaN
-        usable &= (boxes[:, 2:] >= boxes[:, :2]).all(dim=1)
-        known = (classes >= 0) & (classes < num_classes)
-        for row in (~(usable & known)).nonzero().flatten().tolist()[:1]:
-            found = (
-                f"the box {boxes[row].tolist()}, expected XYXY in pixels"
-                if not usable[row]
-                else f"class {int(classes[row])}, expected one of the vocabulary's {num_classes}"
-            )
-            name = given.get("file_name", f"number {index} of the batch")
-            raise ValueError(
-                f"Image {name} (id {given.get('image_id')!r}): ground truth {row} has {found}."
-            )
 
 
 def _as_instances(

@@ -75,7 +75,6 @@ class InferenceSettings:
     topk_pairs: int = 3000
     nms_thresh: float = 0.4
     max_detections: int = 100
-    class_agnostic_nms: bool = False
     novel_logit_shift: float = 0.0
     teacher_boxes: int = 0
     teacher_exponents: tuple[float, float] = (0.35, 0.65)

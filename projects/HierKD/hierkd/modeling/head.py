@@ -104,10 +104,6 @@ class ATSSHead(nn.Module):
             pred_anchor_deltas: L maps (N, 4, H_l, W_l), float32.
             pred_qualities: L maps (N, 1, H_l, W_l) of logits, float32; None without the branch.
         """
-        if len(features) != len(self.scales):
-            raise ValueError(
-                f"the head was built for {len(self.scales)} levels, got {len(features)}"
-            )
         embeddings, deltas, qualities = [], [], []
         for feature, scale in zip(features, self.scales, strict=True):
             embeddings.append(F.normalize(self.embedding(self.cls_tower(feature)).float(), dim=1))

@@ -225,9 +225,8 @@ def best_detections(
     scores, rows, labels = best_pairs(
         classes, qualities, limit=settings.topk_pairs, score_thresh=settings.score_thresh
     )
-    groups = torch.zeros_like(labels) if settings.class_agnostic_nms else labels
     suppress = suppress or nms_of_classes
-    keep = suppress(boxes[rows], scores, groups, settings.nms_thresh, settings.max_detections)
+    keep = suppress(boxes[rows], scores, labels, settings.nms_thresh, settings.max_detections)
     return boxes[rows[keep]], scores[keep], labels[keep]
 
 

@@ -180,11 +180,7 @@ def image_caption_contrastive_loss(match_scores: Tensor) -> tuple[Tensor, Tensor
         (image term, caption term): the mean over images of the cross-entropy among captions, and
         the mean over captions of the cross-entropy among images. Transposing the scores swaps
         them; equal scores give log(N) each.
-
-    Raises:
-        ValueError: if the matrix is not square.
     """
-    _check_square(match_scores)
     own = torch.arange(len(match_scores), device=match_scores.device)
     return F.cross_entropy(match_scores, own), F.cross_entropy(match_scores.T, own)
 
@@ -199,17 +195,5 @@ def positive_pairs_loss(match_scores: Tensor) -> Tensor:
 
     Returns:
         Scalar mean.
-
-    Raises:
-        ValueError: if the matrix is not square.
     """
-    _check_square(match_scores)
     return (1.0 - match_scores.diagonal()).mean()
-
-
-def _check_square(match_scores: Tensor) -> None:
-    if match_scores.dim() != 2 or match_scores.shape[0] != match_scores.shape[1]:
-        raise ValueError(
-            "match scores must be square, one caption per image, "
-            f"got shape {tuple(match_scores.shape)}"
-        )

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from detectron2.utils import comm
 from torch import Tensor, nn
 
-from hierkd.modeling.text_classifier import LOGIT_SCALE_RANGE, check_logit_scale
+from hierkd.modeling.text_classifier import LOGIT_SCALE_RANGE
 
 __all__ = ["MLCA", "POOLING_MODES", "gather_rows"]
 
@@ -44,16 +44,12 @@ class MLCA(nn.Module):
         grid_size: int = 3,
         pooling: str = "max",
         logit_scale: float | None = 10.0,
-        logit_scale_range: tuple[float, float] = LOGIT_SCALE_RANGE,
     ) -> None:
         super().__init__()
         if grid_size < 1:
             raise ValueError(f"the patch grid needs at least one cell, got grid_size={grid_size}")
         if pooling not in POOLING_MODES:
             raise ValueError(f"pooling is one of {POOLING_MODES}, got {pooling!r}")
-        if logit_scale is not None:
-            check_logit_scale(logit_scale, logit_scale_range, "MODEL.GKD")
-        self.logit_scale_range = logit_scale_range
         self.grid_size = grid_size
         self.pooling = pooling
         self.logit_scale = (
@@ -64,7 +60,7 @@ class MLCA(nn.Module):
     def limit_logit_scale(self) -> None:
         """Bring tau_m, if there is one, back into its range; inside of it nothing changes."""
         if self.logit_scale is not None:
-            self.logit_scale.clamp_(*self.logit_scale_range)
+            self.logit_scale.clamp_(*LOGIT_SCALE_RANGE)
 
     def pool_patches(self, embedding_maps: Sequence[Tensor]) -> Tensor:
         """Pool every level to G x G patches.
@@ -90,11 +86,6 @@ class MLCA(nn.Module):
             (N, C) scores: cosines times tau_m (plain cosines without a ``logit_scale``).
         """
         patches = self.pool_patches(embedding_maps)
-        if patches.shape[2] != caption_embeddings.shape[1]:
-            raise ValueError(
-                f"image patches have {patches.shape[2]} dimensions, "
-                f"captions {caption_embeddings.shape[1]}"
-            )
         responses = torch.einsum("nqd,cd->ncq", patches, caption_embeddings)  # e_ij of Eq. 3
         aggregated = responses.softmax(dim=2) @ patches  # (N, C, D): P_I^C of Eq. 3
         cosines = (F.normalize(aggregated, dim=2) * caption_embeddings).sum(dim=2)  # Eq. 4

@@ -9,33 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["LOGIT_SCALE_RANGE", "TextClassifier", "check_logit_scale"]
+__all__ = ["LOGIT_SCALE_RANGE", "TextClassifier"]
 
-# Below 1 a softmax over cosines is flat, and below 0 it prefers what is least alike; from 1000 on
-# a hundredth of cosine decides everything. [ours; the release has no limit, CLIP's upper one, 100,
-# is where tau_c starts]
+# Of tau_c and tau_m. Below 1 a softmax over cosines is flat, and below 0 it prefers what is least
+# alike; from 1000 on a hundredth of cosine decides everything. [ours; the release has no limit,
+# CLIP's upper one, 100, is where tau_c starts]
 LOGIT_SCALE_RANGE = (1.0, 1000.0)
-
-
-def check_logit_scale(start: float, limits: tuple[float, float], node: str) -> None:
-    """Check a range and the value that starts in it.
-
-    Args:
-        start: the initial value.
-        limits: least and greatest value, both positive.
-        node: of the config, for the message.
-
-    Raises:
-        ValueError: the limits are not 0 < least <= greatest, or the value is not between them.
-    """
-    if len(limits) != 2 or not 0 < limits[0] <= limits[1] < float("inf"):
-        raise ValueError(
-            f"{node}.LOGIT_SCALE_RANGE must be two numbers, 0 < least <= greatest, got {limits}"
-        )
-    if not limits[0] <= start <= limits[1]:
-        raise ValueError(
-            f"{node}.LOGIT_SCALE is {start}, outside of {node}.LOGIT_SCALE_RANGE {limits}"
-        )
 
 
 class TextClassifier(nn.Module):
@@ -62,7 +41,6 @@ class TextClassifier(nn.Module):
         background_embedding: Tensor,
         *,
         logit_scale: float = 100.0,
-        logit_scale_range: tuple[float, float] = LOGIT_SCALE_RANGE,
         project_background: bool = False,
     ) -> None:
         """Start from a background embedding.
@@ -70,28 +48,10 @@ class TextClassifier(nn.Module):
         Args:
             background_embedding: (D,) initial T_bg.
             logit_scale: initial tau_c.
-            logit_scale_range: where :meth:`limit_logit_scale` keeps it.
             project_background: set the parameter itself back to unit length before every training
                 step, as the release does, instead of normalising it in use.
-
-        Raises:
-            ValueError: the embedding has no direction (zero, or not finite), or tau_c starts
-                outside of its range.
         """
         super().__init__()
-        if background_embedding.dim() != 1:
-            raise ValueError(
-                "the background embedding is one vector (D,), "
-                f"got shape {tuple(background_embedding.shape)}"
-            )
-        length = background_embedding.detach().float().norm()
-        if not 0 < length < float("inf"):  # NaN, too
-            raise ValueError(
-                "the background embedding is zero or not finite, so that it has no direction: its "
-                f"length is {length.item()}"
-            )
-        check_logit_scale(logit_scale, logit_scale_range, "MODEL.TEXT_CLASSIFIER")
-        self.logit_scale_range = logit_scale_range
         background = F.normalize(background_embedding.detach().float(), dim=0)
         self.background_embedding = nn.Parameter(background)
         self.start_embedding = background.cpu().clone()
@@ -136,7 +96,7 @@ class TextClassifier(nn.Module):
     @torch.no_grad()
     def limit_logit_scale(self) -> None:
         """Bring tau_c back into its range; inside of it nothing changes."""
-        self.logit_scale.clamp_(*self.logit_scale_range)
+        self.logit_scale.clamp_(*LOGIT_SCALE_RANGE)
 
     def background(self) -> Tensor:
         """(D,) the background's embedding as it is used, L2-normalised."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 
 import numpy as np
 from detectron2.structures import Instances
@@ -33,34 +34,29 @@ _MAX_POINTS = 1000  # of a curve that is drawn: more than its pixels. [ours]
 _MIN_HEAT_RANGE = 0.05
 
 
-def draw_curves(
-    lines: Mapping[str, Curve], *, names: Sequence[str] = (), from_zero: bool = True
-) -> bytes:
+def draw_curves(lines: Mapping[str, Curve], *, from_zero: bool = True) -> bytes:
     """Draw curves into one SVG with a clear ground, with a legend if they are several.
 
     Args:
         lines: Name to curve. NaN and infinities are gaps.
-        names: Of all runs, so that each keeps its colour where others are missing.
         from_zero: Whether the axis of values begins at zero, if none is negative.
     """
-    names = list(names) or list(lines)
-    rows = -(-len(lines) // 2) if len(names) > 1 else 0  # of the legend
+    rows = -(-len(lines) // 2) if len(lines) > 1 else 0  # of the legend
     height = 2.2 + 0.17 * rows
     plot = Figure(figsize=(3.6, height))
     # places by hand: matplotlib's computed layouts cost more than half as much again
     axes = plot.add_axes((0.16, 0.22 / height, 0.82, (height - 0.3 - 0.17 * rows) / height))
-    for name, (xs, ys) in lines.items():
+    for (name, (xs, ys)), color in zip(lines.items(), cycle(_LINE_COLORS)):
         step = -(-len(xs) // _MAX_POINTS) or 1
         kept = [y if math.isfinite(y) else math.nan for y in ys[::step]]
         axes.plot(
             xs[::step],
             kept,
-            color=_LINE_COLORS[names.index(name) % len(_LINE_COLORS)],
+            color=color,
             lw=1.6,
             marker="o" if len(kept) < _FEW_POINTS else None,
             ms=3.5,
-            # neither typeset as a formula nor, for a leading underscore, left out of the legend
-            label=" " * name.startswith("_") + name.replace("$", r"\$"),
+            label=name,
         )
     values = [v for _, ys in lines.values() for v in ys if math.isfinite(v)]
     axes.locator_params(axis="both", nbins=5)
@@ -73,7 +69,7 @@ def draw_curves(
     axes.grid(axis="y", color="#e3e6ea", linewidth=0.8)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(colors="#444", labelsize=8, length=0, which="both")
-    if len(names) > 1:
+    if len(lines) > 1:
         plot.legend(loc="upper left", fontsize=7, frameon=False, ncols=2, borderaxespad=0.1)
     buffer = io.BytesIO()
     plot.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})

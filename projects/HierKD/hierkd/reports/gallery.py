@@ -179,8 +179,8 @@ def judge_detections(
     return tuple(judgements)
 
 
-def keep_best(samples: Iterable[Sample], threshold: float | None = None) -> list[Sample]:
-    """Leave out detections below a threshold or, without one, beyond the number of objects.
+def keep_best(samples: Iterable[Sample]) -> list[Sample]:
+    """Leave out detections beyond the number of objects.
 
     The number is that of the judged and of the other classes each: wrong classes are shown,
     detectors whose scores differ in scale can be compared, and the higher scores of base classes
@@ -193,7 +193,7 @@ def keep_best(samples: Iterable[Sample], threshold: float | None = None) -> list
         for box in sample.detections:
             kind = box.verdict == UNCOUNTED
             room[kind] -= 1
-            if room[kind] >= 0 if threshold is None else (box.score or 0.0) >= threshold:
+            if room[kind] >= 0:
                 best.append(box)
         kept.append(replace(sample, detections=tuple(best)))
     return kept

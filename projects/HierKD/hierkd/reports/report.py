@@ -1,4 +1,4 @@
-"""What the report of a run shows, alone or beside others, and that of ``make demo``."""
+"""What the report of a run shows, and that of ``make demo``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from detectron2.structures import Boxes, BoxMode, Instances
 
 from hierkd.config import add_hierkd_config
 from hierkd.evaluation.heat_maps import score_heat_maps
-from hierkd.inference.predictor import OpenVocabularyPredictor, find_checkpoint
+from hierkd.inference.predictor import OpenVocabularyPredictor
 from hierkd.load_config import load_config
 from hierkd.reports.charts import draw_comparison, draw_curves, draw_heat_map_sheet
 from hierkd.reports.drawing import Image, save_picture
@@ -100,36 +100,25 @@ _PER_CLASS = "AP50-"
 # ------------------------------------------------------------------------------------- any run
 
 
-def describe_run(
-    run: RunFolder,
-    others: Sequence[RunFolder] = (),
-    *,
-    num_pictures: int = 12,
-    device: str | None = None,
-) -> Page:
+def describe_run(run: RunFolder, *, num_pictures: int = 12) -> Page:
     """Describe a run.
 
     Args:
         run: What it is about.
-        others: Runs to compare it with: their curves and figures are shown beside its own.
-        num_pictures: Test pictures with detections, at most; 0 is none.
-        device: Where the detector runs, if no detections of an evaluation are there; None is the
-            config's.
+        num_pictures: Test pictures with the detections of the last evaluation, at most; 0 is none.
     """
-    runs = _named([run, *others])
     pictures, notes = Section(), list(run.notes)
     if num_pictures > 0 and run.config:
         try:
-            pictures = _pictures_section(*_find_samples(run.path, num_pictures, device))
+            pictures = _pictures_section(*_find_samples(run.path, num_pictures))
         # whatever a folder, a dataset and a checkpoint can be wrong in: the rest can still be told
         except Exception as error:
             logger.warning("%s: no pictures: %s", run.path, error)
             notes.append(f"There are no pictures: {error}")
     sections = [
         _summary_section(run, notes),
-        *([_comparison_section(runs)] if others else []),
         _figures_section(run),
-        *_curve_sections({name: each.metrics.curves for name, each in runs.items()}),
+        *_curve_sections(run.metrics.curves),
         pictures,
         _classes_section(run),
         _provenance_section(run),
@@ -137,16 +126,6 @@ def describe_run(
     ]
     shown = [each for each in sections if each != Section()]
     return Page(f"HierKD: {run.name}", shown)
-
-
-def _named(runs: Sequence[RunFolder]) -> dict[str, RunFolder]:
-    """Runs by the names of their folders or, where two are alike, by their paths."""
-    if len(runs) == 1:
-        return {"": runs[0]}
-    names = [run.name for run in runs]
-    if len(set(names)) < len(names):
-        names = [str(run.path) for run in runs]
-    return dict(zip(names, runs, strict=True))
 
 
 def _summary_section(run: RunFolder, notes: Sequence[str]) -> Section:
@@ -249,27 +228,6 @@ def _figures_table(evaluation: Evaluation) -> Table:
     return Table(["Test", "Classes", "Dataset", *metrics], cells, num_texts=3)
 
 
-def _comparison_section(runs: Mapping[str, RunFolder]) -> Section:
-    """A row per figure, a column per run; the AP50 and AR50 of the last evaluations."""
-    names = dict.fromkeys(
-        (dataset, f"{group}/{metric}")
-        for run in runs.values()
-        for _, dataset, figures in _by_protocol(run.figures)
-        for group in _groups(figures)
-        for metric in ("AP50", "AR50")
-    )
-    rows: list[list[Cell]] = [
-        [dataset, name, *(run.figures.get(dataset, {}).get(name) for run in runs.values())]
-        for dataset, name in names
-    ]
-    rows.append(["", "iterations", *(str(r.num_iterations or "–") for r in runs.values())])
-    return Section(
-        "Runs side by side",
-        table=Table(["Dataset", "Figure", *runs], rows),
-        caption="Percent, of the last evaluation of each run.",
-    )
-
-
 def _classes_section(run: RunFolder) -> Section:
     """AP50 of each class, in each dataset of the last evaluation; novel classes first."""
     columns: dict[str, dict[str, float]] = {}
@@ -293,26 +251,26 @@ def _classes_section(run: RunFolder) -> Section:
 # ------------------------------------------------------------------------------------------ curves
 
 
-def _curve_sections(runs: Mapping[str, Mapping[str, Curve]]) -> list[Section]:
-    """Curves by subject: a figure per scalar, in each a line per run."""
-    scalars = {name for curves in runs.values() for name in curves if name.count("/") < 2}
-    scalars.discard("eta_seconds")
-    if all(curves.get("rank_data_time") == curves.get("data_time") for curves in runs.values()):
+def _curve_sections(curves: Mapping[str, Curve]) -> list[Section]:
+    """Curves by subject, a figure per scalar."""
+    scalars = {name for name in curves if name.count("/") < 2} - {"eta_seconds"}
+    if curves.get("rank_data_time") == curves.get("data_time"):
         scalars.discard("rank_data_time")  # there was one process
     figures: dict[str, list[Figure]] = {"losses": [], "learned": [], "speed": []}
     for name in [*(n for n in _TITLES if n in scalars), *sorted(scalars - _TITLES.keys())]:
         kind = "losses" if name.startswith(("loss_", "total_")) else "learned"
-        lines = {run: curves[name] for run, curves in runs.items() if name in curves}
         figures["speed" if name in _SPEED else kind].append(
             _curves(
-                _TITLES.get(name, name), lines, list(runs), from_zero=not name.startswith(_FITTED)
+                _TITLES.get(name, name),
+                {"": curves[name]},
+                from_zero=not name.startswith(_FITTED),
             )
         )
     medians = "medians over up to 20 iterations."
     found = {
         "Losses": (figures["losses"], f"Weighted as in Eq. 6; {medians}"),
         "Average precision over time": (
-            _precision_curves(runs),
+            _precision_curves(curves),
             "AP50 in percent, of every evaluation in training.",
         ),
         "What is learned beside the network": (
@@ -323,39 +281,33 @@ def _curve_sections(runs: Mapping[str, Mapping[str, Curve]]) -> list[Section]:
         "Speed": (figures["speed"], medians.capitalize()),
     }
     return [
-        Section(title, figures=curves, columns=3, caption=caption)
-        for title, (curves, caption) in found.items()
-        if curves
+        Section(title, figures=shown, columns=3, caption=caption)
+        for title, (shown, caption) in found.items()
+        if shown
     ]
 
 
-def _precision_curves(runs: Mapping[str, Mapping[str, Curve]]) -> list[Figure]:
-    """A figure per dataset, with a line per group of classes and run, if there are two points."""
+def _precision_curves(curves: Mapping[str, Curve]) -> list[Figure]:
+    """A figure per dataset, with a line per group of classes, if there are two points."""
     lines: dict[str, dict[str, Curve]] = {}
-    for run, curves in runs.items():
-        for scalar, curve in curves.items():
-            dataset, *rest = scalar.split("/")
-            if len(rest) == 3 and rest[2] == "AP50" and len(curve[0]) > 1:
-                lines.setdefault(dataset, {})[f"{run}: {rest[1]}" if run else rest[1]] = curve
+    for scalar, curve in curves.items():
+        dataset, *rest = scalar.split("/")
+        if len(rest) == 3 and rest[2] == "AP50" and len(curve[0]) > 1:
+            lines.setdefault(dataset, {})[rest[1]] = curve
     return [_curves(dataset, of_dataset) for dataset, of_dataset in lines.items()]
 
 
-def _curves(
-    title: str, lines: Mapping[str, Curve], names: Sequence[str] = (), *, from_zero: bool = True
-) -> Figure:
-    svg = draw_curves(lines, names=names, from_zero=from_zero)
+def _curves(title: str, lines: Mapping[str, Curve], *, from_zero: bool = True) -> Figure:
+    svg = draw_curves(lines, from_zero=from_zero)
     return Figure([Picture(data_uri("image/svg+xml", svg), title)], caption=title)
 
 
 # ---------------------------------------------------------------------------------------- pictures
 
 
-def _find_samples(folder: Path, count: int, device: str | None) -> tuple[list[Sample], str]:
-    """Test pictures with detections, and where these come from.
-
-    The detections are those that the last evaluation has left; otherwise those of the checkpoint.
-    """
-    cfg = load_config(str(folder / "config.yaml"), ["MODEL.DEVICE", device] if device else [])
+def _find_samples(folder: Path, count: int) -> tuple[list[Sample], str]:
+    """Test pictures with what the last evaluation has found in them, and where these come from."""
+    cfg = load_config(str(folder / "config.yaml"))
     registered = [name for name in cfg.DATASETS.TEST if name in DatasetCatalog.list()]
     dataset_name = choose_test_dataset(registered)
     if dataset_name is None:
@@ -363,24 +315,16 @@ def _find_samples(folder: Path, count: int, device: str | None) -> tuple[list[Sa
     vocabulary = list(MetadataCatalog.get(dataset_name).thing_classes)
     judged = judged_classes(dataset_name)
     records = choose_in_turn(DatasetCatalog.get(dataset_name), vocabulary, judged, count)
-    try:
-        detect = _saved_detections(folder, dataset_name)
-        source = "detections of its last evaluation"
-    except FileNotFoundError:
-        predictor = OpenVocabularyPredictor.from_checkpoint(folder, device=device)
-        predictor.set_vocabulary(vocabulary)
-
-        def detect(record: dict[str, Any], image: Image) -> Instances:
-            return predictor(image)
-
-        source = f"detections of {Path(find_checkpoint(folder)[1]).name}"
+    detect = _saved_detections(folder, dataset_name)
     samples = keep_best(build_samples(records, detect, vocabulary, judged))
-    return samples, f"{dataset_name}; {source}"
+    return samples, f"{dataset_name}; detections of its last evaluation"
 
 
 def _saved_detections(folder: Path, dataset_name: str) -> Callable[[Any, Image], Instances]:
     """Look up what a run's evaluation has written, in COCO's results format."""
     path = folder / "inference" / dataset_name / "coco_instances_results.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"no evaluation has left {path}")
     positions = MetadataCatalog.get(dataset_name).thing_dataset_id_to_contiguous_id
     of_images: dict[Any, list[Mapping[str, Any]]] = {}
     for result in json.loads(path.read_bytes()):
@@ -538,7 +482,7 @@ def write_demo_report(
                 columns=1,
             ),
             _classes_section(run),
-            *_curve_sections({"": run.metrics.curves})[:2],
+            *_curve_sections(run.metrics.curves)[:2],
             Section("How it was made", facts={k.capitalize(): _shown(v) for k, v in facts.items()}),
             _config_section(run),
         ],

@@ -32,11 +32,10 @@ from hierkd.teachers.open_clip import (
     OPEN_CLIP_PREFIX,
     OpenCLIPFiles,
     known_open_clip_digest,
-    open_clip_token_counter,
 )
-from hierkd.teachers.openai_clip import OPENAI_TOKENS, OpenAIFiles, known_openai_digest
-from hierkd.teachers.protocol import CLIPFiles, LoadedCLIP, Teacher, TokenCounter
-from hierkd.teachers.region_cache import RegionCache, check_cached_boxes
+from hierkd.teachers.openai_clip import OpenAIFiles
+from hierkd.teachers.protocol import LoadedCLIP, Teacher
+from hierkd.teachers.region_cache import RegionCache
 from hierkd.teachers.text_cache import TextCache, Vector
 from hierkd.teachers.texts import (
     TextEmbeddings,
@@ -50,7 +49,6 @@ __all__ = [
     "build_region_cache",
     "build_teacher",
     "check_embed_dim",
-    "find_token_counter",
     "known_weights_sha256",
 ]
 
@@ -133,7 +131,7 @@ class CLIPTeacher:
         return f"CLIPTeacher(weights={self.weights!r}, device={str(self.device)!r})"
 
     @cached_property
-    def _files(self) -> CLIPFiles:
+    def _files(self) -> OpenAIFiles | OpenCLIPFiles:
         kind = OpenCLIPFiles if self.weights.startswith(OPEN_CLIP_PREFIX) else OpenAIFiles
         return kind(self.weights, self._download_root)
 
@@ -320,12 +318,6 @@ class CLIPTeacher:
                 with torch.random.fork_rng(devices=[]), torch.inference_mode(False):
                     loaded = self._files.load(self.device, self.half)
                     loaded.model.visual.to(memory_format=torch.channels_last)
-            if self._at_hand and loaded.embed_dim != self.embed_dim:
-                raise ValueError(
-                    f"{self._at_hand}: embeddings of size {self.embed_dim}, but {self!r} gives "
-                    f"embeddings of size {loaded.embed_dim}: MODEL.TEACHER.WEIGHTS is another CLIP"
-                )
-            self._check_templates(loaded)
             self._loaded = loaded
         return self._loaded
 
@@ -347,17 +339,6 @@ class CLIPTeacher:
             raise FileNotFoundError(
                 f"{self._at_hand} does not hold {needing}, which therefore needs CLIP: {error}"
             ) from error
-
-    def _check_templates(self, clip: LoadedCLIP) -> None:
-        """Raise ValueError if a template is so long that the class name is cut off."""
-        for template in self.templates:
-            cat, dog = clip.tokenize([template.format(name) for name in ("cat", "dog")])
-            if torch.equal(cat, dog):
-                raise ValueError(
-                    f"MODEL.TEXT_CLASSIFIER.TEMPLATES (or TEMPLATE): {template!r} is too long: "
-                    f"the text encoder of {self.title!r} reads {clip.context_length} tokens, which "
-                    "end before the class name"
-                )
 
 
 def build_teacher(cfg: Any) -> CLIPTeacher:
@@ -416,24 +397,29 @@ def build_region_cache(cfg: Any) -> RegionCache:
         ValueError: the cache is of another CLIP, other annotations, crops or proposals, or
             MODEL.IKD.BOXES are not the ground truth's.
     """
-    with_regions = cfg.MODEL.IKD.LOSS_WEIGHT > 0
+    ikd, teacher = cfg.MODEL.IKD, cfg.MODEL.TEACHER
+    if (with_regions := ikd.LOSS_WEIGHT > 0) and ikd.BOXES != "gt":
+        raise ValueError(
+            "MODEL.TEACHER.CACHE holds embeddings of ground-truth boxes, but MODEL.IKD.BOXES is "
+            f"{ikd.BOXES!r}: set MODEL.IKD.BOXES gt, or MODEL.TEACHER.CACHE ''"
+        )
+    cache = RegionCache(teacher.CACHE)
+    key = "MODEL.TEXT_CLASSIFIER.EMBED_DIM"
+    cache.check(embed_dim=(cfg.MODEL.TEXT_CLASSIFIER.EMBED_DIM, key))
+    digest = known_weights_sha256(teacher.WEIGHTS, teacher.DOWNLOAD_ROOT)
+    key = f"MODEL.TEACHER.WEIGHTS {teacher.WEIGHTS!r}"
+    if digest is None:
+        logger.warning("%s is used unchecked: %s is not at hand", cache.folder, key)
+    else:
+        cache.check(weights_sha256=(digest, f"{key}; the cache is of {cache.contents.clip!r}"))
     if with_regions:
-        check_cached_boxes(cfg.MODEL.IKD.BOXES)
-    cache = RegionCache(cfg.MODEL.TEACHER.CACHE)
-    weights = cfg.MODEL.TEACHER.WEIGHTS
-    cache.check_source(
-        weights=weights,
-        weights_sha256=known_weights_sha256(weights, cfg.MODEL.TEACHER.DOWNLOAD_ROOT),
-        embed_dim=cfg.MODEL.TEXT_CLASSIFIER.EMBED_DIM,
-    )
-    if with_regions:
-        cache.check_regions(
-            crop_scale=cfg.MODEL.IKD.CROP_SCALE,
-            pixel_statistics=cfg.MODEL.TEACHER.PIXEL_STATISTICS,
-            proposals_per_image=cfg.MODEL.IKD.PROPOSALS_PER_IMAGE,
-            annotation_files={
-                name: MetadataCatalog.get(name).json_file for name in cfg.DATASETS.TRAIN
-            },
+        cache.check(
+            crop_scale=(ikd.CROP_SCALE, "MODEL.IKD.CROP_SCALE"),
+            pixel_statistics=(teacher.PIXEL_STATISTICS, "MODEL.TEACHER.PIXEL_STATISTICS"),
+            proposals_per_image=(ikd.PROPOSALS_PER_IMAGE, "MODEL.IKD.PROPOSALS_PER_IMAGE"),
+        )
+        cache.check_annotations(
+            {name: MetadataCatalog.get(name).json_file for name in cfg.DATASETS.TRAIN}
         )
     return cache
 
@@ -450,19 +436,10 @@ def check_embed_dim(teacher: Teacher, expected: int) -> None:
 
 
 def known_weights_sha256(weights: str, download_root: str | None = None) -> str | None:
-    """`CLIPFiles.digest` of a CLIP, None if that needs a download, or a package, or is unknown."""
+    """Digest of a CLIP, None if that needs a download or a package, or if there is no such CLIP."""
     if weights.startswith(OPEN_CLIP_PREFIX):
         return known_open_clip_digest(weights, download_root)
-    return known_openai_digest(weights)
-
-
-def find_token_counter(weights: str, download_root: str | None = None) -> TokenCounter:
-    """The tokeniser of a CLIP, without its weights.
-
-    Raises:
-        FileNotFoundError: there is no such model of open_clip, or its tokeniser cannot be made.
-        ValueError: `weights`, or the config of the folder it names, is wrong.
-    """
-    if weights.startswith(OPEN_CLIP_PREFIX):
-        return open_clip_token_counter(weights, download_root)
-    return OPENAI_TOKENS
+    try:
+        return OpenAIFiles(weights).digest
+    except FileNotFoundError:
+        return None

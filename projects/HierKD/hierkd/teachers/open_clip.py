@@ -5,8 +5,8 @@
 - ``open_clip:MODEL:TAG``, e.g. ``open_clip:ViT-B-16:laion2b_s34b_b88k``: published weights, which
   open_clip downloads once;
 - ``open_clip:MODEL:FILE``: a file with weights for one of open_clip's architectures;
-- ``open_clip:FOLDER``: a folder with ``open_clip_config.json``, the weights and, where the model
-  has a tokeniser of its own, that: what open_clip uploads to a model hub.
+- ``open_clip:FOLDER``: what open_clip uploads to a model hub and reads as ``local-dir:FOLDER``,
+  its config, the weights and, where the model has a tokeniser of its own, that.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hierkd.files import file_hash, is_torchscript, read_torch_file
-from hierkd.teachers.protocol import LONGEST_TEXT, LoadedCLIP, TokenCounter
+from hierkd.files import file_hash, read_torch_file
+from hierkd.teachers.protocol import LoadedCLIP
 
-__all__ = ["OPEN_CLIP_PREFIX", "OpenCLIPFiles", "known_open_clip_digest", "open_clip_token_counter"]
+__all__ = ["OPEN_CLIP_PREFIX", "OpenCLIPFiles", "known_open_clip_digest"]
 
 OPEN_CLIP_PREFIX = "open_clip:"
 
@@ -36,7 +36,6 @@ _SYNTAX = (
 )
 _CONFIG = "open_clip_config.json"
 _LOCAL = "local-dir:"  # how open_clip names a folder
-_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 # tokenizer.json, merges.txt, spiece.model and the like
 _TOKENIZER_SUFFIXES = (".json", ".txt", ".model", ".vocab", ".bpe", ".codes", ".tiktoken")
 # What a config may tell the tokeniser. Others reach functions that run code of the folder
@@ -59,7 +58,7 @@ class _Weights(NamedTuple):
 
 
 class OpenCLIPFiles:
-    """A CLIP of the package open_clip; implements `CLIPFiles`.
+    """A CLIP of the package open_clip, like `openai_clip.OpenAIFiles`.
 
     Its `digest` is of the weights, the architecture, the pixel statistics and the files of a
     folder's own tokeniser: open_clip reads one file into different models, with other embeddings
@@ -90,7 +89,7 @@ class OpenCLIPFiles:
         return int(self._weights.config["embed_dim"])
 
     def load(self, device: torch.device, half: bool) -> LoadedCLIP:
-        """Load it, see `CLIPFiles.load`."""
+        """Load it, see `openai_clip.OpenAIFiles.load`."""
         found, open_clip = self._weights, _import_open_clip()
         tokenizer = _make_tokenizer(open_clip, found)
         with _quiet_root_logger(), _as_value_error(f"{found.title} cannot be built"):
@@ -109,7 +108,6 @@ class OpenCLIPFiles:
             embed_dim=int(found.config["embed_dim"]),
             logit_scale=model.logit_scale.detach().float().exp().item(),
             input_size=_side(model.visual.image_size),
-            context_length=int(tokenizer.context_length),
             pixel_mean=found.mean,
             pixel_std=found.std,
             dtype=torch.float16 if half else torch.float32,
@@ -129,26 +127,6 @@ def known_open_clip_digest(weights: str, download_root: str | None = None) -> st
     return None if found.path is None else _digest(found)
 
 
-def open_clip_token_counter(weights: str, download_root: str | None = None) -> TokenCounter:
-    """The tokeniser of a model, without weights; it may come from the model hub.
-
-    Raises:
-        FileNotFoundError: there is no such model, or its tokeniser cannot be made.
-        ValueError: the syntax, or the folder's config, is wrong.
-    """
-    tokenizer = _make_tokenizer(_import_open_clip(), _find(weights, download_root))
-
-    def count(texts: Sequence[str]) -> list[int]:
-        # What pads a row differs, and may be a text's own end: compare with a row of nothing.
-        nothing, *rows = tokenizer(["", *texts], context_length=LONGEST_TEXT).tolist()
-        return [
-            max((n + 1 for n, token in enumerate(row) if token != nothing[n]), default=0)
-            for row in rows
-        ]
-
-    return TokenCounter(count, int(tokenizer.context_length))
-
-
 # --- Names ----------------------------------------------------------------------------------------
 
 
@@ -159,10 +137,7 @@ def _find(weights: str, download_root: str | None) -> _Weights:
         return _find_folder(Path(rest))
     model, colon, source = rest.partition(":")
     if not model or rest.startswith("hf-hub:"):
-        hub = "; a model of the hub is named by the folder it was downloaded to" if model else ""
-        raise ValueError(f"{_KEY}: {weights!r}: {_SYNTAX}{hub}")
-    if os.sep in rest and not colon:
-        raise FileNotFoundError(f"{_KEY}: {weights!r}: no folder {rest!r}; {_SYNTAX}")
+        raise ValueError(f"{_KEY}: {weights!r}: {_SYNTAX}")
     open_clip = _import_open_clip()
     known = open_clip.list_models()
     if model not in known:
@@ -196,48 +171,26 @@ def _find(weights: str, download_root: str | None) -> _Weights:
 
 
 def _find_folder(folder: Path) -> _Weights:
-    path = folder / _CONFIG
-    try:
+    open_clip = _import_open_clip()
+    from open_clip.constants import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
+
+    wanted = (HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME)
+    path, files = folder / _CONFIG, [folder / name for name in wanted if (folder / name).is_file()]
+    if not path.is_file() or not files:
+        raise FileNotFoundError(
+            f"{_KEY}: the folder {str(folder)!r} needs {_CONFIG} and {' or '.join(wanted)}"
+        )
+    with _as_value_error(f"{path} is no config of an open_clip model"):
         content = json.loads(path.read_text(encoding="utf-8"))
         config, pixels = content["model_cfg"], content.get("preprocess_cfg", {})
-        if not isinstance(config["embed_dim"], int):
-            raise ValueError(f"embed_dim must be a number, found {config['embed_dim']!r}")
         options = config["text_cfg"].get("tokenizer_kwargs", {})
         if unknown := sorted(set(options) - _TOKENIZER_OPTIONS):
-            raise ValueError(
-                f"tokenizer_kwargs {unknown}: only {sorted(_TOKENIZER_OPTIONS)} are taken from a "
-                "folder"
-            )
-        open_clip = _import_open_clip()
+            raise ValueError(f"tokenizer_kwargs {unknown}: only {sorted(_TOKENIZER_OPTIONS)}")
         mean = _colour(pixels.get("mean") or open_clip.OPENAI_DATASET_MEAN)
         std = _colour(pixels.get("std") or open_clip.OPENAI_DATASET_STD)
-    except FileNotFoundError as error:
-        if path.exists():
-            raise  # the package is not installed
-        raise FileNotFoundError(f"{_KEY}: the folder {str(folder)!r} has no {_CONFIG}") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{path} is no config of an open_clip model ({type(error).__name__}: {error})"
-        ) from error
+        config["embed_dim"] = int(config["embed_dim"])
     title = f"{OPEN_CLIP_PREFIX}{folder.resolve().name}"
-    return _Weights(title, f"{_LOCAL}{folder}", config, mean, std, _weights_in(folder), {})
-
-
-def _weights_in(folder: Path) -> Path:
-    """The one file of weights; open_clip's own name and safetensors go before others."""
-
-    def rank(path: Path) -> tuple[bool, bool]:
-        return not path.name.startswith("open_clip"), path.suffix != ".safetensors"
-
-    files = sorted((p for p in folder.iterdir() if p.suffix in _SUFFIXES), key=rank)
-    best = [path for path in files if rank(path) == rank(files[0])]
-    if len(best) != 1:
-        raise FileNotFoundError(
-            f"{_KEY}: the folder {str(folder)!r} has {len(best)} files of weights"
-            f"{': ' + ', '.join(sorted(p.name for p in best)) if best else ''}; expected one, "
-            f"open_clip_model.safetensors or another that ends in {', '.join(_SUFFIXES)}"
-        )
-    return best[0]
+    return _Weights(title, f"{_LOCAL}{folder}", config, mean, std, files[0], {})
 
 
 def _common_statistics(
@@ -325,14 +278,7 @@ def _download(found: _Weights, download_root: str | None) -> Path:
 def _load_weights(open_clip: ModuleType, model: Any, found: _Weights) -> None:
     """Put the weights into the model; nothing that the file holds is run."""
     path = Path(str(found.path))
-    if path.suffix not in _SUFFIXES:
-        raise ValueError(f"{path}: expected weights that end in {', '.join(_SUFFIXES)}")
     if path.suffix != ".safetensors":
-        if is_torchscript(path):
-            raise ValueError(
-                f"{path} is a TorchScript archive, which open_clip would run; OpenAI's are named "
-                f"without {OPEN_CLIP_PREFIX!r}"
-            )
         # open_clip reads a file again without this guard where reading it raises a TypeError
         read_torch_file(path)
     with _quiet_root_logger(), _as_value_error(f"{path} does not fit {found.title}"):

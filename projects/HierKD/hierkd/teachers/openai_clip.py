@@ -25,16 +25,16 @@ from hierkd.files import (
     read_torch_file,
     read_torchscript_state_dict,
 )
-from hierkd.teachers.protocol import LONGEST_TEXT, LoadedCLIP, TokenCounter
+from hierkd.teachers.protocol import LoadedCLIP
 
 __all__ = [
     "CLIP_MEAN",
     "CLIP_STD",
+    "CONTEXT_LENGTH",
     "OPENAI_MODELS",
-    "OPENAI_TOKENS",
     "OpenAIFiles",
+    "count_tokens",
     "import_clip",
-    "known_openai_digest",
 ]
 
 # Mean and standard deviation of RGB pixels in [0, 1] that every released CLIP was trained with
@@ -42,6 +42,10 @@ __all__ = [
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
+
+CONTEXT_LENGTH = 77
+"""Tokens that OpenAI's models read; the rest of a text is cut off."""
+_LONGEST_TEXT = 1024  # a longer one counts as this long
 
 OPENAI_MODELS = {
     "RN50": 1024,
@@ -58,7 +62,7 @@ OPENAI_MODELS = {
 
 
 class OpenAIFiles:
-    """A CLIP in OpenAI's formats; implements `CLIPFiles`.
+    """A CLIP in OpenAI's formats, on disk or to be downloaded; `digest` is of its weights.
 
     Args:
         weights: a name that ``clip.available_models()`` lists (downloaded and hash-checked by
@@ -81,7 +85,12 @@ class OpenAIFiles:
         return None if os.path.isfile(self.weights) else OPENAI_MODELS.get(self.weights)
 
     def load(self, device: torch.device, half: bool) -> LoadedCLIP:
-        """Load it, see `CLIPFiles.load`."""
+        """Load it; the first time this may download it.
+
+        Raises:
+            FileNotFoundError: the weights are not there and cannot be downloaded.
+            ValueError: they are broken, or not those of such a model.
+        """
         path = _find_weights(self.weights, self._download_root)
         clip = import_clip()
         model: Any = _build(clip, path)
@@ -102,27 +111,16 @@ class OpenAIFiles:
             embed_dim=int(model.text_projection.shape[1]),
             logit_scale=float(model.logit_scale.exp()),
             input_size=int(model.visual.input_resolution),
-            context_length=int(model.context_length),
             pixel_mean=CLIP_MEAN,
             pixel_std=CLIP_STD,
             dtype=model.dtype,
         )
 
 
-def known_openai_digest(weights: str) -> str | None:
-    """SHA-256 (hex) of the weights, None if they are neither a file nor a published model."""
-    if os.path.isfile(weights) or weights in _model_urls():
-        return _weights_digest(weights)
-    return None
-
-
-def _count_tokens(texts: Sequence[str]) -> list[int]:
-    tokens = import_clip().tokenize(list(texts), context_length=LONGEST_TEXT, truncate=True)
+def count_tokens(texts: Sequence[str]) -> list[int]:
+    """Tokens of each text, start and end included; of one that holds nothing as many as of ""."""
+    tokens = import_clip().tokenize(list(texts), context_length=_LONGEST_TEXT, truncate=True)
     return [int(end) + 1 for end in tokens.argmax(dim=1)]  # the end has the highest number of all
-
-
-OPENAI_TOKENS = TokenCounter(_count_tokens, context_length=77)
-"""The tokeniser of all of OpenAI's models."""
 
 
 def import_clip() -> ModuleType:

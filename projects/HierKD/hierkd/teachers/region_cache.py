@@ -41,7 +41,6 @@ __all__ = [
     "CacheContents",
     "RegionCache",
     "RegionCacheWriter",
-    "check_cached_boxes",
     "keys_sha256",
     "sorted_texts",
 ]
@@ -99,15 +98,6 @@ class CacheContents:
     def as_json(self) -> dict[str, Any]:
         """The manifest."""
         return {"format": _FORMAT, **asdict(self)}
-
-
-def check_cached_boxes(boxes: str) -> None:
-    """Raise ValueError unless MODEL.IKD.BOXES are those that a cache holds."""
-    if boxes != "gt":
-        raise ValueError(
-            "MODEL.TEACHER.CACHE holds embeddings of ground-truth boxes, but MODEL.IKD.BOXES is "
-            f"{boxes!r}: set MODEL.IKD.BOXES gt, or MODEL.TEACHER.CACHE ''"
-        )
 
 
 def sorted_texts(texts: Sequence[str]) -> tuple[list[str], npt.NDArray[np.uint64]]:
@@ -286,58 +276,27 @@ class RegionCache:
         self._id_order = self._ids.argsort()
         self._sorted_ids = self._ids[self._id_order]
 
-    def check_source(self, *, weights: str, weights_sha256: str | None, embed_dim: int) -> None:
-        """Refuse a cache of another CLIP than a config names.
+    def check(self, **expected: tuple[object, str]) -> None:
+        """Refuse a cache of another training.
 
         Args:
-            weights: MODEL.TEACHER.WEIGHTS.
-            weights_sha256: of that file, hex; None, with a warning, if it is not at hand.
-            embed_dim: MODEL.TEXT_CLASSIFIER.EMBED_DIM.
+            expected: Field of :class:`CacheContents` -> its value in a config, and that key.
 
         Raises:
             ValueError: names the file, both sides, and the command that makes the cache anew.
         """
-        found = self.contents
-        self._expect("embed_dim", found.embed_dim, embed_dim, "MODEL.TEXT_CLASSIFIER.EMBED_DIM")
-        key = f"MODEL.TEACHER.WEIGHTS {weights!r}"
-        if weights_sha256 is None:
-            logger.warning("%s is used unchecked: %s is not at hand", self.folder, key)
-        else:
-            key += f"; the cache is of {found.clip!r}"
-            self._expect("weights_sha256", found.weights_sha256, weights_sha256, key)
+        for field, (value, key) in expected.items():
+            if (found := getattr(self.contents, field)) != value:
+                raise self._of_another(field, found, value, key)
 
-    def check_regions(
-        self,
-        *,
-        crop_scale: float,
-        pixel_statistics: str,
-        proposals_per_image: int,
-        annotation_files: Mapping[str, str],
-    ) -> None:
-        """Refuse a cache of other regions, or of another look at them, than a config names.
-
-        Args:
-            crop_scale: MODEL.IKD.CROP_SCALE.
-            pixel_statistics: MODEL.TEACHER.PIXEL_STATISTICS.
-            proposals_per_image: MODEL.IKD.PROPOSALS_PER_IMAGE.
-            annotation_files: name of each training dataset -> path of its annotations.
-
-        Raises:
-            ValueError: names the file, both sides, and the command that makes the cache anew.
-        """
-        found = self.contents
-        self._expect("crop_scale", found.crop_scale, crop_scale, "MODEL.IKD.CROP_SCALE")
-        key = "MODEL.TEACHER.PIXEL_STATISTICS"
-        self._expect("pixel_statistics", found.pixel_statistics, pixel_statistics, key)
-        key = "MODEL.IKD.PROPOSALS_PER_IMAGE"
-        self._expect("proposals_per_image", found.proposals_per_image, proposals_per_image, key)
+    def check_annotations(self, annotation_files: Mapping[str, str]) -> None:
+        """The same of the annotations: name of each training dataset -> path, if it is there."""
+        known = dict(zip(self.contents.datasets, self.contents.annotations_sha256, strict=True))
         for name, path in annotation_files.items():
-            if not os.path.isfile(path):  # evaluation does without
-                continue
-            if (digest := file_hash(path)) not in found.annotations_sha256:
-                known = dict(zip(found.datasets, found.annotations_sha256, strict=True))
+            # evaluation does without
+            if os.path.isfile(path) and (digest := file_hash(path)) not in known.values():
                 key = f"{path}, DATASETS.TRAIN {name!r}"
-                self._expect("annotations_sha256", known, digest, key)
+                raise self._of_another("annotations_sha256", known, digest, key)
 
     def regions(self, annotation_ids: npt.NDArray[np.int64], *, flipped: bool) -> FloatRows:
         """Embeddings of M regions of an image, or of its mirror image -> (M, D), L2-normalised.
@@ -406,12 +365,9 @@ class RegionCache:
             )
         return array
 
-    def _expect(self, field: str, found: object, expected: object, key: str) -> None:
-        if found != expected:
-            raise self._broken(
-                MANIFEST,
-                f"is of another training: {field} found {found}, expected {expected} ({key})",
-            )
+    def _of_another(self, field: str, found: object, expected: object, key: str) -> ValueError:
+        what = f"is of another training: {field} found {found}, expected {expected} ({key})"
+        return self._broken(MANIFEST, what)
 
     def _broken(self, name: str, what: str) -> ValueError:
         command = f"{self._command()} --overwrite"

@@ -1,8 +1,7 @@
 """Class embeddings in a file: names, rows, and where the rows come from.
 
-`datasets/extract_text_embeddings.py` makes such files, from a CLIP or from an array that somebody
-else made; ``MODEL.TEXT_CLASSIFIER.EMBEDDINGS`` uses them.  This module knows the file and its
-checks, not CLIP.
+`datasets/extract_text_embeddings.py` makes such files; ``MODEL.TEXT_CLASSIFIER.EMBEDDINGS`` uses
+them.  This module knows the file and its checks, not CLIP.
 
 Letters: K names · D embedding size.
 """
@@ -16,7 +15,7 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -25,23 +24,17 @@ import numpy as np
 import numpy.typing as npt
 import safetensors
 import safetensors.numpy
-from torch import Tensor
 
-from hierkd.files import file_hash, read_torch_file, replacing
+from hierkd.files import replacing
 
 __all__ = [
-    "PROMPT_ENSEMBLE",
     "TextEmbeddings",
-    "check_known_order",
     "check_names",
     "check_provenance",
-    "check_rows",
-    "check_same_rows",
     "check_template",
     "comparable_name",
     "load_text_embeddings",
     "make_text_embeddings",
-    "read_embedding_array",
     "read_templates",
     "read_text_lines",
     "save_text_embeddings",
@@ -49,37 +42,21 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-# Plain phrasings whose embeddings are averaged. [ours; averaging is what CLIP's authors do]
-PROMPT_ENSEMBLE = (
-    "a photo of a {}.",
-    "a picture of a {}.",
-    "a close photo of a {}.",
-    "a photo of a small {}.",
-    "a photo of a {} far away.",
-    "there is a {} in the picture.",
-    "a {} among other things.",
-)
-
-# A row is CLIP's if its cosine with CLIP's own embedding is at least the first figure, and no other
-# row is closer by more than the second. [ours: half precision costs less than 0.001; other names,
-# templates and CLIPs differ by more than 0.01]
-_MIN_COSINE = 0.99
-_TIE_COSINE = 1e-4
-
 _FORMAT = 2
 _SUFFIX = ".safetensors"
 _MAX_NAMED = 5  # offenders that a message names before it only counts them
 # Characters. A longer name is a list that was not taken apart: CLIP reads some 300. [ours]
 _MAX_NAME_LENGTH = 500
 _UNIT_TOLERANCE = 1e-3
-_ROUNDING = 1e-6
+# What a file says of its origin.
+_PROVENANCE = ("templates", "clip", "weights_sha256", "background_prompt", "version")
 
 FloatArray = npt.NDArray[np.float32]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TextEmbeddings:
-    """Embeddings of K class names with their provenance; "", () and None stand for "unknown".
+    """Embeddings of K class names with their provenance.
 
     Attributes:
         names: K class names, each once.
@@ -89,9 +66,6 @@ class TextEmbeddings:
         weights_sha256: SHA-256 (hex) of its weights.
         background_prompt: text of `background_embedding`.
         background_embedding: (D,) float32, L2-normalised.
-        source: name of the file of the array that the rows were converted from.
-        source_sha256: its SHA-256 (hex).
-        verified_rows: how many rows were compared with CLIP's own.
         version: of this package, when the file was made.
         path: of the file, once it has one; not stored.
     """
@@ -103,9 +77,6 @@ class TextEmbeddings:
     weights_sha256: str = ""
     background_prompt: str = ""
     background_embedding: FloatArray | None = None
-    source: str = ""
-    source_sha256: str = ""
-    verified_rows: int = 0
     version: str = ""
     path: str = ""
 
@@ -137,41 +108,20 @@ class TextEmbeddings:
 
 def make_text_embeddings(
     names: Sequence[str],
-    rows: npt.NDArray[Any],
+    rows: FloatArray,
     *,
-    background: npt.NDArray[Any] | None = None,
-    rows_from: str = "the embeddings",
-    names_from: str = "the names",
+    background: FloatArray | None = None,
     **provenance: Any,
 ) -> TextEmbeddings:
-    """Check rows and names, and normalise the rows.
+    """Put names, their rows (K, D) and the background's (D,), all L2-normalised, together.
 
-    Args:
-        names: K class names.
-        rows: (K, D) floating point, normalised or not.
-        background: (D,) embedding of the background prompt.
-        rows_from: what errors call the rows, usually a path.
-        names_from: what errors call the names.
-        **provenance: other attributes of `TextEmbeddings`.
+    ``provenance`` are other attributes of `TextEmbeddings`.
 
     Raises:
-        ValueError: see `check_names` and `check_rows`.
+        ValueError: see `check_names`.
     """
-    check_names(names, names_from)
-    check_rows(rows, names, rows_from=rows_from, names_from=names_from)
-    if background is not None:
-        background = np.atleast_2d(background)
-        check_rows(
-            background,
-            ["the background"],
-            rows_from="the background's embedding",
-            names_from="the background prompt",
-            embed_dim=rows.shape[1],
-        )
-        background = _normalised(background)[0]
-    return TextEmbeddings(
-        tuple(names), _normalised(rows), background_embedding=background, **provenance
-    )
+    check_names(names, "the names")
+    return TextEmbeddings(tuple(names), rows, background_embedding=background, **provenance)
 
 
 def check_names(names: Sequence[str], names_from: str) -> None:
@@ -234,110 +184,6 @@ def comparable_name(name: str) -> str:
     return plain[:-1] if is_plural else plain
 
 
-def check_rows(
-    rows: npt.NDArray[Any],
-    names: Sequence[str],
-    *,
-    rows_from: str,
-    names_from: str,
-    embed_dim: int | None = None,
-) -> None:
-    """Raise ValueError unless `rows` can be the embeddings of `names`.
-
-    They must be floating point numbers (K, D), every row finite and not zero. Errors call the rows
-    `rows_from`, the names `names_from`.
-    """
-    if rows.ndim != 2 or rows.dtype.kind != "f":
-        raise ValueError(
-            f"{rows_from}: expected floating point numbers of shape (K, D), found {rows.dtype} of "
-            f"shape {rows.shape}"
-        )
-    count, size = rows.shape
-    if count != len(names):
-        turned = " (it looks transposed: D rows, K columns)" if size == len(names) else ""
-        raise ValueError(
-            f"{rows_from} has {count} rows, but {names_from} has {len(names)} names{turned}"
-        )
-    if embed_dim is not None and size != embed_dim:
-        raise ValueError(f"{rows_from}: embeddings of size {size}, expected {embed_dim}")
-    for what, wrong in (
-        ("not finite", ~np.isfinite(rows).all(axis=1)),
-        ("all zero", ~rows.any(axis=1)),
-    ):
-        if wrong.any():
-            found = [names[row] for row in np.flatnonzero(wrong).tolist()]
-            raise ValueError(f"{rows_from}: {what}: the rows of {_some(found)}")
-
-
-def check_known_order(
-    names: Sequence[str], known: Mapping[str, Sequence[str]], names_from: str
-) -> None:
-    """Raise ValueError if the names are those of a known list, but in another order.
-
-    Arrays of a dataset's class embeddings come in the order of the category ids.
-
-    Args:
-        names: as given for an array.
-        known: title of a list -> its names in order.
-        names_from: what errors call the names.
-    """
-    for title, order in known.items():
-        if len(names) == len(order) and set(names) == set(order) and tuple(names) != tuple(order):
-            row = next(i for i, name in enumerate(order) if names[i] != name)
-            raise ValueError(
-                f"{names_from}: the names of {title}, but not in the order of the category ids, "
-                f"in which such arrays come: row {row} is {names[row]!r} instead of "
-                f"{order[row]!r}. Put the names into the order of the rows; if they are, prove it "
-                "with --verify, or vouch for it with --trust-order"
-            )
-
-
-def check_same_rows(
-    stored: TextEmbeddings, rows: Sequence[int], expected: npt.NDArray[np.float32]
-) -> None:
-    """Compare rows with what CLIP itself gives for their names.
-
-    Args:
-        stored: the embeddings in question.
-        rows: n row numbers.
-        expected: (n, D) CLIP's embeddings of the names of these rows, L2-normalised.
-
-    Raises:
-        ValueError: names the rows, and says whether the order is wrong (CLIP's embedding of a name
-            is another row) or the rows come from another CLIP or template.
-    """
-    where = stored.source or stored.path
-    if expected.shape[1] != stored.embed_dim:
-        raise ValueError(
-            f"{where}: embeddings of size {stored.embed_dim}, the CLIP {stored.clip!r} has "
-            f"{expected.shape[1]}: another CLIP"
-        )
-    cosines = expected @ stored.embeddings.T  # (n, K)
-    own = cosines[np.arange(len(rows)), list(rows)]
-    best = cosines.argmax(axis=1)
-    wrong = (own < _MIN_COSINE) | (own < cosines.max(axis=1) - _TIE_COSINE)
-    if not wrong.any():
-        return
-    elsewhere = wrong & (cosines.max(axis=1) >= _MIN_COSINE)
-    found = []
-    for index in np.flatnonzero(elsewhere if elsewhere.any() else wrong)[:_MAX_NAMED]:
-        name = stored.names[rows[index]]
-        text = f"row {rows[index]} ({name!r}) has cosine {own[index]:.3f} with CLIP's {name!r}"
-        if elsewhere[index]:
-            text += f", which is row {best[index]} ({stored.names[best[index]]!r})"
-        found.append(text)
-    cause = (
-        "the names are in another order than the rows"
-        if elsewhere.any()
-        else f"made by another CLIP than {stored.clip!r}, or with other templates than "
-        f"{list(stored.templates)}"
-    )
-    raise ValueError(
-        f"{where}: {cause}; {wrong.sum()} of {len(rows)} compared rows are not CLIP's: "
-        f"{'; '.join(found)}"
-    )
-
-
 def check_template(template: str, key: str = "MODEL.TEXT_CLASSIFIER.TEMPLATE") -> None:
     """Raise ValueError unless the prompt has one "{}", and no other brace, for the class name."""
     around = template.split("{}")
@@ -363,11 +209,7 @@ def save_text_embeddings(stored: TextEmbeddings, path: str | os.PathLike[str]) -
     arrays = {"embeddings": stored.embeddings}
     if stored.background_embedding is not None:
         arrays["background_embedding"] = stored.background_embedding
-    about = {
-        field.name: getattr(stored, field.name)
-        for field in dataclasses.fields(stored)
-        if field.name not in ("embeddings", "background_embedding", "path", "names")
-    }
+    about = {field: getattr(stored, field) for field in _PROVENANCE}
     header = {
         "names": json.dumps(stored.names),
         "provenance": json.dumps({"format": _FORMAT, **about}),
@@ -394,11 +236,12 @@ def load_text_embeddings(path: str | os.PathLike[str]) -> TextEmbeddings:
         with safetensors.safe_open(path, framework="numpy") as file:
             arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no dict)
             header = file.metadata() or {}
-        about = json.loads(header["provenance"])
-        if (version := about.pop("format")) != _FORMAT:
-            raise ValueError(f"format {version}, this package reads {_FORMAT}")
-        about |= {"names": tuple(json.loads(header["names"])), "path": path}
-        stored = TextEmbeddings(**arrays, **about | {"templates": tuple(about["templates"])})
+        found = json.loads(header["provenance"])
+        if found["format"] != _FORMAT:
+            raise ValueError(f"format {found['format']}, this package reads {_FORMAT}")
+        about = {field: found[field] for field in _PROVENANCE}
+        about |= {"templates": tuple(about["templates"]), "path": path}
+        stored = TextEmbeddings(tuple(json.loads(header["names"])), **arrays, **about)
     # safetensors raises an error of its own; a file of others lacks keys or has other ones
     except Exception as error:
         raise ValueError(
@@ -406,15 +249,13 @@ def load_text_embeddings(path: str | os.PathLike[str]) -> TextEmbeddings:
         ) from error
     check_names(stored.names, path)
     rows, background = stored.embeddings, stored.background_embedding
-    check_rows(rows, stored.names, rows_from=path, names_from="its list")
-    if background is not None:
-        if background.shape != rows.shape[1:]:
-            raise ValueError(
-                f"{path}: the background's embedding has shape {background.shape}, expected "
-                f"{rows.shape[1:]}; {make}"
-            )
-        rows = np.vstack([rows, background])
-    norms = np.linalg.norm(rows, axis=1)
+    fits = rows.ndim == 2 and len(rows) == len(stored.names)
+    if not fits or (background is not None and background.shape != rows.shape[1:]):
+        raise ValueError(
+            f"{path}: {len(stored.names)} names, embeddings of shape {rows.shape}, and the "
+            f"background's of {None if background is None else background.shape}; {make}"
+        )
+    norms = np.linalg.norm(rows if background is None else [*rows, background], axis=1)
     if rows.dtype != np.float32 or not (abs(norms - 1) < _UNIT_TOLERANCE).all():
         raise ValueError(f"{path}: the embeddings are not normalised float32; {make}")
     return stored
@@ -425,7 +266,7 @@ def check_provenance(
 ) -> None:
     """Refuse embeddings that were made with another CLIP or other prompts than a config names.
 
-    What cannot be compared is a warning.
+    Weights that are not at hand are a warning.
 
     Args:
         stored: embeddings with their provenance.
@@ -436,11 +277,10 @@ def check_provenance(
     Raises:
         ValueError: names the file and both sides.
     """
-    unknown = []
-    if not stored.weights_sha256:
-        unknown.append("the file does not say which CLIP made it")
-    elif weights_sha256 is None:
-        unknown.append(f"MODEL.TEACHER.WEIGHTS {weights!r} is not at hand")
+    if weights_sha256 is None:
+        logger.warning(
+            "%s is used unchecked: MODEL.TEACHER.WEIGHTS %r is not at hand", stored.path, weights
+        )
     elif stored.weights_sha256 != weights_sha256:
         raise ValueError(
             f"{stored.path}: made with the CLIP {stored.clip!r} (SHA-256 "
@@ -448,50 +288,12 @@ def check_provenance(
             f"{weights_sha256[:12]}...): name that CLIP, make the file anew with "
             'datasets/extract_text_embeddings.py, or set MODEL.TEXT_CLASSIFIER.EMBEDDINGS to ""'
         )
-    if not stored.templates:
-        unknown.append("the file does not say which templates made it")
-    elif stored.templates != tuple(templates):
+    if stored.templates != tuple(templates):
         raise ValueError(
             f"{stored.path}: made with the templates {list(stored.templates)}, but "
             f"MODEL.TEXT_CLASSIFIER.TEMPLATES (or TEMPLATE) says {list(templates)}: make "
             "the file anew with datasets/extract_text_embeddings.py, or set the key to its own"
         )
-    if unknown:
-        logger.warning("%s is used unchecked: %s", stored.path, "; ".join(unknown))
-
-
-def read_embedding_array(path: str | os.PathLike[str]) -> tuple[npt.NDArray[Any], str]:
-    """Read an array that somebody else made: a .npy, or a .pt / .pth holding one tensor.
-
-    Pickled code is never run: files that need it are refused.
-
-    Returns:
-        The array as it is, and the file's SHA-256 (hex).
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is of another kind, or cannot be read without running pickled code.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no file of embeddings {str(path)!r}")
-    if path.suffix not in (".npy", ".pt", ".pth"):
-        raise ValueError(f"{path}: expected embeddings as .npy, .pt or .pth")
-    try:
-        is_numpy = path.suffix == ".npy"
-        loaded: Any = np.load(path, allow_pickle=False) if is_numpy else read_torch_file(path)
-    except (OSError, ValueError, EOFError) as error:
-        raise ValueError(
-            f"{path} cannot be read as a plain array; a file with pickled objects is refused "
-            f"({error})"
-        ) from error
-    if isinstance(loaded, Tensor):
-        loaded = loaded.detach().float().numpy()
-    if not isinstance(loaded, np.ndarray):
-        raise ValueError(
-            f"{path}: expected one array of shape (K, D), found a {type(loaded).__name__}"
-        )
-    return loaded, file_hash(path)
 
 
 def read_templates(path: str | os.PathLike[str]) -> tuple[str, ...]:
@@ -545,15 +347,6 @@ def read_text_lines(path: str | os.PathLike[str]) -> list[str]:
 
 
 # --- Small things ---------------------------------------------------------------------------------
-
-
-def _normalised(rows: npt.NDArray[Any]) -> FloatArray:
-    exact = rows.astype(np.float64)  # half precision overflows in the sum of squares
-    norms = np.linalg.norm(exact, axis=1, keepdims=True)
-    if rows.dtype == np.float32 and abs(norms - 1).max() < _ROUNDING:
-        exact, norms = rows, np.ones_like(norms, dtype=np.float32)  # CLIP's rows stay as they are
-    normalised: FloatArray = (exact / norms).astype(np.float32)
-    return normalised
 
 
 def _some(names: Sequence[str]) -> str:
