@@ -4,12 +4,14 @@
 python datasets/prepare_coco.py                  # 48/17, the split of the paper's tables
 python datasets/prepare_coco.py --split both
 python datasets/prepare_coco.py --coco-year 2014 # 65/15 as its authors made it
+python datasets/prepare_coco.py --dry-run        # what is missing, and where it comes from
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +19,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from hierkd.data.prepare import PartSummary
+    from hierkd.data.splits import CocoVariant
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -46,11 +49,38 @@ def get_parser() -> argparse.ArgumentParser:
         help="write ovd_<split>/ into this folder (default: <root>/coco/annotations)",
     )
     parser.add_argument(
+        "--dry-run", action="store_true", help="read and write nothing; say what is missing"
+    )
+    parser.add_argument(
         "--allow-missing-pictures",
         action="store_true",
         help="make the annotations although pictures that they list are not there",
     )
     return parser
+
+
+def dry_run(root: Path, variant: CocoVariant, output: Path, names: Sequence[str]) -> None:
+    """Say what is there, what is missing and how to get it, and what would be written."""
+    from hierkd.data.prepare import archive_of, describe_inputs
+    from hierkd.data.splits import SPLITS
+
+    archives = {}
+    for path, state, detail in describe_inputs(root, variant):
+        print(f"{state:7}  {path} ({detail})")
+        if state != "found":
+            archives[archive_of(path)] = None
+    if archives:
+        folder = shlex.quote(str(root / "coco"))
+        print(f"\nTo get what is missing:\n  mkdir -p {folder} && cd {folder}")
+    for url, size in archives:
+        name = url.rsplit("/", 1)[1]
+        print(f"  curl -L -C - -O {url} && unzip -o {name}  # {size}")
+    print()
+    for name in names:
+        for part in SPLITS[name].parts:
+            path = output / f"ovd_{name}{variant.suffix}" / f"{part}.json"
+            state = "is there, and would be compared:" if path.is_file() else "would be written:"
+            print(f"{state} {path}")
 
 
 def print_summaries(summaries: Sequence[PartSummary]) -> None:
@@ -88,6 +118,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = list(splits.SPLITS) if split == "both" else [split]
     root = args.root or Path(datasets_root())
     output = args.output or root / "coco" / "annotations"
+    if args.dry_run:
+        dry_run(root, variant, output, names)
+        return 0
     try:
         with logging_redirect_tqdm():
             summaries = prepare.prepare_coco(

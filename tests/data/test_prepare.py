@@ -221,6 +221,33 @@ def test_script(root, run_script):
     assert "instances_val2017.json is not valid JSON" in err
 
 
+def states(out):
+    """Return the state of each input in the output of a dry run, by its last path component."""
+    lines = [line.split(None, 1) for line in out.split("\n\n")[0].splitlines()]
+    return {rest.split(" (")[0].split("/")[-1]: state for state, rest in lines}
+
+
+def test_dry_run(root, run_script):
+    put_pictures(root, "train2017", TRAIN)
+    write(root, "instances_val2017", json.dumps(VAL)[:-1])
+    (root / "coco" / "annotations" / "captions_train2017.json").unlink()
+    status, out, _ = run_script("--root", root, "--dry-run")
+    assert status == 0
+    assert states(out) == {
+        "instances_train2017.json": "found",
+        "instances_val2017.json": "PARTIAL",
+        "captions_train2017.json": "MISSING",
+        "train2017": "PARTIAL",
+        "val2017": "MISSING",
+    }
+    assert "train2017 (4 of the 118,287 pictures of the whole COCO)" in out
+    assert f"mkdir -p {root / 'coco'} && cd {root / 'coco'}\n" in out
+    for name in ("annotations/annotations_trainval2017", "zips/train2017", "zips/val2017"):
+        assert out.count(f"-O http://images.cocodataset.org/{name}.zip && unzip -o ") == 1
+    assert out.count("would be written") == 4
+    assert not (root / "coco" / "annotations" / "ovd_48_17").exists()
+
+
 def test_a_partial_download_of_pictures_is_named(root, run_script):
     put_pictures(root, "train2017", TRAIN)
     (root / "coco" / "train2017" / "000000000002.jpg").unlink()
@@ -280,3 +307,6 @@ def test_2014_is_of_65_15_alone(root_2014, run_script):
     assert (status, "65_15 alone" in err) == (1, True)
     arguments = ("--root", root_2014, "--coco-year", "2014")
     assert run_script(*arguments)[1].count("ovd_65_15_2014/") == 4
+    _, out, _ = run_script(*arguments, "--dry-run")
+    assert "http://images.cocodataset.org/zips/train2014.zip" in out
+    assert "2017" not in out

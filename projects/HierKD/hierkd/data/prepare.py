@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +34,9 @@ __all__ = [
     "EXPECTED",
     "EXPECTED_BY",
     "PartSummary",
+    "archive_of",
     "build_part",
+    "describe_inputs",
     "join_captions",
     "prepare_coco",
 ]
@@ -44,6 +46,8 @@ JsonObject = dict[str, Any]
 _LOGGER = logging.getLogger(__name__)
 
 _URL = "http://images.cocodataset.org"
+_SIZES = {"train2014": "13 GB", "val2014": "6 GB", "train2017": "18 GB", "val2017": "1 GB"}
+_TAIL_BYTES = 64  # how much of a JSON's end is searched for its last brace [ours]
 
 EXPECTED: dict[tuple[str, str], tuple[int, int]] = {
     ("48_17", "train_base"): (107_761, 665_387),
@@ -86,6 +90,43 @@ class PartSummary(NamedTuple):
 # ------------------------------------------------------------------------------ the official files
 
 
+def describe_inputs(root: Path, variant: CocoVariant) -> Iterator[tuple[Path, str, str]]:
+    """Look at every file and folder that COCO needs below ``root``: no file is read as a whole.
+
+    Yields:
+        Path, state and detail. The state is "found", "MISSING", or "PARTIAL": a JSON that is cut
+        off, or a folder with fewer pictures than COCO has.
+    """
+    for path in _annotation_files(root, variant):
+        yield path, *_state_of_json(path)
+    for folder, full in variant.num_images.items():
+        path = root / "coco" / folder
+        if path.is_dir():
+            number = sum(name.endswith(".jpg") for name in os.listdir(path))
+            detail = f"{number:,} of the {full:,} pictures of the whole COCO"
+            yield path, "found" if number >= full else "PARTIAL", detail
+        else:
+            yield path, "MISSING", "does not exist"
+
+
+def _state_of_json(path: Path) -> tuple[str, str]:
+    """State and detail of what should be a JSON object, judged by its first and last bytes."""
+    if not path.is_file():
+        return "MISSING", "does not exist"
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        first = file.read(1)
+        file.seek(max(0, size - _TAIL_BYTES))
+        last = file.read().rstrip()[-1:]
+    if first != b"{":
+        return "PARTIAL", f"{size:,} bytes, and no JSON object"
+    return (
+        ("found", f"{size:,} bytes")
+        if last == b"}"
+        else ("PARTIAL", f"cut off after {size:,} bytes")
+    )
+
+
 def _annotation_files(root: Path, variant: CocoVariant) -> list[Path]:
     """The official files that are read: boxes of both halves, captions of the training half."""
     train, val = variant.num_images
@@ -93,11 +134,16 @@ def _annotation_files(root: Path, variant: CocoVariant) -> list[Path]:
     return [root / "coco" / "annotations" / f"{name}.json" for name in names]
 
 
+def archive_of(path: Path) -> tuple[str, str]:
+    """Address and size of the archive that has the COCO file or image folder at ``path``."""
+    if path.suffix == ".json":
+        return f"{_URL}/annotations/annotations_trainval{path.stem[-4:]}.zip", "241 MB"
+    return f"{_URL}/zips/{path.name}.zip", _SIZES[path.name]
+
+
 def _where_from(path: Path) -> str:
     """Return how to obtain the COCO file or image folder at ``path``."""
-    is_json = path.suffix == ".json"
-    name = f"annotations/annotations_trainval{path.stem[-4:]}" if is_json else f"zips/{path.name}"
-    return f"Download {_URL}/{name}.zip and unpack it so that {path} exists."
+    return f"Download {archive_of(path)[0]} and unpack it so that {path} exists."
 
 
 def _read_instances(path: Path) -> JsonObject:

@@ -359,6 +359,15 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
         if self.training:
             return _maps_of(*arguments)
         on_cpu = self.device.type == "cpu"
+        has_bfloat16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+        if self.amp_test and on_cpu and not has_bfloat16():
+            log_first_n(
+                logging.WARNING,
+                "TEST.AMP: this processor has no units for bfloat16, so that a picture takes "
+                "several times as long as in float32",
+                name=__name__,
+                key="message",
+            )
         # the half precision that is fast there; without it, what somebody else's autocast says
         half = torch.bfloat16 if on_cpu else torch.float16
         with torch.autocast(self.device.type, half) if self.amp_test else nullcontext():
