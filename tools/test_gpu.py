@@ -126,6 +126,7 @@ def compare(output: Path) -> dict[str, Any]:
 
 def write(output: Path, record: dict[str, Any]) -> None:
     """Write the record as JSON, and as a page."""
+    from hierkd.benchmarks.timing import cell
     from hierkd.files import write_json_atomically
     from hierkd.reports.page import Page, Section, Table, write_page
 
@@ -133,12 +134,12 @@ def write(output: Path, record: dict[str, Any]) -> None:
     machine, parts, miniature = record["machine"], record["parts"], record["miniature"]
     facts = {key: machine[key] for key in ("date", "commit")}
     facts |= machine["hardware"] | {"gpus": ", ".join(machine["hardware"]["gpus"]) or "none"}
-    rows = [(name, part["ended"], f"{part['seconds']:.0f} s") for name, part in parts.items()]
+    ends = [(name, part["ended"], f"{part['seconds']:.0f} s") for name, part in parts.items()]
     compared = [(name, *both) for name, both in miniature.get("AP50", {}).items()]
     reports = [report for part in parts.values() for report in part.get("reports", ())]
     sections = [
         Section(facts=facts | machine["versions"]),
-        Section("Parts", table=Table(("part", "ended", "took"), rows, num_texts=3)),
+        Section("Parts", table=Table(("part", "ended", "took"), ends, num_texts=3)),
         Section(
             "The miniature",
             text=f"{miniature['ended']}; {miniature.get('seconds a step', 0):.3f} s a step",
@@ -146,12 +147,8 @@ def write(output: Path, record: dict[str, Any]) -> None:
         ),
     ]
     for report in reports:
-        columns = list(report["rows"][0])
-        cells = [
-            [f"{x:.4g}" if isinstance(x, float) else str(x) for x in row.values()]
-            for row in report["rows"]
-        ]
-        table = Table(columns, cells, num_texts=1)
+        rows = [[cell(value) for value in row.values()] for row in report["rows"]]
+        table = Table(list(report["rows"][0]), rows, num_texts=1)
         settings = {"command": report["command"], **report["settings"]}
         sections.append(
             Section(report["title"], facts=settings, notes=report["notes"], table=table)

@@ -312,8 +312,7 @@ def test_a_row_varies_the_same_in_the_miniature_as_on_coco(number):
 
 def test_one_gpu_instead_of_four_follows_the_linear_rule():
     """What ``SOLVER.REFERENCE_WORLD_SIZE 4`` makes of the batch of 32."""
-    opts = ["SOLVER.REFERENCE_WORLD_SIZE", "4"]
-    cfg = load_config(str(ROOT / "configs/hierkd_R50.yaml"), opts)
+    cfg = load_config(str(ROOT / "configs/COCO-48-17/hierkd_R50_1x_one_gpu.yaml"))
     solver = DefaultTrainer.auto_scale_workers(cfg, 1).SOLVER
     assert (solver.IMS_PER_BATCH, solver.BASE_LR, solver.MAX_ITER) == (8, 0.0025, 161_664)
     assert solver.STEPS == (107_776, 148_192)

@@ -11,6 +11,7 @@ from hierkd.benchmarks.timing import tame
 from hierkd.load_config import load_config
 from pretended_device import pretended_device, to_pretended_device
 
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real device")
 IMAGES, HEIGHT, WIDTH = 8, 96, 128
 PROPOSALS = ("LOSS_TYPE", "kl", "PROPOSALS_PER_IMAGE", "2", "PROPOSALS_START", "0")
 
@@ -62,15 +63,15 @@ def losses_of(model, inputs):
         return {name: loss.item() for name, loss in model.train()(inputs).items()}
 
 
-@pytest.mark.parametrize(("ikd", "most"), [((), 20), (PROPOSALS, 24)], ids=["paper", "proposals"])
-def test_a_step_has_no_mixed_devices_and_waits_rarely(build, ikd, most):
+@pytest.mark.parametrize("ikd", [(), PROPOSALS], ids=["paper", "proposals"])
+def test_a_step_has_no_mixed_devices_and_waits_rarely(build, ikd):
     model = build(*ikd)
     expected = losses_of(model, batch("seen on the CPU"))
     with pretended_device() as waits:
         move(model)
         losses = losses_of(model, batch("seen on the device"))  # texts that are in no cache
     del waits["elsewhere"]  # the test's own
-    assert 5 < sum(waits.values()) + len(losses) <= most, waits  # each loss is logged
+    assert 5 < sum(waits.values()) + len(losses) <= 20, waits  # each loss is logged
     for name in {"loss_cls", "loss_box_reg", "loss_iou"} | ({"loss_ikd"} if not ikd else set()):
         assert losses[name] == pytest.approx(expected[name], rel=1e-4), name
 
