@@ -121,5 +121,5 @@ types: $(SETUP)  ## mypy, strict, on the package and train_net.py
 	@$(PY) -m mypy
 
 clean:  ## remove .venv and caches (output/ and datasets/ stay)
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis projects/HierKD/*.egg-info
+	rm -rf $(VENV) gpu_pack build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis projects/HierKD/*.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

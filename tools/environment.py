@@ -34,7 +34,7 @@ PACKED_WHEELS = (
     *("pydantic", "pydantic-core", "pytest", "qtawesome", "setuptools", "tabulate", "termcolor"),
     *("typing-extensions", "typing-inspection", "wcwidth", "yacs"),
 )
-NOT_PACKED = ("*.so.*", "__pycache__", "tests", "detectron2/_C.*", "detectron2/projects", "bin")
+NOT_PACKED = ("__pycache__", "tests", "bin", "detectron2/_C.*", "detectron2/projects")
 
 # Where the import name is not the distribution's name. Stubs have nothing to import.
 IMPORT_NAMES = {
@@ -140,28 +140,25 @@ def install() -> None:
 
 def pack() -> None:
     """Unpack into ``gpu_pack`` what a machine with a GPU, and with PyTorch, may lack."""
-    folder = ROOT / "gpu_pack"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
     lock = (ROOT / "requirements" / "lock.txt").read_text()
     pins = re.findall(r"^[a-z][^\\\n]*(?:\\\n[^\\\n]*)*", lock, re.MULTILINE)
     platforms = [f"--platform=manylinux{v}_x86_64" for v in ("_2_28", "_2_27", "_2_17", "2014")]
     wheels = ["--only-binary=:all:", "--python-version=3.12", *platforms, "--platform=any"]
-    with tempfile.TemporaryDirectory() as scratch:
-        for names, options in (
-            (PACKED_SOURCES, ["--use-pep517", "--no-build-isolation"]),
-            (PACKED_WHEELS, wheels),
-        ):
-            part = Path(scratch) / "part.txt"
+    sources = ["--use-pep517", "--no-build-isolation"]
+    with tempfile.TemporaryDirectory(prefix="build", dir=ROOT) as scratch:
+        part, folder = Path(scratch) / "part.txt", Path(scratch) / "packages"
+        for names, options in ((PACKED_SOURCES, sources), (PACKED_WHEELS, wheels)):
             part.write_text("\n".join(pin for pin in pins if pin.split("==")[0] in names))
             target = ["--no-deps", "--no-compile", "--target", str(folder), "--require-hashes"]
             pip("install", "-q", *target, *options, "-r", str(part))
-    install_detectron2(folder)
-    for pattern in NOT_PACKED:
-        for path in [*folder.rglob(pattern)]:
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    print(f"{folder}: {size / 1e6:.1f} MB. Copy it with the repository; docs/install.md says how.")
+        install_detectron2(folder)
+        for pattern in NOT_PACKED:
+            for path in [*folder.rglob(pattern)]:
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        shutil.rmtree(ROOT / "gpu_pack", ignore_errors=True)
+        folder.rename(ROOT / "gpu_pack")
+    print(f"gpu_pack: {size / 1e6:.1f} MB. docs/install.md says what to do with it.")
 
 
 def check() -> None:
