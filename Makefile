@@ -27,7 +27,7 @@ else
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install environment demo test test-slow check format format-check lint types clean
+.PHONY: help venv install environment demo test test-slow gpu-pack test-gpu check format format-check lint types clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -99,6 +99,12 @@ test: $(SETUP)  ## the tests (PYTEST_ARGS="-k name" and the like are passed on)
 test-slow: $(SETUP)  ## the tests that take more than half a minute each
 	@$(PY) -m pytest -m "slow and not clip" $(PYTEST_ARGS)
 
+gpu-pack: $(SETUP)  ## fill gpu_pack with the packages that a GPU machine without a network may lack
+	@$(PY) tools/environment.py pack
+
+test-gpu: $(if $(strip $(PYTHON)),,$(SETUP))  ## all that a GPU has to show, in 8 minutes; small on a CPU
+	@$(PY) tools/test_gpu.py
+
 check: format-check lint types test  ## everything that must pass: format, lint, types, tests
 
 format: $(SETUP)  ## rewrite the sources in the project's format
@@ -115,5 +121,5 @@ types: $(SETUP)  ## mypy, strict, on the package and train_net.py
 	@$(PY) -m mypy
 
 clean:  ## remove .venv and caches (output/ and datasets/ stay)
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis projects/HierKD/*.egg-info
+	rm -rf $(VENV) gpu_pack build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis projects/HierKD/*.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -164,6 +164,17 @@ def test_under_torchrun(world, alone, tmp_path):
     assert_same_run(tmp_path / "run", alone)
 
 
+@pytest.mark.gpu
+def test_one_process_under_nccl(world, alone, tmp_path):
+    environment = torchrun_environment(0, size=1, local_size=1) | {"MASTER_PORT": str(free_port())}
+    succeed(start(world, tmp_path / "run", *EXACT, "MODEL.DEVICE", "cuda", **environment))
+    (loss,), (expected,) = (
+        [each["total_loss"] for each in metrics(folder) if "total_loss" in each]
+        for folder in (tmp_path / "run", alone)
+    )
+    assert loss == pytest.approx(expected, rel=0.02)  # TF32 in convolutions
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["--num-gpus", "torchrun"])
 def test_in_fresh_interpreters(world, alone, tmp_path, how):
@@ -272,6 +283,7 @@ GPUS = torch.cuda.device_count()
     ("options", "device", "named"),
     [
         (["--num-gpus", str(GPUS + 2)], "cuda", f"this machine has {GPUS} CUDA devices"),
+        (["--num-gpus", "2"], "cuda:0", "MODEL.DEVICE cuda:0 is one device for all processes"),
         (["--num-gpus", "0"], "cpu", "--num-gpus must be positive, got 0"),
         (["--dist-timeout", "0"], "cpu", "--dist-timeout must be positive, got 0"),
         (["--num-machines", "2", "--machine-rank", "2"], "cpu", "--machine-rank must be 0 to 1"),

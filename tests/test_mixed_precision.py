@@ -4,6 +4,7 @@ On a CPU autocast computes in bfloat16 what it computes in float16 on a GPU.
 """
 
 import json
+import shutil
 from typing import Any
 
 import pytest
@@ -66,17 +67,27 @@ def test_losses_are_those_of_float32_but_for_rounding(model):
 
 
 @pytest.mark.gpu
-def test_training_with_amp_on_a_gpu_follows_float32(tmp_path):
-    """The same four steps with and without SOLVER.AMP.ENABLED."""
-    last = {}
+def test_training_with_amp_on_a_gpu_follows_float32_also_resumed(tmp_path):
+    """The same four steps without SOLVER.AMP.ENABLED, with it, and interrupted after two."""
+    last, ends = {}, {}
     with tiny_training.prepared(tmp_path):
-        for amp in (False, True):
-            output = tmp_path / str(amp)
-            keys = {"MODEL.DEVICE": "cuda", "SOLVER.AMP.ENABLED": amp, "SEED": 0}
+        for name in ("float32", "amp", "resumed"):
+            output = tmp_path / name
+            keys = {"MODEL.DEVICE": "cuda", "SOLVER.AMP.ENABLED": name != "float32", "SEED": 0}
             pairs = [str(each) for pair in keys.items() for each in pair]
+            if name == "resumed":
+                output.mkdir()
+                shutil.copy(tmp_path / "amp" / "model_0000001.pth", output)
+                (output / "last_checkpoint").write_text("model_0000001.pth")
+                pairs = ["--resume", *pairs]
             tiny_training.call_main(
                 tiny_training.command_line(output, tmp_path / "clip.pt", *pairs)
             )
             lines = (output / "metrics.json").read_text().splitlines()
-            last[amp] = next(m for m in map(json.loads, lines) if "total_loss" in m)
-    assert last[True]["total_loss"] == pytest.approx(last[False]["total_loss"], rel=0.1)
+            last[name] = next(m for m in map(json.loads, lines) if "total_loss" in m)
+            ends[name] = torch.load(output / "model_final.pth", weights_only=True)
+    assert last["amp"]["total_loss"] == pytest.approx(last["float32"]["total_loss"], rel=0.1)
+    amp, resumed = (ends[name]["trainer"]["_trainer"] for name in ("amp", "resumed"))
+    assert resumed["grad_scaler"] == amp["grad_scaler"]  # it counts the steps
+    for name, weights in ends["amp"]["model"].items():  # a GPU adds in any order
+        torch.testing.assert_close(ends["resumed"]["model"][name], weights, rtol=0.01, atol=0.01)

@@ -173,6 +173,7 @@ def test_lock_satisfies_the_declared_dependencies(project: dict) -> None:
     declared = list(project["dependencies"])
     extras = project["optional-dependencies"]
     assert set(environment.EXTRAS) <= set(extras)
+    assert {*environment.PACKED_SOURCES, *environment.PACKED_WHEELS} <= set(pins)
     for extra in set(extras) - {"peers"}:  # what `make venv` installs
         declared += extras[extra]
     for text in declared:

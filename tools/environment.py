@@ -4,7 +4,8 @@
 ``environment.py install`` installs exactly that. Something that is importable and new enough is
 always kept, whatever it was installed from: an official detectron2, OpenAI's own ``clip``, an
 OpenCV with a GUI. The requirements are those of pyproject.toml, plus detectron2, which is not on
-PyPI under its own name (requirements/detectron2.txt).
+PyPI under its own name (requirements/detectron2.txt). ``environment.py pack`` fills the folder
+``gpu_pack`` with packages for a GPU machine that has PyTorch and no network.
 """
 
 import importlib.metadata
@@ -23,6 +24,17 @@ MINIMUM_PYTHON = (3, 11)
 # What the tests and the miniature need. The other extras of pyproject.toml are for who asks for
 # them, and tests of theirs are skipped where they are missing; the lock has all but `peers`.
 EXTRAS = ("miniature", "dev")
+
+# What `pack` takes from the lock, for Linux and Python 3.12; the first are published as sources,
+# all of Python. PyTorch, NumPy, Pillow, OpenCV, Matplotlib and TensorBoard are too large to travel.
+PACKED_SOURCES = ("antlr4-python3-runtime", "fvcore", "iopath")
+PACKED_WHEELS = (
+    *("annotated-types", "clip-anytorch", "cloudpickle", "faster-coco-eval", "ftfy", "hydra-core"),
+    *("iniconfig", "omegaconf", "open-clip-torch", "pluggy", "portalocker", "pycocotools"),
+    *("pydantic", "pydantic-core", "pytest", "qtawesome", "setuptools", "tabulate", "termcolor"),
+    *("typing-extensions", "typing-inspection", "wcwidth", "yacs"),
+)
+NOT_PACKED = ("__pycache__", "tests", "bin", "detectron2/_C.*", "detectron2/projects")
 
 # Where the import name is not the distribution's name. Stubs have nothing to import.
 IMPORT_NAMES = {
@@ -79,14 +91,13 @@ def missing_requirements() -> "list[str]":
     return missing
 
 
-def install_detectron2() -> None:
-    """Install the pinned detectron2 archive into this environment, without its ``tools``.
+def install_detectron2(site_packages: Path) -> None:
+    """Install the pinned detectron2 archive into a folder of packages, without its ``tools``.
 
     The archive also holds a top-level package ``tools`` (detectron2's scripts), which would hide
     this project's directory of that name, so only the rest is moved into site-packages. It is
     marked as built for Python 3.10; see requirements/detectron2.txt for why that is harmless.
     """
-    site_packages = Path(sysconfig.get_path("purelib"))
     with tempfile.TemporaryDirectory(prefix=".detectron2-", dir=site_packages) as folder:
         options = ["--no-deps", "--only-binary=:all:", "--python-version", "3.10", "--no-compile"]
         pin = str(ROOT / "requirements" / "detectron2.txt")
@@ -120,11 +131,34 @@ def install() -> None:
     if missing:
         pip("install", *missing)
     if not is_importable("detectron2"):
-        install_detectron2()
+        install_detectron2(Path(sysconfig.get_path("purelib")))
     pip("install", "-q", "--no-deps", *build_options(), "-e", ".")
     modules = "torchvision, detectron2.model_zoo, clip, cv2, pycocotools.mask"
     if subprocess.call([sys.executable, "-W", "ignore", "-c", f"import {modules}"], cwd=ROOT):
         sys.exit(f"error: {sys.executable} has everything installed, but cannot import it.")
+
+
+def pack() -> None:
+    """Unpack into ``gpu_pack`` what a machine with a GPU, and with PyTorch, may lack."""
+    lock = (ROOT / "requirements" / "lock.txt").read_text()
+    pins = re.findall(r"^[a-z][^\\\n]*(?:\\\n[^\\\n]*)*", lock, re.MULTILINE)
+    platforms = [f"--platform=manylinux{v}_x86_64" for v in ("_2_28", "_2_27", "_2_17", "2014")]
+    wheels = ["--only-binary=:all:", "--python-version=3.12", *platforms, "--platform=any"]
+    sources = ["--use-pep517", "--no-build-isolation"]
+    with tempfile.TemporaryDirectory(prefix="build", dir=ROOT) as scratch:
+        part, folder = Path(scratch) / "part.txt", Path(scratch) / "packages"
+        for names, options in ((PACKED_SOURCES, sources), (PACKED_WHEELS, wheels)):
+            part.write_text("\n".join(pin for pin in pins if pin.split("==")[0] in names))
+            target = ["--no-deps", "--no-compile", "--target", str(folder), "--require-hashes"]
+            pip("install", "-q", *target, *options, "-r", str(part))
+        install_detectron2(folder)
+        for pattern in NOT_PACKED:
+            for path in [*folder.rglob(pattern)]:
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        shutil.rmtree(ROOT / "gpu_pack", ignore_errors=True)
+        folder.rename(ROOT / "gpu_pack")
+    print(f"gpu_pack: {size / 1e6:.1f} MB. docs/install.md says what to do with it.")
 
 
 def check() -> None:
@@ -145,9 +179,9 @@ def main() -> None:
     if sys.version_info < MINIMUM_PYTHON:
         found = ".".join(map(str, sys.version_info[:3]))
         sys.exit(f"error: HierKD needs Python >= 3.11, but {sys.executable} is Python {found}.")
-    commands = {"check": check, "install": install}
+    commands = {"check": check, "install": install, "pack": pack}
     if len(sys.argv) != 2 or sys.argv[1] not in commands:
-        sys.exit("usage: environment.py check|install")
+        sys.exit("usage: environment.py check|install|pack")
     commands[sys.argv[1]]()
 
 

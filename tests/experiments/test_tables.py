@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from detectron2.config import CfgNode
+from detectron2.engine import DefaultTrainer
 
 from hierkd.experiments.tables import TABLES
 from hierkd.load_config import load_config
@@ -203,3 +204,10 @@ def test_a_row_varies_the_same_in_the_miniature_as_on_coco(number):
         for key, value in pinned.items():
             if not key.startswith(OWN) and not (ikd_off and ".IKD." in key):
                 assert values[key] == value, (row.label, key)
+
+
+def test_one_gpu_instead_of_four_follows_the_linear_rule():
+    cfg = load_config(str(ROOT / "configs/COCO-48-17/hierkd_R50_1x_one_gpu.yaml"))
+    solver = DefaultTrainer.auto_scale_workers(cfg, 1).SOLVER
+    assert (solver.IMS_PER_BATCH, solver.BASE_LR, solver.MAX_ITER) == (8, 0.0025, 161_664)
+    assert solver.STEPS == (107_776, 148_192)

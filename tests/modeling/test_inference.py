@@ -161,3 +161,12 @@ def test_nms_of_many_classes_is_that_of_each_class(first):
     assert len(kept) < 900
     assert set(kept.tolist()) == set(torch.cat(expected).tolist())
     assert (scores[kept].diff() <= 0).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("names", [40, 300])
+def test_nms_on_a_gpu_equals_that_on_the_cpu(names):
+    boxes, scores = many_boxes(300)
+    given = boxes, scores, torch.randint(0, names, (900,), generator=seeded(5))
+    kept = nms_of_classes(*(each.cuda() for each in given), 0.4, 900)
+    assert torch.equal(kept.cpu(), nms_of_classes(*given, 0.4, 900))

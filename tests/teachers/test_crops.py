@@ -104,8 +104,8 @@ def test_constant_image_and_exactly_zero_padding():
 @pytest.mark.gpu
 def test_gpu_equals_cpu():
     generator = torch.Generator().manual_seed(6)
-    image = torch.rand(3, 300, 400, generator=generator)
-    boxes = random_boxes(100, 300, 400, generator)
+    image = torch.rand(3, 800, 1333, generator=generator)
+    boxes = random_boxes(100, 800, 1333, generator)
     on_gpu = crop_regions([image.cuda()], [boxes.cuda()], 224, 1.5)
     torch.testing.assert_close(
         on_gpu.cpu(), crop_regions([image], [boxes], 224, 1.5), atol=1e-4, rtol=0

@@ -42,6 +42,7 @@ from hierkd.reports.run_record import processor_name
 __all__ = [
     "RandomTeacher",
     "Report",
+    "cell",
     "measure",
     "median",
     "peak_memory",
@@ -163,7 +164,7 @@ class Report:
         content = self.content()
         facts = {**content["machine"], **self.settings}
         columns = list(self.rows[0])
-        cells = [[_cell(row[column]) for column in columns] for row in self.rows]
+        cells = [[cell(row[column]) for column in columns] for row in self.rows]
         parts = (
             f"# {self.title}",
             f"`{content['command']}`",
@@ -183,7 +184,8 @@ class Report:
         return markdown, data
 
 
-def _cell(value: Any) -> str:
+def cell(value: Any) -> str:
+    """A value of a row as it stands in a table."""
     if isinstance(value, float):
         return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
     return str(value)

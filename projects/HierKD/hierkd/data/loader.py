@@ -163,6 +163,7 @@ def build_resumable_train_loader(
         batch_sampler=sampler,
         num_workers=num_workers,
         collate_fn=trivial_batch_collator,
+        pin_memory=torch.cuda.is_available(),
         persistent_workers=num_workers > 0,
         worker_init_fn=await_main_process,
         # Else starting to iterate would draw from torch's global generator: a resumed run does that

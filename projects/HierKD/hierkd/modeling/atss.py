@@ -63,9 +63,7 @@ class ATSSMatcher:
         """(M, R) IoU of the anchors that are positive for a box, -1 elsewhere; steps 1 to 3."""
         # 1. candidates: the topk nearest centres of every level
         centers = all_anchors.get_centers()  # (R, 2)
-        distances = torch.cdist(
-            gt_boxes.get_centers(), centers, compute_mode="donot_use_mm_for_euclid_dist"
-        )  # (M, R)
+        distances = (gt_boxes.get_centers()[:, None] - centers).square().sum(dim=2)  # (M, R)
         candidates, start = [], 0
         for size in level_sizes:
             of_level = distances[:, start : start + size]

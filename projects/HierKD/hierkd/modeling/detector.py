@@ -314,6 +314,9 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
         """Losses in training, detections in inference; see the class for inputs and outputs."""
         if not self.training:
             return self._detect(batched_inputs)
+        batched_inputs = [
+            {**x, "image": x["image"].to(self.device, non_blocking=True)} for x in batched_inputs
+        ]
         self.text_classifier.limit_logit_scale()
         if self.mlca is not None:
             self.mlca.limit_logit_scale()
@@ -524,7 +527,7 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
         points = choose_points(self.ikd, positives, len(batched_inputs))
         teacher = look_up_regions([x["instances"] for x in batched_inputs], points)
         if teacher is None:
-            images = [x["image"].to(self.device) for x in batched_inputs]
+            images = [x["image"] for x in batched_inputs]
             teacher = encode_crops(self._teacher_or_raise(), self.ikd, images, points, proposals)
         elif proposals is not None and proposals.embeddings is not None:
             teacher = torch.cat([teacher, proposals.embeddings])
@@ -590,7 +593,7 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
         The normalisers are means over the processes, so that the gradients that DDP averages are
         those of one process with the whole batch.
         """
-        settings, sampled = self.detection, gt_labels >= 0
+        settings, sampled = self.detection, (gt_labels >= 0).nonzero(as_tuple=True)
         logits = self.text_classifier(predictions.embeddings[sampled])  # (n, K+1)
         quality_targets = self._quality_targets(anchors, positives)
         regions_per_group = self._count_regions(region_pairs)

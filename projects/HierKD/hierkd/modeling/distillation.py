@@ -171,7 +171,7 @@ def encode_crops(
         boxes = torch.cat([boxes, proposals.boxes])
         image_idxs, order = torch.cat([image_idxs, proposals.image_idxs]).sort(stable=True)
         boxes, own = boxes[order], order.argsort()[own]
-    counts = image_idxs.bincount(minlength=len(images)).tolist()
+    counts = image_idxs.cpu().bincount(minlength=len(images)).tolist()
     return teacher.encode_regions(images, boxes.split(counts), ikd.crop_scale)[own]
 
 

@@ -41,8 +41,10 @@ Classify = Callable[[Tensor], Tensor]  # (n, D) embeddings to (n, K) probabiliti
 
 # Elements of one block of (points, classes), 8 MiB of float32: larger ones leave the processor's
 # cache, and 1203 classes take 1.5 times as long with 32 MiB. 1333 x 800 pixels and 80 classes are
-# one block, so that what is computed for COCO does not depend on it. [ours]
+# one block, so that what is computed for COCO does not depend on it. A GPU has no such cache, and
+# launches of small kernels cost: 256 MiB there. [ours]
 _BLOCK_ELEMENTS = 2**21
+_BLOCK_ELEMENTS_ON_GPU = 2**26
 # A block has no fewer rows, below which matrix products slow down: 20 MiB with 20,000 classes.
 _MIN_BLOCK_ROWS = 256
 # From so many different classes on, NMS of all of them at once is cheaper than class by class.
@@ -99,7 +101,8 @@ def class_probabilities(logits: Tensor, novel_shift: Tensor | None) -> Tensor:
 
 def blocks_of(points: Tensor, num_classes: int) -> Sequence[Tensor]:
     """Split rows such that a block's rows times K stay small."""
-    blocks: Sequence[Tensor] = points.split(max(_MIN_BLOCK_ROWS, _BLOCK_ELEMENTS // num_classes))
+    elements = _BLOCK_ELEMENTS_ON_GPU if points.is_cuda else _BLOCK_ELEMENTS
+    blocks: Sequence[Tensor] = points.split(max(_MIN_BLOCK_ROWS, elements // num_classes))
     return blocks
 
 

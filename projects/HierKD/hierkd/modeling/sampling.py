@@ -51,13 +51,13 @@ def subsample_negatives(
         )
     labels = gt_labels.flatten().clone()
     negatives = (labels == background).nonzero().squeeze(1)
-    positives = int(((labels >= 0) & (labels != background)).sum())
-    if only_with_positives and positives == 0:
-        keep = 0
-    elif mode == "fraction":
-        keep = int(amount * len(negatives))
-    else:
-        keep = min(len(negatives), max(1, int(amount * positives)))
+    keep = int(amount * len(negatives))
+    if only_with_positives or mode == "per_positive":  # counting them waits for a GPU
+        positives = int(((labels >= 0) & (labels != background)).sum())
+        if only_with_positives and positives == 0:
+            keep = 0
+        elif mode == "per_positive":
+            keep = min(len(negatives), max(1, int(amount * positives)))
     if keep < len(negatives):
         order = torch.randperm(len(negatives), device=labels.device, generator=generator)
         labels[negatives[order[keep:]]] = -1

@@ -30,6 +30,7 @@ from hierkd.reports.metrics import RunMetrics, read_run_metrics
 __all__ = [
     "Evaluation",
     "RunFolder",
+    "circumstances",
     "git_commit",
     "processor_name",
     "read_entries",
@@ -88,7 +89,7 @@ def record_start(
         iteration: The first one to be done: 0, or where a run is resumed.
         num_processes: Of the training, on all machines.
     """
-    entry = _circumstances(command, root, num_processes)
+    entry = circumstances(command, root, num_processes)
     _append(Path(folder) / ENVIRONMENT, {"iteration": iteration, **entry})
 
 
@@ -111,12 +112,15 @@ def record_evaluation(
         for task, of_task in tasks.items()
         for name, value in of_task.items()
     }
-    entry = _circumstances(command, root, num_processes)
+    entry = circumstances(command, root, num_processes)
     _append(Path(folder) / EVALUATIONS, {"weights": weights, **entry, "figures": figures})
 
 
-def _circumstances(command: str, root: Path, num_processes: int) -> dict[str, Any]:
-    """When, how and on what. Names of machines and users are left out: a report is passed on."""
+def circumstances(command: str, root: Path, num_processes: int) -> dict[str, Any]:
+    """When, how and on what a command runs; arguments as of :func:`record_start`.
+
+    Names of machines and users are left out: a report is passed on.
+    """
     libraries = {name: importlib.import_module(name).__version__ for name in _LIBRARIES}
     cuda = {"cuda": torch.version.cuda} if torch.version.cuda else {}
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30

@@ -29,7 +29,9 @@ __all__ = ["check_devices", "launch_processes", "leave_groups"]
 
 
 def check_devices(num_gpus: int, device: str) -> None:
-    """Refuse more processes than this machine has GPUs; one without a GPU runs on the CPU.
+    """Refuse more processes than this machine has GPUs, or than the device that is named.
+
+    One process without a GPU runs on the CPU.
 
     Under torchrun its ``--nproc-per-node`` counts instead of ``--num-gpus``.
 
@@ -39,6 +41,11 @@ def check_devices(num_gpus: int, device: str) -> None:
     option = "--num-gpus"
     if _from_torchrun():
         option, num_gpus = "torchrun --nproc-per-node", int(os.environ["LOCAL_WORLD_SIZE"])
+    if num_gpus > 1 and ":" in device:
+        raise ValueError(
+            f"{option} {num_gpus}: MODEL.DEVICE {device} is one device for all processes; "
+            'write "cuda", and each takes its own'
+        )
     available = torch.cuda.device_count()
     if device != "cpu" and num_gpus > max(available, 1):
         hint = "" if available else f"; for {num_gpus} processes on the CPU add MODEL.DEVICE cpu"

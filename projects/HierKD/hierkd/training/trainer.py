@@ -76,8 +76,11 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # detectron2 is untyped
         data_loader = self.build_train_loader(cfg, cache)
         devices = {"device_ids": None} if cfg.MODEL.DEVICE == "cpu" else {}
         model = create_ddp_model(model, broadcast_buffers=False, **devices)
-        trainer = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
-        self._trainer = trainer(model, data_loader, optimizer)
+        self._trainer = (
+            AMPTrainer(model, data_loader, optimizer, grad_scaler=torch.amp.GradScaler("cuda"))
+            if cfg.SOLVER.AMP.ENABLED
+            else SimpleTrainer(model, data_loader, optimizer)
+        )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = HierKDCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         self.start_iter = 0
