@@ -144,18 +144,10 @@ def provenance_of(clip: CLIPTeacher | None) -> dict[str, Any]:
 
 def extract(cfg: Any, args: argparse.Namespace, templates: tuple[str, ...]) -> TextEmbeddings:
     """Let CLIP encode the names and the background prompt."""
-    from hierkd.teachers.texts import make_text_embeddings
-
     names = read_names(args.names, keep_repeated=False)
     clip = build_clip(cfg, args, templates)
     prompt = args.background_prompt or cfg.MODEL.TEXT_CLASSIFIER.BACKGROUND_PROMPT
-    return make_text_embeddings(
-        names,
-        clip.encode_classes(names).cpu().numpy(),
-        background=clip.encode_captions([prompt])[0].cpu().numpy(),
-        background_prompt=prompt,
-        **provenance_of(clip),
-    )
+    return clip.text_embeddings(names, prompt)
 
 
 def convert(cfg: Any, args: argparse.Namespace, templates: tuple[str, ...]) -> TextEmbeddings:

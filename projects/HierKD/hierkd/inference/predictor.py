@@ -40,7 +40,7 @@ from hierkd.load_config import load_config
 from hierkd.teachers.region_cache import MANIFEST
 from hierkd.teachers.texts import check_names, read_text_lines
 
-__all__ = ["OpenVocabularyPredictor", "find_checkpoint", "resolve_vocabulary"]
+__all__ = ["OpenVocabularyPredictor", "find_checkpoint", "for_inference", "resolve_vocabulary"]
 
 logger = logging.getLogger(__name__)
 
@@ -125,12 +125,13 @@ class OpenVocabularyPredictor:
         """Build the model with its weights and the largest vocabulary of the test datasets."""
         if not cfg.MODEL.WEIGHTS:  # the checkpointer takes it for random weights
             raise ValueError("MODEL.WEIGHTS is empty: detecting needs trained weights")
-        model: Any = build_model(_for_inference(cfg))
+        model: Any = build_model(for_inference(cfg))
         HierKDCheckpointer(model).load_detector(cfg.MODEL.WEIGHTS)
         vocabularies = [MetadataCatalog.get(n).get("thing_classes", []) for n in cfg.DATASETS.TEST]
         largest: list[str] = max(vocabularies, key=len, default=[])
-        if largest:
-            model.set_vocabulary(largest)
+        stored = model.teacher.stored
+        if largest or stored:
+            model.set_vocabulary(largest or stored.names)
         return {
             "model": model,
             "min_size": cfg.INPUT.MIN_SIZE_TEST,
@@ -242,7 +243,7 @@ class OpenVocabularyPredictor:
         return [found[i] for i in range(len(pictures))] if several else found[0]
 
 
-def _for_inference(cfg: Any) -> Any:
+def for_inference(cfg: Any) -> Any:
     """The config without what training alone needs; CLIP takes the place of a missing cache."""
     cfg = cfg.clone()
     cfg.defrost()

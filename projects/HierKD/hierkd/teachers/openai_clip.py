@@ -147,8 +147,9 @@ def _weights_digest(weights: str) -> str:
     urls = _model_urls()
     if weights not in urls:
         raise FileNotFoundError(
-            f"MODEL.TEACHER.WEIGHTS: {weights!r} is neither an existing file nor one of the CLIP "
-            f"models {', '.join(urls)}, nor does it begin with 'open_clip:' (docs/teachers.md)"
+            f"MODEL.TEACHER.WEIGHTS: {weights!r} is no file from {os.getcwd()!r}, nor is it or "
+            f"{Path(weights).name!r} beside the config; nor is it one of the CLIP models "
+            f"{', '.join(urls)}, nor does it begin with 'open_clip:' (docs/teachers.md)"
         )
     return urls[weights].split("/")[-2]
 
