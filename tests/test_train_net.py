@@ -245,7 +245,9 @@ def test_a_run_that_was_moved_needs_no_teacher(folder, finished, tmp_path, monke
     assert not Path("/gone").exists()
     predictor = OpenVocabularyPredictor.from_checkpoint("moved/run", opts=["DATASETS.TEST", ()])
     assert predictor.vocabulary == MINIATURE_CLASSES  # of what it left, of no dataset
-    with pytest.raises(FileNotFoundError, match="not hold .*dragon.*'/gone/clip.pt'.*'clip.pt' bes"):
+    with pytest.raises(
+        FileNotFoundError, match=r"not hold .*dragon.*'/gone/clip\.pt'.*'clip\.pt' bes"
+    ):
         predictor.set_vocabulary([MINIATURE_BASE[0], "dragon"])
     shutil.copy(folder / "clip.pt", run)
     found = OpenVocabularyPredictor.from_checkpoint("moved/run")

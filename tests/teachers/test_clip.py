@@ -399,6 +399,7 @@ def make_cfg(weights, tmp_path):
         return SimpleNamespace(
             MODEL=SimpleNamespace(
                 DEVICE="cpu",
+                IKD=SimpleNamespace(LOSS_WEIGHT=1.0),
                 TEACHER=SimpleNamespace(
                     WEIGHTS=str(path),
                     TEXT_CACHE_DIR=str(tmp_path / "cache"),

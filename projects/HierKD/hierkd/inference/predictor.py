@@ -129,7 +129,7 @@ class OpenVocabularyPredictor:
         HierKDCheckpointer(model).load_detector(cfg.MODEL.WEIGHTS)
         vocabularies = [MetadataCatalog.get(n).get("thing_classes", []) for n in cfg.DATASETS.TEST]
         largest: list[str] = max(vocabularies, key=len, default=[])
-        stored = model.teacher.stored
+        stored: Any = getattr(model.teacher, "stored", None)
         if largest or stored:
             model.set_vocabulary(largest or stored.names)
         return {
