@@ -414,6 +414,7 @@ def make_cfg(weights, tmp_path):
                 ),
             ),
             INPUT=SimpleNamespace(FORMAT="BGR"),
+            OUTPUT_DIR=str(tmp_path),
         )
 
     return make

@@ -554,7 +554,7 @@ def write_demo_report(
     )
     write_page(path, page)
     panels = [_draw_best(sample, name) for name, sample in best.items()]
-    rows = [SheetRow(panels[i : i + 4], list(best)[i : i + 4]) for i in range(0, len(panels), 4)]
+    rows = [SheetRow(each, [""] * len(each)) for each in (panels[:4], panels[4:8]) if each]
     if rows:
         overview = draw_sheet(rows, panel_px=_BEST_PX)
         save_picture(Path(path).with_name("overview.jpg"), overview)
