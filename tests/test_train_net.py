@@ -246,7 +246,7 @@ def test_a_run_that_was_moved_needs_no_teacher(folder, finished, tmp_path, monke
     predictor = OpenVocabularyPredictor.from_checkpoint("moved/run", opts=["DATASETS.TEST", ()])
     assert predictor.vocabulary == MINIATURE_CLASSES  # of what it left, of no dataset
     with pytest.raises(
-        FileNotFoundError, match=r"not hold .*dragon.*'/gone/clip\.pt'.*'clip\.pt' bes"
+        FileNotFoundError, match=r"not hold .*dragon.*'/gone/clip\.pt'.*for 'clip\.pt'"
     ):
         predictor.set_vocabulary([MINIATURE_BASE[0], "dragon"])
     shutil.copy(folder / "clip.pt", run)

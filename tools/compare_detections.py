@@ -154,10 +154,10 @@ def compare(args: argparse.Namespace) -> Path:
     from detectron2.data import DatasetCatalog, MetadataCatalog
 
     from hierkd.data.coco import check_datasets
+    from hierkd.inference.drawing import save_picture
     from hierkd.inference.predictor import OpenVocabularyPredictor
     from hierkd.load_config import load_config
     from hierkd.reports.charts import draw_comparison
-    from hierkd.reports.drawing import save_picture
     from hierkd.reports.gallery import build_samples, keep_best
 
     runs = parse_runs(args.runs)

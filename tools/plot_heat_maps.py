@@ -53,10 +53,10 @@ def run(args: argparse.Namespace) -> None:
 
     from hierkd.data.mapper import read_picture
     from hierkd.evaluation.heat_maps import score_heat_maps
+    from hierkd.inference.drawing import save_picture
     from hierkd.inference.predictor import OpenVocabularyPredictor, resolve_vocabulary
     from hierkd.load_config import load_config
     from hierkd.reports.charts import draw_heat_map_sheet
-    from hierkd.reports.drawing import save_picture
 
     if missing := [str(path) for path in args.input if not path.is_file()]:
         raise FileNotFoundError(f"--input: no such files: {missing}")

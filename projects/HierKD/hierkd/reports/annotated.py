@@ -22,9 +22,9 @@ from hierkd.data.mapper import read_picture
 from hierkd.evaluation.heat_maps import score_heat_maps
 from hierkd.files import replacing
 from hierkd.inference.detectors import Detectors
+from hierkd.inference.drawing import Image, draw_instances, save_picture
 from hierkd.inference.video import Frame, Video, VideoFile
 from hierkd.reports.charts import draw_heat_map_sheet, draw_side_by_side
-from hierkd.reports.drawing import Image, draw_instances, save_picture
 from hierkd.reports.page import Figure, Page, Picture, Section, data_uri, embedded, write_page
 
 __all__ = [

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from hierkd.evaluation.heat_maps import HeatMap, overlay_heat_map
 from hierkd.inference.detections import scale_boxes
-from hierkd.reports.drawing import Image, SheetRow, draw_instances, draw_sheet, fit
+from hierkd.inference.drawing import Image, SheetRow, draw_instances, draw_sheet, fit
 from hierkd.reports.gallery import Sample, draw_sample, legend_of
 from hierkd.reports.metrics import Curve
 

@@ -18,7 +18,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image as PILImage
 
 from hierkd.files import replacing
-from hierkd.reports.drawing import Color, Image
+from hierkd.inference.drawing import Color, Image
 
 __all__ = [
     "Bar",

@@ -20,10 +20,10 @@ from detectron2.structures import Boxes, BoxMode, Instances
 
 from hierkd.config import add_hierkd_config
 from hierkd.evaluation.heat_maps import score_heat_maps
+from hierkd.inference.drawing import Image, SheetRow, draw_sheet, save_picture
 from hierkd.inference.predictor import OpenVocabularyPredictor, find_checkpoint
 from hierkd.load_config import load_config
 from hierkd.reports.charts import draw_curves, draw_heat_map_sheet
-from hierkd.reports.drawing import Image, SheetRow, draw_sheet, save_picture
 from hierkd.reports.gallery import (
     COLORS,
     CORRECT,

@@ -28,8 +28,8 @@ from hierkd.inference.detections import (
     scale_boxes,
 )
 from hierkd.inference.detectors import icons_only
+from hierkd.inference.drawing import Image, draw_instances, fit
 from hierkd.inference.predictor import COMMAS, OpenVocabularyPredictor, check_typed
-from hierkd.reports.drawing import Image, draw_instances, fit
 
 __all__ = [
     "SCRIPT",

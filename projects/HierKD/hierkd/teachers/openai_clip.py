@@ -130,7 +130,12 @@ def import_clip() -> ModuleType:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="pkg_resources is deprecated")
         warnings.filterwarnings("ignore", message="Deprecated call to `pkg_resources")
-        import clip
+        try:
+            import clip
+        except ModuleNotFoundError as error:
+            raise ImportError(
+                f"OpenAI's CLIP cannot be imported ({error}): pip install clip-anytorch"
+            ) from error
     module: ModuleType = clip
     return module
 
@@ -147,9 +152,9 @@ def _weights_digest(weights: str) -> str:
     urls = _model_urls()
     if weights not in urls:
         raise FileNotFoundError(
-            f"MODEL.TEACHER.WEIGHTS: {weights!r} is no file from {os.getcwd()!r}, nor is it or "
-            f"{Path(weights).name!r} beside the config; nor is it one of the CLIP models "
-            f"{', '.join(urls)}, nor does it begin with 'open_clip:' (docs/teachers.md)"
+            f"MODEL.TEACHER.WEIGHTS: {weights!r} is neither an existing file nor one of the CLIP "
+            f"models {', '.join(urls)}, nor does it begin with 'open_clip:' (docs/teachers.md); "
+            f"looked from {os.getcwd()!r}, and beside the config for {Path(weights).name!r}, too"
         )
     return urls[weights].split("/")[-2]
 
