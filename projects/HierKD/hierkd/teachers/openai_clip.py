@@ -133,7 +133,7 @@ def import_clip() -> ModuleType:
         try:
             import clip
         except ModuleNotFoundError as error:
-            raise ImportError(
+            raise FileNotFoundError(
                 f"OpenAI's CLIP cannot be imported ({error}): pip install clip-anytorch"
             ) from error
     module: ModuleType = clip
