@@ -417,7 +417,7 @@ def build_teacher(cfg: Any) -> CLIPTeacher:
         text_cache_dir=teacher.TEXT_CACHE_DIR,
         download_root=teacher.DOWNLOAD_ROOT,
         pixel_statistics=teacher.PIXEL_STATISTICS,
-        stored=_build_stored(cfg, given, templates) if given else _own_stored(cfg, templates),
+        stored=_build_stored(cfg, given, templates) if given else _build_own(cfg, templates),
         stored_only=bool(given),
         cache=build_region_cache(cfg) if teacher.CACHE else None,
     )
@@ -437,7 +437,7 @@ def _build_stored(cfg: Any, path: Path, templates: tuple[str, ...]) -> TextEmbed
     return stored
 
 
-def _own_stored(cfg: Any, templates: tuple[str, ...]) -> TextEmbeddings | None:
+def _build_own(cfg: Any, templates: tuple[str, ...]) -> TextEmbeddings | None:
     """What the training in OUTPUT_DIR left, for a detector that distils nothing any more."""
     path = Path(cfg.OUTPUT_DIR, OWN_EMBEDDINGS)
     if cfg.MODEL.IKD.LOSS_WEIGHT > 0 or not path.is_file():
