@@ -17,8 +17,6 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import hierkd
-
 if TYPE_CHECKING:  # PyTorch is imported when the command line has been understood
     from hierkd.teachers.texts import TextEmbeddings
 
@@ -99,7 +97,7 @@ def run(args: argparse.Namespace) -> TextEmbeddings:
 
     from hierkd.load_config import load_config
     from hierkd.teachers.clip import CLIPTeacher
-    from hierkd.teachers.texts import make_text_embeddings, save_text_embeddings
+    from hierkd.teachers.texts import save_text_embeddings
 
     if not args.output.endswith(".safetensors"):
         raise ValueError(f"--output {args.output}: expected a name that ends in .safetensors")
@@ -117,16 +115,7 @@ def run(args: argparse.Namespace) -> TextEmbeddings:
         precision="fp32",
     )
     prompt = args.background_prompt or text.BACKGROUND_PROMPT
-    stored = make_text_embeddings(
-        names,
-        clip.encode_classes(names).cpu().numpy(),
-        background=clip.encode_captions([prompt])[0].cpu().numpy(),
-        background_prompt=prompt,
-        templates=clip.templates,
-        clip=clip.title,  # without folders of this machine
-        weights_sha256=clip.weights_digest,
-        version=hierkd.__version__,
-    )
+    stored = clip.text_embeddings(names, prompt)
     save_text_embeddings(stored, args.output)
     return stored
 

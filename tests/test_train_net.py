@@ -6,6 +6,7 @@ Most runs are calls of ``train_net.main``; one is a command line in a process of
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,8 @@ import pytest
 import torch
 
 import tiny_training
+from hierkd import OpenVocabularyPredictor
+from hierkd.miniature.world import MINIATURE_BASE, MINIATURE_CLASSES
 from hierkd.teachers.clip import CLIPTeacher
 from hierkd.training.trainer import Trainer
 from tiny_training import call_main, command_line
@@ -204,6 +207,31 @@ def test_evaluating_in_a_trainings_folder_leaves_its_config_and_log(folder, trai
     assert "Evaluat" in (output / "inference" / "log.txt").read_text()
     record = json.loads((output / "evaluations.json").read_text())
     assert record[-1]["weights"] == str(output / "model_final.pth")
+
+
+def test_a_run_that_was_moved_needs_no_teacher(folder, finished, tmp_path, monkeypatch):
+    """Its folder alone, from elsewhere; for other names than its own, CLIP has to be beside it."""
+    run = shutil.copytree(finished[0], tmp_path / "moved" / "run")
+    config = (run / "config.yaml").read_text().replace(str(folder), "/gone")
+    (run / "config.yaml").write_text(config)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HIERKD_CACHE", str(tmp_path / "cache"))
+    evaluate = ["--eval-only", "MODEL.WEIGHTS", str(run / "model_final.pth")]
+    results = call_main(["--config-file", str(run / "config.yaml"), *evaluate])
+    same_figures(flat(results), finished[1])
+    assert not Path("/gone").exists()
+    predictor = OpenVocabularyPredictor.from_checkpoint("moved/run", opts=["DATASETS.TEST", ()])
+    assert predictor.vocabulary == MINIATURE_CLASSES  # of what it left, of no dataset
+    with pytest.raises(
+        FileNotFoundError, match=r"not hold .*dragon.*'/gone/clip\.pt'.*for 'clip\.pt'"
+    ):
+        predictor.set_vocabulary([MINIATURE_BASE[0], "dragon"])
+    shutil.copy(folder / "clip.pt", run)
+    found = OpenVocabularyPredictor.from_checkpoint("moved/run")
+    found.set_vocabulary(["dragon", MINIATURE_BASE[0]])
+    rows = found.model.text_classifier.text_embeddings
+    clip = CLIPTeacher(str(folder / "clip.pt"), device="cpu")
+    torch.testing.assert_close(rows, clip.encode_classes(["dragon", MINIATURE_BASE[0]]))
 
 
 def test_random_weights_are_not_evaluated(folder, tmp_path):

@@ -135,7 +135,8 @@ class Page:
         self.page = page
         page.set_default_timeout(TIMEOUT)
         page.goto(url)
-        self.says("Drop a picture.")
+        self.says("1.png, 96 × 96")  # the first example
+        self.remove()
 
     def upload(self, path):
         self.page.set_input_files("#picture input[type=file]", str(path))
@@ -244,6 +245,31 @@ def test_from_a_picture_to_its_boxes(visit, server, world, reference):
     assert len(server.passes) == before
     page.set_class_thresholds("horse=0.5")
     page.complains("horse")
+
+
+@pytest.mark.parametrize(("width", "height"), [(1366, 768), (390, 844)])
+def test_the_result_is_seen_at_once_and_by_keyboard_alone(browser, server, width, height):
+    with contextlib.closing(browser.new_context(viewport={"width": width, "height": height})) as c:
+        page = c.new_page()
+        page.goto(server.url)
+        panel = page.locator("#panel_0 img")
+        panel.wait_for(timeout=TIMEOUT)
+        assert page.evaluate("scrollY") == 0
+        eventually(lambda: bottom_is_above(panel, height))
+        page.get_by_role("button", name="Example 2.png").press("Enter")
+        message = page.locator("#message textarea, #message input").first
+        page.wait_for_function(
+            "document.querySelector('#message textarea, #message input').value.includes('2.png')"
+        )
+        eventually(lambda: bottom_is_above(message, height))
+        slider = page.locator("#threshold input[type=range]")
+        slider.press("End")
+        assert slider.evaluate("e => getComputedStyle(e).outlineWidth") == "3px"
+
+
+def bottom_is_above(locator, height):
+    box = locator.bounding_box()
+    assert 0 <= box["y"] < box["y"] + box["height"] <= height
 
 
 def test_what_is_wrong_is_said_and_the_old_answer_goes(visit, server, world, tmp_path):

@@ -89,7 +89,7 @@ def draw_samples(dataset: str, number: int, path: Path) -> None:
 
     from hierkd.data.mapper import read_picture
     from hierkd.files import replacing
-    from hierkd.reports.drawing import SheetRow, class_color, draw_boxes, draw_sheet, fit
+    from hierkd.inference.drawing import SheetRow, class_color, draw_boxes, draw_sheet, fit
 
     records = DatasetCatalog.get(dataset)
     vocabulary = MetadataCatalog.get(dataset).thing_classes

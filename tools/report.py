@@ -5,8 +5,7 @@
     python tools/report.py output/demo/hierkd --output hierkd.html --pictures 24
 
 Takes any folder that train_net.py has written to: of a run that has ended, was killed, is still
-going on, or was only evaluated. What is not there is left out, and the report says so. Run it in
-the folder where the run was started, where the paths in its config begin.
+going on, or was only evaluated. What is not there is left out, and the report says so.
 """
 
 from __future__ import annotations

@@ -160,6 +160,8 @@ def launch(page: Any, host: str, port: int | None, limits: Limits) -> str:
     from starlette.middleware import Middleware
     from starlette.middleware.base import BaseHTTPMiddleware
 
+    from hierkd.reports.web_page import SCRIPT, STYLE
+
     if port == 0:
         with socket.create_server((host, 0)) as server:
             port = server.getsockname()[1]
@@ -172,6 +174,8 @@ def launch(page: Any, host: str, port: int | None, limits: Limits) -> str:
             quiet=True,
             ssr_mode=False,
             footer_links=[],
+            css=STYLE,
+            js=SCRIPT,
             show_error=False,
             max_file_size=limits.max_bytes,
             state_session_capacity=SESSIONS,

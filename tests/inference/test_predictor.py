@@ -1,12 +1,15 @@
 """OpenVocabularyPredictor: what the model is given, and what comes back."""
 
+import json
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import tiny_training
 from hierkd.inference.predictor import (
@@ -266,6 +269,53 @@ def test_the_model_is_given_the_resized_picture_in_its_channel_order(predictor):
     assert given["image"][2].unique().tolist() == [200]
     predictor.image_format = "RGB"
     assert predictor.prepare(gradient_image(128, 160))["image"][0].unique().tolist() == [200]
+
+
+def test_results_say_what_they_are_and_draw_themselves(world, predictor, pictures, tmp_path):
+    run = world / "run"
+    text = f"'{run}/model_final.pth' on 'cpu', trained on miniature_ovd_train_base, 32 classes: "
+    assert text in repr(OpenVocabularyPredictor(run))  # as from_checkpoint, by a path alone
+    found = predictor.predict(pictures[0], vocabulary=["cat", "dog"], top_k=7)
+    assert found.names == [("cat", "dog")[index] for index in found.pred_classes]
+    assert len(found[:2].names) == 2
+    first = f"Detections({str(pictures[0])!r}, 96 x 96 pixels: {found.names[0]} "
+    assert repr(found).startswith(first)
+    assert repr(found).endswith(", and 2 more)")
+    assert "pixels: none)" in repr(found[:0])
+    rgb = np.asarray(Image.open(pictures[0]).convert("RGB"))
+    given = predictor.predict(rgb, vocabulary=["cat", "dog"], top_k=7, channels="RGB")
+    assert np.array_equal(given.draw(), found.draw())
+    empty = given[:0].draw()  # enlarged, in the colours of the picture
+    assert np.abs(empty.mean((0, 1)) - rgb.mean((0, 1))).max() < 1
+    found.save(tmp_path / "new" / "found.png")
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "new" / "found.png")), found.draw())
+
+
+def test_a_folder_and_a_glob_are_several_pictures(predictor, pictures):
+    folder = pictures[0].parent
+    for several in (folder, str(folder), f"{folder}/*.png"):
+        found = predictor.predict(several)
+        assert [repr(each).split("'")[1] for each in found] == list(map(str, pictures))
+    assert len(predictor.predict(f"{folder}/1.*")) == 1  # of one, a list, too
+    with pytest.raises(FileNotFoundError, match=r"gone/\*\.png"):
+        predictor.predict("gone/*.png")
+
+
+def test_the_notebook_runs(world, pictures, tmp_path, monkeypatch):
+    (tmp_path / "output" / "demo").mkdir(parents=True)
+    (tmp_path / "output" / "demo" / "hierkd").symlink_to(world / "run")
+    folder = tmp_path / "datasets" / "miniature" / "test"
+    folder.mkdir(parents=True)
+    for number in (340, 341):
+        Image.open(pictures[0]).save(folder / f"{number:05d}.jpg")
+    path = Path(__file__).resolve().parents[2] / "docs" / "quickstart.ipynb"
+    monkeypatch.chdir(tmp_path)
+    cells, known = json.loads(path.read_text())["cells"], {}
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), known)
+    assert Image.open(tmp_path / "output" / "found.jpg").size == (640, 640)
+    assert path.stat().st_size < 100_000
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 from detectron2.structures import Boxes, Instances
 from PIL import Image
 
-from hierkd.reports.drawing import class_color
+from hierkd.inference.drawing import class_color
 
 pytest.importorskip("gradio", reason="the page needs Gradio: the extra `web`")
 from hierkd.reports.web_page import Limits, detect, parse_names, read_upload, show

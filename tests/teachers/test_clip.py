@@ -341,6 +341,7 @@ def make_cfg(weights, tmp_path):
         return SimpleNamespace(
             MODEL=SimpleNamespace(
                 DEVICE="cpu",
+                IKD=SimpleNamespace(LOSS_WEIGHT=1.0),
                 TEACHER=SimpleNamespace(
                     WEIGHTS=str(path),
                     TEXT_CACHE_DIR=str(tmp_path / "cache"),
@@ -355,6 +356,7 @@ def make_cfg(weights, tmp_path):
                 ),
             ),
             INPUT=SimpleNamespace(FORMAT="BGR"),
+            OUTPUT_DIR=str(tmp_path),
         )
 
     return make

@@ -35,6 +35,13 @@ def __getattr__(name: str) -> Any:
     """Import a name of the public API when it is first used."""
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        import detectron2  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"hierkd needs detectron2, which PyPI does not have ({error}): pip install "
+            "--no-build-isolation 'git+https://github.com/facebookresearch/detectron2.git'"
+        ) from error
     for module in _REGISTERING:
         importlib.import_module(module)
     return getattr(importlib.import_module(_HOME[name]), name)

@@ -8,6 +8,7 @@ import os
 from collections.abc import Sequence
 from functools import reduce
 from operator import getitem
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ import hierkd.miniature
 import hierkd.modeling  # noqa: F401  (they fill detectron2's registries)
 from hierkd.config import add_hierkd_config
 from hierkd.data.custom import has_no_captions, register_definitions
-from hierkd.teachers.texts import read_templates
+from hierkd.teachers.texts import OWN_EMBEDDINGS, read_templates
 
 __all__ = ["load_config", "requested_device"]
 
@@ -59,9 +60,11 @@ def load_config(config_file: str, overrides: Sequence[str] = ()) -> Any:
     """Build the frozen config of a run.
 
     Where there is no CUDA device, ``MODEL.DEVICE`` falls back to the CPU and
-    ``SOLVER.AMP.ENABLED`` to float32, with a note. Prompt templates of a ``TEMPLATES_FILE`` go into
-    ``TEMPLATES``. The datasets of ``DATASETS.DEFINITIONS`` are registered; where such a training
-    set has no captions at all, ``MODEL.GKD.LOSS_WEIGHT`` falls back to 0, with a note.
+    ``SOLVER.AMP.ENABLED`` to float32, with a note. The teacher and the text embeddings are sought
+    from the config's folder, too, and ``OUTPUT_DIR`` is where a training's config.yaml lies, unless
+    overridden. Prompt templates of a ``TEMPLATES_FILE`` go into ``TEMPLATES``. The datasets of
+    ``DATASETS.DEFINITIONS`` are registered; where such a training set has no captions at all,
+    ``MODEL.GKD.LOSS_WEIGHT`` falls back to 0, with a note.
 
     Args:
         config_file: path of a YAML; "" takes the defaults.
@@ -74,6 +77,8 @@ def load_config(config_file: str, overrides: Sequence[str] = ()) -> Any:
             that nothing here reads, or a file that a key names is wrong.
     """
     cfg = _merge(config_file, overrides)
+    if config_file:
+        _look_around(cfg, Path(config_file).resolve(), moved="OUTPUT_DIR" not in overrides[::2])
     device = _device(cfg.MODEL.DEVICE)
     if device.type == "cuda" and not torch.cuda.is_available():
         logger.warning("MODEL.DEVICE is %s, but there is no CUDA device: using the CPU", device)
@@ -100,6 +105,23 @@ def load_config(config_file: str, overrides: Sequence[str] = ()) -> Any:
         cfg.MODEL.GKD.LOSS_WEIGHT = 0.0
     cfg.freeze()
     return cfg
+
+
+def _look_around(cfg: Any, config: Path, *, moved: bool) -> None:
+    """Find what a config names from where it lies: runs are copied, and used from elsewhere.
+
+    Sought is from its folder and those around it, and, by the name alone, beside it. ``moved``: the
+    config.yaml of a training's folder has this folder for its OUTPUT_DIR.
+    """
+    folder = config.parent
+    if moved and config.name == "config.yaml" and any(folder.glob("*.pth")):
+        cfg.OUTPUT_DIR = str(folder)
+    teacher, text = cfg.MODEL.TEACHER, cfg.MODEL.TEXT_CLASSIFIER
+    for node, key, own in ((teacher, "WEIGHTS", ""), (text, "EMBEDDINGS", OWN_EMBEDDINGS)):
+        if node[key] and not Path(node[key]).exists():
+            places = [each / node[key] for each in config.parents]
+            places += [folder / Path(node[key]).name, folder / own]
+            node[key] = str(next(filter(Path.is_file, places), node[key]))
 
 
 def _read_templates_file(text: Any) -> None:

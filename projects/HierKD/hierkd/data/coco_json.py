@@ -61,7 +61,9 @@ def read_coco_json(path: str | os.PathLike[str], missing_hint: str = "") -> Json
     path = Path(path)
     if not path.is_file():
         found = "is a folder, not a file" if path.is_dir() else "does not exist"
-        raise FileNotFoundError(f"Annotation file {path} {found}. {missing_hint}".rstrip())
+        raise FileNotFoundError(
+            f"Annotation file {path.absolute()} {found}. {missing_hint}".rstrip()
+        )
 
     def drop_mask(entry: JsonObject) -> JsonObject:  # before masks fill the memory
         entry.pop("segmentation", None)

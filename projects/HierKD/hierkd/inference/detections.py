@@ -1,9 +1,10 @@
-"""Which detections are kept, and what they look like as JSON."""
+"""Which detections are kept, and what they look like: as text, as JSON, drawn."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,13 @@ import torch
 from detectron2.structures import Instances
 
 from hierkd.data.coco_json import some
+from hierkd.inference.drawing import Image, draw_instances, save_picture
+from hierkd.inference.images import ImageInput, as_bgr
 from hierkd.teachers.texts import read_text_lines
 
 __all__ = [
     "DetectionFilter",
+    "Detections",
     "as_records",
     "parse_class_thresholds",
     "read_class_thresholds",
@@ -65,6 +69,52 @@ class DetectionFilter:
         )
         kept = instances[instances.scores.double() >= thresholds[instances.pred_classes]]
         return kept if self.top_k is None else kept[: self.top_k]
+
+
+class Detections(Instances):  # type: ignore[misc]  # detectron2 is untyped
+    """detectron2's Instances of one picture, with their class names and the picture.
+
+    Args:
+        found: ``pred_boxes`` (XYXY, pixels of the picture), ``scores`` and ``pred_classes``.
+        vocabulary: Names that ``pred_classes`` index.
+        picture: What was detected in; a path is read again when it is drawn.
+        channels: Of an array or tensor, "BGR" or "RGB".
+    """
+
+    def __init__(
+        self, found: Instances, vocabulary: Sequence[str], picture: ImageInput, channels: str
+    ) -> None:
+        super().__init__(found.image_size, **found.get_fields())
+        self._source = vocabulary, picture, channels
+
+    def __getitem__(self, item: Any) -> Detections:
+        return Detections(super().__getitem__(item), *self._source)
+
+    def __repr__(self) -> str:
+        vocabulary, picture, _ = self._source
+        rows = as_records(self, vocabulary)
+        found = [f"{r['class']} {r['score']:.0%} {[round(x) for x in r['box_xyxy']]}" for r in rows]
+        path = f"{str(picture)!r}, " if isinstance(picture, str | PathLike) else ""
+        height, width = self.image_size
+        more = f", and {len(rows) - 5} more" if len(rows) > 5 else ""
+        listed = ", ".join(found[:5]) or "none"
+        return f"Detections({path}{width} x {height} pixels: {listed}{more})"
+
+    __str__ = __repr__
+
+    @property
+    def names(self) -> list[str]:
+        """Class name of each detection."""
+        return [self._source[0][index] for index in self.pred_classes.tolist()]
+
+    def draw(self) -> Image:
+        """Draw them on their picture: (H, W, 3), RGB, 0..255; a small picture is enlarged."""
+        vocabulary, picture, channels = self._source
+        return draw_instances(as_bgr(picture, channels)[:, :, ::-1], self, vocabulary)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Draw them on their picture and write that as JPEG (.jpg, .jpeg) or PNG."""
+        save_picture(Path(path), self.draw())
 
 
 def scale_boxes(instances: Instances, factor: float, size: tuple[int, int]) -> Instances:

@@ -4,13 +4,14 @@
 
     from hierkd import OpenVocabularyPredictor
 
-    predictor = OpenVocabularyPredictor.from_checkpoint("output/demo/hierkd")
+    predictor = OpenVocabularyPredictor("output/demo/hierkd")
     predictor.set_vocabulary(["cat", "traffic cone"])
-    instances = predictor.predict("street.jpg", score_threshold=0.3)
+    predictor.predict("street.jpg", score_threshold=0.3).save("found.jpg")
 """
 
 from __future__ import annotations
 
+import glob
 import logging
 import os
 import re
@@ -33,14 +34,16 @@ from PIL import Image
 from torch import Tensor, nn
 
 from hierkd.checkpoint import HierKDCheckpointer
+from hierkd.data.coco_json import some
 from hierkd.data.resizing import ResizeShortestEdge
-from hierkd.inference.detections import DetectionFilter
+from hierkd.inference.detections import DetectionFilter, Detections
 from hierkd.inference.images import ImageInput, as_bgr
+from hierkd.inference.video import find_inputs, is_video
 from hierkd.load_config import load_config
 from hierkd.teachers.region_cache import MANIFEST
 from hierkd.teachers.texts import check_names, read_text_lines
 
-__all__ = ["OpenVocabularyPredictor", "find_checkpoint", "resolve_vocabulary"]
+__all__ = ["OpenVocabularyPredictor", "find_checkpoint", "for_inference", "resolve_vocabulary"]
 
 logger = logging.getLogger(__name__)
 
@@ -68,38 +71,19 @@ class OpenVocabularyPredictor:
     @configurable
     def __init__(
         self,
-        *,
-        model: nn.Module,
-        min_size: int,
-        max_size: int,
-        image_format: str = "BGR",
-        trained_on: Sequence[str] = (),
-    ) -> None:
-        """Wrap a model; ``OpenVocabularyPredictor(cfg)`` builds one and loads its weights.
-
-        Args:
-            model: A :class:`hierkd.modeling.detector.HierKD`; put into eval mode.
-            min_size: What the shorter side is resized to, in pixels.
-            max_size: Limit of the longer side, in pixels.
-            image_format: Channel order the model was trained with, "RGB" or "BGR".
-            trained_on: Names of the datasets it was trained on; none are not known.
-        """
-        self.model: Any = model.eval()
-        self.resize = ResizeShortestEdge([min_size, min_size], max_size)
-        self.image_format = image_format
-        self.trained_on = tuple(trained_on)
-        self._lock = threading.RLock()
-
-    @classmethod
-    def from_checkpoint(
-        cls,
-        path: str | os.PathLike[str],
+        path: str | os.PathLike[str] | None = None,
         config_file: str | os.PathLike[str] | None = None,
         *,
         device: str | torch.device | None = None,
         opts: Sequence[Any] = (),
-    ) -> OpenVocabularyPredictor:
-        """Load a trained detector.
+        model: nn.Module | None = None,
+        min_size: int = 800,
+        max_size: int = 1333,
+        image_format: str = "BGR",
+        trained_on: Sequence[str] = (),
+        weights: str = "",
+    ) -> None:
+        """Load a trained detector; ``OpenVocabularyPredictor(cfg)`` does so by a config in memory.
 
         Its vocabulary is the largest among those of the config's datasets.
 
@@ -110,16 +94,38 @@ class OpenVocabularyPredictor:
             device: "cpu", "cuda", "cuda:1", ...; None is the config's. Where there is no CUDA
                 device, the CPU is used, and a warning logged.
             opts: Config overrides: KEY, VALUE, KEY, VALUE, ...; the last word on everything.
+            model: In place of a path and its options, a :class:`hierkd.modeling.detector.HierKD`;
+                put into eval mode.
+            min_size: What the shorter side is resized to, in pixels.
+            max_size: Limit of the longer side, in pixels.
+            image_format: Channel order the model was trained with, "RGB" or "BGR".
+            trained_on: Names of the datasets it was trained on; none are not known.
+            weights: Where they are from, for people to read.
 
         Raises:
             FileNotFoundError: There is no such folder, checkpoint, config or CLIP.
             ValueError: The config or an override is wrong, or the file holds no such detector.
         """
-        config, weights = find_checkpoint(path, config_file)
-        overrides = ["MODEL.WEIGHTS", weights, *map(str, opts)]
-        if device is not None:
-            overrides += ["MODEL.DEVICE", str(device)]
-        predictor: OpenVocabularyPredictor = cls(load_config(config, overrides))
+        if model is None:
+            if path is None:
+                raise TypeError("a predictor needs a training's folder, a checkpoint or a config")
+            config, found = find_checkpoint(path, config_file)
+            overrides = ["MODEL.WEIGHTS", found, *map(str, opts)]
+            if device is not None:
+                overrides += ["MODEL.DEVICE", str(device)]
+            self.__init__(load_config(config, overrides))  # type: ignore[misc]
+            return
+        self.model: Any = model.eval()
+        self.resize = ResizeShortestEdge([min_size, min_size], max_size)
+        self.image_format = image_format
+        self.trained_on = tuple(trained_on)
+        self.weights = weights
+        self._lock = threading.RLock()
+
+    @classmethod
+    def from_checkpoint(cls, *args: Any, **options: Any) -> OpenVocabularyPredictor:
+        """Do the same as ``OpenVocabularyPredictor(path, ...)``."""
+        predictor: OpenVocabularyPredictor = cls(*args, **options)
         return predictor
 
     @classmethod
@@ -127,19 +133,28 @@ class OpenVocabularyPredictor:
         """Build the model with its weights and the largest vocabulary of the test datasets."""
         if not cfg.MODEL.WEIGHTS:  # the checkpointer takes it for random weights
             raise ValueError("MODEL.WEIGHTS is empty: detecting needs trained weights")
-        model: Any = build_model(_for_inference(cfg))
+        model: Any = build_model(for_inference(cfg))
         HierKDCheckpointer(model).load_detector(cfg.MODEL.WEIGHTS)
         vocabularies = [MetadataCatalog.get(n).get("thing_classes", []) for n in cfg.DATASETS.TEST]
         largest: list[str] = max(vocabularies, key=len, default=[])
-        if largest:
-            model.set_vocabulary(largest)
+        stored: Any = getattr(model.teacher, "stored", None)
+        if largest or stored:
+            model.set_vocabulary(largest or stored.names)
         return {
             "model": model,
             "min_size": cfg.INPUT.MIN_SIZE_TEST,
             "max_size": cfg.INPUT.MAX_SIZE_TEST,
             "image_format": cfg.INPUT.FORMAT,
             "trained_on": tuple(cfg.DATASETS.TRAIN),
+            "weights": cfg.MODEL.WEIGHTS,
         }
+
+    def __repr__(self) -> str:
+        names = some(self.vocabulary)
+        return (
+            f"OpenVocabularyPredictor({self.weights!r} on {str(self.device)!r}, trained on "
+            f"{', '.join(self.trained_on) or 'unknown'}, {len(self.vocabulary)} classes: {names})"
+        )
 
     @property
     def vocabulary(self) -> tuple[str, ...]:
@@ -199,19 +214,21 @@ class OpenVocabularyPredictor:
 
         Args:
             images: A path, a Pillow image, an array (H, W, 3) uint8 or a tensor (3, H, W) uint8;
-                or a list or tuple of these, or an array or tensor with one more dimension in front.
+                or several: a folder, a glob such as "photos/*.jpg", a list or tuple of the former,
+                or an array or tensor with one more dimension in front.
             vocabulary: Class names for this call alone; None is the current vocabulary.
             score_threshold: Detections below this score, 0..1, are left out.
             top_k: Of the others, the best ones of each image; None is all of them.
             class_thresholds: Class name to a threshold that takes the place of ``score_threshold``.
-            channels: Order of the channels of arrays and tensors, "BGR" or "RGB".
+            channels: Order of the channels of arrays and tensors: "BGR", as of OpenCV, or "RGB".
             batch_size: Most images in one forward pass. Only images that the model sees in one size
                 share a pass, so that no padding touches the scores.
 
         Returns:
-            Instances of the one picture, or a list of them, on the CPU, best first, with
-            ``pred_boxes`` (XYXY, pixels of the picture), ``scores`` and ``pred_classes`` (positions
-            in the vocabulary). At most ``TEST.DETECTIONS_PER_IMAGE`` each.
+            :class:`hierkd.inference.detections.Detections` of the one picture, or a list of them,
+            on the CPU, best first: detectron2's ``Instances`` with ``pred_boxes`` (XYXY, pixels of
+            the picture), ``scores`` and ``pred_classes`` (positions in the vocabulary), which can
+            be drawn and saved. At most ``TEST.DETECTIONS_PER_IMAGE`` each.
 
         Raises:
             FileNotFoundError, ValueError, TypeError: Something is no picture (see :func:`as_bgr`;
@@ -220,6 +237,7 @@ class OpenVocabularyPredictor:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         keep = DetectionFilter(score_threshold, top_k, dict(class_thresholds or {}))
+        images = _listed(images)
         several = _is_several(images)
         pictures: Any = images if several else [images]
         with_names = self.model.vocabulary if vocabulary is not None else nullcontext
@@ -240,11 +258,12 @@ class OpenVocabularyPredictor:
                 for inputs in by_size.values():
                     outputs = self.model(list(inputs.values()))
                     for i, output in zip(inputs, outputs, strict=True):
-                        found[i] = keep(output["instances"].to("cpu"), names)
+                        kept = keep(output["instances"].to("cpu"), names)
+                        found[i] = Detections(kept, names, pictures[i], channels)
         return [found[i] for i in range(len(pictures))] if several else found[0]
 
 
-def _for_inference(cfg: Any) -> Any:
+def for_inference(cfg: Any) -> Any:
     """The config without what training alone needs; CLIP takes the place of a missing cache."""
     cfg = cfg.clone()
     cfg.defrost()
@@ -255,6 +274,16 @@ def _for_inference(cfg: Any) -> Any:
         cfg.MODEL.TEACHER.CACHE = ""
     cfg.freeze()
     return cfg
+
+
+def _listed(images: Any) -> Any:
+    """The pictures of a folder or a glob; anything else as it is."""
+    if not isinstance(images, str | os.PathLike) or os.path.isfile(images):
+        return images
+    text = os.fspath(images)
+    if not os.path.isdir(text) and not glob.has_magic(text):
+        return images
+    return [path for path in find_inputs([text]) if not is_video(path)]
 
 
 def _is_several(images: Any) -> bool:

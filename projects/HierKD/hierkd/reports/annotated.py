@@ -23,10 +23,10 @@ from hierkd.data.mapper import read_picture
 from hierkd.evaluation.heat_maps import score_heat_maps
 from hierkd.files import replacing
 from hierkd.inference.detectors import Detectors
+from hierkd.inference.drawing import Image, draw_instances, save_picture
 from hierkd.inference.video import Frame, Video, VideoFile
 from hierkd.reports.charts import draw_heat_map_sheet, draw_side_by_side
-from hierkd.reports.drawing import Image, draw_instances, save_picture
-from hierkd.reports.page import Figure, Page, Picture, Section, data_uri, jpeg_uri, write_page
+from hierkd.reports.page import Figure, Page, Picture, Section, data_uri, embedded, write_page
 
 __all__ = [
     "Annotated",
@@ -250,7 +250,7 @@ def _picture(file: Path, alternative: str, embed: bool) -> Picture:
         return Picture(source, alternative, video=True)
     if file.suffix != ".png":  # a video that browsers do not play
         return Picture("", file.name, link=link)
-    if not embed:
-        return Picture(link, alternative, link=link)
     with PILImage.open(file) as image:
-        return Picture(jpeg_uri(np.asarray(image.convert("RGB"), np.uint8)), alternative)
+        if not embed:
+            return Picture(link, alternative, link=link, size=image.size)
+        return embedded(np.asarray(image.convert("RGB"), np.uint8), alternative)

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from hierkd.evaluation.heat_maps import HeatMap, overlay_heat_map
 from hierkd.inference.detections import scale_boxes
-from hierkd.reports.drawing import Image, SheetRow, draw_instances, draw_sheet, fit
+from hierkd.inference.drawing import Image, SheetRow, draw_instances, draw_sheet, fit
 from hierkd.reports.gallery import Sample, draw_sample, legend_of
 from hierkd.reports.metrics import Curve
 
@@ -107,7 +107,6 @@ def draw_comparison(
     captions: Sequence[str],
     *,
     panel_px: int = 480,
-    per_row: int = 1,
 ) -> Image:
     """Draw what detectors find in the same pictures (Fig. 5): ground truth, a panel per detector.
 
@@ -115,16 +114,12 @@ def draw_comparison(
         columns: Title of a detector to its samples; all of the same pictures, in the same order.
         captions: A line above each picture.
         panel_px: Longer side of each panel.
-        per_row: Pictures side by side.
     """
     rows: list[SheetRow] = []
     for index, of_picture in enumerate(zip(*columns.values(), strict=True)):
         panels = [draw_sample(of_picture[0], of_picture[0].truth, side=panel_px)]
         panels += [draw_sample(each, each.detections, side=panel_px) for each in of_picture]
-        titles = ["ground truth", *columns] if index < per_row else [""] * len(panels)
-        if index % per_row:
-            last = rows.pop()
-            panels, titles = [*last.panels, *panels], [*last.titles, *titles]
+        titles = ["ground truth", *columns] if index == 0 else [""] * len(panels)
         rows.append(SheetRow(panels, titles, captions[index]))
     legend = [
         (np.tile(np.rint(255 * np.array(color)).astype(np.uint8), (22, 34, 1)), text)

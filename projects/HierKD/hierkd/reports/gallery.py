@@ -17,7 +17,7 @@ from detectron2.structures import Boxes, BoxMode, Instances, pairwise_iou
 from tqdm import tqdm
 
 from hierkd.data.mapper import read_picture
-from hierkd.reports.drawing import Color, Image, draw_boxes, fit
+from hierkd.inference.drawing import Color, Image, draw_boxes, fit
 
 __all__ = [
     "Box",

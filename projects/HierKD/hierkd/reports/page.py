@@ -18,7 +18,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image as PILImage
 
 from hierkd.files import replacing
-from hierkd.reports.drawing import Color, Image
+from hierkd.inference.drawing import Color, Image
 
 __all__ = [
     "Bar",
@@ -30,7 +30,7 @@ __all__ = [
     "Section",
     "Table",
     "data_uri",
-    "jpeg_uri",
+    "embedded",
     "write_page",
 ]
 
@@ -42,8 +42,9 @@ class Picture:
     source: str = field(repr=False)  # URL: data, or a file beside the page; "" is a link alone
     alternative: str  # for those who cannot see it; the text of a link alone
     label: str = ""  # below it
-    link: str = ""  # where a click leads
+    link: str = ""  # where a click leads; without, it enlarges the picture
     video: bool = False
+    size: tuple[int, int] | None = None  # width and height in pixels, so that nothing jumps
 
 
 @dataclass(frozen=True)
@@ -123,11 +124,12 @@ def data_uri(kind: str, content: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
 
 
-def jpeg_uri(image: Image) -> str:
-    """Put a picture (H, W, 3), RGB, into a URL, as JPEG."""
+def embedded(image: Image, alternative: str, label: str = "") -> Picture:
+    """A picture (H, W, 3), RGB, that lies in the page, as JPEG."""
     buffer = io.BytesIO()
     PILImage.fromarray(image).save(buffer, format="JPEG", quality=88)
-    return data_uri("image/jpeg", buffer.getvalue())
+    source, size = data_uri("image/jpeg", buffer.getvalue()), (image.shape[1], image.shape[0])
+    return Picture(source, alternative, label, size=size)
 
 
 def _number(value: float | None) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -19,10 +20,10 @@ from detectron2.structures import Boxes, BoxMode, Instances
 
 from hierkd.config import add_hierkd_config
 from hierkd.evaluation.heat_maps import score_heat_maps
+from hierkd.inference.drawing import Image, SheetRow, draw_sheet, save_picture
 from hierkd.inference.predictor import OpenVocabularyPredictor
 from hierkd.load_config import load_config
-from hierkd.reports.charts import draw_comparison, draw_curves, draw_heat_map_sheet
-from hierkd.reports.drawing import Image, save_picture
+from hierkd.reports.charts import draw_curves, draw_heat_map_sheet
 from hierkd.reports.gallery import (
     COLORS,
     CORRECT,
@@ -48,7 +49,7 @@ from hierkd.reports.page import (
     Section,
     Table,
     data_uri,
-    jpeg_uri,
+    embedded,
     write_page,
 )
 from hierkd.reports.run_record import Evaluation, RunFolder, read_run
@@ -95,6 +96,7 @@ _FIGURES_CAPTION = (
     "at that overlap. ZSD: only the novel names are asked for. GZSD: all names compete."
 )
 _PER_CLASS = "AP50-"
+_BEST_PX = 360  # of pictures that stand four in a row. [ours]
 
 
 # ------------------------------------------------------------------------------------- any run
@@ -299,7 +301,9 @@ def _precision_curves(curves: Mapping[str, Curve]) -> list[Figure]:
 
 def _curves(title: str, lines: Mapping[str, Curve], *, from_zero: bool = True) -> Figure:
     svg = draw_curves(lines, from_zero=from_zero)
-    return Figure([Picture(data_uri("image/svg+xml", svg), title)], caption=title)
+    size = re.search(rb'viewBox="0 0 (\d+)[\d.]* (\d+)', svg)
+    shape = (int(size[1]), int(size[2])) if size else None
+    return Figure([Picture(data_uri("image/svg+xml", svg), title, size=shape)], caption=title)
 
 
 # ---------------------------------------------------------------------------------------- pictures
@@ -348,7 +352,7 @@ def _pictures_section(samples: Sequence[Sample], source: str) -> Section:
     for sample in samples:
         names = sorted({box.class_name for box in sample.truth if box.verdict == CORRECT})
         pictures = [
-            Picture(jpeg_uri(draw_sample(sample, boxes)), label, label)
+            embedded(draw_sample(sample, boxes), label, label)
             for label, boxes in (("ground truth", sample.truth), ("detected", sample.detections))
         ]
         caption = f"{Path(sample.file_name).name}: {', '.join(names)}"
@@ -450,6 +454,7 @@ def write_demo_report(
     records = DatasetCatalog.get(dataset_name)
     detect = _saved_detections(run.path, dataset_name)
     samples = keep_best(build_samples(records, detect, vocabulary, novel))
+    best = best_sample_per_class(samples, novel)
     chosen = [records.index(r) for r in choose_in_turn(records, vocabulary, novel, num_pictures)]
     shown = [samples[index] for index in chosen]
     with predictor.model.vocabulary(vocabulary):
@@ -457,7 +462,7 @@ def write_demo_report(
     page = Page(
         "Found by name, never boxed in training",
         [
-            _best_section(best_sample_per_class(samples, novel), novel),
+            _best_section(best, novel),
             Section(
                 "The figures",
                 cards=_cards(run),
@@ -492,8 +497,11 @@ def write_demo_report(
         "a vision-language model.",
     )
     write_page(path, page)
-    overview = draw_comparison({"detected": shown[:6]}, [""] * len(shown[:6]), per_row=2)
-    save_picture(Path(path).with_name("overview.jpg"), overview)
+    panels = [_draw_best(sample, name) for name, sample in best.items()]
+    rows = [SheetRow(each, [""] * len(each)) for each in (panels[:4], panels[4:8]) if each]
+    if rows:
+        overview = draw_sheet(rows, panel_px=_BEST_PX)
+        save_picture(Path(path).with_name("overview.jpg"), overview)
 
 
 def _stored_section(
@@ -514,10 +522,10 @@ def _stored_section(
 
 
 def _best_section(best: Mapping[str, Sample], novel: Sequence[str]) -> Section:
-    figures = []
-    for name, sample in best.items():
-        picture = draw_sample(sample, [d for d in sample.detections if d.class_name == name])
-        figures.append(Figure([Picture(jpeg_uri(picture), name)], title=name))
+    figures = [
+        Figure([embedded(_draw_best(sample, name), name)], title=name)
+        for name, sample in best.items()
+    ]
     missed = ", ".join(name for name in novel if name not in best)
     return Section(
         figures=figures,
@@ -529,9 +537,14 @@ def _best_section(best: Mapping[str, Sample], novel: Sequence[str]) -> Section:
     )
 
 
+def _draw_best(sample: Sample, name: str) -> Image:
+    found = [box for box in sample.detections if box.class_name == name]
+    return draw_sample(sample, found, side=_BEST_PX)
+
+
 def _heat_maps(predictor: OpenVocabularyPredictor, sample: Sample, novel: Sequence[str]) -> Figure:
     """A sheet of the novel classes in a picture."""
     present = [name for name in novel if any(t.class_name == name for t in sample.truth)]
     maps = score_heat_maps(predictor.model, predictor.prepare(sample.image), present)
     sheet = draw_heat_map_sheet(sample.image[:, :, ::-1], maps)
-    return Figure([Picture(jpeg_uri(sheet), f"heat maps of {', '.join(present)}")])
+    return Figure([embedded(sheet, f"heat maps of {', '.join(present)}")])

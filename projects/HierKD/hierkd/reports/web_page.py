@@ -28,10 +28,20 @@ from hierkd.inference.detections import (
     scale_boxes,
 )
 from hierkd.inference.detectors import icons_only
+from hierkd.inference.drawing import Image, draw_instances, fit
 from hierkd.inference.predictor import COMMAS, OpenVocabularyPredictor, check_typed
-from hierkd.reports.drawing import Image, draw_instances, fit
 
-__all__ = ["Found", "Limits", "build_page", "detect", "parse_names", "read_upload", "show"]
+__all__ = [
+    "SCRIPT",
+    "STYLE",
+    "Found",
+    "Limits",
+    "build_page",
+    "detect",
+    "parse_names",
+    "read_upload",
+    "show",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +50,24 @@ _LARGEST_VIEW = 1280  # px, the longer side of the picture that boxes are drawn 
 # Of what visitors leave behind. [ours]
 _SECONDS_KEPT = 3600
 _WAITING = 50  # requests in the queue; further ones are turned away
+
+# The result is seen without scrolling, on a phone before the inputs.
+STYLE = """
+h1 { font-size: 1.25rem !important; margin: 0 !important; }
+:focus-visible { outline: 3px solid #1d4ed8 !important; outline-offset: 2px !important; }
+[id^=panel_] img { max-height: 52vh; }
+@media (max-width: 760px) { #answers { order: -1; } [id^=panel_] img { max-height: 45vh; } }
+"""
+# Gradio gives the examples no names that a screen reader could say.
+SCRIPT = """() => {
+  const name = () => document.querySelectorAll("#examples button:has(img)").forEach(button =>
+    button.setAttribute("aria-label", "Example " + decodeURI(button.querySelector("img").src)
+      .split("/").pop()));
+  new MutationObserver(name).observe(document.body, {childList: true, subtree: true});
+  name();
+}"""
+_SCROLL = "() => document.querySelector('#message').scrollIntoView({block: 'nearest'})"
+_SCROLL_IF_WRONG = f"() => document.querySelector('#results')?.offsetParent || ({_SCROLL})()"
 
 _HELLO = "Drop a picture."
 _FAILED = "The server could not do this; its log says why."
@@ -204,18 +232,15 @@ def build_page(
         title="HierKD", analytics_enabled=False, fill_width=True, delete_cache=(600, _SECONDS_KEPT)
     ) as page:
         state = gr.State(None, time_to_live=_SECONDS_KEPT)
-        gr.Markdown(
-            "# Open-vocabulary detection\nDrop a picture and name what to look for. "
-            "Moving the threshold does not detect anew."
-        )
+        gr.Markdown("# Open-vocabulary detection\nDrop a picture and name what to look for.")
         if icons := icons_only(predictors):
             gr.Textbox(icons, show_label=False, container=False, elem_id="icons_only")
         with gr.Row():
             with gr.Column(scale=2, min_width=320):
                 inputs = _lay_out_inputs(limits, names, examples)
-            with gr.Column(scale=5, min_width=420):
+            with gr.Column(scale=5, min_width=320, elem_id="answers"):
                 outputs = _lay_out_outputs(list(predictors))
-        _connect(predictors, limits, state, inputs, outputs)
+        _connect(page, predictors, limits, state, inputs, outputs)
     page.queue(max_size=_WAITING)
     return page
 
@@ -223,10 +248,11 @@ def build_page(
 def _lay_out_inputs(limits: Limits, names: str, examples: Sequence[Path]) -> list[Any]:
     """The picture, the names, the button; then three settings that need no new detection."""
     picture = gr.Image(
+        str(examples[0]) if examples else None,
         label="Picture",
         sources=["upload", "clipboard"],
         buttons=["fullscreen"],
-        height=300,
+        height=220,
         placeholder=f"Drop a picture here, or click\nup to {limits.max_bytes / 1024**2:g} MB",
         elem_id="picture",
     )
@@ -243,7 +269,8 @@ def _lay_out_inputs(limits: Limits, names: str, examples: Sequence[Path]) -> lis
             elem_id="class_thresholds",
         )
     if examples:
-        gr.Examples([[str(path)] for path in examples], [picture], label="Or choose one")
+        paths = [[str(path)] for path in examples]
+        gr.Examples(paths, [picture], label="Or choose one", elem_id="examples")
     return [picture, classes, button, threshold, top_k, own]
 
 
@@ -255,6 +282,7 @@ def _lay_out_outputs(titles: Sequence[str]) -> list[Any]:
             panels = [
                 gr.Image(
                     label=title,
+                    show_label=len(titles) > 1,
                     format="png",
                     interactive=False,
                     buttons=["download", "fullscreen"],
@@ -277,6 +305,7 @@ def _lay_out_outputs(titles: Sequence[str]) -> list[Any]:
 
 
 def _connect(
+    page: gr.Blocks,
     predictors: Mapping[str, OpenVocabularyPredictor],
     limits: Limits,
     state: gr.State,
@@ -324,7 +353,9 @@ def _connect(
         "preprocess": False,
         "api_visibility": "private",
     }
-    of_picture = [picture.change, names.submit, button.click]
-    gr.on(of_picture, answer_picture, [picture, names, *settings], **common)
+    of_picture = [page.load, picture.change, names.submit, button.click]
+    answered = gr.on(of_picture, answer_picture, [picture, names, *settings], **common)
+    answered.then(None, js=_SCROLL)
     of_settings = [threshold.change, top_k.change, class_thresholds.submit, class_thresholds.blur]
-    gr.on(of_settings, answer_setting, [state, *settings], show_progress="hidden", **common)
+    common |= {"inputs": [state, *settings], "show_progress": "hidden"}
+    gr.on(of_settings, answer_setting, **common).then(None, js=_SCROLL_IF_WRONG)

@@ -6,15 +6,15 @@ packages. A teacher is a plain object, not an ``nn.Module``: ``state_dict``, ``m
 optimiser and DDP cannot see it.
 
 CLIP is loaded on the first call that needs it. Texts come from stored class embeddings
-(``MODEL.TEXT_CLASSIFIER.EMBEDDINGS``), a cache of the teacher (``MODEL.TEACHER.CACHE``), the text
-cache on disk, and only then from CLIP.
+(``MODEL.TEXT_CLASSIFIER.EMBEDDINGS``, or those a training left in its folder), a cache of the
+teacher (``MODEL.TEACHER.CACHE``), the text cache on disk, and only then from CLIP.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
+import hierkd
 from hierkd.files import cache_root
 from hierkd.teachers.crops import crop_regions
 from hierkd.teachers.open_clip import (
@@ -38,10 +39,12 @@ from hierkd.teachers.protocol import LoadedCLIP, Teacher
 from hierkd.teachers.region_cache import RegionCache
 from hierkd.teachers.text_cache import TextCache, Vector
 from hierkd.teachers.texts import (
+    OWN_EMBEDDINGS,
     TextEmbeddings,
     check_provenance,
     check_template,
     load_text_embeddings,
+    make_text_embeddings,
 )
 
 __all__ = [
@@ -82,6 +85,7 @@ class CLIPTeacher:
         pixel_statistics: mean and deviation of the pixels, "clip" (the model's own) or "imagenet".
         stored: embeddings of class names and of the background prompt. A class name that it lacks
             is an error, never encoded by CLIP: vocabularies are not to mix sources.
+        stored_only: False: the source is this very CLIP, and encodes what they lack.
         cache: embeddings of texts, looked up before CLIP is asked.
 
     Raises:
@@ -102,6 +106,7 @@ class CLIPTeacher:
         precision: str = "auto",
         pixel_statistics: str = "clip",
         stored: TextEmbeddings | None = None,
+        stored_only: bool = True,
         cache: RegionCache | None = None,
     ) -> None:
         for key, value, choices in (
@@ -119,6 +124,7 @@ class CLIPTeacher:
         self.templates = tuple(templates)
         self.half = self.device.type == "cuda" if precision == "auto" else precision == "fp16"
         self.stored = stored
+        self.stored_only = stored_only
         self.cache = cache
         self._download_root = download_root
         self._text_cache_dir = text_cache_dir
@@ -243,12 +249,35 @@ class CLIPTeacher:
         Raises:
             ValueError: stored embeddings are in use, and they lack a name.
         """
-        if self.stored is not None:
-            return torch.from_numpy(self.stored.rows_of(names)).to(self.device)
+        if (stored := self.stored) is not None:
+            known = [name for name in names if self.stored_only or name in stored.names]
+            rows = torch.from_numpy(stored.rows_of(known)).to(self.device)
+            if len(known) == len(names):
+                return rows
+            others = [name for name in names if name not in stored.names]
+            row_of = dict(zip((*known, *others), (*rows, *self._encode_names(others)), strict=True))
+            return torch.stack([row_of[name] for name in names])
+        return self._encode_names(names)
+
+    def _encode_names(self, names: Sequence[str]) -> Tensor:
+        """What the texts that the templates make of the names give."""
         each = [self.encode_captions([t.format(name) for name in names]) for t in self.templates]
         if len(each) == 1:
             return each[0]
         return F.normalize(torch.stack(each).mean(dim=0), dim=-1)
+
+    def text_embeddings(self, names: Sequence[str], background_prompt: str) -> TextEmbeddings:
+        """Embed class names and the background for a file, which says as far as known by what."""
+        known: dict[str, Any] = {"templates": self.templates, "version": hierkd.__version__}
+        with suppress(FileNotFoundError):  # stored embeddings or a cache took CLIP's place
+            known |= {"clip": self.title, "weights_sha256": self.weights_digest}
+        return make_text_embeddings(
+            names,
+            self.encode_classes(names).cpu().numpy(),
+            background=self.encode_captions([background_prompt])[0].cpu().numpy(),
+            background_prompt=background_prompt,
+            **known,
+        )
 
     def _encode_crops(
         self, images: Sequence[Tensor], boxes: Sequence[Tensor], crop_scale: float
@@ -360,6 +389,7 @@ def build_teacher(cfg: Any) -> CLIPTeacher:
             "hierkd.load_config.load_config, which puts its templates into TEMPLATES"
         )
     templates = tuple(text.TEMPLATES) or (text.TEMPLATE,)
+    given = text.EMBEDDINGS
     return CLIPTeacher(
         teacher.WEIGHTS,
         device=cfg.MODEL.DEVICE,
@@ -368,14 +398,15 @@ def build_teacher(cfg: Any) -> CLIPTeacher:
         text_cache_dir=teacher.TEXT_CACHE_DIR,
         download_root=teacher.DOWNLOAD_ROOT,
         pixel_statistics=teacher.PIXEL_STATISTICS,
-        stored=_build_stored(cfg, templates) if text.EMBEDDINGS else None,
+        stored=_build_stored(cfg, given, templates) if given else _build_own(cfg, templates),
+        stored_only=bool(given),
         cache=build_region_cache(cfg) if teacher.CACHE else None,
     )
 
 
-def _build_stored(cfg: Any, templates: tuple[str, ...]) -> TextEmbeddings:
+def _build_stored(cfg: Any, path: Path, templates: tuple[str, ...]) -> TextEmbeddings:
     text, weights = cfg.MODEL.TEXT_CLASSIFIER, cfg.MODEL.TEACHER.WEIGHTS
-    stored = load_text_embeddings(text.EMBEDDINGS)
+    stored = load_text_embeddings(path)
     if stored.embed_dim != text.EMBED_DIM:
         raise ValueError(
             f"{stored.path}: embeddings of size {stored.embed_dim}, but "
@@ -385,6 +416,18 @@ def _build_stored(cfg: Any, templates: tuple[str, ...]) -> TextEmbeddings:
     digest = known_weights_sha256(weights, cfg.MODEL.TEACHER.DOWNLOAD_ROOT)
     check_provenance(stored, weights=weights, weights_sha256=digest, templates=templates)
     return stored
+
+
+def _build_own(cfg: Any, templates: tuple[str, ...]) -> TextEmbeddings | None:
+    """What the training in OUTPUT_DIR left, for a detector that distils nothing any more."""
+    path = Path(cfg.OUTPUT_DIR, OWN_EMBEDDINGS)
+    if cfg.MODEL.IKD.LOSS_WEIGHT > 0 or not path.is_file():
+        return None
+    try:
+        return _build_stored(cfg, path, templates)
+    except ValueError as error:  # of another CLIP or other prompts, as an override may want it
+        logger.info("Not used: %s", error)
+        return None
 
 
 def build_region_cache(cfg: Any) -> RegionCache:

@@ -128,7 +128,12 @@ def import_clip() -> ModuleType:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="pkg_resources is deprecated")
         warnings.filterwarnings("ignore", message="Deprecated call to `pkg_resources")
-        import clip
+        try:
+            import clip
+        except ModuleNotFoundError as error:
+            raise FileNotFoundError(
+                f"OpenAI's CLIP cannot be imported ({error}): pip install clip-anytorch"
+            ) from error
     module: ModuleType = clip
     return module
 
@@ -146,7 +151,8 @@ def _weights_digest(weights: str) -> str:
     if weights not in urls:
         raise FileNotFoundError(
             f"MODEL.TEACHER.WEIGHTS: {weights!r} is neither an existing file nor one of the CLIP "
-            f"models {', '.join(urls)}, nor does it begin with 'open_clip:' (docs/teachers.md)"
+            f"models {', '.join(urls)}, nor does it begin with 'open_clip:' (docs/teachers.md); "
+            f"looked from {os.getcwd()!r}, and beside the config for {Path(weights).name!r}, too"
         )
     return urls[weights].split("/")[-2]
 

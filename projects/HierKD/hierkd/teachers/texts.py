@@ -28,7 +28,9 @@ import safetensors.numpy
 from hierkd.files import replacing
 
 __all__ = [
+    "OWN_EMBEDDINGS",
     "TextEmbeddings",
+    "as_clip_reads",
     "check_names",
     "check_provenance",
     "check_template",
@@ -41,6 +43,8 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+OWN_EMBEDDINGS = "vocabulary.safetensors"  # what a training leaves in its folder
 
 _FORMAT = 2
 _SUFFIX = ".safetensors"
@@ -164,12 +168,16 @@ def check_names(names: Sequence[str], names_from: str) -> None:
         raise ValueError(f"{names_from}: repeats {_some(repeated)}; each name must occur once")
     first_of: dict[str, str] = {}
     for name in names:
-        read = " ".join(unicodedata.normalize("NFC", name).lower().split())
-        if (other := first_of.setdefault(read, name)) != name:
+        if (other := first_of.setdefault(as_clip_reads(name), name)) != name:
             raise ValueError(
                 f"{names_from}: {other!r} and {name!r} are one name to CLIP, which reads neither "
                 "capitals, surplus blanks nor ways to write an accent; keep one"
             )
+
+
+def as_clip_reads(name: str) -> str:
+    """A name without what CLIP does not read: capitals, surplus blanks, ways to write an accent."""
+    return " ".join(unicodedata.normalize("NFC", name).lower().split())
 
 
 @lru_cache(maxsize=2**16)

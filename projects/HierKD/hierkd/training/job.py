@@ -19,6 +19,7 @@ from hierkd.checkpoint import HierKDCheckpointer
 from hierkd.data.coco import check_datasets, check_training_sets
 from hierkd.data.custom import describe_datasets
 from hierkd.data.mapper import check_images
+from hierkd.inference.predictor import for_inference
 from hierkd.load_config import load_config
 from hierkd.reports.run_record import record_evaluation, record_start
 from hierkd.training.agreement import in_every_process
@@ -91,6 +92,7 @@ def _prepare_training(cfg: Any, root: Path, *, resume: bool) -> Work:
             trainer.start_iter,
         )
     if comm.is_main_process():
+        Trainer.store_vocabulary(cfg, trainer.model)
         record_start(
             cfg.OUTPUT_DIR,
             command=shlex.join(sys.argv),
@@ -103,7 +105,7 @@ def _prepare_training(cfg: Any, root: Path, *, resume: bool) -> Work:
 
 def _prepare_evaluation(cfg: Any, root: Path, *, resume: bool) -> Work:
     """Build a detector with trained weights."""
-    model = Trainer.build_model(cfg)
+    model = Trainer.build_model(for_inference(cfg))
     checkpointer = HierKDCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     checkpointer.check_trained()

@@ -47,6 +47,7 @@ from hierkd.files import write_json_atomically
 from hierkd.reports.metrics import mend_metrics
 from hierkd.teachers.clip import build_region_cache
 from hierkd.teachers.region_cache import RegionCache
+from hierkd.teachers.texts import OWN_EMBEDDINGS, as_clip_reads, save_text_embeddings
 from hierkd.training.agreement import broadcast_buffers, in_every_process
 from hierkd.training.hooks import FiniteGuard, Interruption
 from hierkd.training.monitoring import build_monitoring_hooks
@@ -280,6 +281,24 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # detectron2 is untyped
                 cls._vocabulary(detector, name),
             ):
                 pass
+
+    @classmethod
+    def store_vocabulary(cls, cfg: Any, model: nn.Module) -> None:
+        """Leave the embeddings of all class names beside the checkpoints, which then need no CLIP.
+
+        The largest vocabulary comes first; of names that are one to CLIP, the first.
+        """
+        if (teacher := getattr(without_ddp(model), "teacher", None)) is None:
+            return
+        sets = [MetadataCatalog.get(n) for n in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN)]
+        names: dict[str, str] = {}
+        for each in sorted((s.get("thing_classes", ()) for s in sets), key=len, reverse=True):
+            for name in each:
+                names.setdefault(as_clip_reads(name), name)
+        if names:
+            prompt = cfg.MODEL.TEXT_CLASSIFIER.BACKGROUND_PROMPT
+            stored = teacher.text_embeddings(list(names.values()), prompt)
+            save_text_embeddings(stored, Path(cfg.OUTPUT_DIR) / OWN_EMBEDDINGS)
 
     @staticmethod
     def _vocabulary(detector: Any, dataset_name: str) -> Any:

@@ -6,8 +6,8 @@ import torch
 from detectron2.structures import Boxes, Instances
 from PIL import Image
 
-from hierkd.reports import drawing
-from hierkd.reports.drawing import (
+from hierkd.inference import drawing
+from hierkd.inference.drawing import (
     class_color,
     draw_boxes,
     draw_instances,
