@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeAlias
@@ -86,9 +87,10 @@ def embed_examples(
         sides = (0, 0, width, height) if box is None else tuple(box)
         x0, y0, x1, y1 = sides if len(sides) == 4 else (-1, -1, -1, -1)
         if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
+            file = f", {picture}" if isinstance(picture, str | os.PathLike) else ""
             raise ValueError(
-                f"examples of {name!r}, number {number}: expected a box x0, y0, x1, y1 within the "
-                f"picture's {width} x {height} pixels, got {box}"
+                f"examples of {name!r}, number {number}{file}: expected a box x0, y0, x1, y1 "
+                f"within the picture's {width} x {height} pixels, got {box}"
             )
         wide, high = image.shape[2] / width, image.shape[1] / height
         for left, right, view in ((x0, x1, image), (width - x1, width - x0, image.flip(2))):
