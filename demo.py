@@ -43,6 +43,9 @@ def get_parser() -> argparse.ArgumentParser:
     add("--vocabulary", metavar="NAMES",
         help="class names separated by commas, a text file with one name a line, or a registered "
         "dataset's name; default: the largest vocabulary among the config's test datasets")
+    add("--examples", nargs="+", default=[], metavar="NAME=PICTURE,...",
+        help="classes by pictures of the object, or by PICTURE@X0:Y0:X1:Y1, its box in pixels; "
+        "beside the name, if that is in --vocabulary, too")
     add("--confidence-threshold", type=float, default=0.3, metavar="SCORE",
         help="detections below this score, 0 to 1, are left out; default: %(default)s")
     add("--class-thresholds", default="", metavar="NAME=SCORE,...",
@@ -78,19 +81,21 @@ def load(args: argparse.Namespace) -> Detectors:
     """Load the detectors."""
     from hierkd.inference.detections import DetectionFilter, parse_class_thresholds
     from hierkd.inference.detectors import Detectors, icons_only, load_detectors
+    from hierkd.inference.examples import parse_examples
     from hierkd.inference.predictor import resolve_vocabulary
 
     vocabulary = None if args.vocabulary is None else resolve_vocabulary(args.vocabulary)
+    examples = parse_examples(args.examples)
     thresholds = parse_class_thresholds(args.class_thresholds)
     keep = DetectionFilter(args.confidence_threshold, args.top_k, thresholds)
-    if vocabulary is not None:
-        keep.check_vocabulary(vocabulary)
+    if vocabulary is not None or examples:
+        keep.check_vocabulary([*(vocabulary or ()), *examples])
     predictors = load_detectors(
         args.run, args.config_file, args.opts, compared=args.compare, device=args.device
     )
     if icons := icons_only(predictors):
         logger.warning("%s", icons)
-    return Detectors(predictors, keep, vocabulary)
+    return Detectors(predictors, keep, vocabulary, examples)
 
 
 def annotate(args: argparse.Namespace) -> int:

@@ -205,6 +205,7 @@ def test_side_by_side_with_heat_maps(call, world):
         (["--vocabulary", "gone.txt"], "gone.txt"),
         (["--compare", "gone/away"], "gone/away"),
         (["--heat-maps", "zebra"], "['zebra']"),
+        (["--examples", "mug=gone.jpg"], "examples of 'mug', number 0: no picture 'gone.jpg'"),
         (["--input", "nowhere.png"], "nowhere.png"),
         (["--opts", "MODEL.WEIGHTS", "gone/model.pth"], "gone/model.pth"),
     ],

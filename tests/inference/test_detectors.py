@@ -50,3 +50,7 @@ def test_several_have_titles_one_vocabulary_and_records(run):
     assert len(records["detections"]) == 1
     assert records["compared"] == {"again": records["detections"]}
     assert list(both.records({"run": found["run"]})) == ["detections"]
+    examples = {"this": [run.parent / "miniature" / "val" / "2.png"]}
+    for names, vocabulary in ((None, ("this",)), (["cup"], ("cup", "this"))):
+        assert Detectors(predictors, DetectionFilter(), names, examples).vocabulary == vocabulary
+        assert predictors["again"].vocabulary == vocabulary

@@ -123,10 +123,18 @@ def test_a_written_pt2_detects_the_same(predictor, tmp_path) -> None:
     assert (metadata["min_size"], metadata["max_size"]) == (96, 300)
 
 
-@pytest.mark.parametrize("names", [NAMES, [f"thing {number}" for number in range(23)]])
-def test_a_written_onnx_detects_the_same(onnx_file, names) -> None:
+@pytest.mark.parametrize(
+    ("names", "examples"),
+    [
+        (NAMES, {}),
+        ([f"thing {number}" for number in range(23)], {}),
+        (["elk"], {"mug": [pictures()[0], (pictures()[2], (5, 9, 60, 100))]}),
+    ],
+)
+def test_a_written_onnx_detects_the_same(onnx_file, names, examples) -> None:
     other = make_predictor()
-    other.set_vocabulary(names)
+    other.set_vocabulary(names, examples)
+    assert len(other.vocabulary) == len(names) + len(examples)
     assert same_detections(other, load_graph(onnx_file), pictures(), vocabulary_as_input=True)
 
 

@@ -12,6 +12,8 @@ import torch
 from PIL import Image
 
 import tiny_training
+from fake_teacher import FakeTeacher
+from hierkd.inference.examples import parse_examples
 from hierkd.inference.predictor import (
     OpenVocabularyPredictor,
     find_checkpoint,
@@ -243,6 +245,59 @@ def test_a_vocabulary_for_one_call(predictor, pictures):
     assert torch.equal(rows(kept), rows(both)[both.pred_classes == 0][:3])
 
 
+def test_what_the_teacher_is_shown_of_examples(predictor, monkeypatch):
+    teacher = FakeTeacher(tiny_training.EMBED_DIM)
+    monkeypatch.setattr(predictor.model, "teacher", teacher)
+    picture = gradient_image(128, 160)  # the model sees 96 x 120
+    predictor.set_vocabulary(
+        ["cup", "mug"], {"thing": [picture], "mug": [(picture, [16, 32, 80, 96])]}
+    )
+    assert predictor.vocabulary == ("cup", "mug", "thing")
+    (_, whole, _), (views, boxes, scale) = teacher.regions
+    assert [each.tolist() for each in whole] == [[[0, 0, 120, 96]]] * 2
+    assert [each.tolist() for each in boxes] == [[[12, 24, 60, 72]], [[60, 24, 108, 72]]]
+    assert scale == 1.5
+    assert torch.equal(views[1], views[0].flip(2))
+    seen = teacher.encode_regions([], [torch.zeros(2, 4)], 1.0).mean(dim=0)
+    cup, mug = teacher.encode_classes(["cup", "mug"])
+    expected = torch.stack([cup, mug + seen / seen.norm(), seen])
+    expected /= expected.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(predictor.model.text_classifier.text_embeddings, expected)
+
+
+def test_examples_alone_for_one_call(predictor, pictures):
+    before = predictor.vocabulary
+    examples = {"this": [pictures[1], (pictures[2], (0, 60, 34, 94))], "that": [GOOD]}
+    found = predictor.predict(pictures[0], examples=examples)
+    assert set(found.pred_classes.tolist()) == {0, 1}
+    assert predictor.vocabulary == before
+    predictor.set_vocabulary(examples=examples)
+    assert predictor.vocabulary == ("this", "that")
+    assert torch.equal(rows(predictor.predict(pictures[0])), rows(found))
+
+
+def test_examples_as_a_user_types_them():
+    assert parse_examples(["mug = a=b.jpg, c@d.png@1:2.5:30:40", "x@y:z.jpg=4.jpg"]) == {
+        "mug": ["a=b.jpg", ("c@d.png", [1, 2.5, 30, 40])],
+        "x@y:z.jpg": ["4.jpg"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("texts", "named"),
+    [
+        (["a.jpg"], r"expected NAME=PICTURE.* got 'a\.jpg'"),
+        (["mug="], "got 'mug='"),
+        (["mug=a.jpg,"], r"got 'mug=a\.jpg,'"),
+        (["mug=a.jpg", "mug=b.jpg"], "'mug' comes twice"),
+        (["mug=a.jpg@1:2:x:4"], r"four numbers of pixels, got 'a\.jpg@1:2:x:4'"),
+    ],
+)
+def test_unusable_texts_of_examples(texts, named):
+    with pytest.raises(ValueError, match=named):
+        parse_examples(texts)
+
+
 def test_threads_share_a_predictor_without_mixing_vocabularies(predictor, pictures):
     vocabularies = [[f"{letter} {i}" for i in range(1 + n)] for n, letter in enumerate("abcd")]
     expected = [rows(predictor.predict(pictures[0], vocabulary=v)) for v in vocabularies]
@@ -328,6 +383,34 @@ def test_the_notebook_runs(world, pictures, tmp_path, monkeypatch):
         (GOOD, {"vocabulary": []}, ValueError, "no names"),
         (GOOD, {"vocabulary": "cat"}, ValueError, "'cat'"),
         (GOOD, {"vocabulary": ["cat", "cat"]}, ValueError, "'cat'"),
+        (GOOD, {"vocabulary": "cat", "examples": {"a": [GOOD]}}, ValueError, "'cat'"),
+        (
+            GOOD,
+            {"vocabulary": ["Mug"], "examples": {"mug": [GOOD]}},
+            ValueError,
+            "one name to CLIP",
+        ),
+        (GOOD, {"examples": {"mug": []}}, ValueError, "'mug': expected a list .* got '\\[\\]'"),
+        (GOOD, {"examples": {"mug": "a.jpg"}}, ValueError, r"list of pictures .* 'a\.jpg'"),
+        (
+            GOOD,
+            {"examples": {"mug": [GOOD, "a.jpg"]}},
+            FileNotFoundError,
+            r"'mug', number 1: .*a\.jpg",
+        ),
+        (
+            GOOD,
+            {"examples": {"mug": [(GOOD, (0, 0, 9, 8))]}},
+            ValueError,
+            "8 x 8 pixels, got .*9, 8",
+        ),
+        (
+            GOOD,
+            {"examples": {"mug": [(GOOD, (4, 0, 4, 8))]}},
+            ValueError,
+            "number 0: expected a box",
+        ),
+        (GOOD, {"examples": {"mug": [(GOOD, (0, 0, 8))]}}, ValueError, r"got \(0, 0, 8\)"),
         ([GOOD, "gone.jpg"], {}, FileNotFoundError, r"image 1: no picture 'gone\.jpg'"),
         ([GOOD, 3], {}, TypeError, r"image 1: .*got int"),
         (b"\x89PNG", {}, TypeError, r"^an image .*got bytes"),

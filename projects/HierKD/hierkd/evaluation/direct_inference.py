@@ -69,7 +69,8 @@ class DirectInference:
         fore = self.model.fore_anchors(batched_inputs)  # lines 3 and 4
         if self.max_anchors:
             fore = [of_image.best(self.max_anchors) for of_image in fore]
-        embeddings = self.model.embed_boxes(batched_inputs, fore, self.crop_scale)  # line 5
+        boxes = [of_image.boxes for of_image in fore]
+        embeddings = self.model.embed_boxes(batched_inputs, boxes, self.crop_scale)  # line 5
         outputs = []
         for given, anchors, seen in zip(batched_inputs, fore, embeddings, strict=True):
             size = (given["image"].shape[1], given["image"].shape[2])

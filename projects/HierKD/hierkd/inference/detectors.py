@@ -11,6 +11,7 @@ from detectron2.structures import Instances
 from numpy.typing import NDArray
 
 from hierkd.inference.detections import DetectionFilter, as_records
+from hierkd.inference.examples import Examples
 from hierkd.inference.predictor import FINAL_WEIGHTS, OpenVocabularyPredictor, find_checkpoint
 from hierkd.load_config import load_config
 
@@ -103,15 +104,18 @@ class Detectors:
         predictors: Mapping[str, OpenVocabularyPredictor],
         keep: DetectionFilter,
         vocabulary: Sequence[str] | None = None,
+        examples: Examples | None = None,
     ) -> None:
         """Give all of them, the first of which is the main one, its vocabulary or another one."""
         self.predictors = dict(predictors)
         self.main = next(iter(self.predictors.values()))
-        self.vocabulary = tuple(self.main.vocabulary if vocabulary is None else vocabulary)
+        if vocabulary is None:
+            vocabulary = () if examples else self.main.vocabulary
+        self.vocabulary = tuple(dict.fromkeys([*vocabulary, *(examples or ())]))
         self.keep = keep
         keep.check_vocabulary(self.vocabulary)
         for predictor in self.predictors.values():
-            predictor.set_vocabulary(self.vocabulary)
+            predictor.set_vocabulary(vocabulary, examples)
 
     def detect(self, images: Sequence[NDArray[np.uint8]]) -> list[dict[str, Instances]]:
         """Detect in BGR pictures: per picture, the detections of each detector by its title."""

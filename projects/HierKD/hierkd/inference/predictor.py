@@ -18,13 +18,14 @@ import re
 import threading
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from detectron2.config import configurable
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
@@ -37,6 +38,7 @@ from hierkd.checkpoint import HierKDCheckpointer
 from hierkd.data.coco_json import some
 from hierkd.data.resizing import ResizeShortestEdge
 from hierkd.inference.detections import DetectionFilter, Detections
+from hierkd.inference.examples import Examples, embed_examples
 from hierkd.inference.images import ImageInput, as_bgr
 from hierkd.inference.video import find_inputs, is_video
 from hierkd.load_config import load_config
@@ -171,15 +173,38 @@ class OpenVocabularyPredictor:
         """Where the model runs; detections come back on the CPU."""
         return torch.device(self.model.device)
 
-    def set_vocabulary(self, names: Sequence[str]) -> None:
-        """Detect these classes, each named once, from now on; CLIP is loaded if a name is new.
+    def set_vocabulary(self, names: Sequence[str] = (), examples: Examples | None = None) -> None:
+        """Detect these classes, each named once, from now on; CLIP is loaded if one is new.
+
+        Args:
+            names: Class names.
+            examples: Class name to a list of pictures of the object, or of (picture, box) pairs
+                with the object's box, XYXY in pixels of the picture; arrays and tensors are BGR. A
+                class that is among ``names``, too, is the mean of what CLIP says of both; the
+                others follow, and nothing is made of their names.
 
         Raises:
-            ValueError: They are no names, or ``MODEL.TEXT_CLASSIFIER.EMBEDDINGS`` lacks one.
-            FileNotFoundError: CLIP is needed, and its weights are not there.
+            ValueError: They are no names, ``MODEL.TEXT_CLASSIFIER.EMBEDDINGS`` lacks one, or an
+                example cannot be used (:func:`hierkd.inference.examples.embed_examples`).
+            FileNotFoundError: An example is missing, or CLIP is needed and its weights are.
         """
         with self._lock:
-            self.model.set_vocabulary(names)
+            self.model.set_vocabulary(*self._classes(names, examples))
+
+    def _classes(
+        self, names: Sequence[str], examples: Examples | None
+    ) -> tuple[Sequence[str], Tensor | None]:
+        """All class names and their embeddings (K, D); no embeddings if names are all there is."""
+        if not examples:
+            return names, None
+        new = [] if isinstance(names, str) else [name for name in examples if name not in names]
+        check_names([*names, *new] if new else names, "the vocabulary")
+        seen = {name: embed_examples(self, name, each) for name, each in examples.items()}
+        texts = self.model.teacher.encode_classes(names) if names else ()
+        rows = dict(zip(names, texts, strict=True))
+        for name, row in seen.items():
+            rows[name] = F.normalize(rows[name].to(row) + row, dim=0) if name in rows else row
+        return list(rows), torch.stack(list(rows.values()))
 
     def prepare(self, image: ImageInput, channels: str = "BGR") -> dict[str, Any]:
         """Turn a picture into one of the model's ``batched_inputs``; see :func:`as_bgr`.
@@ -204,6 +229,7 @@ class OpenVocabularyPredictor:
         images: ImageInput | Sequence[ImageInput],
         *,
         vocabulary: Sequence[str] | None = None,
+        examples: Examples | None = None,
         score_threshold: float = 0.0,
         top_k: int | None = None,
         class_thresholds: Mapping[str, float] | None = None,
@@ -216,7 +242,9 @@ class OpenVocabularyPredictor:
             images: A path, a Pillow image, an array (H, W, 3) uint8 or a tensor (3, H, W) uint8;
                 or several: a folder, a glob such as "photos/*.jpg", a list or tuple of the former,
                 or an array or tensor with one more dimension in front.
-            vocabulary: Class names for this call alone; None is the current vocabulary.
+            vocabulary: Class names for this call alone; None, without ``examples``, is the current
+                vocabulary.
+            examples: Classes for this call alone, as in :meth:`set_vocabulary`.
             score_threshold: Detections below this score, 0..1, are left out.
             top_k: Of the others, the best ones of each image; None is all of them.
             class_thresholds: Class name to a threshold that takes the place of ``score_threshold``.
@@ -240,9 +268,11 @@ class OpenVocabularyPredictor:
         images = _listed(images)
         several = _is_several(images)
         pictures: Any = images if several else [images]
-        with_names = self.model.vocabulary if vocabulary is not None else nullcontext
         found: dict[int, Instances] = {}
-        with self._lock, with_names(vocabulary):
+        with self._lock, ExitStack() as stack:
+            if vocabulary is not None or examples:
+                classes = self._classes(vocabulary or (), examples)
+                stack.enter_context(self.model.vocabulary(*classes))
             names = self.vocabulary
             keep.check_vocabulary(names)
             for start in range(0, len(pictures), batch_size):

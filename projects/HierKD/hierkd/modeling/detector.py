@@ -268,10 +268,12 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
         self.vocabulary_names = names
 
     @contextmanager
-    def vocabulary(self, names: Sequence[str]) -> Iterator[None]:
+    def vocabulary(
+        self, names: Sequence[str], text_embeddings: Tensor | None = None
+    ) -> Iterator[None]:
         """Use another vocabulary inside a ``with`` block; the previous one comes back after it."""
         previous = self.vocabulary_names, self.text_classifier.text_embeddings
-        self.set_vocabulary(names)
+        self.set_vocabulary(names, text_embeddings)
         try:
             yield
         finally:
@@ -750,7 +752,8 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
             is_novel = self.are_novel(self.vocabulary_names)
             exponents[torch.tensor(is_novel, device=texts.device)] = of_novel
         fores = [fore.best(settings.teacher_boxes) for fore in fores]
-        embeddings = self.embed_boxes(batched_inputs, fores, settings.teacher_crop_scale)
+        boxes = [fore.boxes for fore in fores]
+        embeddings = self.embed_boxes(batched_inputs, boxes, settings.teacher_crop_scale)
         joined = []
         for fore, seen in zip(fores, embeddings, strict=True):
             own = fore.probs  # (A, K)
@@ -762,13 +765,12 @@ class HierKD(DenseDetector):  # type: ignore[misc]  # detectron2 is untyped
 
     @torch.no_grad()
     def embed_boxes(
-        self, batched_inputs: list[dict[str, Any]], fores: Sequence[ForeAnchors], crop_scale: float
+        self, batched_inputs: Sequence[Mapping[str, Any]], boxes: Sequence[Tensor], scale: float
     ) -> list[Tensor]:
-        """What the teacher sees in the boxes of each image, in one call: N tensors (A, D)."""
-        regions = self._teacher_or_raise().encode_regions(
-            [x["image"] for x in batched_inputs], [fore.boxes for fore in fores], crop_scale
-        )
-        return list(regions.to(self.device).split([len(fore.boxes) for fore in fores]))
+        """What the teacher sees in boxes (A, 4) of each image, in one call: N tensors (A, D)."""
+        images = [x["image"] for x in batched_inputs]
+        regions = self._teacher_or_raise().encode_regions(images, boxes, scale)
+        return list(regions.to(self.device).split([len(each) for each in boxes]))
 
     def _classify(self) -> Callable[[Tensor], Tensor]:
         """A function of (n, D) embeddings: the (n, K) probabilities of the vocabulary's classes."""
