@@ -18,7 +18,7 @@ classified, distilled per point, distilled globally. ``pred_anchor_deltas``, ``g
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any
