@@ -83,7 +83,7 @@ class OpenVocabularyPredictor:
             trained_on: Names of the datasets it was trained on; none are not known.
         """
         self.model: Any = model.eval()
-        self.resize = ResizeShortestEdge([min_size, min_size], max_size)
+        self.resize: Any = ResizeShortestEdge([min_size, min_size], max_size)
         self.image_format = image_format
         self.trained_on = tuple(trained_on)
         self._lock = threading.RLock()
