@@ -63,6 +63,7 @@ class Detections(NamedTuple):
 
 
 Graph = Callable[..., Detections]
+Inputs = Iterable[list[NDArray[Any]]]
 Model = Callable[[list[dict[str, Any]]], list[dict[str, Instances]]]
 
 
@@ -132,12 +133,10 @@ def export_graph(
     with _quiet(), replacing(path) as making:
         program = _trace(graph.eval(), fixed_size)
         if path.suffix == ".onnx":
-            model = _onnx_model(program)
-            if calibration is not None:
-                seen = map(predictor.prepare, calibration)
-                given = (_inputs(predictor, each, vocabulary_as_input) for each in seen)
-                model = _quantized(model, given)
-            making.write_bytes(_onnx_bytes(model, metadata))
+            seen = map(predictor.prepare, calibration or ())
+            inputs = (_inputs(predictor, each, vocabulary_as_input) for each in seen)
+            given = None if calibration is None else inputs
+            making.write_bytes(_onnx_bytes(program, metadata, given))
         else:
             buffer = io.BytesIO()
             extra = {METADATA_FILE: json.dumps(metadata)}
@@ -167,8 +166,12 @@ def _trace(graph: ExportableDetector, fixed_size: tuple[int, int] | None) -> Exp
         )
 
 
-def _onnx_model(program: ExportedProgram) -> Any:
-    """Translate to ONNX."""
+def _onnx_bytes(
+    program: ExportedProgram, metadata: dict[str, str], calibration: Inputs | None
+) -> bytes:
+    """Translate to ONNX, in 8-bit integers if inputs are there to calibrate them by."""
+    import onnx
+
     user_input = torch.export.graph_signature.InputKind.USER_INPUT
     specs = program.graph_signature.input_specs
     translated: Any = torch.onnx.export(
@@ -181,11 +184,18 @@ def _onnx_model(program: ExportedProgram) -> Any:
         output_names=OUTPUTS,
         custom_translation_table={torch.ops.hierkd.nms_of_classes.default: _onnx_nms},
     )
-    _name_sizes(translated.model_proto.graph)
-    return translated.model_proto
+    model = translated.model_proto
+    _name_sizes(model.graph)
+    if calibration is not None:
+        model = _quantized(model, calibration)
+        del model.metadata_props[:]  # the quantizer's
+    for name, value in metadata.items():
+        model.metadata_props.add(key=name, value=value)
+    onnx.checker.check_model(model)
+    return bytes(model.SerializeToString())
 
 
-def _quantized(model: Any, inputs: Iterable[list[NDArray[Any]]]) -> Any:
+def _quantized(model: Any, inputs: Inputs) -> Any:
     """Let the convolutions of an ONNX graph compute in 8-bit integers, by ranges that inputs show.
 
     Weights have a scale per channel, and 7 bits: sums of 8 saturate on processors without VNNI.
@@ -211,17 +221,6 @@ def _quantized(model: Any, inputs: Iterable[list[NDArray[Any]]]) -> Any:
             weight_type=QuantType.QInt8,
         )
         return onnx.load(quantized)
-
-
-def _onnx_bytes(model: Any, metadata: dict[str, str]) -> bytes:
-    """Write a checked ONNX graph with these metadata and no others."""
-    import onnx
-
-    del model.metadata_props[:]
-    for name, value in metadata.items():
-        model.metadata_props.add(key=name, value=value)
-    onnx.checker.check_model(model)
-    return bytes(model.SerializeToString())
 
 
 def _onnx_nms(boxes: Any, scores: Any, classes: Any, iou_thresh: float, limit: int) -> Any:
