@@ -147,7 +147,7 @@ def test_what_a_page_names_exists(page):
     for name in re.findall(r"\b(?:coco|miniature)_ovd_\w+", text):
         assert any(dataset.startswith(name) for dataset in DatasetCatalog.list()), name
     sources = [path.read_text() for path in [*SCRIPTS, *ROOT.glob("projects/**/*.py")]]
-    for option in re.findall(r"(?<![\w-])--[a-z][a-z-]+", prose(text)):
+    for option in re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", prose(text)):
         assert option in OTHERS.split() or f'"{option}"' in "".join(sources), option
     code = "\n".join([*re.findall(r"`([^`]+)`", prose(text)), shell(text)])
     folders = "configs|tools|docs|requirements|projects|tests|datasets"

@@ -34,11 +34,12 @@ opened = Image.open(args.picture)
 if opened.mode[0] in "IF" or opened.format == "EPS":  # Pillow would cut off at 255
     parser.error(f"{args.picture} has more than 8 bits a channel, or is an EPS document")
 picture = ImageOps.exif_transpose(opened).convert("RGB")
-factor = about["min_size"] / min(picture.size)
-factor = min(factor, about["max_size"] / max(picture.size))
-resized = picture.resize(
-    [max(1, int(side * factor + 0.5)) for side in picture.size], Image.BILINEAR
-)
+sides = session.get_inputs()[0].shape[1::-1]  # width and height: numbers only of a fixed size
+if isinstance(sides[0], str):
+    factor = about["min_size"] / min(picture.size)
+    factor = min(factor, about["max_size"] / max(picture.size))
+    sides = [max(1, int(side * factor + 0.5)) for side in picture.size]
+resized = picture.resize(sides, Image.BILINEAR)
 inputs, names = {"image": np.asarray(resized)}, about["class_names"]
 if args.embeddings:
     with safe_open(args.embeddings, framework="numpy") as stored:

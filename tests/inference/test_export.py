@@ -9,14 +9,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from detectron2.data.transforms import Resize
 from detectron2.modeling import build_model
+from detectron2.structures import Instances
 from PIL import Image
 
 import hierkd.inference.export as module
 import hierkd.modeling.detector as meta_arch
+from evaluated_datasets import register
 from fake_teacher import FakeTeacher
 from hierkd.inference.export import (
     Detections,
+    as_model,
     check_output,
     count_agreeing,
     export_graph,
@@ -115,7 +119,8 @@ def onnx_file(predictor, tmp_path_factory):
 
 def test_a_written_pt2_detects_the_same(predictor, tmp_path) -> None:
     export_graph(predictor, tmp_path / "baked.pt2")
-    assert same_detections(predictor, load_graph(tmp_path / "baked.pt2"), pictures())
+    exported = as_model(predictor, load_graph(tmp_path / "baked.pt2"))
+    assert same_detections(predictor, exported, pictures())
     files = {"hierkd.json": ""}
     torch.export.load(tmp_path / "baked.pt2", extra_files=files)
     metadata = {name: json.loads(value) for name, value in json.loads(files["hierkd.json"]).items()}
@@ -135,7 +140,20 @@ def test_a_written_onnx_detects_the_same(onnx_file, names, examples) -> None:
     other = make_predictor()
     other.set_vocabulary(names, examples)
     assert len(other.vocabulary) == len(names) + len(examples)
-    assert same_detections(other, load_graph(onnx_file), pictures(), vocabulary_as_input=True)
+    exported = as_model(other, load_graph(onnx_file), vocabulary_as_input=True)
+    assert same_detections(other, exported, pictures())
+
+
+def test_openvino_runs_the_graph_unchanged(predictor, onnx_file) -> None:
+    openvino = pytest.importorskip("openvino")
+    run = openvino.Core().compile_model(onnx_file, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+
+    def graph(*inputs: np.ndarray) -> Detections:
+        found = run(inputs)
+        return Detections(*(found[name].copy() for name in module.OUTPUTS))
+
+    exported = as_model(predictor, graph, vocabulary_as_input=True)
+    assert same_detections(predictor, exported, pictures())
 
 
 BLOCKED = """
@@ -151,23 +169,15 @@ runpy.run_path(script, run_name="__main__")
 """
 
 
-def test_the_consumer_needs_neither_torch_nor_this_package(predictor, onnx_file, tmp_path) -> None:
-    picture = pictures()[2]
-    Image.fromarray(picture[:, :, ::-1]).save(tmp_path / "picture.png")
-    rows = predictor.model.text_classifier.text_embeddings.numpy()
-    stored = make_text_embeddings(NAMES, rows, clip="fake", templates=("{}",))
-    save_text_embeddings(stored, tmp_path / "classes.safetensors")
+def consume(*arguments: object) -> subprocess.CompletedProcess[str]:
+    script = str(ROOT / "tools" / "onnx_consumer.py")
+    command = [sys.executable, "-c", BLOCKED, script, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
-    def run(*options: str) -> subprocess.CompletedProcess[str]:
-        script = str(ROOT / "tools" / "onnx_consumer.py")
-        arguments = [script, str(onnx_file), str(tmp_path / "picture.png"), *options]
-        command = [sys.executable, "-c", BLOCKED, *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=False)
 
-    result = run("--threshold", "0", "--embeddings", str(tmp_path / "classes.safetensors"))
+def check_consumer(result: subprocess.CompletedProcess[str], wanted: Instances) -> None:
     assert result.returncode == 0, result.stderr
     lines = [line.split() for line in result.stdout.splitlines()]
-    wanted = predictor(picture)
     fields = (wanted.pred_boxes.tensor, wanted.scores, wanted.pred_classes)
     found = Detections(
         np.array([[float(x) for x in line[2:]] for line in lines], np.float32),
@@ -175,15 +185,49 @@ def test_the_consumer_needs_neither_torch_nor_this_package(predictor, onnx_file,
         np.array([NAMES.index(line[0]) for line in lines]),
     )
     expected = Detections(*(each.numpy() for each in fields))
-    assert count_agreeing(expected, found) == len(wanted) == len(lines)
-    result = run()
+    assert count_agreeing(expected, found) == len(wanted) == len(lines) > 0
+
+
+def test_the_consumer_needs_neither_torch_nor_this_package(predictor, onnx_file, tmp_path) -> None:
+    shown, stored = tmp_path / "picture.png", tmp_path / "classes.safetensors"
+    picture = pictures()[2]
+    Image.fromarray(picture[:, :, ::-1]).save(shown)
+    rows = predictor.model.text_classifier.text_embeddings.numpy()
+    texts = make_text_embeddings(NAMES, rows, clip="fake", templates=("{}",))
+    save_text_embeddings(texts, stored)
+    result = consume(onnx_file, shown, "--threshold", 0, "--embeddings", stored)
+    check_consumer(result, predictor(picture))
+    result = consume(onnx_file, shown)
     assert (result.returncode, "--embeddings\n" in result.stderr) == (2, True)
-    stored = ("--embeddings", str(tmp_path / "classes.safetensors"))
-    Image.new("RGB", (3000, 1)).save(tmp_path / "picture.png")
-    assert run(*stored).returncode == 0
-    Image.fromarray(np.full((9, 9), 4000, np.uint16)).save(tmp_path / "picture.png")
-    result = run(*stored)
+    Image.new("RGB", (3000, 1)).save(shown)
+    assert consume(onnx_file, shown, "--embeddings", stored).returncode == 0
+    Image.fromarray(np.full((9, 9), 4000, np.uint16)).save(shown)
+    result = consume(onnx_file, shown, "--embeddings", stored)
     assert (result.returncode, "more than 8 bits" in result.stderr) == (2, True)
+
+
+def test_a_graph_of_one_size_in_8_bit_integers(tmp_path, monkeypatch) -> None:
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    predictor, path, shown = make_predictor(), tmp_path / "small.onnx", tmp_path / "picture.png"
+    predictor.resize = Resize((80, 120))
+    export_graph(predictor, path, calibration=pictures())
+    model = onnx.load(path)
+    size = [dim.dim_value for dim in model.graph.input[0].type.tensor_type.shape.dim]
+    assert size == [80, 120, 3]
+    made_by = {output: node.op_type for node in model.graph.node for output in node.output}
+    sources = [node.input[:2] for node in model.graph.node if node.op_type == "Conv"]
+    assert {made_by[each] for pair in sources for each in pair} == {"DequantizeLinear"}
+    exported = as_model(predictor, load_graph(path))
+    least, _, *tolerances = module.INT8
+    # Random weights have scores so close that rounding decides more often which box is suppressed.
+    monkeypatch.setattr(module, "INT8", (least, 0.3, *tolerances))
+    assert same_detections(predictor, exported, pictures(), int8=True)
+    assert not same_detections(predictor, exported, pictures())
+    picture = pictures()[2]
+    Image.fromarray(picture[:, :, ::-1]).save(shown)
+    (output,) = exported([predictor.prepare(picture)])
+    check_consumer(consume(path, shown, "--threshold", 0), output["instances"])
 
 
 def some(scores: list[float], shift: float = 0.0, label: int = 0) -> Detections:
@@ -211,13 +255,24 @@ def test_what_counts_as_the_same(predictor, found, agreeing) -> None:
 def test_a_graph_that_finds_more_is_not_the_same(predictor, extra) -> None:
     """The detector itself, as a graph."""
 
-    def graph(picture: np.ndarray) -> Detections:
-        found = predictor(picture[:, :, ::-1])
-        fields = (found.pred_boxes.tensor, found.scores, found.pred_classes)
-        return Detections(*(np.concatenate([x.numpy(), x.numpy()[:extra]]) for x in fields))
+    def twice(inputs: list[dict[str, object]]) -> list[dict[str, Instances]]:
+        (output,) = predictor.model(inputs)
+        found = output["instances"]
+        return [{"instances": Instances.cat([found, found[:extra]])}]
 
     picture = np.zeros((96, 96, 3), np.uint8)
-    assert same_detections(predictor, graph, [picture]) is not bool(extra)
+    assert same_detections(predictor, twice, [picture]) is not bool(extra)
+
+
+def test_what_was_exported_is_evaluated_beside_the_detector(predictor, tmp_path, caplog) -> None:
+    dataset = register(tmp_path, [[("dog", (10, 10, 60, 60))]], vocabulary=("dog", "cat"))
+    Image.fromarray(np.zeros((96, 96, 3), np.uint8)).save(tmp_path / "1.png")
+    record = {"file_name": str(tmp_path / "1.png"), "image_id": 1}
+    with caplog.at_level("INFO"), predictor.model.vocabulary(("dog", "cat")):
+        command.evaluate(predictor, predictor.model, dataset, [record])
+    tables = [x.getMessage() for x in caplog.records if x.name.endswith("split_coco_evaluation")]
+    assert len(tables) == 2
+    assert tables[0] == tables[1]
 
 
 # --- What is refused, and the command line --------------------------------------------------------
@@ -246,7 +301,7 @@ def test_a_failing_write_leaves_the_old_file(predictor, tmp_path, monkeypatch) -
         file.write(b"new")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module, "_trace", lambda graph: None)
+    monkeypatch.setattr(module, "_trace", lambda *_: None)
     monkeypatch.setattr(torch.export, "save", full)
     with pytest.raises(OSError, match="No space left"):
         export_graph(predictor, output)
@@ -259,6 +314,10 @@ def test_a_failing_write_leaves_the_old_file(predictor, tmp_path, monkeypatch) -
     [
         (["--output", "detector.txt"], "must end in .onnx or .pt2"),
         (["--output", "{tmp}/a.pt2", "--check", "nowhere.jpg"], "no picture or video matches"),
+        (["--output", "{tmp}/a.pt2", "--int8", "--calibrate", "{tmp}"], "--int8 needs"),
+        (["--output", "{tmp}/a.pt2", "--calibrate", "{tmp}"], "--int8 and --calibrate"),
+        (["--output", "{tmp}/a.pt2", "--fixed-size", "0", "9"], "--fixed-size must be positive"),
+        (["--output", "{tmp}/a.pt2", "--evaluate", "miniature_tset"], "Unknown dataset"),
         (["--output", "{tmp}/a.pt2", "--opts", "MODEL.WEIGHTS", "gone.pth"], "gone.pth"),
     ],
 )
@@ -282,6 +341,7 @@ def test_the_command_checks_what_it_wrote(predictor, same, tmp_path, monkeypatch
     monkeypatch.setattr("detectron2.utils.logger.setup_logger", lambda **_: None)
     monkeypatch.setattr(module, "export_graph", write)
     monkeypatch.setattr(module, "load_graph", lambda path: path.read_bytes())
+    monkeypatch.setattr(module, "as_model", lambda predictor, graph, **_: graph)
     monkeypatch.setattr(
         module, "same_detections", lambda p, graph, read, **_: len(list(read)) == 1 and same
     )

@@ -118,7 +118,7 @@ class OpenVocabularyPredictor:
             self.__init__(load_config(config, overrides))  # type: ignore[misc]
             return
         self.model: Any = model.eval()
-        self.resize = ResizeShortestEdge([min_size, min_size], max_size)
+        self.resize: Any = ResizeShortestEdge([min_size, min_size], max_size)
         self.image_format = image_format
         self.trained_on = tuple(trained_on)
         self.weights = weights
