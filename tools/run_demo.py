@@ -32,7 +32,7 @@ DATASETS = {"zsd": "miniature_ovd_test_novel", "gzsd": "miniature_ovd_test_all"}
 STAGES = ("prepare", "train", "evaluate", "upper bound", "report")
 LINES_OF_A_FAILURE = 25
 # Work in steps of `seconds_of_a_step`, measured in docs/lab/performance.md.
-STEPS = {"prepare": 820, "iteration": 1.4, "rest": 100}
+STEPS = {"prepare": 820, "iteration": 1.4, "rest": 130}
 # AP50 of other recipes, means over four and two seeds: ZSD's novel classes; GZSD's novel, base and
 # all classes. Of docs/lab/miniature.md.
 STORED = {
@@ -155,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not (world / "backbone.json").is_file():  # the last that the preparation writes
         work += STEPS["prepare"]
     minutes = max(1, round(work * seconds_of_a_step() / 60))
-    print(f"About {minutes} minutes on this machine, if it stays as busy as it is.")
+    print(f"About {minutes} min on this machine, if it stays as busy as it is.", flush=True)
     with stages("prepare", "The miniature world, its tiny CLIP and the detector's warm start"):
         script = runpy.run_path(str(ROOT / "tools" / "prepare_miniature.py"))
         script["prepare"](MiniatureSpec(), args.config_file)
