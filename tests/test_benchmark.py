@@ -29,16 +29,23 @@ def test_a_device_that_is_none_is_named(capsys):
 
 @pytest.mark.parametrize(
     "tool",
-    ["benchmark", "clip_direct_inference", "clip_upper_bound", "miniature_study", "reproduce"],
+    [
+        *("benchmark", "clip_direct_inference", "clip_upper_bound", "miniature_study"),
+        *("reproduce", "run_demo"),
+    ],
 )
 def test_the_command_line_is_parsed_before_pytorch_is_imported(tool):
+    """By then the package has said that PyTorch's threads are not to spin."""
     path = Path(__file__).resolve().parent.parent / "tools" / f"{tool}.py"
     code = f"""
-import runpy, sys
+import os, runpy, sys
+os.environ.pop("OMP_WAIT_POLICY", None)
 sys.argv = ["tool", "--help"]
 try:
     runpy.run_path({str(path)!r}, run_name="__main__")
 finally:
+    import hierkd
+    assert os.environ["OMP_WAIT_POLICY"] == "passive"
     assert not {{"torch", "detectron2"}} & set(sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

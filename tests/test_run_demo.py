@@ -24,6 +24,10 @@ def process(code):
     return subprocess.Popen([sys.executable, "-c", code])
 
 
+def test_a_step_is_timed_for_the_estimate():
+    assert 0 < run_demo.seconds_of_a_step(1) < 60
+
+
 def test_the_figures_are_those_of_the_last_evaluation(folder):
     figures = run_demo.read_evaluation(process("pass"), folder)
     assert figures[run_demo.DATASETS["zsd"]] == {"novel/AP50": 2.0}

@@ -16,6 +16,7 @@ import hierkd  # noqa: F401  (first: it quiets two deprecation warnings inside l
 # isort: split
 import argparse
 import logging
+import runpy
 import subprocess
 import sys
 import time
@@ -30,6 +31,8 @@ ROOT = Path(__file__).resolve().parent.parent
 DATASETS = {"zsd": "miniature_ovd_test_novel", "gzsd": "miniature_ovd_test_all"}
 STAGES = ("prepare", "train", "evaluate", "upper bound", "report")
 LINES_OF_A_FAILURE = 25
+# Work in steps of `seconds_of_a_step`, measured in docs/lab/performance.md.
+STEPS = {"prepare": 820, "iteration": 1.4, "rest": 130}
 # AP50 of other recipes, means over four and two seeds: ZSD's novel classes; GZSD's novel, base and
 # all classes. Of docs/lab/miniature.md.
 STORED = {
@@ -46,6 +49,22 @@ def stage(seconds: dict[str, float], name: str, announcement: str) -> Iterator[N
     yield
     seconds[name] = round(time.monotonic() - started, 1)
     print(f"      done in {seconds[name]:.0f} s", flush=True)
+
+
+def seconds_of_a_step(count: int = 4) -> float:
+    """Time steps of the tiny CLIP's image encoder, which is work of the demo's kind and size."""
+    import torch
+
+    from hierkd.miniature.clip import TinyCLIPSpec, build_tiny_clip
+
+    spec = TinyCLIPSpec()
+    encoder = build_tiny_clip(spec).visual.to(memory_format=torch.channels_last)
+    crops = torch.rand(spec.batch_size, 3, spec.resolution, spec.resolution)
+    for number in range(1 + count):
+        if number == 1:  # the first is slower
+            started = time.monotonic()
+        encoder(crops.contiguous(memory_format=torch.channels_last)).sum().backward()
+    return (time.monotonic() - started) / count
 
 
 def start_training(config_file: str, folder: Path, overrides: Sequence[str]) -> Popen[bytes]:
@@ -115,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from hierkd.experiments.results import collect_results, summary_rows, write_results
     from hierkd.inference.predictor import OpenVocabularyPredictor
     from hierkd.load_config import load_config
-    from hierkd.miniature.world import miniature_root
+    from hierkd.miniature.world import MiniatureSpec, miniature_root
     from hierkd.reports.report import write_demo_report
     from hierkd.reports.run_record import git_commit
 
@@ -132,10 +151,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     seconds: dict[str, float] = {}
     stages, started = partial(stage, seconds), time.monotonic()
 
+    work = STEPS["rest"] + STEPS["iteration"] * cfg.SOLVER.MAX_ITER
+    if not (world / "backbone.json").is_file():  # the last that the preparation writes
+        work += STEPS["prepare"]
+    minutes = max(1, round(work * seconds_of_a_step() / 60))
+    print(f"About {minutes} min on this machine, if it stays as busy as it is.", flush=True)
     with stages("prepare", "The miniature world, its tiny CLIP and the detector's warm start"):
-        script = str(ROOT / "tools" / "prepare_miniature.py")
-        if subprocess.call([sys.executable, script, "--config-file", args.config_file]) != 0:
-            raise SystemExit(f"{script} failed")
+        script = runpy.run_path(str(ROOT / "tools" / "prepare_miniature.py"))
+        script["prepare"](MiniatureSpec(), args.config_file)
     process = start_training(args.config_file, folder, overrides)
     with stages("train", f"Training HierKD with proposals, {cfg.SOLVER.MAX_ITER} iterations"):
         follow_training(process, folder, cfg.SOLVER.MAX_ITER)

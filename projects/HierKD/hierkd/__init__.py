@@ -7,9 +7,13 @@ detectron2, and registers the datasets and the model with detectron2's catalogs.
 from __future__ import annotations
 
 import importlib
+import os
 import warnings
 from typing import TYPE_CHECKING, Any
 
+# Read when PyTorch is imported. Its threads on a CPU (libgomp) otherwise spin while they wait for
+# one another: beside other programs a step then takes ten times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # detectron2 0.7 and fvcore use these on every import and every step; nothing a user could mend.
 warnings.filterwarnings("ignore", message=".*`?torch.jit.script`? is deprecated")
 warnings.filterwarnings("ignore", message="torch.meshgrid: in an upcoming release")

@@ -163,7 +163,7 @@ def train_tiny_clip(
         classifier = nn.Linear(spec.embed_dim, len(MINIATURE_CLASSES))
     model.visual.to(memory_format=torch.channels_last)
     parameters = [*model.parameters(), *classifier.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=spec.lr, weight_decay=0.02)
+    optimizer = torch.optim.AdamW(parameters, lr=spec.lr, weight_decay=0.02, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr=spec.lr, total_steps=spec.steps, pct_start=0.1
     )
