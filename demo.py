@@ -20,6 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hierkd.command import run_command
+
 if TYPE_CHECKING:
     from hierkd.inference.detectors import Detectors
     from hierkd.reports.annotated import Annotated
@@ -186,4 +188,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

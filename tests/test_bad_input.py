@@ -97,7 +97,7 @@ CASES = {
     ),
     "no weights": (None, ["MODEL.WEIGHTS", "gone.pth"], "MODEL.WEIGHTS: no file 'gone.pth'"),
     "no dataset": (None, ["DATASETS.TRAIN", "('miniature_ovd_bas',)"], "'miniature_ovd_bas'"),
-    "no key": (None, ["SOLVR.BASE_LR", "1.0"], "SOLVR.BASE_LR"),
+    "no key": (None, ["SOLVR.BASE_LR", "1.0"], "SOLVR.BASE_LR; did you mean SOLVER.BASE_LR?"),
     "no key in the file": (write_config, ["--config-file={world}/mine.yaml"], "mine.yaml"),
     "no pair": (None, ["SEED=1"], "'SEED=1': expected KEY VALUE"),
     "no folder": (None, ["OUTPUT_DIR", "README.md"], "README.md"),

@@ -24,6 +24,7 @@ ANYTHING = DETECTOR | {"load_config", "inference", "evaluation", "reports", "tra
 ANYTHING |= {"experiments"}
 ALLOWED = {
     "config": set(),
+    "command": set(),
     "files": set(),
     "checkpoint": {"files"},
     "teachers": BASE,

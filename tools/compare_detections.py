@@ -13,9 +13,6 @@ rule. Writes one PNG or JPG, by the suffix of --output.
 
 from __future__ import annotations
 
-import hierkd  # noqa: F401  (first: it quiets two deprecation warnings inside libraries)
-
-# isort: split
 import argparse
 import logging
 import random
@@ -23,6 +20,8 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
+
+from hierkd.command import run_command
 
 logger = logging.getLogger("hierkd.compare_detections")
 
@@ -203,4 +202,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

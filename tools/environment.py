@@ -7,6 +7,7 @@ OpenCV with a GUI. The requirements are those of pyproject.toml, plus detectron2
 PyPI under its own name (requirements/detectron2.txt).
 """
 
+import argparse
 import importlib.metadata
 import importlib.util
 import re
@@ -146,9 +147,11 @@ def main() -> None:
         found = ".".join(map(str, sys.version_info[:3]))
         sys.exit(f"error: HierKD needs Python >= 3.11, but {sys.executable} is Python {found}.")
     commands = {"check": check, "install": install}
-    if len(sys.argv) != 2 or sys.argv[1] not in commands:
-        sys.exit("usage: environment.py check|install")
-    commands[sys.argv[1]]()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("command", choices=commands)
+    commands[parser.parse_args().command]()
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from hierkd.command import run_command
+
 logger = logging.getLogger("hierkd.export")
 
 # The graph is of float32 on a CPU, whatever the config chose for its own runs.
@@ -89,9 +91,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; errors of the user's end it with a message and status 2."""
     parser = get_parser()
     args = parser.parse_args(argv)
-    import hierkd  # noqa: F401  (first: it quiets two deprecation warnings inside libraries)
-
-    # isort: split
     from detectron2.utils.logger import setup_logger
 
     setup_logger(name="hierkd", abbrev_name="hierkd")
@@ -102,4 +101,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_command(main)

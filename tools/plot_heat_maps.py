@@ -13,13 +13,12 @@ of --classes are drawn.
 
 from __future__ import annotations
 
-import hierkd  # noqa: F401  (first: it quiets two deprecation warnings inside libraries)
-
-# isort: split
 import argparse
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+
+from hierkd.command import run_command
 
 logger = logging.getLogger("hierkd.plot_heat_maps")
 
@@ -93,4 +92,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -11,9 +11,6 @@ repository's folder, where the paths in the configs start.
 
 from __future__ import annotations
 
-import hierkd  # noqa: F401  (first: it quiets two deprecation warnings inside libraries)
-
-# isort: split
 import argparse
 import logging
 import subprocess
@@ -25,6 +22,8 @@ from functools import partial
 from pathlib import Path
 from subprocess import Popen
 from typing import Any
+
+from hierkd.command import run_command
 
 ROOT = Path(__file__).resolve().parent.parent
 DATASETS = {"zsd": "miniature_ovd_test_novel", "gzsd": "miniature_ovd_test_all"}
@@ -137,11 +136,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         if subprocess.call([sys.executable, script, "--config-file", args.config_file]) != 0:
             raise SystemExit(f"{script} failed")
     process = start_training(args.config_file, folder, overrides)
-    with stages("train", f"Training HierKD with proposals, {cfg.SOLVER.MAX_ITER} iterations"):
-        follow_training(process, folder, cfg.SOLVER.MAX_ITER)
-    with stages("evaluate", "Evaluating on the test split: novel classes alone, and all classes"):
-        found = read_evaluation(process, folder)
-        figures = {protocol: found[name] for protocol, name in DATASETS.items()}
+    try:
+        with stages("train", f"Training HierKD with proposals, {cfg.SOLVER.MAX_ITER} iterations"):
+            follow_training(process, folder, cfg.SOLVER.MAX_ITER)
+        about = "Evaluating on the test split: novel classes alone, and all classes"
+        with stages("evaluate", about):
+            found = read_evaluation(process, folder)
+            figures = {protocol: found[name] for protocol, name in DATASETS.items()}
+    finally:
+        process.terminate()  # of a demo that Ctrl-C has stopped; one that has ended stays so
+        process.wait()
     with stages("upper bound", "CLIP on the ground-truth boxes"):
         trained = ["MODEL.WEIGHTS", str(folder / "model_final.pth")]
         predictor = OpenVocabularyPredictor(load_config(args.config_file, [*overrides, *trained]))
@@ -170,4 +174,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)
