@@ -20,8 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hierkd.command import run_command
 import hierkd
+from hierkd.command import run_command
 
 if TYPE_CHECKING:  # PyTorch is imported when the command line has been understood
     from hierkd.teachers.clip import CLIPTeacher

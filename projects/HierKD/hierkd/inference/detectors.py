@@ -112,12 +112,16 @@ class Detectors:
         keep.check_vocabulary(self.vocabulary)
         for predictor in self.predictors.values():
             predictor.set_vocabulary(self.vocabulary)
+        self.best: tuple[float, str] = (0.0, "")  # score and class of all that was detected so far
 
     def detect(self, images: Sequence[NDArray[np.uint8]]) -> list[dict[str, Instances]]:
         """Detect in BGR pictures: per picture, the detections of each detector by its title."""
+        all_found = [predictor.predict(images) for predictor in self.predictors.values()]
+        for found in filter(len, all_found[0]):
+            best = (float(found.scores[0]), self.vocabulary[int(found.pred_classes[0])])
+            self.best = max(self.best, best)
         of_detectors = [
-            [self.keep(found, self.vocabulary) for found in predictor.predict(images)]
-            for predictor in self.predictors.values()
+            [self.keep(found, self.vocabulary) for found in of_one] for of_one in all_found
         ]
         pictures = zip(*of_detectors, strict=True)
         return [dict(zip(self.predictors, found, strict=True)) for found in pictures]
