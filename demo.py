@@ -69,6 +69,8 @@ def get_parser() -> argparse.ArgumentParser:
     add("--html", nargs="?", const="linked", choices=("linked", "one-file"),
         help="write index.html, too; the pictures stay beside it (linked, the default) or go into "
         "it (one-file)")
+    add("--export", nargs="+", default=[], choices=("coco", "yolo", "label-studio"),
+        help="labels of the pictures for other tools, to be corrected there")
     add("--heat-maps", nargs="?", const=[], metavar="NAMES",
         help="draw the scores of these classes, too; default: of those detected")
     add("--every", type=int, default=1, metavar="N", help="of videos, only every N-th frame")
@@ -82,7 +84,7 @@ def get_parser() -> argparse.ArgumentParser:
 def load(args: argparse.Namespace) -> Detectors:
     """Load the detectors."""
     from hierkd.inference.detections import DetectionFilter, parse_class_thresholds
-    from hierkd.inference.detectors import Detectors, icons_only, load_detectors
+    from hierkd.inference.detectors import Detectors, icons_only, load_detectors, unknown_to_icons
     from hierkd.inference.predictor import resolve_vocabulary
 
     vocabulary = None if args.vocabulary is None else resolve_vocabulary(args.vocabulary)
@@ -93,8 +95,9 @@ def load(args: argparse.Namespace) -> Detectors:
     predictors = load_detectors(
         args.run, args.config_file, args.opts, compared=args.compare, device=args.device
     )
-    if icons := icons_only(predictors):
-        logger.warning("%s", icons)
+    for warning in (icons_only(predictors), unknown_to_icons(predictors, vocabulary or ())):
+        if warning:
+            logger.warning("%s", warning)
     return Detectors(predictors, keep, vocabulary)
 
 
@@ -124,8 +127,8 @@ def annotate(args: argparse.Namespace) -> int:
     camera = args.webcam is not None
     sources = [Path(f"webcam{args.webcam}")] if camera else find_inputs(args.input)
     moving = [camera or is_video(source) for source in sources]
-    if any(moving) and args.heat_maps is not None:
-        raise ValueError("--heat-maps is for pictures, not for videos")
+    if any(moving) and (args.heat_maps is not None or args.export):
+        raise ValueError("--heat-maps and --export are for pictures, not for videos")
     formats = [args.video_format if moves else args.annotated for moves in moving]
     suffixes = [UNDRAWN if args.annotated == "none" else f".{each}" for each in formats]
     outputs = name_outputs(sources, args.output, suffixes)
@@ -167,11 +170,14 @@ def annotate(args: argparse.Namespace) -> int:
 
 
 def write(args: argparse.Namespace, detectors: Detectors, done: Sequence[Annotated]) -> None:
-    """Write detections.json and the page, and say where they are."""
+    """Write detections.json, labels and the page, and say where they are."""
     from hierkd.reports.annotated import write_annotated_page, write_detections
+    from hierkd.reports.label_files import write_labels
 
     written = args.output
     write_detections(args.output / "detections.json", detectors, done)
+    entries = [each.entry for each in done if not each.is_video]
+    write_labels(args.output, args.export, detectors.vocabulary, entries)
     if args.html:
         written = args.output / "index.html"
         write_annotated_page(written, detectors, done, embed=args.html == "one-file")

@@ -92,7 +92,11 @@ def read_names(sources: Sequence[str], *, keep_repeated: bool) -> list[str]:
     names: list[str] = []
     for source in sources:
         is_file = source.endswith((".txt", ".json"))
-        names += read_text_lines(source) if is_file else resolve_vocabulary(source)
+        names += (
+            read_text_lines(source)
+            if is_file
+            else resolve_vocabulary(source, merge_repeated=False)  # rows may belong to them
+        )
     odd = [name for name in names if "_" in name]
     if odd:
         logger.warning("%d names have underscores, e.g. %r: CLIP reads words", len(odd), odd[0])

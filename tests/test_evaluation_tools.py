@@ -245,7 +245,6 @@ DIRECT, BOUND, HEAT = (
             [*HEAT, "cow", "--input", "{4}", "--vocabulary", "bee"],
             "not in --vocabulary",
         ),
-        ([*HEAT, "bee,bee", "--input", "{4}"], "repeats 'bee'"),
         ([*HEAT, "bee", "--input", "{4}", "--panel-px", "3"], "--panel-px must be at least 64"),
         ([*HEAT, "bee", "--input", "{3}"], "3.png cannot be decoded"),
         ([*HEAT, "bee", "--input", "{4}", "gone.png"], "['gone.png']"),

@@ -49,7 +49,6 @@ def test_the_largest_vocabulary_comes_first(world, pictures):
     [
         (" , ", "empty"),
         ("cat,,dog", "blank"),
-        ("cat,dog,cat", "repeats 'cat'"),
         ("miniature_ovd_tst_all", "miniature_ovd_test_all"),
         ("cat;dog", "cat;dog"),
         ("cat|dog", r"'cat\|dog' has brackets, quotes or '\|'"),
@@ -75,6 +74,9 @@ def test_names_or_a_dataset(caplog):
     assert "one class, 'elephant bicycle'; commas would" in caplog.text
     assert resolve_vocabulary("cat, traffic_cone ") == ["cat", "traffic_cone"]
     assert resolve_vocabulary("miniature_ovd_val_all") == list(MINIATURE_CLASSES)
+    assert "repeats" not in caplog.text
+    assert resolve_vocabulary("cat, Dog, dog,cat, cow") == ["cat", "Dog", "cow"]
+    assert "repeats 'dog', 'cat': each counts once" in caplog.text
 
 
 # ------------------------------------------------------------------ from_checkpoint and predict

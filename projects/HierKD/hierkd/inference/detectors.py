@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import Instances
 from numpy.typing import NDArray
 
+from hierkd.data.coco_json import some
 from hierkd.inference.detections import DetectionFilter, as_records
 from hierkd.inference.predictor import FINAL_WEIGHTS, OpenVocabularyPredictor, find_checkpoint
 from hierkd.load_config import load_config
 
-__all__ = ["Detectors", "icons_only", "load_detectors"]
+__all__ = ["Detectors", "icons_only", "load_detectors", "unknown_to_icons"]
 
 DEFAULT_RUN = "output/demo/hierkd"  # where `make demo` leaves its detector
 
@@ -93,6 +95,22 @@ def icons_only(predictors: Mapping[str, OpenVocabularyPredictor]) -> str:
         "photographs are noise; these need a detector that was trained on photographs."
     )
     return text if titles else ""
+
+
+def unknown_to_icons(
+    predictors: Mapping[str, OpenVocabularyPredictor], vocabulary: Sequence[str]
+) -> str:
+    """Say which names hold a word that the miniature's CLIP has not learnt; "" if none does."""
+    if not any(predictor.knows_icons_only for predictor in predictors.values()):
+        return ""
+    worlds = [name for name in DatasetCatalog.list() if name.startswith("miniature_ovd_")]
+    known = {word for each in worlds for word in MetadataCatalog.get(each).get("thing_classes", ())}
+    unknown = [name for name in vocabulary if not known.issuperset(name.lower().split())]
+    text = (
+        f"The miniature's CLIP knows the {len(known)} words of its world alone. What is found as "
+        f"{some(unknown)} is noise."
+    )
+    return text if unknown else ""
 
 
 class Detectors:

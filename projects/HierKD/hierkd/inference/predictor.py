@@ -38,7 +38,7 @@ from hierkd.inference.detections import DetectionFilter
 from hierkd.inference.images import ImageInput, as_bgr
 from hierkd.load_config import load_config
 from hierkd.teachers.region_cache import MANIFEST
-from hierkd.teachers.texts import check_names, read_text_lines
+from hierkd.teachers.texts import as_read, check_names, read_text_lines
 
 __all__ = ["OpenVocabularyPredictor", "find_checkpoint", "resolve_vocabulary"]
 
@@ -304,12 +304,13 @@ def find_checkpoint(
     return str(config), weights
 
 
-def resolve_vocabulary(text: str) -> list[str]:
+def resolve_vocabulary(text: str, *, merge_repeated: bool = True) -> list[str]:
     """Read class names as a user types them.
 
     Args:
         text: Names separated by commas of any script, or the name of a registered dataset, or the
             path of a file with one name a line (or, in a .json, a list of names).
+        merge_repeated: Names that are one to CLIP become one, with a note.
 
     Raises:
         ValueError: They are no names (:func:`hierkd.teachers.texts.check_names`), or look like
@@ -319,7 +320,8 @@ def resolve_vocabulary(text: str) -> list[str]:
     if text in DatasetCatalog.list():
         return list(MetadataCatalog.get(text).thing_classes)
     if os.path.isfile(text) or text.endswith((".txt", ".json")):
-        return read_text_lines(text)
+        names = read_text_lines(text)
+        return _each_once(names) if merge_repeated else names
     names = [name.strip() for name in re.split(COMMAS, text)]
     if not any(names):
         raise ValueError("the vocabulary is empty: give class names separated by commas")
@@ -333,10 +335,23 @@ def resolve_vocabulary(text: str) -> list[str]:
             f"the vocabulary {text!r} is no registered dataset; did you mean {near[0]!r}? A class "
             "of this name goes into a text file"
         )
+    if merge_repeated:
+        names = _each_once(names)
     check_typed(names, "the vocabulary")
     if len(names) == 1 and _is_a_list(names[0]):
         logger.warning("the vocabulary is one class, %r; commas would make it several", names[0])
     return names
+
+
+def _each_once(names: Sequence[str]) -> list[str]:
+    """Leave out names that CLIP reads as an earlier one."""
+    first: dict[str, str] = {}
+    repeated = [name for name in names if first.setdefault(as_read(name), name) is not name]
+    if repeated:
+        logger.warning(
+            "the vocabulary repeats %s: each counts once", ", ".join(map(repr, repeated))
+        )
+    return list(first.values())
 
 
 def _is_a_list(name: str) -> bool:

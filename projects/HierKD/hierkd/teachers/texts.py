@@ -32,6 +32,7 @@ from hierkd.files import file_hash, read_torch_file, replacing
 __all__ = [
     "PROMPT_ENSEMBLE",
     "TextEmbeddings",
+    "as_read",
     "check_known_order",
     "check_names",
     "check_provenance",
@@ -214,12 +215,16 @@ def check_names(names: Sequence[str], names_from: str) -> None:
         raise ValueError(f"{names_from}: repeats {_some(repeated)}; each name must occur once")
     first_of: dict[str, str] = {}
     for name in names:
-        read = " ".join(unicodedata.normalize("NFC", name).lower().split())
-        if (other := first_of.setdefault(read, name)) != name:
+        if (other := first_of.setdefault(as_read(name), name)) != name:
             raise ValueError(
                 f"{names_from}: {other!r} and {name!r} are one name to CLIP, which reads neither "
                 "capitals, surplus blanks nor ways to write an accent; keep one"
             )
+
+
+def as_read(name: str) -> str:
+    """A name as CLIP reads it: without capitals, surplus blanks and ways to write an accent."""
+    return " ".join(unicodedata.normalize("NFC", name).lower().split())
 
 
 @lru_cache(maxsize=2**16)
