@@ -17,6 +17,7 @@ import demo
 import hierkd.inference.detectors
 import hierkd.reports.annotated
 import tiny_training
+from hierkd import OpenVocabularyPredictor
 from hierkd.inference.video import Video, VideoFile
 from hierkd.miniature.world import MINIATURE_CLASSES
 
@@ -311,3 +312,17 @@ def test_python_examples(of_the_page, capsys):
     assert "image 1: an image must be an array of shape (H, W, 3)" in printed
     assert len(names["several"]) == 3
     assert len(names["batch"]) == 2
+
+
+def test_tiles_and_tracks(of_the_page, capsys):
+    pytest.importorskip("supervision")
+    pytest.importorskip("trackers")
+    (example,) = blocks("python_api.md", "python supervision")
+    rgb = np.array(Image.open(of_the_page("datasets/miniature/test/00340.jpg")))
+    predictor = OpenVocabularyPredictor.from_checkpoint(of_the_page("output/demo/hierkd"))
+    names = {"np": np, "rgb": rgb, "predictor": predictor}
+    code = of_the_page(example).replace("score_threshold=0.3", "score_threshold=0.0")
+    exec(compile(code, "docs/python_api.md", "exec"), names)
+    assert "15 objects at once, " in capsys.readouterr().out
+    assert len(names["tiled"]) > 15  # each tile has its own 15
+    assert names["tracked"].tracker_id is not None

@@ -174,7 +174,7 @@ def test_lock_satisfies_the_declared_dependencies(project: dict) -> None:
     declared = list(project["dependencies"])
     extras = project["optional-dependencies"]
     assert set(environment.EXTRAS) <= set(extras)
-    for extra in set(extras) - {"peers"}:  # what `make venv` installs
+    for extra in set(extras) - {"peers", "supervision"}:  # what `make venv` installs
         declared += extras[extra]
     for text in declared:
         requirement = Requirement(text)

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MINIMUM_PYTHON = (3, 11)
 
 # What the tests and the miniature need. The other extras of pyproject.toml are for who asks for
-# them, and tests of theirs are skipped where they are missing; the lock has all but `peers`.
+# them, and tests of theirs are skipped where they are missing; two of them are not in the lock.
 EXTRAS = ("miniature", "dev")
 
 # Where the import name is not the distribution's name. Stubs have nothing to import.
