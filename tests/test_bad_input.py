@@ -122,6 +122,15 @@ def test_one_line_names_it(world, clip, monkeypatch, capsys, case):
     assert named.format(world=world) in line
 
 
+def test_missing_data_is_found_before_anything_is_written_or_logged(world, clip, capfd):
+    (world / "annotations" / "val_all.json").unlink()
+    with pytest.raises(SystemExit):
+        train_net.command(command_line(world / "output", clip))
+    assert not (world / "output").exists()
+    said = capfd.readouterr()
+    assert (said.out, said.err.count("\n")) == ("", 1)
+
+
 def test_what_can_be_mended_is_mended_and_counted(world, clip):
     truncate(world / "train" / "5.png")
     json_file = world / "annotations" / "train_base.json"
