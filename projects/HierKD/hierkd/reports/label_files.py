@@ -63,17 +63,9 @@ def _write_coco(folder: Path, vocabulary: Sequence[str], entries: Sequence[Entry
         size = {key: entry[key] for key in ("width", "height")}
         images.append({"id": number, "file_name": path.relative_to(root).as_posix(), **size})
         for name, score, box in _boxes(entry):
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": number,
-                    "category_id": vocabulary.index(name) + 1,
-                    "bbox": box,
-                    "area": round(box[2] * box[3], 2),
-                    "iscrowd": 0,
-                    "score": score,
-                }
-            )
+            of = {"image_id": number, "category_id": vocabulary.index(name) + 1, "iscrowd": 0}
+            place = {"bbox": box, "area": round(box[2] * box[3], 2), "score": score}
+            annotations.append({"id": len(annotations) + 1, **of, **place})
     categories = [{"id": number, "name": name} for number, name in enumerate(vocabulary, start=1)]
     content = {"images": images, "annotations": annotations, "categories": categories}
     write_json_atomically(folder / "coco.json", content)
@@ -113,38 +105,28 @@ def _write_label_studio(folder: Path, vocabulary: Sequence[str], entries: Sequen
     tasks = []
     for entry in entries:
         width, height = entry["width"], entry["height"]
-        result = [
-            {
-                "from_name": "label",
-                "to_name": "image",
-                "type": "rectanglelabels",
-                "original_width": width,
-                "original_height": height,
-                "score": score,
-                "value": {
-                    "x": 100 * x / width,  # percent, as all four
-                    "y": 100 * y / height,
-                    "width": 100 * w / width,
-                    "height": 100 * h / height,
-                    "rotation": 0,
-                    "rectanglelabels": [name],
-                },
-            }
-            for name, score, (x, y, w, h) in _boxes(entry)
-        ]
+        kind = {"from_name": "label", "to_name": "image", "type": "rectanglelabels"}
+        size = {"original_width": width, "original_height": height}
+        result = []
+        for name, score, (x, y, w, h) in _boxes(entry):
+            value = {"x": x / width, "y": y / height, "width": w / width, "height": h / height}
+            percent = {key: 100 * share for key, share in value.items()}
+            labelled = {**percent, "rotation": 0, "rectanglelabels": [name]}
+            result.append({**kind, **size, "score": score, "value": labelled})
         path = Path(entry["file_name"]).absolute().as_posix().lstrip("/")
         image = f"/data/local-files/?d={urllib.parse.quote(path)}"
         predictions = [{"model_version": "hierkd", "result": result}]
         tasks.append({"data": {"image": image}, "predictions": predictions})
     write_json_atomically(folder / "label_studio.json", tasks)
     labels = "".join(f"    <Label value={quoteattr(name)}/>\n" for name in vocabulary)
+    view = f"""<View>
+  <Image name="image" value="$image"/>
+  <RectangleLabels name="label" toName="image">
+{labels}  </RectangleLabels>
+</View>
+"""
     with replacing(folder / "label_studio.xml") as making:
-        making.write_text(
-            '<View>\n  <Image name="image" value="$image"/>\n'
-            f'  <RectangleLabels name="label" toName="image">\n{labels}'
-            "  </RectangleLabels>\n</View>\n",
-            encoding="utf-8",
-        )
+        making.write_text(view, encoding="utf-8")
 
 
 LABEL_FORMATS = {"coco": _write_coco, "yolo": _write_yolo, "label-studio": _write_label_studio}
