@@ -16,9 +16,11 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from hierkd.command import run_command
 
 if TYPE_CHECKING:
     from hierkd.inference.detectors import Detectors
@@ -62,11 +64,16 @@ def get_parser() -> argparse.ArgumentParser:
     add("--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE",
         help="config overrides of the first detector, last on the line, e.g. MODEL.WEIGHTS m.pth")
     add = parser.add_argument_group("what to write").add_argument
+    add("--annotated", choices=("jpg", "png", "none"), default="jpg",
+        help="annotated copies: smaller and sooner, lossless, or none, which is fastest; "
+        "default: %(default)s")
     add("--output", type=Path, default="output/detections", metavar="DIR",
         help="default: %(default)s")
     add("--html", nargs="?", const="linked", choices=("linked", "one-file"),
         help="write index.html, too; the pictures stay beside it (linked, the default) or go into "
         "it (one-file)")
+    add("--export", nargs="+", default=[], choices=("coco", "yolo", "label-studio"),
+        help="labels of the pictures for other tools, to be corrected there")
     add("--heat-maps", nargs="?", const=[], metavar="NAMES",
         help="draw the scores of these classes, too; default: of those detected")
     add("--every", type=int, default=1, metavar="N", help="of videos, only every N-th frame")
@@ -80,7 +87,7 @@ def get_parser() -> argparse.ArgumentParser:
 def load(args: argparse.Namespace) -> Detectors:
     """Load the detectors."""
     from hierkd.inference.detections import DetectionFilter, parse_class_thresholds
-    from hierkd.inference.detectors import Detectors, icons_only, load_detectors
+    from hierkd.inference.detectors import Detectors, icons_only, load_detectors, unknown_to_icons
     from hierkd.inference.examples import parse_examples
     from hierkd.inference.predictor import resolve_vocabulary
 
@@ -93,8 +100,9 @@ def load(args: argparse.Namespace) -> Detectors:
     predictors = load_detectors(
         args.run, args.config_file, args.opts, compared=args.compare, device=args.device
     )
-    if icons := icons_only(predictors):
-        logger.warning("%s", icons)
+    for warning in (icons_only(predictors), unknown_to_icons(predictors, vocabulary or ())):
+        if warning:
+            logger.warning("%s", warning)
     return Detectors(predictors, keep, vocabulary, examples)
 
 
@@ -112,15 +120,22 @@ def annotate(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from hierkd.inference.predictor import resolve_vocabulary
-    from hierkd.inference.video import find_inputs, is_video, picture_suffixes
-    from hierkd.reports.annotated import annotate_picture, annotate_video, name_outputs
+    from hierkd.inference.video import find_inputs, is_video
+    from hierkd.reports.annotated import (
+        PICTURES_AT_ONCE,
+        UNDRAWN,
+        annotate_pictures,
+        annotate_video,
+        name_outputs,
+    )
 
     camera = args.webcam is not None
     sources = [Path(f"webcam{args.webcam}")] if camera else find_inputs(args.input)
     moving = [camera or is_video(source) for source in sources]
-    if any(moving) and args.heat_maps is not None:
-        raise ValueError("--heat-maps is for pictures, not for videos")
-    suffixes = [f".{args.video_format}" if moves else ".png" for moves in moving]
+    if any(moving) and (args.heat_maps is not None or args.export):
+        raise ValueError("--heat-maps and --export are for pictures, not for videos")
+    formats = [args.video_format if moves else args.annotated for moves in moving]
+    suffixes = [UNDRAWN if args.annotated == "none" else f".{each}" for each in formats]
     outputs = name_outputs(sources, args.output, suffixes)
     args.output.mkdir(parents=True, exist_ok=True)
     detectors = load(args)
@@ -128,23 +143,30 @@ def annotate(args: argparse.Namespace) -> int:
     if unknown := [name for name in heat_maps or () if name not in detectors.vocabulary]:
         raise ValueError(f"--heat-maps: {unknown} are not in the vocabulary")
 
+    todo = list(zip(sources, outputs, strict=True))
+    videos = [each for each, moves in zip(todo, moving, strict=True) if moves]
+    pictures = [each for each, moves in zip(todo, moving, strict=True) if not moves]
+    limits = {"every": args.every, "max_frames": args.max_frames}
+
+    def annotated() -> Iterator[Annotated | ValueError]:
+        for start in range(0, len(pictures), PICTURES_AT_ONCE):
+            some = pictures[start : start + PICTURES_AT_ONCE]
+            yield from annotate_pictures(detectors, some, heat_maps)
+        for source, output in videos:
+            try:
+                yield annotate_video(detectors, args.webcam if camera else source, output, **limits)
+            except ValueError as error:
+                yield error
+
     done: list[Annotated] = []
     status = 0
-    todo = list(zip(sources, moving, outputs, strict=True))
     try:
-        for source, moves, output in tqdm(todo, disable=any(moving) or None, unit="picture"):
-            try:
-                if moves:
-                    video = args.webcam if camera else source
-                    limits = {"every": args.every, "max_frames": args.max_frames}
-                    done.append(annotate_video(detectors, video, output, **limits))
-                else:
-                    done.append(annotate_picture(detectors, source, output, heat_maps))
-            except ValueError as error:
-                unknown = not moves and source.suffix.lower() not in picture_suffixes()
-                hint = " A video is known by its suffix, such as .mp4." if unknown else ""
-                logger.error("%s%s", error, hint)
+        for each in tqdm(annotated(), total=len(todo), disable=any(moving) or None, unit="picture"):
+            if isinstance(each, ValueError):
+                logger.error("%s", each)
                 status = 1
+            else:
+                done.append(each)
     except KeyboardInterrupt:
         logger.warning("stopped after %d of %d inputs", len(done), len(todo))
         status = 130
@@ -153,11 +175,14 @@ def annotate(args: argparse.Namespace) -> int:
 
 
 def write(args: argparse.Namespace, detectors: Detectors, done: Sequence[Annotated]) -> None:
-    """Write detections.json and the page, and say where they are."""
+    """Write detections.json, labels and the page, and say where they are."""
     from hierkd.reports.annotated import write_annotated_page, write_detections
+    from hierkd.reports.label_files import write_labels
 
     written = args.output
     write_detections(args.output / "detections.json", detectors, done)
+    entries = [each.entry for each in done if not each.is_video]
+    write_labels(args.output, args.export, detectors.vocabulary, entries)
     if args.html:
         written = args.output / "index.html"
         write_annotated_page(written, detectors, done, embed=args.html == "one-file")
@@ -165,7 +190,9 @@ def write(args: argparse.Namespace, detectors: Detectors, done: Sequence[Annotat
     counts = {"detection": found, "picture": len(done) - videos, "video": videos}
     words = [f"{count} {noun}{'s' * (count != 1)}" for noun, count in counts.items()]
     looked_at = [word for word in words[1:] if not word.startswith("0 ")]
-    logger.info("%s in %s: see %s", words[0], " and ".join(looked_at) or words[1], written)
+    score, name = detectors.best
+    best = f", the best score is {score:.1%}, of {name}" if name and not found else ""
+    logger.info("%s in %s%s: see %s", words[0], " and ".join(looked_at) or words[1], best, written)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -176,6 +203,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("name a picture, or give one of --input and --webcam; quote names with blanks")
     if args.every < 1 or (args.max_frames is not None and args.max_frames < 1):
         parser.error("--every and --max-frames must be at least 1")
+    if args.annotated == "none" and (args.html or args.heat_maps is not None):
+        parser.error("--html and --heat-maps show pictures: leave out --annotated none")
     args.input = args.input or [args.picture]
     args.vocabulary = args.vocabulary if args.names is None else args.names
 
@@ -193,4 +222,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -19,6 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from hierkd.command import run_command
+
 ROOT = Path(__file__).resolve().parent  # whose commit a run notes
 
 
@@ -74,7 +76,12 @@ def check_arguments(args: argparse.Namespace) -> None:
             "--nproc-per-node and --nnodes take their place"
         )
     if not args.config_file:
-        raise ValueError("--config-file FILE is needed, such as configs/hierkd_R50.yaml")
+        given = args.opts[0] if args.opts else ""
+        raise ValueError(
+            f"--config-file is missing in front of {given}"
+            if given.endswith((".yaml", ".yml"))
+            else "--config-file FILE is needed, such as configs/hierkd_R50.yaml"
+        )
     if not Path(args.config_file).is_file():
         raise FileNotFoundError(f"--config-file: no file {args.config_file!r}")
 
@@ -132,4 +139,4 @@ def command(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    command()
+    run_command(command)

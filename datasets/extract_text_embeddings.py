@@ -17,6 +17,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from hierkd.command import run_command
+
 if TYPE_CHECKING:  # PyTorch is imported when the command line has been understood
     from hierkd.teachers.texts import TextEmbeddings
 
@@ -64,7 +66,11 @@ def read_names(sources: Sequence[str]) -> list[str]:
     names: list[str] = []
     for source in sources:
         is_file = source.endswith((".txt", ".json"))
-        names += read_text_lines(source) if is_file else resolve_vocabulary(source)
+        names += (
+            read_text_lines(source)
+            if is_file
+            else resolve_vocabulary(source, merge_repeated=False)  # rows may belong to them
+        )
     odd = [name for name in names if "_" in name]
     if odd:
         logger.warning("%d names have underscores, e.g. %r: CLIP reads words", len(odd), odd[0])
@@ -141,4 +147,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

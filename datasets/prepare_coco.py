@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hierkd.command import run_command
+
 if TYPE_CHECKING:
     from hierkd.data.prepare import PartSummary
     from hierkd.data.splits import CocoVariant
@@ -138,4 +140,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -97,7 +97,7 @@ CASES = {
     ),
     "no weights": (None, ["MODEL.WEIGHTS", "gone.pth"], "MODEL.WEIGHTS: no file 'gone.pth'"),
     "no dataset": (None, ["DATASETS.TRAIN", "('miniature_ovd_bas',)"], "'miniature_ovd_bas'"),
-    "no key": (None, ["SOLVR.BASE_LR", "1.0"], "SOLVR.BASE_LR"),
+    "no key": (None, ["SOLVR.BASE_LR", "1.0"], "SOLVR.BASE_LR; did you mean SOLVER.BASE_LR?"),
     "no key in the file": (write_config, ["--config-file={world}/mine.yaml"], "mine.yaml"),
     "no pair": (None, ["SEED=1"], "'SEED=1': expected KEY VALUE"),
     "no folder": (None, ["OUTPUT_DIR", "README.md"], "README.md"),
@@ -120,6 +120,15 @@ def test_one_line_names_it(world, clip, monkeypatch, capsys, case):
     (line,) = [each for each in capsys.readouterr().err.splitlines() if "train_net.py" in each]
     assert line.startswith("train_net.py: error: ")
     assert named.format(world=world) in line
+
+
+def test_missing_data_is_found_before_anything_is_written_or_logged(world, clip, capfd):
+    (world / "annotations" / "val_all.json").unlink()
+    with pytest.raises(SystemExit):
+        train_net.command(command_line(world / "output", clip))
+    assert not (world / "output").exists()
+    said = capfd.readouterr()
+    assert (said.out, said.err.count("\n")) == ("", 1)
 
 
 def test_what_can_be_mended_is_mended_and_counted(world, clip):

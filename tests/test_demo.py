@@ -17,6 +17,7 @@ import demo
 import hierkd.inference.detectors
 import hierkd.reports.annotated
 import tiny_training
+from hierkd import OpenVocabularyPredictor
 from hierkd.inference.video import Video, VideoFile
 from hierkd.miniature.world import MINIATURE_CLASSES
 
@@ -93,8 +94,8 @@ def test_names_and_thresholds_from_files(call, world, tmp_path):
     assert content["vocabulary"] == ["traffic cone", "cup, red"]
     assert {d["class"] for d in content["images"][0]["detections"]} == {"traffic cone"}
     assert content["class_thresholds"] == {"cup, red": 1}
-    assert [entry["annotated"] for entry in content["images"]] == ["1.png", "1_1.png"]
-    with Image.open(output / "1_1.png") as annotated:
+    assert [entry["annotated"] for entry in content["images"]] == ["1.jpg", "1_1.jpg"]
+    with Image.open(output / "1_1.jpg") as annotated:
         assert annotated.size == (640, 320)
 
 
@@ -103,7 +104,8 @@ def test_inputs_and_files_are_not_written_over(call, world, tmp_path):
     link = tmp_path / "link"
     link.symlink_to(world.images)
     for output in (world.images, link):
-        code, message = call.fails("--input", world.images / "3.png", "--output", output)
+        options = ("--annotated", "png", "--output", output)
+        code, message = call.fails("--input", world.images / "3.png", *options)
         assert (code, "3.png is an input" in message) == (2, True)
     assert {path: path.read_bytes() for path in world.images.iterdir()} == before
     (tmp_path / "file").write_text("mine")
@@ -121,23 +123,24 @@ def test_a_broken_input_is_named_and_does_not_stop_the_others(call, world, tmp_p
     content = json.loads((output / "detections.json").read_text())
     assert [entry["file_name"] for entry in content["images"]] == [str(world.picture)]
     assert content["videos"] == []
-    assert sorted(path.name for path in output.iterdir()) == ["1.png", "detections.json"]
+    assert sorted(path.name for path in output.iterdir()) == ["1.jpg", "detections.json"]
 
 
 def test_ctrl_c_keeps_what_is_done(call, world, tmp_path, monkeypatch):
     save = hierkd.reports.annotated.save_picture
 
     def stop_at_the_second(path, image):
-        if path.name == "2.png":
+        if path.name == "2.jpg":
             raise KeyboardInterrupt
         save(path, image)
 
     monkeypatch.setattr(hierkd.reports.annotated, "save_picture", stop_at_the_second)
-    code, _ = call.fails("--input", world.images, "--html")
-    assert code == 130
+    code, said = call.fails("--input", world.images, "--html", "--export", "coco")
+    assert (code, "Traceback" in said) == (130, False)
     content = json.loads((tmp_path / "out" / "detections.json").read_text())
-    assert [entry["annotated"] for entry in content["images"]] == ["1.png"]
+    assert [entry["annotated"] for entry in content["images"]] == ["1.jpg"]
     assert (tmp_path / "out" / "index.html").is_file()
+    assert len(json.loads((tmp_path / "out" / "coco.json").read_text())["images"]) == 1
 
 
 def test_a_video_and_a_page(call, world):
@@ -154,7 +157,17 @@ def test_a_video_and_a_page(call, world):
         assert (len(list(video.frames())), video.fps) == (3, 2.5)
     page = (output / "index.html").read_text()
     assert 'href="trip.mp4"' in page
-    assert '<img src="1.png"' in page
+    assert '<img src="1.jpg"' in page
+
+
+def test_without_annotated_copies(call, world, capsys):
+    some = ("--input", world.root / "trip.mp4", world.images, "--every", 5)
+    output, content = call(*some, "--annotated", "none", threshold=1)
+    assert sorted(path.name for path in output.iterdir()) == ["detections.json", "trip.jsonl"]
+    assert len(content["images"]) == 6
+    assert not any("annotated" in entry for entry in content["images"] + content["videos"])
+    said = "".join(capsys.readouterr())
+    assert re.search(r"0 detections in 6 pictures and 1 video, the best score is \d", said)
 
 
 def test_a_camera(call, world, monkeypatch):
@@ -189,7 +202,7 @@ def test_side_by_side_with_heat_maps(call, world):
     (entry,) = content["images"]
     assert content["detectors"] == ["run", "again"]
     assert entry["compared"] == {"again": entry["detections"]}
-    with Image.open(output / "1.png") as sheet:
+    with Image.open(output / "1.jpg") as sheet:
         assert sheet.width > 1280  # two panels of 640
     assert (output / entry["heat_maps"]).is_file()
     assert 'src="1' not in (output / "index.html").read_text()
@@ -206,6 +219,7 @@ def test_side_by_side_with_heat_maps(call, world):
         (["--compare", "gone/away"], "gone/away"),
         (["--heat-maps", "zebra"], "['zebra']"),
         (["--examples", "mug=gone.jpg"], "examples of 'mug', number 0: no picture 'gone.jpg'"),
+        (["--html", "--annotated", "none"], "leave out --annotated none"),
         (["--input", "nowhere.png"], "nowhere.png"),
         (["--opts", "MODEL.WEIGHTS", "gone/model.pth"], "gone/model.pth"),
     ],
@@ -299,3 +313,17 @@ def test_python_examples(of_the_page, capsys):
     assert "image 1: an image must be an array of shape (H, W, 3)" in printed
     assert len(names["several"]) == 3
     assert len(names["batch"]) == 2
+
+
+def test_tiles_and_tracks(of_the_page, capsys):
+    pytest.importorskip("supervision")
+    pytest.importorskip("trackers")
+    (example,) = blocks("python_api.md", "python supervision")
+    rgb = np.array(Image.open(of_the_page("datasets/miniature/test/00340.jpg")))
+    predictor = OpenVocabularyPredictor.from_checkpoint(of_the_page("output/demo/hierkd"))
+    names = {"np": np, "rgb": rgb, "predictor": predictor}
+    code = of_the_page(example).replace("score_threshold=0.3", "score_threshold=0.0")
+    exec(compile(code, "docs/python_api.md", "exec"), names)
+    assert "15 objects at once, " in capsys.readouterr().out
+    assert len(names["tiled"]) > 15  # each tile has its own 15
+    assert names["tracked"].tracker_id is not None

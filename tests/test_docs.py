@@ -163,9 +163,9 @@ def test_the_guide_is_short_and_holds_no_notebook():
     assert len(words) <= 11_000
     for page in GUIDE:
         for info, body in blocks(page.read_text()):
-            assert re.fullmatch("sh( demo)?|bash|python( export)?|text|json|nginx|bibtex", info), (
-                info
-            )
+            assert re.fullmatch(
+                "sh( demo)?|bash|python( export| supervision)?|text|json|nginx|bibtex", info
+            ), info
             compile(body if "python" in info else "", name_of(page), "exec")
         hashes = re.findall(r"\b(?=\w*\d)(?=\w*[a-f])[0-9a-f]{7,40}\b", page.read_text())
         assert hashes == [], f"{name_of(page)}: commits stand in docs/lab"

@@ -288,6 +288,7 @@ GPUS = torch.cuda.device_count()
         (["--dist-timeout", "0"], "cpu", "--dist-timeout must be positive, got 0"),
         (["--num-machines", "2", "--machine-rank", "2"], "cpu", "--machine-rank must be 0 to 1"),
         (["--config-file", ""], "cpu", "--config-file FILE is needed"),
+        (["--config-file", "", "a.yaml"], "cpu", "--config-file is missing in front of a.yaml"),
         (["--config-file", "gone.yaml"], "cpu", "no file 'gone.yaml'"),
     ],
 )

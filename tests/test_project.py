@@ -24,6 +24,7 @@ ANYTHING = DETECTOR | {"load_config", "inference", "evaluation", "reports", "tra
 ANYTHING |= {"experiments"}
 ALLOWED = {
     "config": set(),
+    "command": set(),
     "files": set(),
     "checkpoint": {"files"},
     "teachers": BASE,
@@ -174,7 +175,7 @@ def test_lock_satisfies_the_declared_dependencies(project: dict) -> None:
     extras = project["optional-dependencies"]
     assert set(environment.EXTRAS) <= set(extras)
     assert {*environment.PACKED_SOURCES, *environment.PACKED_WHEELS} <= set(pins)
-    for extra in set(extras) - {"peers"}:  # what `make venv` installs
+    for extra in set(extras) - {"peers", "supervision"}:  # what `make venv` installs
         declared += extras[extra]
     for text in declared:
         requirement = Requirement(text)

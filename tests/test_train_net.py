@@ -299,4 +299,9 @@ def test_command_line(folder, finished, tmp_path):
     assert "Warning" not in done.stderr
     assert "WARNING" not in done.stdout
     assert "eta: " in done.stdout
+    # a person reads the screen, a program the log
+    before = done.stdout.partition("Starting training")[0].splitlines()
+    assert 10 < len(before) < 60
+    assert sum("Full config saved to" in line for line in before) == 1
+    assert "MAX_ITER" in (tmp_path / "out" / "log.txt").read_text()
     assert differing(weights(tmp_path / "out"), weights(finished[0])) == []

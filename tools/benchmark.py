@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import hierkd  # noqa: F401  (first of what imports PyTorch: it quiets two deprecation warnings)
+from hierkd.command import run_command  # quiets PyTorch's deprecation warnings, too
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -121,4 +121,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -23,6 +23,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hierkd.command import run_command
+
 if TYPE_CHECKING:
     from hierkd.data.check import Finding
 
@@ -177,8 +179,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--limit must not be negative, got {args.limit}")
     from detectron2.utils.logger import setup_logger
 
-    import hierkd  # noqa: F401  (it quiets two deprecation warnings inside libraries)
-
     if not args.json:  # the log goes to where the JSON goes
         setup_logger(name="hierkd", abbrev_name="hierkd")
     try:
@@ -189,4 +189,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -21,7 +21,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import hierkd  # noqa: F401  (first: it quiets two deprecation warnings inside libraries)
+from hierkd.command import run_command
 
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = ("AP50", "AR50", "AP", "APs", "APm", "APl")
@@ -118,4 +118,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -18,7 +18,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import hierkd  # noqa: F401  (first of what imports PyTorch: it quiets two warnings)
+from hierkd.command import run_command
 
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = ("AP50", "APs", "APm", "APl", "AR50")  # Table 9's
@@ -102,4 +102,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

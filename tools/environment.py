@@ -8,6 +8,7 @@ PyPI under its own name (requirements/detectron2.txt). ``environment.py pack`` f
 ``gpu_pack`` with packages for a GPU machine that has PyTorch and no network.
 """
 
+import argparse
 import importlib.metadata
 import importlib.util
 import re
@@ -22,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MINIMUM_PYTHON = (3, 11)
 
 # What the tests and the miniature need. The other extras of pyproject.toml are for who asks for
-# them, and tests of theirs are skipped where they are missing; the lock has all but `peers`.
+# them, and tests of theirs are skipped where they are missing; two of them are not in the lock.
 EXTRAS = ("miniature", "dev")
 
 # What `pack` takes from the lock, for Linux and Python 3.12; the first are published as sources,
@@ -180,9 +181,11 @@ def main() -> None:
         found = ".".join(map(str, sys.version_info[:3]))
         sys.exit(f"error: HierKD needs Python >= 3.11, but {sys.executable} is Python {found}.")
     commands = {"check": check, "install": install, "pack": pack}
-    if len(sys.argv) != 2 or sys.argv[1] not in commands:
-        sys.exit("usage: environment.py check|install|pack")
-    commands[sys.argv[1]]()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("command", choices=commands)
+    commands[parser.parse_args().command]()
 
 
 if __name__ == "__main__":

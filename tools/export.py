@@ -22,6 +22,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from hierkd.command import run_command
+
 logger = logging.getLogger("hierkd.export")
 
 CALIBRATION = 100  # pictures, evenly spaced among those given [ours]
@@ -140,9 +142,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; errors of the user's end it with a message and status 2."""
     parser = get_parser()
     args = parser.parse_args(argv)
-    import hierkd  # noqa: F401  (first: it quiets two deprecation warnings inside libraries)
-
-    # isort: split
     from detectron2.utils.logger import setup_logger
 
     setup_logger(name="hierkd", abbrev_name="hierkd")
@@ -153,4 +152,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_command(main)

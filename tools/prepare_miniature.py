@@ -17,6 +17,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hierkd.command import run_command
+
 if TYPE_CHECKING:
     from hierkd.miniature.clip import TinyCLIPSpec
     from hierkd.miniature.world import MiniatureSpec
@@ -121,4 +123,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

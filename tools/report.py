@@ -10,14 +10,13 @@ going on, or was only evaluated. What is not there is left out, and the report s
 
 from __future__ import annotations
 
-import hierkd  # noqa: F401  (first: it quiets two deprecation warnings inside libraries)
-
-# isort: split
 import argparse
 import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from hierkd.command import run_command
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -65,4 +64,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

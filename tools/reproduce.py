@@ -23,6 +23,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
+from hierkd.command import run_command
 from hierkd.experiments.tables import TABLES, Row, Table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -115,4 +116,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

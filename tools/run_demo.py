@@ -11,9 +11,6 @@ repository's folder, where the paths in the configs start.
 
 from __future__ import annotations
 
-import hierkd  # noqa: F401  (first: it quiets two deprecation warnings inside libraries)
-
-# isort: split
 import argparse
 import logging
 import runpy
@@ -26,6 +23,8 @@ from functools import partial
 from pathlib import Path
 from subprocess import Popen
 from typing import Any
+
+from hierkd.command import run_command
 
 ROOT = Path(__file__).resolve().parent.parent
 DATASETS = {"zsd": "miniature_ovd_test_novel", "gzsd": "miniature_ovd_test_all"}
@@ -160,11 +159,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         script = runpy.run_path(str(ROOT / "tools" / "prepare_miniature.py"))
         script["prepare"](MiniatureSpec(), args.config_file)
     process = start_training(args.config_file, folder, overrides)
-    with stages("train", f"Training HierKD with proposals, {cfg.SOLVER.MAX_ITER} iterations"):
-        follow_training(process, folder, cfg.SOLVER.MAX_ITER)
-    with stages("evaluate", "Evaluating on the test split: novel classes alone, and all classes"):
-        found = read_evaluation(process, folder)
-        figures = {protocol: found[name] for protocol, name in DATASETS.items()}
+    try:
+        with stages("train", f"Training HierKD with proposals, {cfg.SOLVER.MAX_ITER} iterations"):
+            follow_training(process, folder, cfg.SOLVER.MAX_ITER)
+        about = "Evaluating on the test split: novel classes alone, and all classes"
+        with stages("evaluate", about):
+            found = read_evaluation(process, folder)
+            figures = {protocol: found[name] for protocol, name in DATASETS.items()}
+    finally:
+        process.terminate()  # of a demo that Ctrl-C has stopped; one that has ended stays so
+        process.wait()
     with stages("upper bound", "CLIP on the ground-truth boxes"):
         trained = ["MODEL.WEIGHTS", str(folder / "model_final.pth")]
         predictor = OpenVocabularyPredictor(load_config(args.config_file, [*overrides, *trained]))
@@ -193,4 +197,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -6,7 +6,7 @@ import pytest
 
 import tiny_training
 from hierkd.inference.detections import DetectionFilter
-from hierkd.inference.detectors import Detectors, icons_only, load_detectors
+from hierkd.inference.detectors import Detectors, icons_only, load_detectors, unknown_to_icons
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +43,13 @@ def test_several_have_titles_one_vocabulary_and_records(run):
     assert icons_only(predictors).startswith(
         "Trained on the miniature's rendered icons only: run, again."
     )
+    said = unknown_to_icons(predictors, ["cup", "zebra", "red Elephant", "Cow"])
+    assert "the 32 words of its world alone. What is found as 'zebra', 'red Elephant' is" in said
+    assert not unknown_to_icons(predictors, ["cup", "Cow"])
     both = Detectors(predictors, DetectionFilter(), ["cup", "zebra"])
     assert both.vocabulary == predictors["again"].vocabulary == ("cup", "zebra")
     (found,) = both.detect([str(run.parent / "miniature" / "val" / "2.png")])
+    assert both.best[0] == pytest.approx(float(found["run"].scores[0]))
     records = both.records(found)
     assert len(records["detections"]) == 1
     assert records["compared"] == {"again": records["detections"]}

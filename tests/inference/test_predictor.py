@@ -54,7 +54,6 @@ def test_the_largest_vocabulary_comes_first(world, pictures):
     [
         (" , ", "empty"),
         ("cat,,dog", "blank"),
-        ("cat,dog,cat", "repeats 'cat'"),
         ("miniature_ovd_tst_all", "miniature_ovd_test_all"),
         ("cat;dog", "cat;dog"),
         ("cat|dog", r"'cat\|dog' has brackets, quotes, '\|'"),
@@ -84,6 +83,9 @@ def test_names_or_a_dataset(caplog):
     assert "one class, 'elephant and bicycle'; commas, in" in caplog.text
     assert resolve_vocabulary("cat, traffic_cone ") == ["cat", "traffic_cone"]
     assert resolve_vocabulary("miniature_ovd_val_all") == list(MINIATURE_CLASSES)
+    assert "repeats" not in caplog.text
+    assert resolve_vocabulary("cat, Dog, dog,cat, cow") == ["cat", "Dog", "cow"]
+    assert "repeats 'dog', 'cat': each counts once" in caplog.text
 
 
 @pytest.mark.parametrize("text", ["- cat\n- dog", "1. cat\n2. dog", "0 cat", "# mine\ncat"])

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
 from functools import reduce
 from operator import getitem
 from pathlib import Path
@@ -168,7 +170,7 @@ def _merge(config_file: str, overrides: Sequence[str]) -> Any:
         try:
             cfg.merge_from_file(config_file, allow_unsafe=False)  # detectron2 allows code in it
         except (*_MERGE_ERRORS, yaml.YAMLError, RecursionError) as error:
-            raise ValueError(f"{config_file}: {_message(error)}") from error
+            raise ValueError(f"{config_file}: {_message(error, cfg)}") from error
     if flags := [key for key in overrides[::2] if key.startswith("-")]:
         raise ValueError(f"{flags[0]!r} stands among the KEY VALUE pairs: options go before them")
     if len(overrides) % 2:
@@ -177,7 +179,7 @@ def _merge(config_file: str, overrides: Sequence[str]) -> Any:
         try:
             cfg.merge_from_list([key, _as_float(cfg, key, value)])
         except _MERGE_ERRORS as error:
-            raise ValueError(f"KEY VALUE pair {key} {value!r}: {_message(error)}") from error
+            raise ValueError(f"KEY VALUE pair {key} {value!r}: {_message(error, cfg)}") from error
     return cfg
 
 
@@ -195,11 +197,22 @@ def _as_float(cfg: Any, key: str, value: Any) -> Any:
         return value
 
 
-def _message(error: Exception) -> str:
+def _keys(node: Any, prefix: str = "") -> Iterator[str]:
+    """All dotted keys, of nodes too."""
+    for name, value in node.items():
+        yield prefix + name
+        if isinstance(value, dict):
+            yield from _keys(value, f"{prefix}{name}.")
+
+
+def _message(error: Exception, cfg: Any) -> str:
     # str() of a KeyError is the repr of its message
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     if "'NoneType' is not iterable" in text:
         return "the file is empty"
+    if unknown := re.search(r"Non-existent (?:config )?key: (\S+)", text):
+        near = get_close_matches(unknown[1], list(_keys(cfg)), n=1, cutoff=0.8)
+        text += "".join(f"; did you mean {key}?" for key in near)
     if "(<class 'float'> vs. <class 'int'>)" in text:
         text += "; write the number with a decimal point"
     return text

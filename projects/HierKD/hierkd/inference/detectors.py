@@ -7,15 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import Instances
 from numpy.typing import NDArray
 
+from hierkd.data.coco_json import some
 from hierkd.inference.detections import DetectionFilter, as_records
 from hierkd.inference.examples import Examples
 from hierkd.inference.predictor import FINAL_WEIGHTS, OpenVocabularyPredictor, find_checkpoint
 from hierkd.load_config import load_config
 
-__all__ = ["Detectors", "icons_only", "load_detectors"]
+__all__ = ["Detectors", "icons_only", "load_detectors", "unknown_to_icons"]
 
 DEFAULT_RUN = "output/demo/hierkd"  # where `make demo` leaves its detector
 
@@ -96,6 +98,22 @@ def icons_only(predictors: Mapping[str, OpenVocabularyPredictor]) -> str:
     return text if titles else ""
 
 
+def unknown_to_icons(
+    predictors: Mapping[str, OpenVocabularyPredictor], vocabulary: Sequence[str]
+) -> str:
+    """Say which names hold a word that the miniature's CLIP has not learnt; "" if none does."""
+    if not any(predictor.knows_icons_only for predictor in predictors.values()):
+        return ""
+    worlds = [name for name in DatasetCatalog.list() if name.startswith("miniature_ovd_")]
+    known = {word for each in worlds for word in MetadataCatalog.get(each).get("thing_classes", ())}
+    unknown = [name for name in vocabulary if not known.issuperset(name.lower().split())]
+    text = (
+        f"The miniature's CLIP knows the {len(known)} words of its world alone. What is found as "
+        f"{some(unknown)} is noise."
+    )
+    return text if unknown else ""
+
+
 class Detectors:
     """One detector, or several to compare, with one vocabulary and one rule of what is shown."""
 
@@ -116,12 +134,16 @@ class Detectors:
         keep.check_vocabulary(self.vocabulary)
         for predictor in self.predictors.values():
             predictor.set_vocabulary(vocabulary, examples)
+        self.best: tuple[float, str] = (0.0, "")  # score and class of all that was detected so far
 
     def detect(self, images: Sequence[NDArray[np.uint8]]) -> list[dict[str, Instances]]:
         """Detect in BGR pictures: per picture, the detections of each detector by its title."""
+        all_found = [predictor.predict(images) for predictor in self.predictors.values()]
+        for found in filter(len, all_found[0]):
+            best = (float(found.scores[0]), self.vocabulary[int(found.pred_classes[0])])
+            self.best = max(self.best, best)
         of_detectors = [
-            [self.keep(found, self.vocabulary) for found in predictor.predict(images)]
-            for predictor in self.predictors.values()
+            [self.keep(found, self.vocabulary) for found in of_one] for of_one in all_found
         ]
         pictures = zip(*of_detectors, strict=True)
         return [dict(zip(self.predictors, found, strict=True)) for found in pictures]

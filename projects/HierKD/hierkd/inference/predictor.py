@@ -43,7 +43,7 @@ from hierkd.inference.images import ImageInput, as_bgr
 from hierkd.inference.video import find_inputs, is_video
 from hierkd.load_config import load_config
 from hierkd.teachers.region_cache import MANIFEST
-from hierkd.teachers.texts import check_names, read_text_lines
+from hierkd.teachers.texts import as_clip_reads, check_names, read_text_lines
 
 __all__ = ["OpenVocabularyPredictor", "find_checkpoint", "for_inference", "resolve_vocabulary"]
 
@@ -365,12 +365,13 @@ def find_checkpoint(
     return str(config), weights
 
 
-def resolve_vocabulary(text: str) -> list[str]:
+def resolve_vocabulary(text: str, *, merge_repeated: bool = True) -> list[str]:
     """Read class names as a user types them.
 
     Args:
         text: Names separated by commas of any script, or the name of a registered dataset, or the
             path of a file with one name a line (or, in a .json, a list of names).
+        merge_repeated: Names that are one to CLIP become one, with a note.
 
     Raises:
         ValueError: They are no names (:func:`hierkd.teachers.texts.check_names`), or look like
@@ -387,7 +388,7 @@ def resolve_vocabulary(text: str) -> list[str]:
                 raise ValueError(f"{text}: {name!r}: expected a name alone on each line")
         if len(names) == 1:
             _warn_of_a_list(names[0])
-        return names
+        return _each_once(names) if merge_repeated else names
     names = [name.strip() for name in re.split(COMMAS, text)]
     if not any(names):
         raise ValueError("the vocabulary is empty: give class names separated by commas")
@@ -401,10 +402,23 @@ def resolve_vocabulary(text: str) -> list[str]:
             f"the vocabulary {text!r} is no registered dataset; did you mean {near[0]!r}? A class "
             "of this name goes into a text file"
         )
+    if merge_repeated:
+        names = _each_once(names)
     check_typed(names, "the vocabulary")
     if len(names) == 1:
         _warn_of_a_list(names[0])
     return names
+
+
+def _each_once(names: Sequence[str]) -> list[str]:
+    """Leave out names that CLIP reads as an earlier one."""
+    first: dict[str, str] = {}
+    repeated = [name for name in names if first.setdefault(as_clip_reads(name), name) is not name]
+    if repeated:
+        logger.warning(
+            "the vocabulary repeats %s: each counts once", ", ".join(map(repr, repeated))
+        )
+    return list(first.values())
 
 
 def _warn_of_a_list(name: str) -> None:

@@ -24,13 +24,13 @@ from hierkd.evaluation.heat_maps import score_heat_maps
 from hierkd.files import replacing
 from hierkd.inference.detectors import Detectors
 from hierkd.inference.drawing import Image, draw_instances, save_picture
-from hierkd.inference.video import Frame, Video, VideoFile
+from hierkd.inference.video import Frame, Video, VideoFile, picture_suffixes
 from hierkd.reports.charts import draw_heat_map_sheet, draw_side_by_side
 from hierkd.reports.page import Figure, Page, Picture, Section, data_uri, embedded, write_page
 
 __all__ = [
     "Annotated",
-    "annotate_picture",
+    "annotate_pictures",
     "annotate_video",
     "name_outputs",
     "write_annotated_page",
@@ -39,7 +39,8 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-_FRAMES_AT_ONCE = 8  # of a video file. [ours]
+PICTURES_AT_ONCE = 8  # of a folder or a video file: those of one size share a pass. [ours]
+UNDRAWN = ".jsonl"  # suffix of an output that is not drawn
 _HEAT_MAPS = 4  # classes of a picture whose heat maps are drawn, if none are named. [ours]
 _CAMERA_FPS = 10.0  # of the video that a camera's pictures become. [ours]
 _LISTED_CLASSES = 60  # of the vocabulary, at the top of a page. [ours]
@@ -49,7 +50,7 @@ _LISTED_CLASSES = 60  # of the vocabulary, at the top of a page. [ours]
 class Annotated:
     """What became of a picture or a video."""
 
-    files: tuple[Path, ...]  # the annotated copy, and after it the heat maps
+    files: tuple[Path, ...]  # the annotated copy, if there is one, and after it the heat maps
     entry: Mapping[str, Any]  # in detections.json
     num_detections: int  # the main detector's
     caption: str
@@ -78,41 +79,67 @@ def name_outputs(sources: Sequence[Path], folder: Path, suffixes: Sequence[str])
 
 
 def _heat_maps_path(annotated: Path) -> Path:
-    return annotated.with_name(f"{annotated.stem}_heat_maps.png")
+    return annotated.with_name(f"{annotated.stem}_heat_maps{annotated.suffix}")
 
 
-def annotate_picture(
-    detectors: Detectors, picture: Path, output: Path, heat_maps: Sequence[str] | None = None
-) -> Annotated:
-    """Detect in a picture and write its annotated copy, a PNG.
+def annotate_pictures(
+    detectors: Detectors,
+    pictures: Sequence[tuple[Path, Path]],
+    heat_maps: Sequence[str] | None = None,
+) -> Iterator[Annotated | ValueError]:
+    """Detect in pictures, in one go, and write their annotated copies.
 
     Args:
-        heat_maps: Classes whose heat maps are written, too, as OUTPUT_heat_maps.png; an empty list
-            stands for those detected, None for no heat maps.
+        pictures: Each, and its copy: a JPEG or PNG by its suffix, or not written (`UNDRAWN`).
+        heat_maps: Classes whose heat maps are written beside the copy, too; an empty list stands
+            for those detected, None for no heat maps.
 
-    Raises:
-        ValueError: The picture cannot be decoded; it is named.
+    Yields:
+        What became of each picture; of one that cannot be decoded the error, which names it.
     """
-    image = read_picture(str(picture))
-    # Beyond the first picture a file may be broken; Pillow's decoders then raise what they like.
-    with contextlib.suppress(Exception), PILImage.open(picture) as opened:
-        count = getattr(opened, "n_frames", 1)
-        if count > 1 and opened.format != "MPO":  # a phone's, with a second view of the same
-            logger.warning("%s: the first of its %d pictures is taken", picture, count)
-    (found,) = detectors.detect([image])
-    save_picture(output, _draw(detectors, image, found))
+    images: dict[tuple[Path, Path], NDArray[np.uint8]] = {}
+    for picture, output in pictures:
+        try:
+            images[picture, output] = read_picture(str(picture))
+        except ValueError as error:
+            known = picture.suffix.lower() in picture_suffixes()
+            hint = "" if known else " A video is known by its suffix, such as .mp4."
+            yield ValueError(f"{error}{hint}")
+            continue
+        # Beyond the first picture a file may be broken; Pillow's decoders then raise what they like
+        with contextlib.suppress(Exception), PILImage.open(picture) as opened:
+            count = getattr(opened, "n_frames", 1)
+            if count > 1 and opened.format != "MPO":  # a phone's, with a second view of the same
+                logger.warning("%s: the first of its %d pictures is taken", picture, count)
+    everything = detectors.detect(list(images.values()))
+    for ((picture, output), image), found in zip(images.items(), everything, strict=True):
+        yield _annotate(detectors, picture, image, found, output, heat_maps)
+
+
+def _annotate(
+    detectors: Detectors,
+    picture: Path,
+    image: NDArray[np.uint8],
+    found: Mapping[str, Instances],
+    output: Path,
+    heat_maps: Sequence[str] | None,
+) -> Annotated:
+    """Write what was found in a picture."""
+    drawn = output.suffix != UNDRAWN
+    if drawn:
+        save_picture(output, _draw(detectors, image, found))
+    files = [output] if drawn else []
     entry = {
         "file_name": str(picture),
-        "annotated": output.name,
+        **({"annotated": output.name} if drawn else {}),
         "height": image.shape[0],
         "width": image.shape[1],
         **detectors.records(found),
     }
-    files = [output]
     classes = [record["class"] for record in entry["detections"]]
-    drawn = list(heat_maps or ()) or list(dict.fromkeys(classes))[:_HEAT_MAPS]
-    if heat_maps is not None and drawn:
-        maps = score_heat_maps(detectors.main.model, detectors.main.prepare(image), drawn)
+    mapped = list(heat_maps or ()) or list(dict.fromkeys(classes))[:_HEAT_MAPS]
+    if heat_maps is not None and mapped:
+        maps = score_heat_maps(detectors.main.model, detectors.main.prepare(image), mapped)
         files.append(_heat_maps_path(output))
         save_picture(files[-1], draw_heat_map_sheet(image[:, :, ::-1], maps))
         entry["heat_maps"] = files[-1].name
@@ -133,19 +160,20 @@ def annotate_video(
 ) -> Annotated:
     """Detect in the frames of a video file, or of a camera until Ctrl-C.
 
-    Writes the annotated frames as a video of the same speed, and beside it a .jsonl with a line per
-    frame: ``frame``, ``seconds`` and its detections.
+    Writes the annotated frames as a video of the same speed, unless ``output`` is `UNDRAWN`, and
+    beside it a .jsonl with a line per frame: ``frame``, ``seconds`` and its detections.
 
     Raises:
         ValueError: It cannot be read, or the video cannot be written.
     """
-    lines = output.with_suffix(".jsonl")
+    lines = output.with_suffix(UNDRAWN)
+    drawn = lines != output
     count = detections = 0
     size = (0, 0)
     with Video(source) as video:
         total = -(-video.num_frames // every) or None
         frames = itertools.islice(video.frames(every), max_frames)
-        at_once = 1 if video.live else _FRAMES_AT_ONCE
+        at_once = 1 if video.live else PICTURES_AT_ONCE
         with (
             replacing(lines) as making,
             making.open("w", encoding="utf-8") as file,
@@ -154,8 +182,9 @@ def annotate_video(
         ):
             try:
                 for frame, found in _detect_in(detectors, frames, at_once):
-                    drawn = _draw(detectors, frame.image, found)
-                    annotated.write(drawn, frame.seconds if video.live else None)
+                    if drawn:
+                        picture = _draw(detectors, frame.image, found)
+                        annotated.write(picture, frame.seconds if video.live else None)
                     records = detectors.records(found)
                     line = {"frame": frame.index, "seconds": round(frame.seconds, 3), **records}
                     file.write(json.dumps(line) + "\n")
@@ -170,7 +199,7 @@ def annotate_video(
                 raise ValueError(f"{video.name}: stopped before the first frame")
     entry = {
         "file_name": video.name,
-        "annotated": output.name,
+        **({"annotated": output.name} if drawn else {}),
         "frames": lines.name,
         "height": size[0],
         "width": size[1],
@@ -180,7 +209,7 @@ def annotate_video(
         "num_detections": detections,
     }
     caption = f"{count} frames, {detections / count:.1f} detections per frame"
-    return Annotated((output,), entry, detections, caption, is_video=True)
+    return Annotated((output,) if drawn else (), entry, detections, caption, is_video=True)
 
 
 def _detect_in(
@@ -248,7 +277,7 @@ def _picture(file: Path, alternative: str, embed: bool) -> Picture:
     if file.suffix == ".webm":
         source = data_uri("video/webm", file.read_bytes()) if embed else link
         return Picture(source, alternative, video=True)
-    if file.suffix != ".png":  # a video that browsers do not play
+    if file.suffix not in (".jpg", ".png"):  # a video that browsers do not play
         return Picture("", file.name, link=link)
     with PILImage.open(file) as image:
         if not embed:

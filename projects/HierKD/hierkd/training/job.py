@@ -29,6 +29,9 @@ __all__ = ["prepare"]
 
 logger = logging.getLogger(__name__)
 
+# Of a message on the screen: detectron2 writes out config, versions and model. [ours]
+_LONGEST_MESSAGE = 15
+
 Work = Callable[[], dict[str, Any] | None]
 
 
@@ -47,23 +50,52 @@ def prepare(args: Namespace, root: Path) -> Work:
     """
     cfg = load_config(args.config_file, args.opts)
     setup = _evaluation_setup(cfg) if args.eval_only else cfg
-    default_setup(setup, args)
-    setup_logger(setup.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="hierkd")
+    # Before anything is written, and before a log that nobody reads to its end.
     with in_every_process("reading DATASETS.TEST"):
-        if cfg.DATASETS.DEFINITIONS:
-            trained = () if args.eval_only else cfg.DATASETS.TRAIN
-            for line in describe_datasets([*trained, *cfg.DATASETS.TEST]):
-                logger.info(line)
         test_images = check_datasets(cfg.DATASETS.TEST)
         if not args.eval_only:
             check_training_sets(cfg.DATASETS.TRAIN)
         elif not cfg.DATASETS.TEST:
             raise ValueError("DATASETS.TEST is empty: it must name what to evaluate on")
+    _set_up_loggers(setup.OUTPUT_DIR)
+    default_setup(setup, args)
+    if cfg.DATASETS.DEFINITIONS:
+        trained = () if args.eval_only else cfg.DATASETS.TRAIN
+        for line in describe_datasets([*trained, *cfg.DATASETS.TEST]):
+            logger.info(line)
     if args.eval_only:
         return _prepare_evaluation(cfg, root, resume=args.resume)
     if cfg.DATALOADER.CHECK_IMAGES:
         check_images(test_images)
     return _prepare_training(cfg, root, resume=args.resume)
+
+
+class _Brief(logging.Formatter):
+    """The first line of each message of more than `_LONGEST_MESSAGE` lines."""
+
+    def __init__(self, formatter: logging.Formatter) -> None:
+        super().__init__()
+        self._whole = formatter
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = self._whole.format(record)
+        first, *rest = text.split("\n")
+        long = len(rest) >= _LONGEST_MESSAGE
+        return f"{first} ({len(rest)} more lines in log.txt)" if long else text
+
+
+def _set_up_loggers(folder: str) -> None:
+    """Log to ``folder`` and, long messages of the libraries in brief, to the screen."""
+    rank = comm.get_rank()
+    # As default_setup calls it: its own calls are then the same, and add no second handler.
+    libraries = [
+        setup_logger(folder, distributed_rank=rank, name="fvcore"),
+        setup_logger(folder, distributed_rank=rank),
+    ]
+    setup_logger(folder, distributed_rank=rank, name="hierkd")
+    for handler in (each for library in libraries for each in library.handlers):
+        if handler.stream is sys.stdout:
+            handler.setFormatter(_Brief(handler.formatter))
 
 
 def _evaluation_setup(cfg: Any) -> Any:
