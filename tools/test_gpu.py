@@ -27,6 +27,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from hierkd.command import run_command
+
 ROOT = Path(__file__).resolve().parent.parent
 # Of tools/benchmark.py: the subcommand, its options on a GPU, and on a CPU.
 BENCHMARKS = {
@@ -172,9 +174,6 @@ def get_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run all parts; the status is 1 if one of them has failed."""
     args = get_parser().parse_args(argv)
-    import hierkd  # noqa: F401  (first of what imports PyTorch: it quiets deprecation warnings)
-
-    # isort: split
     import torch
 
     from hierkd.reports.run_record import circumstances
@@ -207,4 +206,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)
