@@ -24,8 +24,9 @@ class OneBox:
         self.score = score
         self.calls = []
 
-    def predict(self, image, vocabulary):
-        self.calls.append((image, vocabulary))
+    def predict(self, image, vocabulary, examples):
+        self.calls.append((image, vocabulary, examples))
+        vocabulary = tuple(dict.fromkeys([*vocabulary, *examples]))
         rows, columns = (image == 255).all(axis=2).nonzero()
         box = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
         return Instances(
@@ -127,7 +128,8 @@ def test_unusable_uploads(tmp_path, content, named):
 def test_detect_and_show(picture):
     detector = OneBox()
     found = look({"mine": detector}, picture)
-    ((image, vocabulary),) = detector.calls
+    ((image, vocabulary, examples),) = detector.calls
+    assert not examples
     assert image.shape == (60, 80, 3)
     assert vocabulary == ("cup", "dog")
 
@@ -151,6 +153,37 @@ def test_detect_and_show(picture):
     # The right edge of the box, eight times as far to the right, has the colour of the class.
     edge = panel[200:280, 474:487].astype(float) / 255
     assert np.abs(edge - class_color(0)).max(axis=2).min(axis=1).max() < 0.1
+
+
+def test_a_class_by_examples(picture):
+    detector = OneBox()
+    paths = [picture, picture]
+    for names, typed, found in (
+        ("cup, dog", ("cup", "dog"), ("cup", "dog", "toy")),
+        ("cup, toy", ("cup", "toy"), ("cup", "toy")),  # the mean of both
+        ("", (), ("toy",)),
+    ):
+        seen = detect({"mine": detector}, picture, names, LIMITS, "a.png", " toy ", paths)
+        _, vocabulary, examples = detector.calls[-1]
+        assert (vocabulary, seen.vocabulary) == (typed, found)
+        assert [each.shape for each in examples["toy"]] == 2 * [(60, 80, 3)]
+
+
+@pytest.mark.parametrize(
+    ("name", "files", "named"),
+    [
+        ("", ["a.png"], "Name the class"),
+        ("toy", [], "Add example pictures"),
+        ("toy", 21 * ["a.png"], "21 example pictures are too many: at most 20"),
+        ("toy, bear", ["a.png"], "at most 1"),
+        ("toy", ["broken"], "example of 'toy': The file is not a picture"),
+    ],
+)
+def test_unusable_examples(picture, tmp_path, name, files, named):
+    (tmp_path / "broken").write_text("no picture")
+    paths = [str(tmp_path / file) for file in files]
+    with pytest.raises(ValueError, match=named):
+        detect({"mine": OneBox()}, picture, "cup", LIMITS, "a.png", name, paths)
 
 
 def test_each_setting_chooses(picture, tmp_path, monkeypatch):

@@ -80,6 +80,7 @@ class Limits:
     max_bytes: int = 20 * 1024**2  # of a picture file
     max_pixels: int = 25_000_000  # decoding takes some 3 bytes for each
     max_names: int = 200  # in a vocabulary
+    max_examples: int = 20  # pictures of a class; each takes a pass of the teacher
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,22 +152,50 @@ def detect(
     names: str,
     limits: Limits,
     file_name: str,
+    example_name: str = "",
+    example_paths: Sequence[str] = (),
 ) -> Found:
     """Detect in an upload with each detector; no vocabulary outlasts the call.
 
+    The class ``example_name`` is given by the pictures of ``example_paths``, beside the names.
+
     Raises:
-        ValueError: The picture or the names cannot be used.
+        ValueError: A picture or the names cannot be used.
     """
-    vocabulary = parse_names(names, limits.max_names)
+    examples = _read_examples(example_name, example_paths, limits)
+    # Examples need no names beside them.
+    typed = parse_names(names, limits.max_names) if (names or "").strip() or not examples else ()
+    vocabulary = tuple(dict.fromkeys([*typed, *examples]))
     image = read_upload(path, limits.max_pixels)
     instances = {
-        title: predictor.predict(image, vocabulary=vocabulary)
+        title: predictor.predict(image, vocabulary=typed, examples=examples)
         for title, predictor in predictors.items()
     }
     view: Image = np.ascontiguousarray(image[:, :, ::-1])
     if max(view.shape) > _LARGEST_VIEW:
         view, _ = fit(view, _LARGEST_VIEW)
     return Found(file_name, (image.shape[0], image.shape[1]), vocabulary, view, instances)
+
+
+def _read_examples(
+    text: str, paths: Sequence[str], limits: Limits
+) -> dict[str, list[NDArray[np.uint8]]]:
+    """Read the class given by pictures; empty if there is neither a name nor a picture."""
+    if not (text or "").strip() and not paths:
+        return {}
+    if not (text or "").strip():
+        raise ValueError("Name the class of the example pictures.")
+    if not paths:
+        raise ValueError("Add example pictures of the class, or remove its name.")
+    if len(paths) > limits.max_examples:
+        raise ValueError(
+            f"{len(paths)} example pictures are too many: at most {limits.max_examples}."
+        )
+    (name,) = parse_names(text, 1)
+    try:
+        return {name: [read_upload(path, limits.max_pixels) for path in paths]}
+    except ValueError as error:
+        raise ValueError(f"An example of {name!r}: {error}") from error
 
 
 def show(found: Found, threshold: float, top_k: float, class_thresholds: str) -> Shown:
@@ -268,10 +297,18 @@ def _lay_out_inputs(limits: Limits, names: str, examples: Sequence[Path]) -> lis
             placeholder="dog=0.6, cup=0.2",
             elem_id="class_thresholds",
         )
+        name = gr.Textbox(label="A class by examples: its name", elem_id="example_name")
+        pictures = gr.File(
+            label="Its example pictures",
+            file_count="multiple",
+            file_types=["image"],
+            height=120,
+            elem_id="example_pictures",
+        )
     if examples:
         paths = [[str(path)] for path in examples]
         gr.Examples(paths, [picture], label="Or choose one", elem_id="examples")
-    return [picture, classes, button, threshold, top_k, own]
+    return [picture, classes, button, name, pictures, threshold, top_k, own]
 
 
 def _lay_out_outputs(titles: Sequence[str]) -> list[Any]:
@@ -313,19 +350,26 @@ def _connect(
     outputs: list[Any],
 ) -> None:
     """Say what events do; each returns the new state, and a value for each of the outputs."""
-    picture, names, button, *settings = inputs
+    picture, names, button, example_name, example_pictures, *settings = inputs
     threshold, top_k, class_thresholds = settings
 
     def say(found: Found | None, text: str) -> list[Any]:
         """Nothing of an earlier picture stays."""
         return [found, text, gr.update(visible=False), *[None] * (len(outputs) - 2)]
 
-    def answer_picture(upload: Mapping[str, Any] | None, names: str, *settings: Any) -> list[Any]:
+    def answer_picture(
+        upload: Mapping[str, Any] | None,
+        names: str,
+        example_name: str,
+        example_pictures: Sequence[Mapping[str, Any]] | None,
+        *settings: Any,
+    ) -> list[Any]:
         if upload is None:
             return say(None, _HELLO)
         try:
             name = Path(upload.get("orig_name") or upload["path"]).name
-            found = detect(predictors, upload["path"], names, limits, name)
+            paths = [each["path"] for each in example_pictures or ()]
+            found = detect(predictors, upload["path"], names, limits, name, example_name, paths)
         except ValueError as error:
             return say(None, str(error))
         except Exception:  # whatever it was, the old answer must not stay beside the new picture
@@ -354,7 +398,9 @@ def _connect(
         "api_visibility": "private",
     }
     of_picture = [page.load, picture.change, names.submit, button.click]
-    answered = gr.on(of_picture, answer_picture, [picture, names, *settings], **common)
+    of_picture += [example_name.submit, example_pictures.upload]
+    asked = [picture, names, example_name, example_pictures, *settings]
+    answered = gr.on(of_picture, answer_picture, asked, **common)
     answered.then(None, js=_SCROLL)
     of_settings = [threshold.change, top_k.change, class_thresholds.submit, class_thresholds.blur]
     common |= {"inputs": [state, *settings], "show_progress": "hidden"}
