@@ -69,7 +69,7 @@ def read_names(sources: Sequence[str]) -> list[str]:
         names += (
             read_text_lines(source)
             if is_file
-            else resolve_vocabulary(source, merge_repeated=False)  # rows may belong to them
+            else resolve_vocabulary(source, merge_repeated=False)  # a file refuses them
         )
     odd = [name for name in names if "_" in name]
     if odd:

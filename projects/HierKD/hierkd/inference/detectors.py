@@ -7,14 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import Instances
 from numpy.typing import NDArray
 
 from hierkd.data.coco_json import some
 from hierkd.inference.detections import DetectionFilter, as_records
 from hierkd.inference.examples import Examples
-from hierkd.inference.predictor import FINAL_WEIGHTS, OpenVocabularyPredictor, find_checkpoint
+from hierkd.inference.predictor import (
+    FINAL_WEIGHTS,
+    MINIATURE_PREFIX,
+    OpenVocabularyPredictor,
+    find_checkpoint,
+    registered_names,
+)
 from hierkd.load_config import load_config
 
 __all__ = ["Detectors", "icons_only", "load_detectors", "unknown_to_icons"]
@@ -104,8 +109,7 @@ def unknown_to_icons(
     """Say which names hold a word that the miniature's CLIP has not learnt; "" if none does."""
     if not any(predictor.knows_icons_only for predictor in predictors.values()):
         return ""
-    worlds = [name for name in DatasetCatalog.list() if name.startswith("miniature_ovd_")]
-    known = {word for each in worlds for word in MetadataCatalog.get(each).get("thing_classes", ())}
+    known = registered_names(MINIATURE_PREFIX)
     unknown = [name for name in vocabulary if not known.issuperset(name.lower().split())]
     text = (
         f"The miniature's CLIP knows the {len(known)} words of its world alone. What is found as "

@@ -43,7 +43,7 @@ from hierkd.inference.images import ImageInput, as_bgr
 from hierkd.inference.video import find_inputs, is_video
 from hierkd.load_config import load_config
 from hierkd.teachers.region_cache import MANIFEST
-from hierkd.teachers.texts import as_clip_reads, check_names, read_text_lines
+from hierkd.teachers.texts import check_names, each_once, read_text_lines
 
 __all__ = ["OpenVocabularyPredictor", "find_checkpoint", "for_inference", "resolve_vocabulary"]
 
@@ -55,7 +55,7 @@ LAST_CHECKPOINT = "last_checkpoint"  # and where it notes the name of the latest
 COMMAS = "[,\uff0c\u3001]"  # as a pattern: of Latin, full-width and ideographic script
 # What people put around and between names who think of Python, of a shell, or of Grounding DINO.
 _LIST_MARKS = re.compile(r"""[][{}|"`\u201c\u201d]|^['\u2018].*['\u2019]$|\s\.\s|\.$""")
-_MINIATURE = "miniature_ovd_"  # what the names of the miniature's datasets begin with
+MINIATURE_PREFIX = "miniature_ovd_"  # what the names of the miniature's datasets begin with
 
 # Images per forward pass of a list, where they have one size. [ours] Video frames and tiles gain on
 # a GPU; photographs of many sizes go one by one, as in detectron2's own predictor.
@@ -166,7 +166,9 @@ class OpenVocabularyPredictor:
     @property
     def knows_icons_only(self) -> bool:
         """Whether it was trained on the miniature alone: what it finds in photographs is noise."""
-        return bool(self.trained_on) and all(n.startswith(_MINIATURE) for n in self.trained_on)
+        return bool(self.trained_on) and all(
+            n.startswith(MINIATURE_PREFIX) for n in self.trained_on
+        )
 
     @property
     def device(self) -> torch.device:
@@ -412,23 +414,18 @@ def resolve_vocabulary(text: str, *, merge_repeated: bool = True) -> list[str]:
 
 def _each_once(names: Sequence[str]) -> list[str]:
     """Leave out names that CLIP reads as an earlier one."""
-    first: dict[str, str] = {}
-    repeated = [name for name in names if first.setdefault(as_clip_reads(name), name) is not name]
+    kept, repeated = each_once(names)
     if repeated:
         logger.warning(
             "the vocabulary repeats %s: each counts once", ", ".join(map(repr, repeated))
         )
-    return list(first.values())
+    return kept
 
 
 def _warn_of_a_list(name: str) -> None:
     """Log it if a name has commas, or if it is no registered dataset's, but each word of it is."""
     words = [word for word in name.split() if word not in ("and", "or")]
-    known = {
-        each
-        for dataset in DatasetCatalog.list()
-        for each in MetadataCatalog.get(dataset).get("thing_classes", ())
-    }
+    known = registered_names()
     if re.search(COMMAS, name) or (
         len(words) > 1 and known.issuperset(words) and name not in known
     ):
@@ -436,6 +433,14 @@ def _warn_of_a_list(name: str) -> None:
             "the vocabulary is one class, %r; commas, in a file line breaks, would make it several",
             name,
         )
+
+
+def registered_names(prefix: str = "") -> set[str]:
+    """Class names of all registered datasets whose own name begins with ``prefix``."""
+    datasets = [name for name in DatasetCatalog.list() if name.startswith(prefix)]
+    return {
+        each for name in datasets for each in MetadataCatalog.get(name).get("thing_classes", ())
+    }
 
 
 def check_typed(names: Sequence[str], names_from: str) -> None:

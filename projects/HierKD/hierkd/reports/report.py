@@ -455,6 +455,7 @@ def write_demo_report(
     detect = _saved_detections(run.path, dataset_name)
     samples = keep_best(build_samples(records, detect, vocabulary, novel))
     best = best_sample_per_class(samples, novel)
+    panels = {name: _draw_best(sample, name) for name, sample in best.items()}
     chosen = [records.index(r) for r in choose_in_turn(records, vocabulary, novel, num_pictures)]
     shown = [samples[index] for index in chosen]
     with predictor.model.vocabulary(vocabulary):
@@ -462,7 +463,7 @@ def write_demo_report(
     page = Page(
         "Found by name, never boxed in training",
         [
-            _best_section(best, novel),
+            _best_section(panels, novel),
             Section(
                 "The figures",
                 cards=_cards(run),
@@ -497,8 +498,8 @@ def write_demo_report(
         "a vision-language model.",
     )
     write_page(path, page)
-    panels = [_draw_best(sample, name) for name, sample in best.items()]
-    rows = [SheetRow(each, [""] * len(each)) for each in (panels[:4], panels[4:8]) if each]
+    drawn = list(panels.values())
+    rows = [SheetRow(each, [""] * len(each)) for each in (drawn[:4], drawn[4:8]) if each]
     if rows:
         overview = draw_sheet(rows, panel_px=_BEST_PX)
         save_picture(Path(path).with_name("overview.jpg"), overview)
@@ -521,12 +522,9 @@ def _stored_section(
     )
 
 
-def _best_section(best: Mapping[str, Sample], novel: Sequence[str]) -> Section:
-    figures = [
-        Figure([embedded(_draw_best(sample, name), name)], title=name)
-        for name, sample in best.items()
-    ]
-    missed = ", ".join(name for name in novel if name not in best)
+def _best_section(panels: Mapping[str, Image], novel: Sequence[str]) -> Section:
+    figures = [Figure([embedded(panel, name)], title=name) for name, panel in panels.items()]
+    missed = ", ".join(name for name in novel if name not in panels)
     return Section(
         figures=figures,
         columns=4,

@@ -15,7 +15,7 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -30,11 +30,11 @@ from hierkd.files import replacing
 __all__ = [
     "OWN_EMBEDDINGS",
     "TextEmbeddings",
-    "as_clip_reads",
     "check_names",
     "check_provenance",
     "check_template",
     "comparable_name",
+    "each_once",
     "load_text_embeddings",
     "make_text_embeddings",
     "read_templates",
@@ -168,14 +168,26 @@ def check_names(names: Sequence[str], names_from: str) -> None:
         raise ValueError(f"{names_from}: repeats {_some(repeated)}; each name must occur once")
     first_of: dict[str, str] = {}
     for name in names:
-        if (other := first_of.setdefault(as_clip_reads(name), name)) != name:
+        if (other := first_of.setdefault(_as_clip_reads(name), name)) != name:
             raise ValueError(
                 f"{names_from}: {other!r} and {name!r} are one name to CLIP, which reads neither "
                 "capitals, surplus blanks nor ways to write an accent; keep one"
             )
 
 
-def as_clip_reads(name: str) -> str:
+def each_once(names: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Part names into those that CLIP reads as no earlier one, and the others."""
+    first: dict[str, str] = {}
+    repeated = []
+    for name in names:
+        if (read := _as_clip_reads(name)) in first:
+            repeated.append(name)
+        else:
+            first[read] = name
+    return list(first.values()), repeated
+
+
+def _as_clip_reads(name: str) -> str:
     """A name without what CLIP does not read: capitals, surplus blanks, ways to write an accent."""
     return " ".join(unicodedata.normalize("NFC", name).lower().split())
 

@@ -7,6 +7,7 @@ import shlex
 import sys
 import weakref
 from contextlib import nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ from hierkd.files import write_json_atomically
 from hierkd.reports.metrics import mend_metrics
 from hierkd.teachers.clip import build_region_cache
 from hierkd.teachers.region_cache import RegionCache
-from hierkd.teachers.texts import OWN_EMBEDDINGS, as_clip_reads, save_text_embeddings
+from hierkd.teachers.texts import OWN_EMBEDDINGS, each_once, save_text_embeddings
 from hierkd.training.agreement import broadcast_buffers, in_every_process
 from hierkd.training.hooks import FiniteGuard, Interruption
 from hierkd.training.monitoring import build_monitoring_hooks
@@ -291,13 +292,11 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]  # detectron2 is untyped
         if (teacher := getattr(without_ddp(model), "teacher", None)) is None:
             return
         sets = [MetadataCatalog.get(n) for n in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN)]
-        names: dict[str, str] = {}
-        for each in sorted((s.get("thing_classes", ()) for s in sets), key=len, reverse=True):
-            for name in each:
-                names.setdefault(as_clip_reads(name), name)
+        largest_first = sorted((s.get("thing_classes", ()) for s in sets), key=len, reverse=True)
+        names, _ = each_once(chain.from_iterable(largest_first))
         if names:
             prompt = cfg.MODEL.TEXT_CLASSIFIER.BACKGROUND_PROMPT
-            stored = teacher.text_embeddings(list(names.values()), prompt)
+            stored = teacher.text_embeddings(names, prompt)
             save_text_embeddings(stored, Path(cfg.OUTPUT_DIR) / OWN_EMBEDDINGS)
 
     @staticmethod
