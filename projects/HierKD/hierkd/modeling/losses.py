@@ -51,7 +51,8 @@ def softmax_focal_loss(
         Scalar: the sum over the n points.
     """
     log_p = -F.cross_entropy(logits, labels, reduction="none")
-    return -(alpha * (1.0 - log_p.exp()).clamp(min=0.0) ** gamma * log_p).sum()
+    # Below the smallest step from 1 the slope of the power is infinite for gamma < 1.
+    return -(alpha * (1.0 - log_p.exp()).clamp(min=1e-9) ** gamma * log_p).sum()
 
 
 def weighted_giou_loss(pred_boxes: Tensor, gt_boxes: Tensor, weights: Tensor) -> Tensor:
