@@ -19,7 +19,7 @@ import hierkd.modeling.detector as meta_arch
 from evaluated_datasets import register
 from fake_teacher import FakeTeacher
 from hierkd.inference.export import (
-    Detections,
+    GraphDetections,
     as_model,
     check_output,
     count_agreeing,
@@ -148,9 +148,9 @@ def test_openvino_runs_the_graph_unchanged(predictor, onnx_file) -> None:
     openvino = pytest.importorskip("openvino")
     run = openvino.Core().compile_model(onnx_file, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
 
-    def graph(*inputs: np.ndarray) -> Detections:
+    def graph(*inputs: np.ndarray) -> GraphDetections:
         found = run(inputs)
-        return Detections(*(found[name].copy() for name in module.OUTPUTS))
+        return GraphDetections(*(found[name].copy() for name in module.OUTPUTS))
 
     exported = as_model(predictor, graph, vocabulary_as_input=True)
     assert same_detections(predictor, exported, pictures())
@@ -179,12 +179,12 @@ def check_consumer(result: subprocess.CompletedProcess[str], wanted: Instances) 
     assert result.returncode == 0, result.stderr
     lines = [line.split() for line in result.stdout.splitlines()]
     fields = (wanted.pred_boxes.tensor, wanted.scores, wanted.pred_classes)
-    found = Detections(
+    found = GraphDetections(
         np.array([[float(x) for x in line[2:]] for line in lines], np.float32),
         np.array([float(line[1]) for line in lines], np.float32),
         np.array([NAMES.index(line[0]) for line in lines]),
     )
-    expected = Detections(*(each.numpy() for each in fields))
+    expected = GraphDetections(*(each.numpy() for each in fields))
     assert count_agreeing(expected, found) == len(wanted) == len(lines) > 0
 
 
@@ -230,10 +230,10 @@ def test_a_graph_of_one_size_in_8_bit_integers(tmp_path, monkeypatch) -> None:
     check_consumer(consume(path, shown, "--threshold", 0), output["instances"])
 
 
-def some(scores: list[float], shift: float = 0.0, label: int = 0) -> Detections:
+def some(scores: list[float], shift: float = 0.0, label: int = 0) -> GraphDetections:
     corners = np.arange(len(scores), dtype=np.float32)[:, None] * 100 + shift
     boxes = np.concatenate([corners, corners, corners + 50, corners + 50], axis=1)
-    return Detections(boxes, np.array(scores, np.float32), np.full(len(scores), label))
+    return GraphDetections(boxes, np.array(scores, np.float32), np.full(len(scores), label))
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ from hierkd.inference.exportable import ExportableDetector
 from hierkd.inference.predictor import OpenVocabularyPredictor
 
 __all__ = [
-    "Detections",
+    "GraphDetections",
     "as_model",
     "check_output",
     "count_agreeing",
@@ -54,7 +54,7 @@ FLOAT = (0.0, 1e-3, 0.5, 1e-3)
 INT8 = (0.3, 0.1, 5.0, 0.1)  # demo.py shows those over 0.3
 
 
-class Detections(NamedTuple):
+class GraphDetections(NamedTuple):
     """What a graph finds in one picture, best first."""
 
     boxes: NDArray[np.float32]  # (n, 4) XYXY, pixels
@@ -62,7 +62,7 @@ class Detections(NamedTuple):
     classes: NDArray[np.int64]  # (n,)
 
 
-Graph = Callable[..., Detections]
+Graph = Callable[..., GraphDetections]
 Inputs = Iterable[list[NDArray[Any]]]
 Model = Callable[[list[dict[str, Any]]], list[dict[str, Instances]]]
 
@@ -292,14 +292,16 @@ def load_graph(path: Path) -> Graph:
         providers = ["CPUExecutionProvider"]
         session = onnxruntime.InferenceSession(str(path), options, providers=providers)
         names = [each.name for each in session.get_inputs()]
-        return lambda *inputs: Detections(
+        return lambda *inputs: GraphDetections(
             *session.run(list(OUTPUTS), dict(zip(names, inputs, strict=True)))
         )
     module = torch.export.load(path).module()
 
-    def run(*inputs: NDArray[Any]) -> Detections:
+    def run(*inputs: NDArray[Any]) -> GraphDetections:
         with torch.no_grad():
-            return Detections(*(each.numpy() for each in module(*map(torch.from_numpy, inputs))))
+            return GraphDetections(
+                *(each.numpy() for each in module(*map(torch.from_numpy, inputs)))
+            )
 
     return run
 
@@ -355,7 +357,7 @@ def same_detections(
         both = [predictor(picture), output["instances"]]
         shown = [each[each.scores >= least] for each in both]
         wanted, given = (
-            Detections(x.pred_boxes.tensor.numpy(), x.scores.numpy(), x.pred_classes.numpy())
+            GraphDetections(x.pred_boxes.tensor.numpy(), x.scores.numpy(), x.pred_classes.numpy())
             for x in shown
         )
         number, expected = number + 1, expected + len(wanted.scores)
@@ -370,8 +372,8 @@ def same_detections(
 
 
 def count_agreeing(
-    expected: Detections,
-    found: Detections,
+    expected: GraphDetections,
+    found: GraphDetections,
     box_tolerance: float = 0.5,
     score_tolerance: float = 1e-3,
 ) -> int:
