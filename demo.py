@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hierkd.command import run_command
+from hierkd.command import one_line_errors, run_command
 
 if TYPE_CHECKING:
     from hierkd.inference.detectors import Detectors
@@ -195,8 +195,9 @@ def write(args: argparse.Namespace, detectors: Detectors, done: Sequence[Annotat
     logger.info("%s in %s%s: see %s", words[0], " and ".join(looked_at) or words[1], best, written)
 
 
+@one_line_errors
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line; errors of the user's end it with a message and status 1 or 2."""
+    """Run the command line; inputs that cannot be read end it with status 1 or 2."""
     parser = get_parser()
     args = parser.parse_args(argv)
     if sum(source is not None for source in (args.picture, args.input, args.webcam)) != 1:
@@ -213,11 +214,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     import hierkd.load_config  # noqa: F401  (its datasets are vocabularies)
 
     setup_logger(name="hierkd", abbrev_name="hierkd")
-    try:
-        status = annotate(args)
-    except (ValueError, OSError) as error:  # ConnectionError: an OSError
-        parser.exit(2, f"demo.py: error: {error}\n")
-    if status:
+    if status := annotate(args):
         parser.exit(status, "demo.py: not all inputs could be read\n" if status == 1 else None)
 
 

@@ -13,11 +13,10 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from hierkd.command import run_command
+from hierkd.command import one_line_errors, run_command
 
 if TYPE_CHECKING:  # PyTorch is imported when the command line has been understood
     from hierkd.teachers.texts import TextEmbeddings
@@ -126,24 +125,20 @@ def run(args: argparse.Namespace) -> TextEmbeddings:
     return stored
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return its exit status."""
+@one_line_errors
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line."""
     args = get_parser().parse_args(arguments)
 
     from detectron2.utils.logger import setup_logger
 
     setup_logger(name="hierkd", abbrev_name="hierkd")
-    try:
-        stored = run(args)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    stored = run(args)
     print(
         f"{args.output}: {len(stored.names)} names, D = {stored.embed_dim}; CLIP {stored.clip} "
         f"(SHA-256 {stored.weights_sha256[:12]}...); {len(stored.templates)} template(s), first "
         f"{stored.templates[:1]}; background {stored.background_prompt!r}"
     )
-    return 0
 
 
 if __name__ == "__main__":

@@ -12,12 +12,11 @@ from __future__ import annotations
 import argparse
 import logging
 import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hierkd.command import run_command
+from hierkd.command import one_line_errors, run_command
 
 if TYPE_CHECKING:
     from hierkd.data.prepare import PartSummary
@@ -106,8 +105,9 @@ def print_summaries(summaries: Sequence[PartSummary]) -> None:
         )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return its exit status."""
+@one_line_errors
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line."""
     args = get_parser().parse_args(argv)
     from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -122,21 +122,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     output = args.output or root / "coco" / "annotations"
     if args.dry_run:
         dry_run(root, variant, output, names)
-        return 0
-    try:
-        with logging_redirect_tqdm():
-            summaries = prepare.prepare_coco(
-                root,
-                [splits.SPLITS[name] for name in names],
-                output=output,
-                variant=variant,
-                check_pictures=not args.allow_missing_pictures,
-            )
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return
+    with logging_redirect_tqdm():
+        summaries = prepare.prepare_coco(
+            root,
+            [splits.SPLITS[name] for name in names],
+            output=output,
+            variant=variant,
+            check_pictures=not args.allow_missing_pictures,
+        )
     print_summaries(summaries)
-    return 0
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""The loggers that a run sets up, put back to what they were."""
+"""Commands in the tests' process: their exit status, and the loggers that they set up."""
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from detectron2.utils.logger import setup_logger
 
@@ -25,3 +26,11 @@ def own_log_handlers() -> Iterator[None]:
             logger.setLevel(level)
         if hasattr(setup_logger, "cache_clear"):  # else the next call would add no handler
             setup_logger.cache_clear()
+
+
+def exit_status(main: Callable[[Sequence[str]], Any], *arguments: object) -> int:
+    """The status with which a program of this ``main`` would end; argparse's included."""
+    try:
+        return main([str(each) for each in arguments]) or 0
+    except SystemExit as end:
+        return int(end.code or 0)

@@ -21,6 +21,7 @@ from hierkd.inference.predictor import OpenVocabularyPredictor
 from hierkd.load_config import load_config
 from hierkd.teachers.clip import build_teacher
 from hierkd.teachers.region_cache import RegionCache, RegionCacheWriter
+from log_handlers import exit_status
 from tiny_training import (
     BASE,
     PICTURES,
@@ -57,7 +58,7 @@ def tool_arguments(world: Path, output: Path, *extra: str) -> list[str]:
 def folder(world) -> Path:
     """A finished cache."""
     with miniature_at(world):
-        assert cache_teacher.main(tool_arguments(world, world / "cache")) == 0
+        assert exit_status(cache_teacher.main, *tool_arguments(world, world / "cache")) == 0
     return world / "cache"
 
 
@@ -124,7 +125,7 @@ def test_after_a_kill_it_goes_on_and_the_files_are_the_same(world, folder, tmp_p
     with pytest.raises(FileNotFoundError, match="not complete"):
         RegionCache(tmp_path / "cache")
     with miniature_at(world):
-        assert cache_teacher.main(arguments) == 0
+        assert exit_status(cache_teacher.main, *arguments) == 0
     assert digests(tmp_path / "cache") == digests(folder)
 
 
@@ -135,9 +136,10 @@ def test_a_broken_image_stops_the_tool_or_is_left_out(world, tmp_path, capsys) -
     (tmp_path / "miniature" / "train" / "1.png").write_bytes(b"no picture")
     arguments = tool_arguments(tmp_path, tmp_path / "cache")
     with miniature_at(tmp_path):
-        assert cache_teacher.main(arguments) == 2
+        assert exit_status(cache_teacher.main, *arguments) == 2
         assert "train/1.png cannot be decoded" in capsys.readouterr().err
-        assert cache_teacher.main([*arguments, "DATALOADER.SKIP_BROKEN_IMAGES", "True"]) == 0
+        skipping = ("DATALOADER.SKIP_BROKEN_IMAGES", "True")
+        assert exit_status(cache_teacher.main, *arguments, *skipping) == 0
     cache = RegionCache(tmp_path / "cache")
     assert cache.regions(np.array([200, 300]), flipped=True).any(axis=1).all()
     with pytest.raises(ValueError, match=r"\[100\]"):  # of that image: training leaves it out, too
@@ -189,7 +191,7 @@ def test_proposals_are_embedded_once_and_distilled_without_clip(
 
     def fill(output: Path, *extra: str) -> int:
         with miniature_at(world):
-            return cache_teacher.main(tool_arguments(world, output, *two, *extra))
+            return exit_status(cache_teacher.main, *tool_arguments(world, output, *two, *extra))
 
     source = ("--proposals-from", rpn, str(tmp_path / "rpn.pth"))
     assert fill(tmp_path / "whole", *source) == 0
@@ -264,10 +266,10 @@ def test_detecting_asks_the_cache_for_texts_alone(world, folder, tmp_path) -> No
 def test_wrong_input_ends_with_a_message(world, folder, tmp_path, capsys) -> None:
     with miniature_at(world):
         other = tool_arguments(world, folder, "MODEL.IKD.CROP_SCALE", "1.2")
-        assert cache_teacher.main(other) == 2
+        assert exit_status(cache_teacher.main, *other) == 2
         assert "crop_scale: found 1.5, expected 1.2" in capsys.readouterr().err
         gone = tool_arguments(world, tmp_path / "x", "MODEL.TEACHER.WEIGHTS", "/gone.pt")
-        assert cache_teacher.main(gone) == 2
+        assert exit_status(cache_teacher.main, *gone) == 2
         assert "/gone.pt" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         cache_teacher.main([*tool_arguments(world, tmp_path / "x"), "--images-per-chunk", "0"])

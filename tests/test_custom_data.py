@@ -10,6 +10,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
 import tiny_training
+from log_handlers import exit_status
 from tiny_training import BASE, NOVEL, PICTURES, call_main, own_log_handlers
 from tools import check_dataset
 
@@ -19,7 +20,7 @@ NAMES = (*BASE, *NOVEL)
 def check(*arguments):
     """``tools/check_dataset.py``; leaves no log handler behind."""
     with own_log_handlers():
-        return check_dataset.main([str(each) for each in arguments])
+        return exit_status(check_dataset.main, *arguments)
 
 
 def plain_coco():

@@ -13,6 +13,7 @@ from hierkd import __version__
 from hierkd.miniature.world import MINIATURE_CLASSES
 from hierkd.teachers.clip import CLIPTeacher
 from hierkd.teachers.texts import load_text_embeddings
+from log_handlers import exit_status
 from tiny_training import call_main, command_line
 
 SCRIPT = Path(__file__).parents[1] / "datasets" / "extract_text_embeddings.py"
@@ -37,7 +38,7 @@ def extract(tmp_path):
         path = tmp_path / output
         main = runpy.run_path(str(SCRIPT))["main"]
         with tiny_training.own_log_handlers():
-            status = main([*map(str, arguments), "--output", str(path)])
+            status = exit_status(main, *arguments, "--output", path)
         if status == 0:
             return load_text_embeddings(path)
         assert not list(path.parent.glob("*.safetensors"))

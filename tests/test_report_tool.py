@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import tiny_training
 import train_net
 from hierkd.reports.metrics import read_run_metrics
-from log_handlers import own_log_handlers
+from log_handlers import exit_status, own_log_handlers
 from tiny_training import call_main, command_line
 from tools import report
 
@@ -163,10 +163,11 @@ def test_report_of_an_evaluation_alone(folder, watched, tmp_path, capsys):
 
 
 def test_what_is_no_run_is_named(tmp_path, capsys):
-    with pytest.raises(SystemExit, match=r"none of config\.yaml, metrics\.json, evaluations\.json"):
-        report.main([str(tmp_path)])
-    with pytest.raises(SystemExit):
-        report.main([str(tmp_path), "--pictures", "-1"])
+    assert exit_status(report.main, tmp_path) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("report.py: error: ")
+    assert "none of config.yaml, metrics.json, evaluations.json" in message
+    assert exit_status(report.main, tmp_path, "--pictures", "-1") == 2
     assert "--pictures must be 0 or more" in capsys.readouterr().err
     assert os.listdir(tmp_path) == []
 

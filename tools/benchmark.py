@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hierkd.command import run_command  # quiets PyTorch's deprecation warnings, too
+from hierkd.command import (  # quiets PyTorch's deprecation warnings, too
+    one_line_errors,
+    run_command,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -88,8 +90,9 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one subcommand; wrong input ends with exit status 2 and a message."""
+@one_line_errors
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one subcommand."""
     parser = get_parser()
     options = vars(parser.parse_args(argv))
     name, threads, output = (options.pop(key) for key in ("subcommand", "threads", "output"))
@@ -108,16 +111,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if threads:
         torch.set_num_threads(threads)
     torch.manual_seed(0)
-    try:
-        report = importlib.import_module(f"hierkd.benchmarks.{name}").run(device, **options)
-    except (FileNotFoundError, ImportError, ValueError) as error:
-        print(f"benchmark.py {name}: error: {error}", file=sys.stderr)
-        return 2
+    report = importlib.import_module(f"hierkd.benchmarks.{name}").run(device, **options)
     report.settings["commit"] = git_commit(ROOT)
     print(report.markdown())
     markdown, data = report.write(output, name)
     print(f"written to {markdown} and {data}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -14,11 +14,10 @@ detector does not. With proposals --proposals-from names a trained class-agnosti
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hierkd.command import run_command
+from hierkd.command import one_line_errors, run_command
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -52,8 +51,9 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Fill the cache; wrong input ends with exit status 2 and a message."""
+@one_line_errors
+def main(argv: Sequence[str] | None = None) -> None:
+    """Fill the cache."""
     parser = get_parser()
     args = parser.parse_intermixed_args(argv)
     for option in ("images_per_chunk", "threads"):
@@ -67,25 +67,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     from hierkd.load_config import load_config
 
     setup_logger(name="hierkd")
-    try:
-        cache = hierkd.training.fill_cache.fill_cache(
-            load_config(args.config_file, args.opts),
-            args.output,
-            images_per_chunk=args.images_per_chunk,
-            num_threads=args.threads,
-            overwrite=args.overwrite,
-            proposals_from=args.proposals_from,
-        )
-    except (FileNotFoundError, ValueError) as error:
-        print(f"cache_teacher.py: error: {error}", file=sys.stderr)
-        return 2
+    cache = hierkd.training.fill_cache.fill_cache(
+        load_config(args.config_file, args.opts),
+        args.output,
+        images_per_chunk=args.images_per_chunk,
+        num_threads=args.threads,
+        overwrite=args.overwrite,
+        proposals_from=args.proposals_from,
+    )
     size = sum(path.stat().st_size for path in args.output.iterdir()) / 2**20
     print(
         f"{args.output}: {cache.contents.num_boxes:,} boxes, original and mirrored, and "
         f"{cache.contents.num_texts:,} texts of {', '.join(cache.contents.datasets)}; {size:,.1f} "
         f"MiB. Train with MODEL.IKD.BOXES gt MODEL.TEACHER.CACHE {args.output}"
     )
-    return 0
 
 
 if __name__ == "__main__":

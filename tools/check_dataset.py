@@ -17,13 +17,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hierkd.command import run_command
+from hierkd.command import one_line_errors, run_command
 
 if TYPE_CHECKING:
     from hierkd.data.check import Finding
@@ -169,8 +168,9 @@ def run(args: argparse.Namespace) -> bool:
     return any(each.costs for each in findings)
 
 
+@one_line_errors
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; what is wrong with the dataset ends it with a message and status 2."""
+    """Run the command line; return 1 where the dataset has errors."""
     parser = get_parser()
     args = parser.parse_args(argv)
     if args.pictures < 1:
@@ -181,11 +181,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     if not args.json:  # the log goes to where the JSON goes
         setup_logger(name="hierkd", abbrev_name="hierkd")
-    try:
-        return int(run(args))
-    except (FileNotFoundError, ValueError) as error:
-        print(f"check_dataset.py: error: {error}", file=sys.stderr)
-        return 2
+    return int(run(args))
 
 
 if __name__ == "__main__":

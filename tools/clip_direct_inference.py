@@ -21,7 +21,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hierkd.command import run_command
+from hierkd.command import one_line_errors, run_command
 
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = ("AP50", "AR50", "AP", "APs", "APm", "APl")
@@ -97,8 +97,9 @@ def run(args: argparse.Namespace, command: str) -> None:
     print(figures_table(figures, COLUMNS))
 
 
+@one_line_errors
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line; errors of the user's end it with a message and status 2."""
+    """Run the command line."""
     parser = get_parser()
     args = parser.parse_args(argv)
     if args.crop_scale <= 0 or args.images_per_batch < 1 or args.max_anchors < 0:
@@ -111,10 +112,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     command = shlex.join(
         ["python", "tools/clip_direct_inference.py", *(sys.argv[1:] if argv is None else argv)]
     )
-    try:
-        run(args, command)
-    except (ValueError, FileNotFoundError, ConnectionError) as error:
-        parser.exit(2, f"clip_direct_inference.py: error: {error}\n")
+    run(args, command)
 
 
 if __name__ == "__main__":

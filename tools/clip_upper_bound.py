@@ -18,7 +18,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hierkd.command import run_command
+from hierkd.command import one_line_errors, run_command
 
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = ("AP50", "APs", "APm", "APl", "AR50")  # Table 9's
@@ -83,8 +83,9 @@ def run(args: argparse.Namespace, command: str) -> None:
     print(figures_table(figures, COLUMNS))
 
 
+@one_line_errors
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line; errors of the user's end it with a message and status 2."""
+    """Run the command line."""
     parser = get_parser()
     args = parser.parse_args(argv)
     if min(args.images_per_batch, 1 if args.crop_scale is None else args.crop_scale) <= 0:
@@ -95,10 +96,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     command = shlex.join(
         ["python", "tools/clip_upper_bound.py", *(sys.argv[1:] if argv is None else argv)]
     )
-    try:
-        run(args, command)
-    except (ValueError, FileNotFoundError, ConnectionError) as error:
-        parser.exit(2, f"clip_upper_bound.py: error: {error}\n")
+    run(args, command)
 
 
 if __name__ == "__main__":

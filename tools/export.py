@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from hierkd.command import run_command
+from hierkd.command import one_line_errors, run_command
 
 logger = logging.getLogger("hierkd.export")
 
@@ -138,17 +138,15 @@ def evaluate(predictor: Any, graph: Any, dataset: str, records: list[Any]) -> No
         inference_on_dataset(model, loader, SplitCOCOEvaluator(dataset))
 
 
+@one_line_errors
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; errors of the user's end it with a message and status 2."""
+    """Run the command line; return its exit status."""
     parser = get_parser()
     args = parser.parse_args(argv)
     from detectron2.utils.logger import setup_logger
 
     setup_logger(name="hierkd", abbrev_name="hierkd")
-    try:
-        return run(args)
-    except (ValueError, OSError, ImportError) as error:
-        parser.exit(2, f"export.py: error: {error}\n")
+    return run(args)
 
 
 if __name__ == "__main__":

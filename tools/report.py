@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hierkd.command import run_command
+from hierkd.command import one_line_errors, run_command
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -34,12 +33,9 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@one_line_errors
 def main(argv: Sequence[str] | None = None) -> None:
-    """Read the folders and write the file.
-
-    Raises:
-        SystemExit: A folder is none of a run, or a file of it is broken.
-    """
+    """Read the folder of a run and write the file."""
     parser = get_parser()
     args = parser.parse_args(argv)
     if args.pictures < 0:
@@ -51,11 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from hierkd.reports.run_record import read_run
 
     setup_logger(name="hierkd", abbrev_name="hierkd").setLevel(logging.WARNING)
-    try:
-        run = read_run(args.run)
-    except (FileNotFoundError, ValueError) as error:
-        sys.exit(f"error: {error}")
-    page = describe_run(run, num_pictures=args.pictures)
+    page = describe_run(read_run(args.run), num_pictures=args.pictures)
     output = args.output or args.run / "report.html"
     write_page(output, page)
     for note in page.sections[0].notes:

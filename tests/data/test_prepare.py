@@ -9,6 +9,7 @@ import pytest
 from hierkd.data import prepare
 from hierkd.data.prepare import prepare_coco
 from hierkd.data.splits import COCO_2014, COCO_2017, COCO_CATEGORIES, SPLITS
+from log_handlers import exit_status
 
 SCRIPT = Path(__file__).parents[2] / "datasets" / "prepare_coco.py"
 
@@ -179,8 +180,7 @@ def run_script(capsys):
 
     def run(*arguments):
         main = runpy.run_path(str(SCRIPT))["main"]
-        status = main([str(argument) for argument in arguments])
-        return (status, *capsys.readouterr())
+        return (exit_status(main, *arguments), *capsys.readouterr())
 
     return run
 
@@ -216,7 +216,7 @@ def test_script(root, run_script):
     assert not (root / "coco" / "annotations" / "ovd_48_17").exists()
     write(root, "instances_val2017", "{")
     status, out, err = run_script("--root", root)
-    assert (status, out) == (1, "")
+    assert (status, out) == (2, "")
     assert "error: " in err
     assert "instances_val2017.json is not valid JSON" in err
 
@@ -252,7 +252,7 @@ def test_a_partial_download_of_pictures_is_named(root, run_script):
     put_pictures(root, "train2017", TRAIN)
     (root / "coco" / "train2017" / "000000000002.jpg").unlink()
     status, _, err = run_script("--root", root)
-    assert status == 1
+    assert status == 2
     assert "train2017 lacks 1 of the 4 pictures" in err
     assert "first 000000000002.jpg" in err
     assert not (root / "coco" / "annotations" / "ovd_48_17").exists()
@@ -304,7 +304,7 @@ def test_the_rule_of_zero_shot_detection_by_hand(root_2014):
 
 def test_2014_is_of_65_15_alone(root_2014, run_script):
     status, _, err = run_script("--root", root_2014, "--coco-year", "2014", "--split", "48_17")
-    assert (status, "65_15 alone" in err) == (1, True)
+    assert (status, "65_15 alone" in err) == (2, True)
     arguments = ("--root", root_2014, "--coco-year", "2014")
     assert run_script(*arguments)[1].count("ovd_65_15_2014/") == 4
     _, out, _ = run_script(*arguments, "--dry-run")
