@@ -30,7 +30,7 @@ def test_a_device_that_is_none_is_named(capsys):
 @pytest.mark.parametrize(
     "tool",
     [
-        *("benchmark", "clip_direct_inference", "clip_upper_bound", "miniature_study"),
+        *("benchmark", "clip_on_boxes", "miniature_study"),
         *("reproduce", "run_demo"),
     ],
 )

@@ -1,5 +1,4 @@
-"""tools/{clip_direct_inference,clip_upper_bound}.py from their command lines, with a small random
-detector and a fake CLIP."""
+"""tools/clip_on_boxes.py from its command line, with a small random detector and a fake CLIP."""
 
 import json
 
@@ -12,7 +11,8 @@ from fake_teacher import FakeTeacher
 from hierkd.evaluation.split_coco_evaluation import METRICS
 from hierkd.experiments.reproduce import read_evaluation
 from hierkd.load_config import load_config
-from tools import clip_direct_inference, clip_upper_bound
+from log_handlers import exit_status
+from tools import clip_on_boxes
 from toy_world import register_toy_world
 
 
@@ -50,12 +50,10 @@ def opts(world, tmp_path):
     return ["--opts", "MODEL.WEIGHTS", str(tmp_path / "model.pth")]
 
 
-def refused(tool, capsys, *arguments: object) -> str:
+def refused(capsys, *arguments: object) -> str:
     """The message that ends the command."""
-    with pytest.raises(SystemExit) as stopped:
-        tool.main([str(each) for each in arguments])
+    assert exit_status(clip_on_boxes.main, *arguments) == 2
     message = capsys.readouterr().err
-    assert stopped.value.code == 2
     assert "Traceback" not in message
     return message
 
@@ -67,13 +65,13 @@ def test_direct_inference_writes_its_figures(world, config, opts, tmp_path, caps
     output = tmp_path / "new" / "figures.json"
     arguments = ["--max-anchors", "9", "--crop-scale", "1.25", "--images-per-batch", "4"]
     arguments += ["--with-iou", "--output", str(output), *opts]
-    clip_direct_inference.main(["--config-file", config, *arguments])
+    clip_on_boxes.main(["predicted", "--config-file", config, *arguments])
     record = json.loads(output.read_text())
     assert list(record["figures"]) == [world]
     expected = {f"{g}/{m}" for g in ("base", "novel", "all") for m in METRICS}
     assert expected <= set(record["figures"][world])
     assert record["weights"].endswith("model.pth")
-    assert record["command"].startswith("python tools/clip_direct_inference.py --config-file ")
+    assert record["command"].startswith("python tools/clip_on_boxes.py predicted --config-file ")
     assert capsys.readouterr().out.count(f"| {world} ") == 3  # a line per group
     # What tools/reproduce.py reads.
     found = read_evaluation(output)[f"{world}/bbox/novel/AP50"]
@@ -85,7 +83,7 @@ def test_a_picture_that_cannot_be_decoded_stops_it_before_clip_is_asked(
 ):
     (tmp_path / "world" / "images" / "3.png").write_bytes(b"no picture")
     monkeypatch.setattr("hierkd.evaluation.direct_inference.DirectInference", None)
-    message = refused(clip_direct_inference, capsys, "--config-file", config, *opts)
+    message = refused(capsys, "predicted", "--config-file", config, *opts)
     assert "3.png" in message
 
 
@@ -94,8 +92,8 @@ def test_a_picture_that_cannot_be_decoded_stops_it_before_clip_is_asked(
 
 def test_the_upper_bound_writes_its_figures(world, config, tmp_path, capsys):
     output = tmp_path / "figures.json"
-    arguments = ["--config-file", config, "--crop-scale", "1.25"]
-    clip_upper_bound.main([*arguments, "--output", str(output)])
+    arguments = ["gt", "--config-file", config, "--crop-scale", "1.25"]
+    clip_on_boxes.main([*arguments, "--output", str(output)])
     for group in ("base", "novel", "all"):
         # each box has one label; which one is chance
         assert 0 <= read_evaluation(output)[f"{world}/bbox/{group}/AR50"] < 100
@@ -107,8 +105,8 @@ def test_the_upper_bound_writes_its_figures(world, config, tmp_path, capsys):
 
 # ------------------------------------------------------------------------------ wrong input
 
-DIRECT = [clip_direct_inference, "--config-file", "{config}"]
-BOUND = [clip_upper_bound, "--config-file", "{config}"]
+DIRECT = ["predicted", "--config-file", "{config}"]
+BOUND = ["gt", "--config-file", "{config}"]
 
 
 @pytest.mark.parametrize(
@@ -116,12 +114,12 @@ BOUND = [clip_upper_bound, "--config-file", "{config}"]
     [
         ([*DIRECT, "--datasets", "nowhere"], "Unknown dataset 'nowhere'"),
         ([*DIRECT, "--crop-scale", "0"], "--crop-scale and --images-per-batch must be positive"),
-        ([clip_direct_inference, "--config-file", "gone.yaml"], "no file 'gone.yaml'"),
+        (["predicted", "--config-file", "gone.yaml"], "no file 'gone.yaml'"),
         ([*BOUND, "--crop-scale", "-1"], "--crop-scale and --images-per-batch must be"),
         ([*BOUND, "--datasets", "nowhere"], "Unknown dataset 'nowhere'"),
+        ([*BOUND, "--with-iou"], "--max-anchors and --with-iou are of predicted boxes"),
     ],
 )
 def test_wrong_input_ends_with_a_message(config, opts, capsys, arguments, message):
-    tool, *given = arguments
-    given = [each.format(config=config) for each in given]
-    assert message in refused(tool, capsys, *given, *opts)
+    given = [each.format(config=config) for each in arguments]
+    assert message in refused(capsys, *given, *opts)

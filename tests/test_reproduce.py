@@ -81,7 +81,7 @@ def test_collecting_starts_nothing_and_invents_nothing(call, trained):
 def test_the_detector_alone_and_clip_on_its_checkpoint(call, trained, tmp_path):
     out = call("--table", "6", "--seeds", "0", "--dry-run")
     trainings = [line for line in out.splitlines() if "train_net.py" in line]
-    evaluations = [line for line in out.splitlines() if "clip_direct_inference.py" in line]
+    evaluations = [line for line in out.splitlines() if "clip_on_boxes.py predicted" in line]
     assert (len(trainings), len(evaluations)) == (3, 3)
     for training, evaluation in zip(trainings, evaluations, strict=True):
         folder = training.split("OUTPUT_DIR ")[1].split()[0]
@@ -101,7 +101,7 @@ def test_the_detector_alone_and_clip_on_its_checkpoint(call, trained, tmp_path):
 def test_the_upper_bound_needs_no_training_and_has_one_seed(call, trained, tmp_path):
     arguments = ("--table", "9", "--scale", "coco", "--rows", "CLIP on ground-truth boxes")
     (command,) = call(*arguments, "--dry-run").splitlines()
-    assert "tools/clip_upper_bound.py --config-file configs/hierkd_R50.yaml" in command
+    assert "tools/clip_on_boxes.py gt --config-file configs/hierkd_R50.yaml" in command
     assert " --datasets coco_ovd_48_17_val_novel --output " in command
     figures = {"w_novel": {"novel/AP50": 70.5}}
     folder = tmp_path / "out" / "coco"

@@ -69,10 +69,10 @@ class Reproduction:
         if row.evaluation == "upper_bound" and seed == self.seeds[0]:  # nothing is random
             config = f"configs/{'hierkd_R50' if self.scale == 'coco' else 'miniature/hierkd'}.yaml"
             file = self.folder / "upper_bound.json"
-            tool, opts = "clip_upper_bound", list(self.opts)
+            boxes, opts = "gt", list(self.opts)
         elif row.evaluation == "direct_inference" and run is not None:
             config, file = run.config, run.folder / "direct_inference.json"
-            tool = "clip_direct_inference"
+            boxes = "predicted"
             if self.scale == "miniature":
                 settings = ["--max-anchors", "50"]  # of an image: enough for its 2 to 4 objects
             opts = [*run.opts, "MODEL.WEIGHTS", str(run.folder / "model_final.pth")]
@@ -81,7 +81,7 @@ class Reproduction:
         parts = {column.part for column in self.table.columns}
         names = load_config(str(self.root / config), opts).DATASETS.TEST
         return [
-            *(sys.executable, f"tools/{tool}.py", "--config-file", config, *settings),
+            *(sys.executable, "tools/clip_on_boxes.py", boxes, "--config-file", config, *settings),
             *("--datasets", *(name for name in names if name.split("_")[-1] in parts)),
             *("--output", str(file), *(["--opts", *opts] if opts else [])),
         ], file
