@@ -144,6 +144,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         # The config's own paths are those of the default $DETECTRON2_DATASETS.
         *("MODEL.WEIGHTS", str(world / "backbone.pth")),
         *("MODEL.TEACHER.WEIGHTS", str(world / "teacher.pt")),
+        *("DATASETS.TEST", str(tuple(DATASETS.values()))),
         *args.opts,
     ]
     cfg = load_config(args.config_file, overrides)

@@ -36,7 +36,7 @@ class TinyCLIPSpec:
     embed_dim: int = 64
     resolution: int = 64  # px; ModifiedResNet needs a multiple of 32
     vision_layers: tuple[int, int, int, int] = (1, 1, 1, 1)
-    vision_width: int = 16
+    vision_width: int = 12  # a wider one learns less in these steps
     context_length: int = 32  # tokens
     text_width: int = 64
     text_layers: int = 2
