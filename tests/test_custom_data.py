@@ -279,6 +279,7 @@ def test_the_doctor_finds_it(small, capsys, case):
         "unreadable",
         "no_box",
         "not_evaluated",
+        "no_boxes",
         "shared",
         "same_picture",
         "no_caption",

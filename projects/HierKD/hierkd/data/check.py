@@ -342,13 +342,10 @@ def findings_of(half: str, report: Report) -> list[Finding]:
         wanted = [each for each in wanted if each["kind"] == "base"]
         few = [f"{c['name']} ({c['boxes']})" for c in wanted if 0 < c["boxes"] < _FEW_BOXES]
     lower = Counter(each["name"].lower() for each in classes)
+    scored = {each["kind"] for each in wanted if each["boxes"] or half == "train"}
     named = {
-        "not_evaluated": [
-            f"{each['name']} ({each['kind']})"
-            for each in wanted
-            if half == "val" and not any(c["boxes"] for c in wanted if c["kind"] == each["kind"])
-        ],
-        "no_boxes": [each["name"] for each in wanted if not each["boxes"]],
+        "not_evaluated": [f"{c['name']} ({c['kind']})" for c in wanted if c["kind"] not in scored],
+        "no_boxes": [c["name"] for c in wanted if not c["boxes"] and c["kind"] in scored],
         "few_boxes": few,
         "ignored": [f"{c['name']} ({c['boxes']:,})" for c in classes if c["kind"] == "ignored"],
         "grouping": [each["name"] for each in classes if each["kind"] == "grouping"],
