@@ -11,9 +11,10 @@ import os
 import warnings
 from typing import TYPE_CHECKING, Any
 
-# Read when PyTorch is imported. Its threads on a CPU (libgomp) otherwise spin while they wait for
-# one another: beside other programs a step then takes ten times as long.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Read when PyTorch is imported. Its threads on a CPU (libgomp) otherwise spin for milliseconds
+# while they wait for one another: beside another program a step then takes ten times as long.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 # detectron2 0.7 and fvcore use these on every import and every step; nothing a user could mend.
 warnings.filterwarnings("ignore", message=".*`?torch.jit.script`? is deprecated")
 warnings.filterwarnings("ignore", message="torch.meshgrid: in an upcoming release")
