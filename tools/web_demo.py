@@ -27,7 +27,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hierkd.command import run_command
+from hierkd.command import one_line_errors, run_command
 
 if TYPE_CHECKING:
     from hierkd.reports.web_page import Limits
@@ -230,8 +230,9 @@ def serve(args: argparse.Namespace, folder: Path) -> None:
         page.close(verbose=False)
 
 
+@one_line_errors
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line; errors of the user's end it with a message and status 2."""
+    """Run the command line."""
     parser = get_parser()
     args = parser.parse_args(argv)
     check_options(parser, args)
@@ -247,8 +248,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             serve(args, Path(folder))
         except KeyboardInterrupt:
             logger.info("stopped")
-        except (ValueError, OSError) as error:
-            parser.exit(2, f"web_demo.py: error: {error}\n")
 
 
 if __name__ == "__main__":
