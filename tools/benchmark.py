@@ -16,10 +16,8 @@ import importlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from hierkd.command import (  # quiets PyTorch's deprecation warnings, too
-    one_line_errors,
-    run_command,
-)
+# quiets PyTorch's deprecation warnings, too
+from hierkd.command import one_line_errors, run_command
 
 ROOT = Path(__file__).resolve().parent.parent
 
